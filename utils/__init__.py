@@ -1,0 +1,1 @@
+"""Configuration, Parquet and small helpers; imports nothing else of this repository."""

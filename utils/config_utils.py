@@ -1,0 +1,416 @@
+"""The configuration: one frozen dataclass tree whose defaults live here and nowhere else.
+
+A YAML file states differences from these defaults, `--set section.key=value` states differences from the
+file, and a named flag of an entry script (`--lr`, `--batch_size`, ...) has the last word. Keys that do not
+exist fail with the nearest name that does; values are checked here, before any weights are loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the demonstrations are and how samples are cut from them."""
+
+    train_parquet_files: tuple[str, ...] = ()  # each entry a file, a folder or a glob
+    val_parquet_files: tuple[str, ...] = ()  # held-out episodes; empty: no validation
+    tokenizer_name_or_path: str | None = None  # directory or hub id; None: the backbone's own
+    image_processor_name_or_path: str | None = None  # directory or hub id; None: siglip_model_name, else backbone
+    siglip_model_name: str | None = None  # SigLIP checkpoint whose image processor is used
+    max_seq_len: int = 1  # observation frames per sample, the current one included
+    prompt_max_len: int = 48  # text tokens per prompt, <bos> and the closing newline included
+    batch_size: int = 8  # samples per optimizer step, over all ranks and micro-batches
+    num_workers: int = 2  # loader processes per rank
+    normalization_stats_path: str | None = None  # JSON from utils/calculate_normalization_stats.py
+    normalization_type: Literal["min_max", "quantile", "mean_std"] = "min_max"
+    state_dim: int = 7  # width of the state column
+    action_bounds: tuple[float, float] = (-1.0, 1.0)  # normalized range that min_max and quantile map onto
+    cache_dir: str | None = None  # episode cache; None: $XDG_CACHE_HOME/paligemma_vla
+
+    def __post_init__(self) -> None:
+        _positive(self, "data", "max_seq_len", "batch_size", "state_dim")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers is {self.num_workers}; give 0 (load in this process) or more")
+        if self.prompt_max_len < 3:
+            raise ConfigError(
+                f"data.prompt_max_len is {self.prompt_max_len}; <bos>, one word and the newline need at least 3"
+            )
+        if len(self.action_bounds) != 2 or self.action_bounds[0] >= self.action_bounds[1]:
+            raise ConfigError(f"data.action_bounds is {list(self.action_bounds)}; give [low, high] with low < high")
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """The pretrained backbone."""
+
+    type: Literal["paligemma"] = "paligemma"
+    model_name_or_path: str = "./weight/paligemma-3b-pt-224"  # Hugging Face directory or hub id
+    use_aux_camera: bool = False  # read image_2 as well
+    freeze_vision_tower: bool = False
+    freeze_language_model: bool = False
+    dtype: str = "bfloat16"  # compute precision (autocast) and storage of frozen weights; trained weights are fp32
+    num_image_tokens: int | None = None  # per image, before the resampler; derived, checked when given
+    attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"  # auto: SDPA unless the model caps its logits
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        name = self.dtype.removeprefix("torch.")
+        aliases = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+        name = aliases.get(name, name)
+        if name not in ("bfloat16", "float16", "float32"):
+            raise ConfigError(
+                f"model.vlm_config.dtype is {self.dtype!r}; give bfloat16, float16 or float32 (torch.bfloat16, ... too)"
+            )
+        object.__setattr__(self, "dtype", name)
+
+
+@dataclass(frozen=True)
+class VisionResamplerConfig:
+    """What happens to image tokens between the projector and the language model."""
+
+    type: Literal["identity", "mlp", "perceiver"] = "identity"
+    output_dim: int | None = None  # the language model's width; derived, checked when given
+    num_latents: int = 64  # perceiver: tokens per image after resampling
+    num_layers: int = 2  # perceiver: cross-attention blocks
+    num_heads: int = 8  # perceiver: attention heads
+
+    def __post_init__(self) -> None:
+        _positive(self, "model.vision_resampler_config", "num_latents", "num_layers", "num_heads")
+
+
+@dataclass(frozen=True)
+class ActionHeadConfig:
+    """The action head: what it predicts, and its size."""
+
+    type: Literal["flow_matching"] = "flow_matching"
+    use_state_input: bool = True
+    horizon: int = 8  # T, action steps per prediction
+    per_action_dim: int = 7  # A, values per action step
+    action_dim: int | None = None  # horizon x per_action_dim; derived, checked when given
+    num_action_dims: int | None = None  # older spelling of per_action_dim
+    num_action_bins: int = 256  # bins per dimension of binned accuracy (and of a discrete head)
+    mlp_hidden_dims: tuple[int, ...] = (1024, 512)  # hidden widths of MLP heads
+    dropout_prob: float = 0.0
+    hidden_dim: int = 1024  # width of the action-token transformer
+    num_layers: int = 8
+    num_heads: int = 8
+    noise_draws_per_sample: int = 1  # (noise, time) draws per backbone pass in training
+    noise_distribution: Literal["gaussian", "uniform"] = "gaussian"  # uniform is in [-1, 1]
+    time_distribution: Literal["uniform", "beta"] = "beta"
+    time_beta: tuple[float, float] = (1.0, 1.5)  # Beta(a, b) of t in [0, 1], t = 0 is pure noise
+    time_clamp: tuple[float, float] = (0.0, 1.0)  # t is mapped linearly into this range
+
+    def __post_init__(self) -> None:
+        place = "model.action_head_config"
+        if self.num_action_dims is not None:
+            default = ActionHeadConfig.__dataclass_fields__["per_action_dim"].default
+            if self.per_action_dim not in (default, self.num_action_dims):
+                raise ConfigError(
+                    f"{place}: num_action_dims is {self.num_action_dims} but per_action_dim is "
+                    f"{self.per_action_dim}; they are the same number, so give one of them (per_action_dim)"
+                )
+            object.__setattr__(self, "per_action_dim", self.num_action_dims)
+        _positive(self, place, "horizon", "per_action_dim", "num_action_bins", "hidden_dim", "num_layers", "num_heads")
+        _positive(self, place, "noise_draws_per_sample")
+        flat = self.horizon * self.per_action_dim
+        if self.action_dim is not None and self.action_dim != flat:
+            raise ConfigError(
+                f"{place}: action_dim is {self.action_dim} but horizon {self.horizon} x per_action_dim "
+                f"{self.per_action_dim} = {flat}; remove action_dim or correct one of the three"
+            )
+        object.__setattr__(self, "action_dim", flat)
+        if self.hidden_dim % self.num_heads or (self.hidden_dim // self.num_heads) % 2:
+            raise ConfigError(
+                f"{place}: hidden_dim {self.hidden_dim} does not split into {self.num_heads} heads of even width"
+            )
+        if not 0 <= self.dropout_prob < 1:
+            raise ConfigError(f"{place}: dropout_prob is {self.dropout_prob}; give a number in [0, 1)")
+        if not 0 <= self.time_clamp[0] < self.time_clamp[1] <= 1:
+            raise ConfigError(f"{place}: time_clamp is {list(self.time_clamp)}; give [low, high] within [0, 1]")
+        if min(self.time_beta) <= 0:
+            raise ConfigError(f"{place}: time_beta is {list(self.time_beta)}; both parameters must be positive")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone, resampler and head."""
+
+    vlm_config: VLMConfig = field(default_factory=VLMConfig)
+    vision_resampler_config: VisionResamplerConfig = field(default_factory=VisionResamplerConfig)
+    action_head_config: ActionHeadConfig = field(default_factory=ActionHeadConfig)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train, what to write and when."""
+
+    epochs: int = 10
+    max_steps: int | None = None  # optimizer steps; stops earlier than epochs when reached
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step; data.batch_size is their total
+    log_interval: int = 10  # optimizer steps between log lines
+    checkpoint_dir: str = "experiments"  # everything goes to {checkpoint_dir}/{experiment_name}/
+    experiment_name: str = "default"
+    grad_clip_norm: float | None = 1.0  # None: no clipping
+    seed: int = 42
+    save_every_n_epochs: int = 1
+    val_every_n_epochs: int = 1
+    val_max_batches: int | None = None  # None: the whole validation set
+    num_threads: int | None = None  # CPU threads of the training process; None: torch's choice
+
+    def __post_init__(self) -> None:
+        _positive(self, "training", "epochs", "gradient_accumulation_steps", "log_interval")
+        _positive(self, "training", "save_every_n_epochs", "val_every_n_epochs")
+        for name in ("max_steps", "val_max_batches", "num_threads", "grad_clip_norm"):
+            if getattr(self, name) is not None:
+                _positive(self, "training", name)
+        if not self.experiment_name or "/" in self.experiment_name:
+            raise ConfigError(f"training.experiment_name is {self.experiment_name!r}; give a plain folder name")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer over every parameter that trains."""
+
+    type: Literal["AdamW", "SGD"] = "AdamW"
+    lr: float = 5e-5
+    weight_decay: float = 0.01  # not applied to norms and biases
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW
+    eps: float = 1e-8  # AdamW
+    momentum: float = 0.9  # SGD
+
+    def __post_init__(self) -> None:
+        _positive(self, "optimizer", "lr", "eps")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas is {list(self.betas)}; give two numbers in [0, 1)")
+        if self.weight_decay < 0:
+            raise ConfigError(f"optimizer.weight_decay is {self.weight_decay}; give 0 or more")
+
+
+@dataclass(frozen=True)
+class LRSchedulerConfig:
+    """The learning rate as a function of the step; lengths count optimizer steps, or epochs if `interval` says so."""
+
+    type: Literal["CosineAnnealingLR", "StepLR", "warmup_cosine", "constant"] = "warmup_cosine"
+    interval: Literal["step", "epoch"] = "step"  # unit of warmup_steps, T_max and step_size
+    warmup_steps: int = 0  # linear from 0, before any of the schedules
+    T_max: int | None = None  # where the cosine reaches eta_min and stays; None: the end of training
+    eta_min: float = 0.0  # final learning rate of the cosines
+    step_size: int = 1000  # StepLR
+    gamma: float = 0.1  # StepLR
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ConfigError(f"lr_scheduler.warmup_steps is {self.warmup_steps}; give 0 or more")
+        if self.T_max is not None:
+            _positive(self, "lr_scheduler", "T_max")
+        _positive(self, "lr_scheduler", "step_size", "gamma")
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How actions are sampled and executed."""
+
+    num_inference_steps: int = 10  # Euler steps from noise to action
+    n_action_steps: int | None = None  # executed before replanning; None: the whole horizon
+    accuracy_threshold: float = 0.1  # threshold accuracy: |error| below this, in normalized units
+
+    def __post_init__(self) -> None:
+        _positive(self, "inference", "num_inference_steps", "accuracy_threshold")
+        if self.n_action_steps is not None:
+            _positive(self, "inference", "n_action_steps")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases; used only with `enabled` (or --use_wandb)."""
+
+    enabled: bool = False
+    project: str = "paligemma-vla"
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        horizon, executed = self.model.action_head_config.horizon, self.inference.n_action_steps
+        if executed is not None and executed > horizon:
+            raise ConfigError(
+                f"inference.n_action_steps is {executed} but model.action_head_config.horizon is {horizon}; "
+                "at most the whole horizon can be executed"
+            )
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the image columns that the model reads, in slot order."""
+        return ("image_1", "image_2") if self.model.vlm_config.use_aux_camera else ("image_1",)
+
+    @property
+    def experiment_dir(self) -> Path:
+        """Folder of this run's logs, plots and checkpoints."""
+        return Path(self.training.checkpoint_dir) / self.training.experiment_name
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None, set_args: list[str] | None = None) -> Config:
+    """Read a YAML file of differences from the defaults and apply overrides.
+
+    Args:
+        path: YAML file. An empty file gives the defaults. A top-level `base: other.yaml` (relative to the
+            file) is read first, so that a file can state its differences from another one.
+        overrides: `{"optimizer.lr": 1e-4}`; values of None are ignored (a flag that was not given).
+        set_args: `["optimizer.lr=1e-4"]` as given to `--set`; values are read as YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, value out of range, contradiction.
+    """
+    tree = _read_tree(Path(path))
+    for item in set_args or []:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: no '='; write --set section.key=value")
+        _set_dotted(tree, key.strip(), yaml.safe_load(text), f"--set {item}")
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _set_dotted(tree, key, value, key)
+    return config_from_dict(tree, source=str(path))
+
+
+def config_from_dict(tree: dict[str, Any], source: str = "config") -> Config:
+    """Build a checked Config from nested plain dicts (as YAML or `config_to_dict` give them).
+
+    Raises:
+        ConfigError: naming `source`, the dotted key, the value found and what is wanted.
+    """
+    try:
+        return _build(Config, tree, "")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested dicts, lists and plain values: what checkpoints and logs store."""
+    return _plain(dataclasses.asdict(config))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML."""
+    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _positive(section: Any, place: str, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise ConfigError(f"{place}.{name} is {getattr(section, name)}; it must be positive")
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give --config_path one of configs/*.yaml or your own")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}; wanted sections such as 'data:' and 'model:'")
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(_read_tree(path.parent / base), tree)
+
+
+def _merge(base: dict[str, Any], difference: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in difference.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any, place: str) -> None:
+    *sections, last = dotted.split(".")
+    for name in sections:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{place}: {name} is a value, not a section")
+    tree[last] = value
+
+
+def _build(cls: type[T], tree: Any, place: str) -> T:
+    if tree is None:
+        return cls()
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{place or 'the file'} is {tree!r}; wanted a section with keys")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        dotted = f"{place}.{key}" if place else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown key {dotted}; did you mean {place + '.' if place else ''}{near}?")
+        values[key] = _coerce(hints[key], value, dotted)
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, place: str) -> Any:
+    """`value` as the type that `hint` asks for; YAML 1.1 reads 1e-4 as text, so numbers in text are accepted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, place)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerce(next(arg for arg in args if arg is not type(None)), value, place)
+    if origin is Literal:
+        by_lower = {arg.lower(): arg for arg in args}
+        if str(value).lower() not in by_lower:
+            near = difflib.get_close_matches(str(value).lower(), by_lower, n=1)
+            hint_text = f"; did you mean {by_lower[near[0]]}?" if near else ""
+            raise ConfigError(f"{place} is {value!r}; choose from {', '.join(args)}{hint_text}")
+        return by_lower[str(value).lower()]
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise ConfigError(f"{place} is {value!r}; wanted a list of {len(args)} values")
+        return tuple(_coerce(args[0], item, f"{place}[{i}]") for i, item in enumerate(items))
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+        if number is not None and (hint is float or number.is_integer()):
+            return hint(number)
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
+    raise ConfigError(f"{place} is {value!r} ({type(value).__name__}); wanted {wanted}")
