@@ -1,0 +1,1 @@
+"""Running a trained policy: predictions, offline metrics, closed-loop rollouts."""

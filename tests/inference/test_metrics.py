@@ -1,0 +1,134 @@
+"""Offline metrics: hand-computed values, and properties that hold whatever the numbers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from inference.metrics import (
+    METRICS,
+    MetricAccumulator,
+    MetricSettings,
+    mean_action_prediction,
+    repeat_last_action_prediction,
+    wilson_interval,
+)
+
+SETTINGS = MetricSettings(num_action_bins=4, action_bounds=(-1.0, 1.0), accuracy_threshold=0.1)
+
+
+def accumulate(predicted, true, is_pad, scale=10.0, index=None, names=("demos",)):
+    """Metrics of one batch whose physical units are `scale` times the normalized ones."""
+    predicted, true, is_pad = np.asarray(predicted, float), np.asarray(true, float), np.asarray(is_pad)
+    accumulator = MetricAccumulator(names, *true.shape[1:], SETTINGS)
+    index = np.zeros(len(true), int) if index is None else np.asarray(index)
+    accumulator.update(predicted * scale, true * scale, is_pad, predicted, true, index)
+    return accumulator.result()
+
+
+def test_hand_computed():
+    # bins of width 0.5 over [-1, 1]: [-1, -.5) [-.5, 0) [0, .5) [.5, 1]
+    true = [[[-0.9, 0.1], [0.4, 0.9]]]
+    predicted = [[[-0.4, 0.15], [0.4, 2.0]]]
+    result = accumulate(predicted, true, [[False, False]])
+    overall = result["overall"]
+    assert overall["mae_normalized"] == pytest.approx((0.5 + 0.05 + 0 + 1.1) / 4)
+    assert overall["mse_normalized"] == pytest.approx((0.25 + 0.0025 + 0 + 1.21) / 4)
+    assert overall["mae"] == pytest.approx(10 * overall["mae_normalized"])
+    assert overall["mse"] == pytest.approx(100 * overall["mse_normalized"])
+    assert overall["binned_accuracy"] == 3 / 4  # 2.0 is clipped into the last bin, where 0.9 is
+    assert overall["binned_accuracy_within_1"] == 1
+    assert overall["threshold_accuracy"] == 2 / 4
+    assert result["per_step"]["mae_normalized"] == pytest.approx([0.275, 0.55])
+    assert result["per_dimension"]["mae_normalized"] == pytest.approx([0.25, 0.575])
+    assert (result["samples"], result["valid_steps"]) == (1, 2)
+
+
+def test_padding_is_left_out():
+    true = [[[0.0], [0.2], [0.0]]]
+    predicted = [[[0.3], [0.2], [50.0]]]
+    result = accumulate(predicted, true, [[False, False, True]])
+    assert result["overall"]["mae_normalized"] == pytest.approx(0.15)
+    assert result["per_step"]["mae_normalized"] == [pytest.approx(0.3), 0.0, None]
+    assert result["valid_steps"] == 2
+
+
+@pytest.mark.parametrize("garbage", [7.0, np.nan, np.inf])
+def test_padded_values_change_nothing(garbage):
+    rng = np.random.default_rng(0)
+    predicted, true = rng.uniform(-1, 1, (2, 16, 5, 3))
+    is_pad = np.arange(5) >= rng.integers(1, 6, (16, 1))
+    index = rng.integers(0, 2, 16)
+    before = accumulate(predicted, true, is_pad, index=index, names=("a", "b"))
+    predicted[is_pad], true[is_pad] = garbage, -garbage
+    assert accumulate(predicted, true, is_pad, index=index, names=("a", "b")) == before
+    assert "NaN" not in json.dumps(before)
+
+
+def test_perfect_prediction():
+    true = np.random.default_rng(1).uniform(-1, 1, (8, 4, 3))
+    result = accumulate(true, true, np.zeros((8, 4), bool))
+    for name in METRICS:
+        wanted = 1.0 if "accuracy" in name else 0.0
+        assert result["overall"][name] == wanted
+        assert result["per_step"][name] == [wanted] * 4
+        assert result["per_dimension"][name] == [wanted] * 3
+
+
+def test_per_dataset_and_batch_split():
+    rng = np.random.default_rng(2)
+    predicted, true = rng.uniform(-1, 1, (2, 10, 4, 2))
+    is_pad = np.arange(4) >= rng.integers(1, 5, (10, 1))
+    index = np.array([0] * 3 + [1] * 7)
+    whole = accumulate(predicted, true, is_pad, index=index, names=("a", "b"))
+    alone = accumulate(predicted[3:], true[3:], is_pad[3:])
+    del alone["per_dataset"]
+    assert whole["per_dataset"]["b"] == alone
+    parts = MetricAccumulator(("a", "b"), 4, 2, SETTINGS)
+    for rows in (slice(0, 5), slice(5, 5), slice(5, 10)):
+        args = predicted[rows] * 10, true[rows] * 10, is_pad[rows], predicted[rows], true[rows], index[rows]
+        parts.update(*args)
+    assert parts.result()["overall"] == pytest.approx(whole["overall"])
+
+
+def test_a_metric_may_be_undefined_somewhere(monkeypatch):
+    def endpoint(errors):
+        """|error| at the last valid step only."""
+        value = np.abs(errors.predicted_NTA - errors.true_NTA)
+        last = errors.valid_NT.sum(1) - 1
+        value[np.arange(value.shape[1]) != last[:, None]] = np.nan
+        return value
+
+    monkeypatch.setitem(METRICS, "endpoint", endpoint)
+    result = accumulate([[[0.1], [0.3], [9.0]]], [[[0.0], [0.0], [0.0]]], [[False, False, True]], scale=1.0)
+    assert result["overall"]["endpoint"] == pytest.approx(0.3)
+    assert result["per_step"]["endpoint"] == [None, pytest.approx(0.3), None]
+
+
+def test_bad_batches():
+    accumulator = MetricAccumulator(("a",), 2, 1, SETTINGS)
+    ok, pad, index = np.zeros((1, 2, 1)), np.zeros((1, 2), bool), np.zeros(1, int)
+    with pytest.raises(ValueError, match=r"true_NTA has shape \(1, 3, 1\).*wanted \(1, 2, 1\)"):
+        accumulator.update(ok, np.zeros((1, 3, 1)), pad, ok, ok, index)
+    with pytest.raises(ValueError, match="predicted_NTA: sample 0 of the batch, step 1, dimension 0 is nan"):
+        accumulator.update(np.array([[[0.0], [np.nan]]]), ok, pad, ok, ok, index)
+    with pytest.raises(ValueError, match="dataset_index holds 1; there are 1 names"):
+        accumulator.update(ok, ok, pad, ok, ok, index + 1)
+    assert accumulator.result()["samples"] == 0
+
+
+def test_trivial_predictors():
+    mean = np.array([[1.0, 2.0], [1.0, 2.0]])
+    assert mean_action_prediction(mean, 3).tolist() == [[[1, 2]] * 3] * 2
+    repeated = repeat_last_action_prediction([None, np.array([5.0, 6.0])], mean, 3)
+    assert repeated.tolist() == [[[1, 2]] * 3, [[5, 6]] * 3]
+
+
+def test_wilson_interval():
+    assert wilson_interval(18, 20) == pytest.approx((0.6990, 0.9721), abs=1e-4)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson_interval(20, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    with pytest.raises(ValueError, match="3 successes of 2 episodes"):
+        wilson_interval(3, 2)
+    with pytest.raises(ValueError, match="0 successes of 0 episodes"):
+        wilson_interval(0, 0)
