@@ -1,0 +1,1 @@
+"""From Parquet files and camera frames to the batch that the model reads; imports only utils/."""

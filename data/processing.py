@@ -1,0 +1,281 @@
+"""From camera frames, an instruction and a state to the model's batch: the one path of training and serving.
+
+`VLADataset` and `VLAPredictor` both call `build_observation` and `collate_fn`, so a frame that was trained on
+and the same frame seen by the robot give the same tensors.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
+Sample = dict[str, Any]
+Batch = dict[str, Any]
+
+
+class ObservationError(ValueError):
+    """A frame, state or prompt can't be used; the message says what was found and what was wanted."""
+
+
+class VLAImageProcessor:
+    """Decodes a frame and resizes it to the backbone's input size.
+
+    The aspect ratio is not kept (PaliGemma's own preprocessing). The result stays uint8: rescaling and
+    normalization happen on the device, with `mean` and `std` that the model keeps as buffers.
+    """
+
+    def __init__(self, height: int, width: int, mean: Sequence[float], std: Sequence[float], resample: int) -> None:
+        self.height, self.width = height, width
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.resample = Image.Resampling(resample)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str) -> VLAImageProcessor:
+        """Read `preprocessor_config.json` of a Hugging Face directory or hub id.
+
+        Raises:
+            ObservationError: no such file, or preprocessing that this class does not do.
+        """
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ObservationError(
+                f"image processor: no preprocessor_config.json at {name_or_path!r} ({reason}); set "
+                "data.image_processor_name_or_path to a directory or hub id that has one"
+            ) from None
+        return cls.from_settings(settings, name_or_path)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], place: str) -> VLAImageProcessor:
+        """Build from the content of a `preprocessor_config.json`; `place` names it in errors."""
+        size = settings.get("size", {})
+        if isinstance(size, int):
+            size = {"height": size, "width": size}
+        if "height" not in size or "width" not in size:
+            raise ObservationError(f"image processor at {place!r}: size is {size}; wanted height and width")
+        if settings.get("do_center_crop") or settings.get("do_pad"):
+            raise ObservationError(f"image processor at {place!r}: do_center_crop and do_pad are not supported")
+        if abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+            raise ObservationError(f"image processor at {place!r}: rescale_factor is not 1/255")
+        mean, std = settings.get("image_mean", (0.5,) * 3), settings.get("image_std", (0.5,) * 3)
+        return cls(size["height"], size["width"], mean, std, settings.get("resample", Image.Resampling.BICUBIC))
+
+    def to_settings(self) -> dict[str, Any]:
+        """The content of a `preprocessor_config.json` that gives this processor again."""
+        return {
+            "size": {"height": self.height, "width": self.width},
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "resample": int(self.resample),
+            "rescale_factor": 1 / 255,
+        }
+
+    def __call__(self, frame: Frame) -> Tensor:
+        """Decode and resize one frame.
+
+        Args:
+            frame: encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3).
+
+        Returns:
+            uint8 (3, height, width), RGB.
+
+        Raises:
+            ObservationError: bytes or a file that can't be decoded, or an array of another type or shape.
+        """
+        image = self._open(frame)
+        if image.size != (self.width, self.height):
+            image = image.resize((self.width, self.height), self.resample)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def _open(self, frame: Frame) -> Image.Image:
+        if isinstance(frame, np.ndarray):
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+                raise ObservationError(f"image: array is {frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB")
+            return Image.fromarray(frame)
+        if isinstance(frame, Image.Image):
+            return frame.convert("RGB")
+        try:
+            with Image.open(frame if isinstance(frame, (str, Path)) else io.BytesIO(frame)) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            found = str(frame) if isinstance(frame, (str, Path)) else f"{len(frame)} bytes"
+            raise ObservationError(f"image: {found} is no readable JPEG or PNG ({error})") from None
+
+
+class PromptTokenizer:
+    """Turns an instruction into PaliGemma's text tokens: `<bos>`, the instruction, a closing newline.
+
+    Image tokens are not part of it: the backbone puts them in front, one run per camera and frame.
+    """
+
+    def __init__(self, tokenizer: Any, max_len: int) -> None:
+        self.tokenizer, self.max_len = tokenizer, max_len
+        self._known: dict[str, list[int]] = {}
+        self._warned = False
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, max_len: int) -> PromptTokenizer:
+        """Load the tokenizer of a Hugging Face directory or hub id.
+
+        Raises:
+            ObservationError: no tokenizer there, or one without a `<bos>` token.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ObservationError(
+                f"tokenizer: none at {name_or_path!r} ({reason}); set data.tokenizer_name_or_path to a directory or "
+                "hub id that has one"
+            ) from None
+        if tokenizer.bos_token_id is None:
+            raise ObservationError(f"tokenizer at {name_or_path!r} has no <bos> token, which PaliGemma's prompt needs")
+        return cls(tokenizer, max_len)
+
+    @classmethod
+    def from_files(cls, files: dict[str, Tensor], max_len: int) -> PromptTokenizer:
+        """Load from the tokenizer files that a checkpoint carries (name -> uint8 content)."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
+            return cls.from_pretrained(folder, max_len)
+
+    def to_files(self) -> dict[str, Tensor]:
+        """The tokenizer's files as a checkpoint carries them (name -> uint8 content)."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return {
+                path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+                for path in sorted(Path(folder).iterdir())
+                if path.is_file()
+            }
+
+    def __call__(self, prompt: str) -> list[int]:
+        """Token ids of one instruction, at most `max_len`; a longer one is cut before the newline, with one warning.
+
+        Raises:
+            ObservationError: the prompt is empty.
+        """
+        if prompt not in self._known:
+            self._known[prompt] = self._encode(prompt)
+        return self._known[prompt]
+
+    def _encode(self, prompt: str) -> list[int]:
+        text = " ".join(prompt.split())
+        if not text:
+            raise ObservationError(f"prompt is {prompt!r}; a policy needs an instruction")
+        ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(text + "\n", add_special_tokens=False)]
+        if len(ids) <= self.max_len:
+            return ids
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "prompt of %d tokens cut to data.prompt_max_len %d: %r; raise prompt_max_len to keep it whole",
+                len(ids),
+                self.max_len,
+                text,
+            )
+        return [*ids[: self.max_len - 1], ids[-1]]
+
+
+def build_observation(
+    images: dict[str, Sequence[Frame] | None],
+    prompt: str,
+    state: np.ndarray,
+    *,
+    cameras: Sequence[str],
+    max_seq_len: int,
+    image_processor: VLAImageProcessor,
+    prompt_tokenizer: PromptTokenizer,
+) -> Sample:
+    """One sample of the batch contract, without actions.
+
+    Args:
+        images: per camera its frames, oldest first and the current one last, at most `max_seq_len` of them;
+            None where the camera is absent.
+        prompt: the instruction as written.
+        state: float32 (state_dim,), physical units.
+        cameras: the cameras that the model reads, in slot order.
+        max_seq_len: frames per sample; earlier ones that do not exist are zeros and masked.
+        image_processor, prompt_tokenizer: as the checkpoint or the config gives them.
+
+    Returns:
+        `image_*` uint8 (max_seq_len, 3, H, W), `image_mask` bool (V,), `vlm_attention_mask` bool (max_seq_len,),
+        `raw_prompt_text`, `input_ids` int64 (L,), `state` float32 (state_dim,).
+
+    Raises:
+        ObservationError: unreadable frame, empty prompt, no camera at all, more frames than `max_seq_len`.
+    """
+    present = [camera for camera in cameras if images.get(camera) is not None]
+    if not present:
+        raise ObservationError(f"no image: the policy reads {', '.join(cameras)} and none was given")
+    num_frames = len(images[present[0]])
+    if not 1 <= num_frames <= max_seq_len:
+        raise ObservationError(f"{present[0]}: {num_frames} frames; wanted 1 to max_seq_len {max_seq_len}")
+    sample: Sample = {}
+    for camera in cameras:
+        frames = torch.zeros(max_seq_len, 3, image_processor.height, image_processor.width, dtype=torch.uint8)
+        if camera in present:
+            if len(images[camera]) != num_frames:
+                raise ObservationError(
+                    f"{camera}: {len(images[camera])} frames but {present[0]} has {num_frames}; give as many of each"
+                )
+            for slot, frame in enumerate(images[camera], start=max_seq_len - num_frames):
+                try:
+                    frames[slot] = image_processor(frame)
+                except ObservationError as error:
+                    raise ObservationError(f"{camera}: {error}") from None
+        sample[camera] = frames
+    sample["image_mask"] = torch.tensor([camera in present for camera in cameras])
+    sample["vlm_attention_mask"] = torch.arange(max_seq_len) >= max_seq_len - num_frames
+    sample["raw_prompt_text"] = prompt
+    sample["input_ids"] = torch.tensor(prompt_tokenizer(prompt), dtype=torch.int64)
+    sample["state"] = torch.as_tensor(np.array(state, dtype=np.float32))
+    return sample
+
+
+def collate_fn(samples: Sequence[Sample]) -> Batch:
+    """Stack samples into the batch of the data contract.
+
+    Prompts are right-padded to the longest of the batch; `prompt_mask` is False on padding. Every other
+    tensor is stacked along a new first dimension, and text is collected into a list.
+    """
+    batch: Batch = {}
+    for key, first in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if key == "input_ids":
+            padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=0)
+            lengths = torch.tensor([len(value) for value in values])
+            batch["input_ids"] = padded
+            batch["prompt_mask"] = torch.arange(padded.shape[1]) < lengths[:, None]
+        elif isinstance(first, Tensor):
+            batch[key] = torch.stack(values)
+        elif isinstance(first, str):
+            batch[key] = values
+        else:
+            batch[key] = torch.tensor(values, dtype=torch.int64)
+    return batch
+
+
+def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProcessor, PromptTokenizer]:
+    """The image processor and the tokenizer that a checkpoint was trained with, from the checkpoint alone."""
+    image_processor = VLAImageProcessor.from_settings(checkpoint["image_processor"], "checkpoint")
+    prompt_max_len = checkpoint["config"]["data"]["prompt_max_len"]
+    return image_processor, PromptTokenizer.from_files(checkpoint["tokenizer_files"], prompt_max_len)

@@ -1,0 +1,109 @@
+"""Finding Parquet files and reading their numeric columns, with errors that name file and row."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+class DataError(ValueError):
+    """A data file contradicts the schema or the configuration; the message names file, row and remedy."""
+
+
+def resolve_parquet_files(specs: Sequence[str | Path] | str | Path, key: str) -> list[Path]:
+    """Expand files, folders (searched recursively) and globs into a list of Parquet files.
+
+    Args:
+        specs: one entry or several; the order of entries is kept, files within a folder or glob are sorted.
+        key: the config key or flag that the entries come from, for the error message.
+
+    Raises:
+        DataError: no entry at all, an entry that matches nothing, or a file named twice.
+    """
+    entries = [specs] if isinstance(specs, (str, Path)) else list(specs)
+    if not entries:
+        raise DataError(f"{key} is empty; give a Parquet file, a folder of them, or a glob")
+    files: list[Path] = []
+    for entry in map(str, entries):
+        if Path(entry).is_dir():
+            found = sorted(Path(entry).rglob("*.parquet"))
+        elif Path(entry).is_file():
+            found = [Path(entry)]
+        else:
+            found = sorted(Path(match) for match in glob.glob(entry, recursive=True) if Path(match).is_file())
+        if not found:
+            raise DataError(
+                f"{key}: {entry!r} matches no Parquet file; give a file, a folder that holds some, or a glob"
+            )
+        files.extend(found)
+    repeated = sorted({str(path) for path in files if files.count(path) > 1})
+    if repeated:
+        raise DataError(f"{key} names {repeated[0]} more than once; every episode would count twice")
+    return files
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open one file, turning pyarrow's errors for damaged or empty files into a DataError that names it."""
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}); record or convert it again") from None
+    if file.metadata.num_rows == 0:
+        raise DataError(f"{path}: holds no rows; remove it or record it again")
+    return file
+
+
+def require_columns(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> None:
+    """Raise a DataError when one of `names` is not a column of the file."""
+    present = file.schema_arrow.names
+    for name in names:
+        if name not in present:
+            raise DataError(f"{path}: no column {name!r} (found: {', '.join(present)}); see docs/data_format.md")
+
+
+def vectors(column: pa.ChunkedArray | pa.Array, width: int, path: Path, first_row: int, wanted_by: str) -> np.ndarray:
+    """A list column as a float32 array (rows, width).
+
+    Args:
+        column: list, large_list or fixed_size_list of numbers.
+        width: values that every row must have.
+        path, first_row: where the column's first row lies, for error messages.
+        wanted_by: column name and config key, as in `action|per_action_dim`.
+
+    Raises:
+        DataError: another type, a null row, another width, NaN or infinity.
+    """
+    name, key = wanted_by.split("|")
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # zero chunks stay chunked
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
+    kind = array.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise DataError(f"{path}: column {name!r} is {kind}; wanted a list of float32 with {width} values per row")
+    if array.null_count:
+        row = first_row + int(np.flatnonzero(np.asarray(array.is_null()))[0])
+        raise DataError(f"{path} row {row}: {name} is null; every time step needs {width} values")
+    widths = np.asarray(array.value_lengths().fill_null(0))
+    if (widths != width).any():
+        row = int(np.flatnonzero(widths != width)[0])
+        raise DataError(
+            f"{path} row {first_row + row}: {name} has {widths[row]} values, config wants {key} {width}; "
+            "correct the config or the file"
+        )
+    values = array.flatten()
+    flat = np.asarray(values.cast(pa.float32(), safe=False).fill_null(float("nan")), dtype=np.float32)
+    matrix = flat.reshape(len(array), width)
+    finite = np.isfinite(matrix)
+    if not finite.all():
+        row, dim = (int(index) for index in np.argwhere(~finite)[0])
+        raise DataError(
+            f"{path} row {first_row + row}: {name}[{dim}] is {matrix[row, dim]}; "
+            "every value must be a finite number, so drop or mend that episode"
+        )
+    return matrix
