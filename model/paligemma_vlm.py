@@ -1,0 +1,265 @@
+"""The backbone: images and a prompt in, fused tokens out.
+
+Shape letters: B batch, S observation frames, V cameras, H height, W width, N images of the whole batch,
+n tokens per image, L context tokens (S·V·n of images, then text), E embedding width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PaliGemmaConfig, PaliGemmaModel
+from transformers.initialization import no_init_weights
+
+from model.vision_encoder_module import build_vision_resampler
+from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
+
+
+class PaliGemmaVLM(nn.Module):
+    """PaliGemma (1 or 2) as an encoder of observations (Beyer et al. 2024, Steiner et al. 2024).
+
+    Attention is bidirectional over the whole prefix, as in PaliGemma's pretraining; nothing is decoded and no
+    logits are computed. Parameters that train are float32; those frozen by `freeze_vision_tower` (the SigLIP
+    tower; the projector after it always trains) and `freeze_language_model` are stored in `vlm_config.dtype`.
+    The module works inside and outside of `torch.autocast` and never enters it by itself.
+    """
+
+    def __init__(
+        self,
+        backbone: PaliGemmaModel,
+        vlm_config: VLMConfig,
+        resampler_config: VisionResamplerConfig,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> None:
+        """Use `from_pretrained` or `from_config`; they build `backbone` in the way that this needs."""
+        super().__init__()
+        vision_config = backbone.config.vision_config
+        self.num_image_tokens = (vision_config.image_size // vision_config.patch_size) ** 2
+        if vlm_config.num_image_tokens not in (None, self.num_image_tokens):
+            raise ConfigError(
+                f"model.vlm_config.num_image_tokens is {vlm_config.num_image_tokens}, but the backbone makes "
+                f"{self.num_image_tokens} tokens of an image ({vision_config.image_size} px, patches of "
+                f"{vision_config.patch_size} px); remove num_image_tokens or choose another backbone"
+            )
+        self.backbone = backbone
+        self.resampler = build_vision_resampler(resampler_config, self.embed_dim)
+        self.register_buffer("image_mean", torch.tensor(image_mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("image_std", torch.tensor(image_std, dtype=torch.float32).view(-1, 1, 1))
+
+        frozen_dtype = getattr(torch, vlm_config.dtype)
+        if vlm_config.freeze_vision_tower:
+            _freeze(backbone.vision_tower, frozen_dtype)
+        if vlm_config.freeze_language_model:
+            _freeze(backbone.language_model, frozen_dtype)
+        if vlm_config.gradient_checkpointing:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        vlm_config: VLMConfig,
+        resampler_config: VisionResamplerConfig,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> PaliGemmaVLM:
+        """Load the backbone from a Hugging Face directory or hub id.
+
+        Args:
+            vlm_config: `model.vlm_config`; `model_name_or_path` names the directory or hub id.
+            resampler_config: `model.vision_resampler_config`.
+            image_mean, image_std: per RGB channel, on the scale of pixels in [0, 1], from the image processor.
+
+        Raises:
+            ConfigError: nothing loadable is there, it is no PaliGemma, weights are missing from it or left over,
+                or a setting contradicts the model.
+        """
+        config = _read_backbone_config(vlm_config.model_name_or_path)
+        attn_implementation = _attn_implementation(vlm_config, config)
+        backbone, report = PaliGemmaModel.from_pretrained(
+            vlm_config.model_name_or_path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+        _check_loading_report(vlm_config.model_name_or_path, report)
+        return cls(backbone, vlm_config, resampler_config, image_mean, image_std)
+
+    @classmethod
+    def from_config(
+        cls,
+        backbone_config: dict[str, Any],
+        vlm_config: VLMConfig,
+        resampler_config: VisionResamplerConfig,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> PaliGemmaVLM:
+        """Build the same module without weight files; its weights are undefined until a state dict is loaded.
+
+        Args:
+            backbone_config: what `backbone_config_dict()` returned.
+            vlm_config, resampler_config, image_mean, image_std: as for `from_pretrained`, whose
+                `model_name_or_path` is not read here.
+
+        Raises:
+            ConfigError: a setting contradicts the model.
+        """
+        config = PaliGemmaConfig.from_dict(copy.deepcopy(backbone_config))
+        config._attn_implementation = _attn_implementation(vlm_config, config)
+        with no_init_weights():  # minutes of random numbers for a 3B model, all overwritten by the state dict
+            backbone = PaliGemmaModel(config)
+        return cls(backbone, vlm_config, resampler_config, image_mean, image_std)
+
+    def backbone_config_dict(self) -> dict[str, Any]:
+        """The backbone's architecture as plain values (JSON, `torch.save`) for `from_config`."""
+        return self.backbone.config.to_dict()
+
+    @property
+    def embed_dim(self) -> int:
+        """E, width of the fused tokens."""
+        return self.backbone.config.text_config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the vision tower takes, in pixels."""
+        return self.backbone.config.vision_config.image_size
+
+    @property
+    def tokens_per_image(self) -> int:
+        """n, context tokens that one image takes, after the resampler."""
+        return self.resampler.tokens_per_image(self.num_image_tokens)
+
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        image_mask_BV: Tensor,
+        frame_mask_BS: Tensor,
+        input_ids_BL: Tensor,
+        prompt_mask_BL: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Fuse images and prompt.
+
+        Args:
+            images: one uint8 (B, S, 3, H, W) per camera, V of them, pixels 0 to 255.
+            image_mask_BV: bool, False where a sample lacks that camera.
+            frame_mask_BS: bool, False for frames before the episode's start.
+            input_ids_BL: int64, text tokens only (`<bos>` prompt newline), padded on the right.
+            prompt_mask_BL: bool, True for text tokens that exist.
+
+        Returns:
+            tokens_BLE: the backbone's last hidden states. The images come first (frames outer, cameras inner,
+                `tokens_per_image` each), then the text. float32, or the autocast or storage dtype where the
+                language model computes in that; without meaning where the mask is False.
+            mask_BL: bool, True for tokens that exist.
+
+        Raises:
+            ValueError: images of another size than `image_size`.
+        """
+        self._check_images(images)
+        slot_mask_BSV = frame_mask_BS[:, :, None] & image_mask_BV[:, None, :]
+        features_BLE = self._encode_images(images, slot_mask_BSV)
+        text_BLE = self.backbone.get_input_embeddings()(input_ids_BL)
+        # PaliGemmaModel.forward puts image features among the text embeddings as they are: only text embeddings are
+        # scaled by sqrt(E), and in transformers 5 the embedding does that by itself.
+        embeds_BLE = torch.cat([features_BLE.to(text_BLE.dtype), text_BLE], dim=1)
+
+        image_mask_BL = slot_mask_BSV.flatten(1).repeat_interleave(self.tokens_per_image, dim=1)
+        mask_BL = torch.cat([image_mask_BL, prompt_mask_BL], dim=1)
+        # Positions count the tokens that exist, from 1: what is masked out moves nothing.
+        position_ids_BL = mask_BL.cumsum(dim=1)
+        # token_type_ids 0 marks the prefix, without them PaliGemmaModel is causal. The attention mask is given even
+        # if all True: without one, repeated positions would be taken for several packed sequences.
+        outputs = self.backbone(
+            inputs_embeds=embeds_BLE,
+            attention_mask=mask_BL.long(),
+            position_ids=position_ids_BL,
+            token_type_ids=torch.zeros_like(position_ids_BL),
+            use_cache=False,
+        )
+        return outputs.last_hidden_state, mask_BL
+
+    def _encode_images(self, images: Sequence[Tensor], slot_mask_BSV: Tensor) -> Tensor:
+        """One vision pass over the images that exist; (B, S·V·n, E) with zeros in the other slots."""
+        batch, slots = slot_mask_BSV.shape[0], slot_mask_BSV[0].numel()
+        pixels_N3HW = torch.stack(tuple(images), dim=2).flatten(0, 2)
+        valid_N = slot_mask_BSV.flatten().nonzero().squeeze(1)
+        all_valid = valid_N.numel() == slot_mask_BSV.numel()
+        if not all_valid:
+            pixels_N3HW = pixels_N3HW[valid_N]
+        pixels_N3HW = (pixels_N3HW.float() / 255 - self.image_mean) / self.image_std
+        features_NnE = self.backbone.vision_tower(pixels_N3HW).last_hidden_state
+        # not get_image_features: a frozen tower gives bfloat16, which the float32 projector refuses outside autocast
+        projector = self.backbone.multi_modal_projector
+        features_NnE = self.resampler(projector(features_NnE.to(projector.linear.weight.dtype)))
+        if not all_valid:
+            empty_NnE = features_NnE.new_zeros(batch * slots, *features_NnE.shape[1:])
+            features_NnE = empty_NnE.index_copy(0, valid_N, features_NnE)
+        return features_NnE.view(batch, slots * self.tokens_per_image, self.embed_dim)
+
+    def _check_images(self, images: Sequence[Tensor]) -> None:
+        for camera, image_BS3HW in enumerate(images, start=1):
+            assert image_BS3HW.ndim == 5 and image_BS3HW.dtype == torch.uint8, (image_BS3HW.shape, image_BS3HW.dtype)
+            height, width = image_BS3HW.shape[-2:]
+            if (height, width) != (self.image_size, self.image_size):
+                raise ValueError(
+                    f"image_{camera} is {height} x {width} pixels, but the backbone takes {self.image_size} x "
+                    f"{self.image_size}; resize with the backbone's own image processor "
+                    "(data.image_processor_name_or_path), or choose a backbone for that size"
+                )
+
+
+def _freeze(module: nn.Module, dtype: torch.dtype) -> None:
+    # Parameters only: rotary frequencies are buffers, and rounding them to bfloat16 would move positions.
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+
+
+def _attn_implementation(vlm_config: VLMConfig, config: PaliGemmaConfig) -> dict[str, str]:
+    """Attention per sub-model; only the text model's is a choice, SigLIP always runs on SDPA."""
+    softcap = getattr(config.text_config, "attn_logit_softcapping", None)
+    if softcap is not None and vlm_config.attn_implementation == "sdpa":
+        raise ConfigError(
+            f"model.vlm_config.attn_implementation is sdpa, but this backbone caps attention logits at {softcap} "
+            "(attn_logit_softcapping), which SDPA cannot; choose auto or eager"
+        )
+    text = vlm_config.attn_implementation
+    if text == "auto":
+        text = "sdpa" if softcap is None else "eager"
+    return {"": text, "text_config": text, "vision_config": "sdpa"}
+
+
+def _read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
+    place = f"model.vlm_config.model_name_or_path is {name_or_path!r}"
+    remedy = (
+        "download a checkpoint (hf download google/paligemma-3b-pt-224 --local-dir weight/paligemma-3b-pt-224, after "
+        "accepting its license) or make a small one (python scripts/make_tiny_paligemma.py --output_dir ...)"
+    )
+    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
+        raise ConfigError(f"{place}: that directory has no config.json; {remedy}")
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{place}: no such directory, and no such model on the hub ({reason}); {remedy}") from error
+    if not isinstance(config, PaliGemmaConfig):
+        raise ConfigError(f"{place}: that is a {config.model_type!r} model, wanted 'paligemma'; {remedy}")
+    config.vision_config.vision_use_head = False  # SigLIP's pooling head: unused here, so it would never get gradients
+    return config
+
+
+def _check_loading_report(name_or_path: str, report: dict[str, Any]) -> None:
+    place = f"model.vlm_config.model_name_or_path is {name_or_path!r}"
+    unexpected = {key for key in report["unexpected_keys"] if "lm_head." not in key and ".head." not in key}
+    for problem, keys in (("lacks", report["missing_keys"]), ("has unknown", unexpected)):
+        if keys:
+            raise ConfigError(f"{place}: its weights file {problem} {len(keys)} tensors, e.g. {sorted(keys)[0]}")
+
+
+__all__ = ["PaliGemmaVLM"]
