@@ -1,0 +1,70 @@
+"""Simulators behind one small interface: ``make_env("metaworld", "window-open-v3")``.
+
+Importing this package imports no simulator.
+
+Seeds. ``reset(seed=s)`` decides where the objects are. Recordings take the seeds from ``--seed`` (0) upwards,
+evaluations those from ``FIRST_EVALUATION_SEED`` upwards, so that a policy is tested on scenes that it has
+not been trained on.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from envs import metaworld_tasks
+
+if TYPE_CHECKING:
+    from envs.base import RobotEnv
+
+FIRST_EVALUATION_SEED = 10_000
+_SIMULATOR_PACKAGES = ("gymnasium", "metaworld", "mujoco", "OpenGL")
+
+
+def make_env(name: str, task: str, **options: Any) -> RobotEnv:
+    """Makes an environment.
+
+    Args:
+        name: a key of ``ENVS``.
+        task: a task of that simulator, e.g. "window-open-v3".
+        options: see the environment's class, e.g. :class:`envs.metaworld_env.MetaWorldEnv`.
+
+    Returns:
+        The environment; ``reset`` it before the first step.
+
+    Raises:
+        ValueError: unknown simulator, task or option value; names the nearest valid one.
+        ModuleNotFoundError: the simulator's packages are not installed; names the command that installs them.
+        RuntimeError: off-screen rendering is impossible; names the package and variable that mend it.
+    """
+    if name not in ENVS:
+        raise ValueError(f"unknown environment {name!r}; {suggest(name, ENVS)}")
+    try:
+        return ENVS[name](task, **options)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _SIMULATOR_PACKAGES:
+            raise
+        raise ModuleNotFoundError(
+            f"environment {name!r} needs the package {package!r}: pip install -r requirements-sim.txt",
+            name=error.name,
+        ) from error
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: "did you mean 'x'?", else all valid names."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(names)}"
+
+
+def _make_metaworld(task: str, **options: Any) -> RobotEnv:
+    if task not in metaworld_tasks.TASKS:
+        raise ValueError(f"unknown Meta-World task {task!r}; {suggest(task, metaworld_tasks.TASKS)}")
+    from envs.metaworld_env import MetaWorldEnv
+
+    return MetaWorldEnv(task, **options)
+
+
+ENVS: dict[str, Callable[..., RobotEnv]] = {"metaworld": _make_metaworld}

@@ -1,0 +1,49 @@
+"""The interface that every simulator of this repository offers: a gymnasium environment with a few more facts.
+
+Observation of one time step, a dict:
+
+    image_1   uint8 (H, W, 3)        RGB, the right way up
+    image_2   uint8 (H, W, 3)        only where a second camera was asked for
+    state     float32 (state_dim,)   proprioception only; what the cameras have to find out is not in it
+
+An action is float32 (per_action_dim,) in the units of ``action_space``; it is clipped to that space.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+
+class RobotEnv(gymnasium.Env):
+    """A simulated robot with one task, one instruction and a scripted expert.
+
+    ``step`` and ``reset`` follow gymnasium; ``info["success"]`` is a bool in both. ``reset(seed=s)`` is a
+    function of ``s`` alone: the same seed gives the same scene whatever happened before, another seed gives
+    other object positions.
+    """
+
+    task: str  # name of the task as `make_env` takes it
+    instruction: str  # what the robot is told, e.g. "press the button down from above"
+    state_dim: int  # length of obs["state"]
+    per_action_dim: int  # length of one action
+    control_hz: float  # calls of `step` per simulated second
+    max_episode_steps: int  # `step` reports `truncated` at this many steps after `reset`
+
+    def expert_action(self) -> np.ndarray:
+        """The scripted expert's action for the current state, already clipped to ``action_space``.
+
+        Returns:
+            float32 (per_action_dim,).
+        """
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What else a recording must know to be repeated: camera names, image size, and the like.
+
+        Returns:
+            str, int, float, bool or None by name.
+        """
+        raise NotImplementedError

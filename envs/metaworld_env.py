@@ -1,0 +1,223 @@
+"""Meta-World v3 (https://metaworld.farama.org): 50 tasks of a Sawyer arm with a gripper, at 80 Hz."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from envs import suggest
+from envs.base import RobotEnv
+from envs.metaworld_tasks import TASKS
+from envs.mujoco_rendering import OffscreenRenderer, import_mujoco
+
+STATE_DIM = 4  # hand x, y, z in metres; gripper opening from 0 (shut) to 1 (open)
+ACTION_DIM = 4  # hand displacement x, y, z in centimetres a step; gripper effort (+ shuts)
+MAX_SIMULATED_STEPS = 500  # Meta-World refuses to step further
+
+
+class MetaWorldEnv(RobotEnv):
+    """One Meta-World task, seen by cameras.
+
+    Meta-World's own observation holds the positions of objects and goal. Only the scripted expert reads it;
+    ``obs["state"]`` is the hand's position and the gripper's opening, so that a policy has to look.
+
+    The default camera is "corner4": it stands where LeRobot's and Seo et al.'s (arXiv 2206.14244) evaluations
+    move "corner2" to, and at 96 px it shows hand and object about twice as large as "corner2" does.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        camera: str = "corner4",
+        second_camera: str | None = None,
+        image_size: int = 96,
+        hide_goal: bool = False,
+        max_episode_steps: int = 200,
+        terminate_on_success: bool = True,
+        layout_of: str | None = None,
+    ) -> None:
+        """Loads the simulation.
+
+        Args:
+            task: a key of ``envs.metaworld_tasks.TASKS``.
+            camera: camera of ``image_1``: topview, corner, corner2, corner3, corner4, behindGripper or
+                gripperPOV.
+            second_camera: camera of ``image_2``; None for no such image.
+            image_size: height and width of the images in pixels.
+            hide_goal: leave the goal markers (all sites) out of the images.
+            max_episode_steps: `step` reports ``truncated`` after so many steps, at most 500. Scripted
+                experts take 30 to 120.
+            terminate_on_success: `step` reports ``terminated`` when the task is done. Stepping on is allowed.
+            layout_of: draw the object positions from the range of this other task, which must use the same
+                scene. With it, and the goal hidden, two tasks start from the same image for the same seed.
+
+        Raises:
+            ValueError: unknown task or camera, or a size, step limit or layout that cannot be.
+            RuntimeError: off-screen rendering is impossible.
+        """
+        for name in (task, layout_of):
+            if name is not None and name not in TASKS:
+                raise ValueError(f"unknown Meta-World task {name!r}; {suggest(name, TASKS)}")
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}, must be at least 1")
+        if not 1 <= max_episode_steps <= MAX_SIMULATED_STEPS:
+            raise ValueError(f"max_episode_steps is {max_episode_steps}, must be 1 to {MAX_SIMULATED_STEPS}")
+        self._mujoco = import_mujoco()
+        self._sim = _make_simulation(task)
+        if layout_of is not None:
+            self._sim._random_reset_space = _reset_space_of(layout_of, self._sim)
+        self._renderer = OffscreenRenderer(self._sim.model, image_size, hide_sites=hide_goal)
+        for name in (camera, second_camera):
+            names = self._renderer.camera_names()
+            if name is not None and name not in names:
+                raise ValueError(f"Meta-World has no camera {name!r}; {suggest(name, names)}")
+
+        self.task = task
+        self.instruction = TASKS[task].instruction
+        self.state_dim = STATE_DIM
+        self.per_action_dim = ACTION_DIM
+        self.control_hz = 1.0 / self._sim.dt
+        self.max_episode_steps = max_episode_steps
+        self.camera = camera
+        self.second_camera = second_camera
+        self.image_size = image_size
+        self.hide_goal = hide_goal
+        self.layout_of = layout_of
+        self._terminate_on_success = terminate_on_success
+        self._expert: Any = None
+        self._raw_observation: np.ndarray | None = None
+        self._n_steps = 0
+
+        images = {"image_1": camera, "image_2": second_camera}
+        self._camera_of = {key: name for key, name in images.items() if name is not None}
+        image_space = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        state_space = gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32)
+        self.observation_space = gymnasium.spaces.Dict(
+            {**{key: image_space for key in self._camera_of}, "state": state_space}
+        )
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Starts an episode whose object positions are a function of the seed.
+
+        Args:
+            seed: non-negative; None draws one from the environment's own generator.
+            options: none are known.
+
+        Returns:
+            Observation, and ``{"success": False, "seed": seed}``.
+        """
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self.np_random.integers(2**31))
+        sim = self._sim
+        # The first reset draws valid positions. It leaves some targets computed from the previous scene
+        # (door-lock, handle-pull, peg-unplug-side, ...); the second, with the same positions, corrects them.
+        sim.seed(seed)
+        sim._freeze_rand_vec = False
+        sim.reset()
+        sim._freeze_rand_vec = True
+        sim.reset()
+        self._mujoco.mj_forward(sim.model, sim.data)
+        sim._prev_obs = sim._get_curr_obs_combined_no_goal()
+        self._raw_observation = sim._get_obs()
+        self._expert = _make_expert(self.task)
+        self._n_steps = 0
+        return self._observe(), {"success": False, "seed": seed}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Executes one action for 1 / ``control_hz`` seconds.
+
+        Args:
+            action: float (4,): hand displacement x, y, z in cm, gripper effort; clipped to [-1, 1].
+
+        Returns:
+            Observation; Meta-World's reward, 0 to 10; terminated; truncated; ``{"success": bool}``, which
+            says whether the task is done *now*.
+
+        Raises:
+            ValueError: the action has another shape or is not finite.
+            RuntimeError: `reset` has not been called.
+        """
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape != (ACTION_DIM,):
+            raise ValueError(f"{self.task}: action has shape {action.shape}, must be ({ACTION_DIM},)")
+        if not np.isfinite(action).all():
+            raise ValueError(f"{self.task}: action {action.tolist()} is not finite")
+        if self._raw_observation is None:
+            raise RuntimeError(f"{self.task}: step before reset; call reset(seed=...) first")
+        raw, reward, _, _, raw_info = self._sim.step(np.clip(action, -1.0, 1.0))
+        self._raw_observation = raw
+        self._n_steps += 1
+        success = bool(raw_info["success"])
+        terminated = success and self._terminate_on_success
+        truncated = self._n_steps >= self.max_episode_steps
+        return self._observe(), float(reward), terminated, truncated, {"success": success}
+
+    def expert_action(self) -> np.ndarray:
+        """Meta-World's scripted policy for this task, clipped as the simulator clips it (raw values reach 19).
+
+        Returns:
+            float32 (4,) in [-1, 1].
+
+        Raises:
+            RuntimeError: `reset` has not been called.
+        """
+        if self._raw_observation is None:
+            raise RuntimeError(f"{self.task}: expert_action before reset; call reset(seed=...) first")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Constant.s. may be too high")  # it is clipped below
+            action = self._expert.get_action(self._raw_observation)
+        return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+    def render(self) -> np.ndarray:
+        """The current ``image_1``, uint8 (image_size, image_size, 3)."""
+        return self._renderer.render(self._sim.data, self.camera)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "camera": self.camera,
+            "second_camera": self.second_camera,
+            "image_size": self.image_size,
+            "hide_goal": self.hide_goal,
+            "layout_of": self.layout_of,
+            "max_episode_steps": self.max_episode_steps,
+            "control_hz": self.control_hz,
+        }
+
+    def close(self) -> None:
+        self._renderer.close()
+        self._sim.close()
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        assert self._raw_observation is not None
+        data = self._sim.data
+        images = {key: self._renderer.render(data, name) for key, name in self._camera_of.items()}
+        return {**images, "state": self._raw_observation[:STATE_DIM].astype(np.float32)}
+
+
+def _make_simulation(task: str) -> Any:
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+
+    sim = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-goal-observable"](seed=0)
+    sim.seeded_rand_vec = True
+    return sim
+
+
+def _reset_space_of(task: str, sim: Any) -> Any:
+    other = _make_simulation(task)
+    if other.model_name != sim.model_name:
+        raise ValueError(f"layout_of={task!r} has another scene: {other.model_name}, not {sim.model_name}")
+    return other._random_reset_space
+
+
+def _make_expert(task: str) -> Any:
+    from metaworld.policies import ENV_POLICY_MAP
+
+    return ENV_POLICY_MAP[task]()
