@@ -34,11 +34,11 @@ from data.processing import (
     build_observation,
     collate_fn,
 )
-from utils.config_utils import DataConfig
+from utils.config_utils import Config, DataConfig
 from utils.misc import derive_seed, set_up_logging
 from utils.parquet_utils import DataError, open_parquet, resolve_parquet_files
 
-__all__ = ["StepBatchSampler", "VLADataset", "VLAImageProcessor", "collate_fn", "make_loader"]
+__all__ = ["StepBatchSampler", "VLADataset", "VLAImageProcessor", "build_dataset", "collate_fn", "make_loader"]
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +209,29 @@ def make_loader(
         worker_init_fn=_init_worker if num_workers else None,
         **order,
         **options,
+    )
+
+
+def build_dataset(
+    config: Config, key: str, image_processor: VLAImageProcessor, prompt_tokenizer: PromptTokenizer
+) -> VLADataset | None:
+    """The dataset of `data.train_parquet_files` or `data.val_parquet_files` (`key`); None where it is empty.
+
+    Raises:
+        DataError: training files are missing, or files break the schema.
+    """
+    specs = getattr(config.data, key)
+    if not specs and key == "val_parquet_files":
+        return None
+    head = config.model.action_head_config
+    return VLADataset(
+        resolve_parquet_files(specs, f"data.{key}"),
+        config.data,
+        horizon=head.horizon,
+        per_action_dim=head.per_action_dim,
+        cameras=config.cameras,
+        image_processor=image_processor,
+        prompt_tokenizer=prompt_tokenizer,
     )
 
 

@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.config_utils import Config
+
 logger = logging.getLogger(__name__)
 
 Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
@@ -279,3 +281,13 @@ def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProc
     image_processor = VLAImageProcessor.from_settings(checkpoint["image_processor"], "checkpoint")
     prompt_max_len = checkpoint["config"]["data"]["prompt_max_len"]
     return image_processor, PromptTokenizer.from_files(checkpoint["tokenizer_files"], prompt_max_len)
+
+
+def processors_from_config(config: Config) -> tuple[VLAImageProcessor, PromptTokenizer]:
+    """The image processor and the tokenizer that a config names; the backbone's own where it names none."""
+    data, backbone = config.data, config.model.vlm_config.model_name_or_path
+    image_source = data.image_processor_name_or_path or data.siglip_model_name or backbone
+    return (
+        VLAImageProcessor.from_pretrained(image_source),
+        PromptTokenizer.from_pretrained(data.tokenizer_name_or_path or backbone, data.prompt_max_len),
+    )

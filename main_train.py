@@ -1,0 +1,76 @@
+"""Train a policy on one GPU (or CPU): config, loaders, model, trainer, fit.
+
+python main_train.py --config_path configs/vla_config.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import torch
+
+from data.loader import StepBatchSampler, build_dataset, make_loader
+from data.processing import processors_from_checkpoint, processors_from_config
+from model.vla_model import VLAModel, require_same_architecture
+from training.trainer import NonFiniteLossError, VLATrainer
+from utils.calculate_normalization_stats import load_statistics
+from utils.checkpoint import load_checkpoint
+from utils.cli import config_from_args, refuse_to_overwrite, train_parser
+from utils.misc import derive_seed, pick_device, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    args = train_parser(__doc__).parse_args()
+    config = config_from_args(args)
+    refuse_to_overwrite(config, args.resume_checkpoint)
+    set_up_logging(config.experiment_dir / "logs" / "train.log")
+    device = pick_device()
+    if config.training.num_threads is not None:
+        torch.set_num_threads(config.training.num_threads)
+
+    start = args.resume_checkpoint or args.init_checkpoint
+    checkpoint = load_checkpoint(start) if start else None
+    if checkpoint is not None:
+        require_same_architecture(checkpoint["config"], config, start)
+    image_processor, tokenizer = (
+        processors_from_config(config) if checkpoint is None else processors_from_checkpoint(checkpoint)
+    )
+
+    train_set = build_dataset(config, "train_parquet_files", image_processor, tokenizer)
+    val_set = build_dataset(config, "val_parquet_files", image_processor, tokenizer)
+    data, training = config.data, config.training
+    sampler = StepBatchSampler(
+        len(train_set), data.batch_size, seed=training.seed, accumulation=training.gradient_accumulation_steps
+    )
+    train_loader = make_loader(train_set, num_workers=data.num_workers, batch_sampler=sampler, seed=training.seed)
+    val_loader = None
+    if val_set is not None:
+        val_loader = make_loader(val_set, num_workers=data.num_workers, batch_size=data.batch_size)
+
+    torch.manual_seed(derive_seed("init", training.seed))
+    if args.resume_checkpoint:
+        model = VLAModel.from_checkpoint(checkpoint, config)
+    else:
+        per_action_dim = config.model.action_head_config.per_action_dim
+        statistics = load_statistics(data.normalization_stats_path, data.state_dim, per_action_dim, args.config_path)
+        if checkpoint is not None:
+            model = VLAModel.from_checkpoint(checkpoint, config, statistics=[statistics])
+        else:
+            model = VLAModel.from_pretrained(config, [statistics], image_processor.mean, image_processor.std)
+
+    processors = {"image_processor": image_processor.to_settings(), "tokenizer_files": tokenizer.to_files()}
+    trainer = VLATrainer(config, model, train_loader, val_loader, device, processors)
+    if args.resume_checkpoint:
+        trainer.resume(checkpoint, args.resume_checkpoint)
+    trainer.fit()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, NonFiniteLossError) as error:
+        logger.debug("traceback", exc_info=True)
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""Backbone, normalizer and action heads; imports only utils/."""

@@ -1,0 +1,196 @@
+"""VLAModel: normalizer, backbone and action head as one checkpointable policy in physical units.
+
+Shape letters: B batch, V cameras, L context tokens, E embedding width, T horizon, A per_action_dim, S state_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.action_head import build_action_head
+from model.action_head.base import Generators
+from model.context import Context
+from model.normalizer import Normalizer
+from model.paligemma_vlm import PaliGemmaVLM
+from utils.calculate_normalization_stats import check_statistics
+from utils.checkpoint import CheckpointError
+from utils.config_utils import Config, ConfigError, config_from_dict
+
+
+class VLAModel(nn.Module):
+    """A batch of the data contract in, a loss per action step or actions in physical units out."""
+
+    def __init__(self, config: Config, backbone: PaliGemmaVLM, statistics: Sequence[dict[str, Any]]) -> None:
+        """Assemble a policy; use `from_pretrained` or `from_checkpoint` instead.
+
+        Args:
+            config: read for the `data` section's normalization and the head's section.
+            backbone: images and prompt -> fused tokens.
+            statistics: per dataset, in the order of `dataset_index`.
+        """
+        super().__init__()
+        head = config.model.action_head_config
+        for i, one in enumerate(statistics):
+            remedy = "calculate the statistics again for this config"
+            check_statistics(one, config.data.state_dim, head.per_action_dim, f"statistics of dataset {i}", remedy)
+        self.cameras = config.cameras
+        self.statistics = list(statistics)
+        self.compute_dtype = getattr(torch, config.model.vlm_config.dtype)
+        self.normalizer = Normalizer(statistics, config.data.normalization_type, config.data.action_bounds)
+        self.backbone = backbone
+        self.action_head = build_action_head(head, backbone.embed_dim, config.data.state_dim)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        config: Config,
+        statistics: Sequence[dict[str, Any]],
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> VLAModel:
+        """A new policy on the pretrained backbone of `model.vlm_config.model_name_or_path`.
+
+        Raises:
+            ConfigError: the backbone's directory is missing or does not fit the config.
+            StatisticsError: statistics of another size.
+        """
+        model = config.model
+        backbone = PaliGemmaVLM.from_pretrained(model.vlm_config, model.vision_resampler_config, image_mean, image_std)
+        return cls(config, backbone, statistics)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: dict[str, Any],
+        config: Config | None = None,
+        statistics: Sequence[dict[str, Any]] | None = None,
+    ) -> VLAModel:
+        """The policy of a checkpoint dict (`utils.checkpoint.load_checkpoint`), from it alone.
+
+        Args:
+            checkpoint: as loaded.
+            config: build with this config instead of the checkpoint's own (fine-tuning with, say, another dtype).
+            statistics: take these instead of the checkpoint's own (new data); None keeps the old units.
+
+        Raises:
+            CheckpointError: the weights do not fit the architecture that the config describes.
+        """
+        config = config or config_from_dict(checkpoint["config"], source="checkpoint")
+        vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
+        mean, std = checkpoint["image_processor"]["image_mean"], checkpoint["image_processor"]["image_std"]
+        backbone = PaliGemmaVLM.from_config(checkpoint["backbone_config"], vlm, resampler, mean, std)
+        model = cls(config, backbone, checkpoint["statistics"] if statistics is None else statistics)
+        weights = checkpoint["model"]
+        if statistics is not None:
+            fresh = {f"normalizer.{name}": value for name, value in model.normalizer.state_dict().items()}
+            weights = {**weights, **fresh}
+        model.load_weights(weights)
+        return model
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Strictly load weights.
+
+        Raises:
+            CheckpointError: naming the first parameters that are missing, left over or of another shape.
+        """
+        own = self.state_dict()
+        faults = [f"{key} is missing" for key in own if key not in weights]
+        faults += [f"{key} is not part of this model" for key in weights if key not in own]
+        for key in own.keys() & weights.keys():
+            if own[key].shape != weights[key].shape:
+                faults.append(f"{key} is {tuple(weights[key].shape)}, wanted {tuple(own[key].shape)}")
+        if faults:
+            raise CheckpointError(
+                f"checkpoint of another architecture: {'; '.join(faults[:4])}"
+                f"{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}; "
+                "use the config that the checkpoint was trained with, or start anew without it"
+            )
+        self.load_state_dict(weights, strict=True)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Training loss per action step, float32 (B, T), zero where `action_is_pad`.
+
+        Args:
+            batch: the data contract, on the model's device, `action` in physical units.
+        """
+        with self._autocast():
+            context = self.encode(batch)
+            action_BTA = self.normalizer.normalize_action(batch["action"], batch["dataset_index"])
+            return self.action_head.loss(context, action_BTA, batch["action_is_pad"])
+
+    @torch.no_grad()
+    def predict(self, batch: dict[str, Any], generator: Generators = None, num_inference_steps: int = 10) -> Tensor:
+        """Sampled actions, float32 (B, T, A), physical units.
+
+        Args:
+            batch: the data contract; actions are not needed.
+            generator: see `ActionHeadBase.sample`.
+            num_inference_steps: integration steps of heads that iterate.
+        """
+        with self._autocast():
+            context = self.encode(batch)
+            action_BTA = self.action_head.sample(context, generator, num_inference_steps)
+        return self.normalizer.denormalize_action(action_BTA.float(), batch["dataset_index"])
+
+    def encode(self, batch: dict[str, Any]) -> Context:
+        """The fused observation that the head sees; the same for training, evaluation and serving."""
+        tokens_BLE, mask_BL = self.backbone(
+            [batch[camera] for camera in self.cameras],
+            batch["image_mask"],
+            batch["vlm_attention_mask"],
+            batch["input_ids"],
+            batch["prompt_mask"],
+        )
+        state_BS = self.normalizer.normalize_state(batch["state"], batch["dataset_index"])
+        return Context(tokens_BLE, mask_BL, state_BS)
+
+    def _autocast(self) -> AbstractContextManager:
+        device = self.normalizer.state_center.device
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+
+
+# Settings that a run may change between a checkpoint and its continuation: they alter no weight's meaning.
+FREE_SETTINGS = {
+    "model_name_or_path",
+    "dtype",
+    "freeze_vision_tower",
+    "freeze_language_model",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "num_image_tokens",
+    "num_action_dims",
+    "dropout_prob",
+    "noise_draws_per_sample",
+    "time_distribution",
+    "time_beta",
+    "time_clamp",
+}
+
+
+def require_same_architecture(saved: dict[str, Any], config: Config, path: str) -> None:
+    """Raise a ConfigError that lists how the config's architecture differs from a checkpoint's.
+
+    Args:
+        saved: the checkpoint's resolved config.
+        config: what the run asks for.
+        path: the checkpoint, for the message.
+    """
+    old = config_from_dict(saved, source=path)
+    differences = []
+    for section in ("vlm_config", "vision_resampler_config", "action_head_config"):
+        before, now = vars(getattr(old.model, section)), vars(getattr(config.model, section))
+        differences += [
+            f"model.{section}.{key}: checkpoint {before[key]!r}, config {now[key]!r}"
+            for key in before
+            if key not in FREE_SETTINGS and before[key] != now[key]
+        ]
+    if old.data.state_dim != config.data.state_dim:
+        differences.append(f"data.state_dim: checkpoint {old.data.state_dim}, config {config.data.state_dim}")
+    if differences:
+        raise ConfigError(f"{path}: a checkpoint of another architecture: {'; '.join(differences)}; make them agree")

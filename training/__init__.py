@@ -1,0 +1,1 @@
+"""The training loop; imports only model/ and utils/, loaders are passed in."""

@@ -1,0 +1,76 @@
+"""The flags that main_train.py and main_train_ddp.py share, and how they reach the configuration."""
+
+from __future__ import annotations
+
+import argparse
+
+from utils.config_utils import Config, ConfigError, load_config
+
+# flag -> the config key that it overrides
+OVERRIDES = {
+    "epochs": "training.epochs",
+    "batch_size": "data.batch_size",
+    "lr": "optimizer.lr",
+    "experiment_name": "training.experiment_name",
+    "model_name_or_path": "model.vlm_config.model_name_or_path",
+    "model_path_override": "model.vlm_config.model_name_or_path",
+    "train_data_override": "data.train_parquet_files",
+    "val_data_override": "data.val_parquet_files",
+    "wandb_project_name": "wandb.project",
+    "wandb_entity": "wandb.entity",
+}
+
+
+def train_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of training; a flag that is not given leaves the config as it is."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", required=True, help="YAML file of differences from the defaults")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch_size", type=int, help="samples per optimizer step, over all ranks")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--experiment_name", help="output folder under training.checkpoint_dir")
+    parser.add_argument(
+        "--resume_checkpoint",
+        help="continue this run exactly; with another --experiment_name, fine-tune from its weights and optimizer",
+    )
+    parser.add_argument("--init_checkpoint", help="start a new run from this checkpoint's weights alone")
+    parser.add_argument("--model_name_or_path", help="backbone: Hugging Face directory or hub id")
+    parser.add_argument("--model_path_override", help="older spelling of --model_name_or_path")
+    parser.add_argument("--train_data_override", nargs="+", help="instead of data.train_parquet_files")
+    parser.add_argument("--val_data_override", nargs="+", help="instead of data.val_parquet_files")
+    parser.add_argument("--use_wandb", action="store_true", help="log to Weights & Biases")
+    parser.add_argument("--wandb_project_name")
+    parser.add_argument("--wandb_entity")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="set_args")
+    return parser
+
+
+def config_from_args(args: argparse.Namespace) -> Config:
+    """The configuration: flags over `--set` over the YAML file over the defaults.
+
+    Raises:
+        ConfigError: see `load_config`; also two flags that contradict each other.
+    """
+    if args.resume_checkpoint and args.init_checkpoint:
+        raise ConfigError("--resume_checkpoint and --init_checkpoint exclude each other; give one of them")
+    if args.model_name_or_path and args.model_path_override not in (None, args.model_name_or_path):
+        raise ConfigError("--model_name_or_path and --model_path_override name two backbones; give one of them")
+    overrides = {}
+    for flag, key in OVERRIDES.items():
+        value = getattr(args, flag)
+        if value is not None:
+            overrides[key] = value
+    if args.use_wandb:
+        overrides["wandb.enabled"] = True
+    return load_config(args.config_path, overrides, args.set_args)
+
+
+def refuse_to_overwrite(config: Config, resume_checkpoint: str | None) -> None:
+    """Raise a ConfigError when a new run would write into the folder of an earlier one."""
+    checkpoints = config.experiment_dir / "checkpoints"
+    if resume_checkpoint is None and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        newest = max(checkpoints.iterdir(), key=lambda path: path.stat().st_mtime)
+        raise ConfigError(
+            f"{config.experiment_dir} already holds a run; continue it with --resume_checkpoint {newest}, or choose "
+            "another --experiment_name"
+        )
