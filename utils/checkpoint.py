@@ -12,7 +12,7 @@ import torch
 from utils.misc import atomic_path
 
 FORMAT = "paligemma-vla/1"
-REQUIRED = ("format", "step", "config", "model", "statistics", "cameras", "backbone_config", "tokenizer_files")
+REQUIRED = ("format", "step", "config", "model", "statistics", "cameras", "backbone_config", "image_processor", "tokenizer_files")
 
 
 class CheckpointError(ValueError):
