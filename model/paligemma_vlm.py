@@ -7,13 +7,16 @@ n tokens per image, L context tokens (S·V·n of images, then text), E embedding
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, PaliGemmaConfig, PaliGemmaModel
+from transformers import PaliGemmaConfig, PaliGemmaModel
 from transformers.initialization import no_init_weights
 
 from model.vision_encoder_module import build_vision_resampler
@@ -32,23 +35,15 @@ class PaliGemmaVLM(nn.Module):
     def __init__(
         self,
         backbone: PaliGemmaModel,
+        resampler: nn.Module,
         vlm_config: VLMConfig,
-        resampler_config: VisionResamplerConfig,
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> None:
-        """Use `from_pretrained` or `from_config`; they build `backbone` in the way that this needs."""
+        """Use `from_pretrained` or `from_config`: they check the configuration before any weights are made."""
         super().__init__()
-        vision_config = backbone.config.vision_config
-        self.num_image_tokens = (vision_config.image_size // vision_config.patch_size) ** 2
-        if vlm_config.num_image_tokens not in (None, self.num_image_tokens):
-            raise ConfigError(
-                f"model.vlm_config.num_image_tokens is {vlm_config.num_image_tokens}, but the backbone makes "
-                f"{self.num_image_tokens} tokens of an image ({vision_config.image_size} px, patches of "
-                f"{vision_config.patch_size} px); remove num_image_tokens or choose another backbone"
-            )
         self.backbone = backbone
-        self.resampler = build_vision_resampler(resampler_config, self.embed_dim)
+        self.resampler = resampler
         self.register_buffer("image_mean", torch.tensor(image_mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("image_std", torch.tensor(image_std, dtype=torch.float32).view(-1, 1, 1))
 
@@ -59,6 +54,7 @@ class PaliGemmaVLM(nn.Module):
             _freeze(backbone.language_model, frozen_dtype)
         if vlm_config.gradient_checkpointing:
             backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train()  # transformers hands out loaded models in evaluation mode, built ones in training mode
 
     @classmethod
     def from_pretrained(
@@ -80,16 +76,10 @@ class PaliGemmaVLM(nn.Module):
                 or a setting contradicts the model.
         """
         config = _read_backbone_config(vlm_config.model_name_or_path)
-        attn_implementation = _attn_implementation(vlm_config, config)
-        backbone, report = PaliGemmaModel.from_pretrained(
-            vlm_config.model_name_or_path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )
-        _check_loading_report(vlm_config.model_name_or_path, report)
-        return cls(backbone, vlm_config, resampler_config, image_mean, image_std)
+        _check_num_image_tokens(vlm_config, config)
+        resampler = build_vision_resampler(resampler_config, config.text_config.hidden_size)
+        backbone = _load_backbone(vlm_config.model_name_or_path, config, _attn_implementation(vlm_config, config))
+        return cls(backbone, resampler, vlm_config, image_mean, image_std)
 
     @classmethod
     def from_config(
@@ -111,14 +101,18 @@ class PaliGemmaVLM(nn.Module):
             ConfigError: a setting contradicts the model.
         """
         config = PaliGemmaConfig.from_dict(copy.deepcopy(backbone_config))
+        _check_num_image_tokens(vlm_config, config)
+        resampler = build_vision_resampler(resampler_config, config.text_config.hidden_size)
         config._attn_implementation = _attn_implementation(vlm_config, config)
         with no_init_weights():  # minutes of random numbers for a 3B model, all overwritten by the state dict
             backbone = PaliGemmaModel(config)
-        return cls(backbone, vlm_config, resampler_config, image_mean, image_std)
+        return cls(backbone, resampler, vlm_config, image_mean, image_std)
 
     def backbone_config_dict(self) -> dict[str, Any]:
-        """The backbone's architecture as plain values (JSON, `torch.save`) for `from_config`."""
-        return self.backbone.config.to_dict()
+        """The backbone's architecture as plain values, for JSON, for checkpoints and for `from_config`."""
+        values = json.loads(self.backbone.config.to_json_string(use_diff=False))
+        values.pop("_name_or_path", None)  # where it came from, on the machine that loaded it
+        return values
 
     @property
     def embed_dim(self) -> int:
@@ -133,7 +127,7 @@ class PaliGemmaVLM(nn.Module):
     @property
     def tokens_per_image(self) -> int:
         """n, context tokens that one image takes, after the resampler."""
-        return self.resampler.tokens_per_image(self.num_image_tokens)
+        return self.resampler.tokens_per_image(_num_image_tokens(self.backbone.config))
 
     def forward(
         self,
@@ -162,6 +156,7 @@ class PaliGemmaVLM(nn.Module):
             ValueError: images of another size than `image_size`.
         """
         self._check_images(images)
+        assert len(images) == image_mask_BV.shape[1], f"{len(images)} cameras, mask {tuple(image_mask_BV.shape)}"
         slot_mask_BSV = frame_mask_BS[:, :, None] & image_mask_BV[:, None, :]
         features_BLE = self._encode_images(images, slot_mask_BSV)
         text_BLE = self.backbone.get_input_embeddings()(input_ids_BL)
@@ -177,7 +172,7 @@ class PaliGemmaVLM(nn.Module):
         # if all True: without one, repeated positions would be taken for several packed sequences.
         outputs = self.backbone(
             inputs_embeds=embeds_BLE,
-            attention_mask=mask_BL.long(),
+            attention_mask=mask_BL,
             position_ids=position_ids_BL,
             token_type_ids=torch.zeros_like(position_ids_BL),
             use_cache=False,
@@ -221,45 +216,89 @@ def _freeze(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def _num_image_tokens(config: PaliGemmaConfig) -> int:
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def _check_num_image_tokens(vlm_config: VLMConfig, config: PaliGemmaConfig) -> None:
+    if vlm_config.num_image_tokens not in (None, _num_image_tokens(config)):
+        raise ConfigError(
+            f"model.vlm_config.num_image_tokens is {vlm_config.num_image_tokens}, but the backbone makes "
+            f"{_num_image_tokens(config)} tokens of an image ({config.vision_config.image_size} px, patches of "
+            f"{config.vision_config.patch_size} px); remove num_image_tokens or choose another backbone"
+        )
+
+
 def _attn_implementation(vlm_config: VLMConfig, config: PaliGemmaConfig) -> dict[str, str]:
-    """Attention per sub-model; only the text model's is a choice, SigLIP always runs on SDPA."""
+    """Attention of each sub-model. Only the text model's is a choice: SigLIP caps nothing and runs on SDPA."""
     softcap = getattr(config.text_config, "attn_logit_softcapping", None)
-    if softcap is not None and vlm_config.attn_implementation == "sdpa":
+    choice = vlm_config.attn_implementation
+    if choice == "auto":
+        choice = "sdpa" if softcap is None else "eager"
+    if choice == "sdpa" and softcap is not None:
+        # torch's scaled_dot_product_attention has no cap. Newer transformers (5.23) refuse the combination, older ones
+        # (5.17) run it without the cap and without a word.
         raise ConfigError(
             f"model.vlm_config.attn_implementation is sdpa, but this backbone caps attention logits at {softcap} "
-            "(attn_logit_softcapping), which SDPA cannot; choose auto or eager"
+            "(attn_logit_softcapping), which SDPA cannot do; give auto or eager"
         )
-    text = vlm_config.attn_implementation
-    if text == "auto":
-        text = "sdpa" if softcap is None else "eager"
-    return {"": text, "text_config": text, "vision_config": "sdpa"}
+    return {"": choice, "text_config": choice, "vision_config": "sdpa"}
+
+
+def _place(name_or_path: str) -> str:
+    return f"model.vlm_config.model_name_or_path is {name_or_path!r}"
 
 
 def _read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
-    place = f"model.vlm_config.model_name_or_path is {name_or_path!r}"
     remedy = (
-        "download a checkpoint (hf download google/paligemma-3b-pt-224 --local-dir weight/paligemma-3b-pt-224, after "
-        "accepting its license) or make a small one (python scripts/make_tiny_paligemma.py --output_dir ...)"
+        "download a PaliGemma (accept its license, then: hf download google/paligemma-3b-pt-224 --local-dir "
+        "weight/paligemma-3b-pt-224), or make a small untrained one (python scripts/make_tiny_paligemma.py)"
     )
-    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
-        raise ConfigError(f"{place}: that directory has no config.json; {remedy}")
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        values, _ = PaliGemmaConfig.get_config_dict(name_or_path)
     except (OSError, ValueError) as error:
+        is_dir = Path(name_or_path).is_dir()
+        found = (
+            "no readable config.json in that directory" if is_dir else "no such directory, nor such a model on the hub"
+        )
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{place}: no such directory, and no such model on the hub ({reason}); {remedy}") from error
-    if not isinstance(config, PaliGemmaConfig):
-        raise ConfigError(f"{place}: that is a {config.model_type!r} model, wanted 'paligemma'; {remedy}")
-    config.vision_config.vision_use_head = False  # SigLIP's pooling head: unused here, so it would never get gradients
+        raise ConfigError(f"{_place(name_or_path)}: {found} ({reason}); {remedy}") from error
+    if values.get("model_type") != "paligemma":
+        raise ConfigError(
+            f"{_place(name_or_path)}: its config.json says model_type {values.get('model_type')!r}, wanted 'paligemma' "
+            f"(PaliGemma 1 or 2); {remedy}"
+        )
+    config = PaliGemmaConfig.from_dict(values)
+    config.vision_config.vision_use_head = False  # SigLIP's pooling head: nothing here reads it, it could not train
     return config
 
 
-def _check_loading_report(name_or_path: str, report: dict[str, Any]) -> None:
-    place = f"model.vlm_config.model_name_or_path is {name_or_path!r}"
-    unexpected = {key for key in report["unexpected_keys"] if "lm_head." not in key and ".head." not in key}
-    for problem, keys in (("lacks", report["missing_keys"]), ("has unknown", unexpected)):
-        if keys:
-            raise ConfigError(f"{place}: its weights file {problem} {len(keys)} tensors, e.g. {sorted(keys)[0]}")
-
-
-__all__ = ["PaliGemmaVLM"]
+def _load_backbone(name_or_path: str, config: PaliGemmaConfig, attn_implementation: dict[str, str]) -> PaliGemmaModel:
+    """The weights as float32, or an error: nothing may be left at its random initialisation."""
+    try:
+        backbone, report = PaliGemmaModel.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,  # so that they are reported below
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{_place(name_or_path)}: its weights cannot be read ({reason}); download it again or write it anew"
+        ) from error
+    # The published checkpoints are PaliGemmaForConditionalGeneration: an lm_head may be left over, nothing else.
+    unused = re.compile(r"(^|\.)lm_head\.|vision_tower\.(vision_model\.)?head\.")
+    for problem, tensors in (
+        ("lack", report["missing_keys"]),
+        ("have another size for", [key for key, *_ in report["mismatched_keys"]]),
+        ("have the unknown", [key for key in report["unexpected_keys"] if not unused.search(key)]),
+    ):
+        if tensors:
+            raise ConfigError(
+                f"{_place(name_or_path)}: its weights {problem} {sorted(tensors)[0]} ({len(tensors)} such tensors), "
+                "so they do not belong to its config.json; download it again or write it anew"
+            )
+    return backbone

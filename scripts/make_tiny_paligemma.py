@@ -171,7 +171,7 @@ def _train_tokenizer(prompts: Sequence[str], vocab_size: int) -> GemmaTokenizer:
     bpe = json.loads(trained.to_str())["model"]
     pieces = sorted(bpe["vocab"], key=bpe["vocab"].get)[len(SPECIAL_TOKENS) :]
     vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *BYTE_TOKENS, *pieces])}
-    tokenizer = GemmaTokenizer(vocab=vocab, merges=[tuple(pair) for pair in bpe["merges"]])
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=[tuple(pair) for pair in bpe["merges"]], add_bos_token=True)
     image_token = AddedToken(IMAGE_TOKEN, normalized=False, special=True)
     tokenizer.add_special_tokens({"additional_special_tokens": [image_token]})
     assert len(tokenizer) <= vocab_size, f"tokenizer has {len(tokenizer)} tokens"
