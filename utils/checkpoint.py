@@ -12,7 +12,17 @@ import torch
 from utils.misc import atomic_path
 
 FORMAT = "paligemma-vla/1"
-REQUIRED = ("format", "step", "config", "model", "statistics", "cameras", "backbone_config", "image_processor", "tokenizer_files")
+REQUIRED = (
+    "format",
+    "step",
+    "config",
+    "model",
+    "statistics",
+    "cameras",
+    "backbone_config",
+    "image_processor",
+    "tokenizer_files",
+)
 
 
 class CheckpointError(ValueError):
@@ -44,6 +54,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             "kind of file; use an earlier checkpoint of the run"
         )
     try:
+        _verify_index(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
@@ -59,3 +70,11 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     if checkpoint["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {checkpoint['format']!r}; this version reads {FORMAT!r}")
     return checkpoint
+
+
+def _verify_index(path: Path) -> None:
+    """Read the archive's index record against its checksum, so that a damaged one is told from an unsafe one."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("/data.pkl"):
+                archive.read(name)

@@ -94,7 +94,9 @@ def test_image_spellings(tmp_path, make_dataset, spelling):
     plain = write_rows(tmp_path / "plain.parquet", rows)
     for row in rows:
         encoded = row.pop("image_1")
-        row.update({"image_1_bytes": encoded} if spelling != "struct" else {"image_1": {"bytes": encoded, "path": None}})
+        row.update(
+            {"image_1_bytes": encoded} if spelling != "struct" else {"image_1": {"bytes": encoded, "path": None}}
+        )
     other = write_rows(tmp_path / "other.parquet", rows)
     for a, b in zip(make_dataset([plain]), make_dataset([other]), strict=True):
         assert torch.equal(a["image_1"], b["image_1"])
@@ -153,9 +155,7 @@ def test_cache_is_reused_and_rebuilt_when_a_source_changes(tmp_path):
 
 def test_store_returns_the_very_bytes(tmp_path):
     path = write_episodes(tmp_path / "a.parquet", [1200], image_size=4)
-    store = EpisodeStore(
-        [path], state_dim=4, per_action_dim=4, cameras=("image_1",), cache_dir=tmp_path / "cache"
-    )
+    store = EpisodeStore([path], state_dim=4, per_action_dim=4, cameras=("image_1",), cache_dir=tmp_path / "cache")
     encoded = pq.read_table(path)["image_1"].to_pylist()
     assert all(bytes(store.image("image_1", row)) == encoded[row] for row in (0, 511, 512, 1023, 1024, 1199))
 

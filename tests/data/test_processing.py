@@ -1,0 +1,118 @@
+"""The path from frames and prompt to the batch, shared by training and serving."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from data.processing import (
+    ObservationError,
+    PromptTokenizer,
+    VLAImageProcessor,
+    build_observation,
+    processors_from_config,
+)
+from tests.helpers import png
+from utils.config_utils import config_from_dict
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_paligemma_dir):
+    return PromptTokenizer.from_pretrained(str(tiny_paligemma_dir), 48)
+
+
+@pytest.fixture
+def processor():
+    return VLAImageProcessor(16, 24, (0.5,) * 3, (0.5,) * 3, Image.Resampling.BICUBIC)
+
+
+def test_prompt_format_is_paligemmas(tiny_paligemma_dir, tokenizer):
+    reference = AutoTokenizer.from_pretrained(tiny_paligemma_dir)
+    expected = reference.encode("<bos>press the button\n", add_special_tokens=False)
+    assert tokenizer("press the button") == expected
+    assert tokenizer("  press  the\nbutton ") == expected, "white space is folded; the only newline is the last token"
+
+
+def test_long_prompt_is_cut_with_one_warning(tiny_paligemma_dir, caplog):
+    short = PromptTokenizer.from_pretrained(str(tiny_paligemma_dir), 5)
+    with caplog.at_level(logging.WARNING):
+        first, second = short("press the button " * 9), short("open the window now please " * 3)
+    assert len(first) == len(second) == 5
+    whole = PromptTokenizer.from_pretrained(str(tiny_paligemma_dir), 500)("press the button")
+    assert first[0] == whole[0] and first[-1] == whole[-1], "<bos> and the newline stay"
+    assert caplog.text.count("cut to data.prompt_max_len 5") == 1
+
+
+def test_empty_prompt_is_refused(tokenizer):
+    with pytest.raises(ObservationError, match="prompt is '  '; a policy needs an instruction"):
+        tokenizer("  ")
+
+
+def test_tokenizer_survives_the_checkpoint(tokenizer):
+    again = PromptTokenizer.from_files(tokenizer.to_files(), 48)
+    for prompt in ("press the button", "äöü 火 something new"):
+        assert again(prompt) == tokenizer(prompt)
+
+
+def test_missing_tokenizer_and_processor_name_the_key(tmp_path):
+    with pytest.raises(ObservationError, match="data.tokenizer_name_or_path"):
+        PromptTokenizer.from_pretrained(str(tmp_path), 48)
+    with pytest.raises(ObservationError, match="data.image_processor_name_or_path"):
+        VLAImageProcessor.from_pretrained(str(tmp_path))
+
+
+def test_processors_come_from_the_backbone_unless_named(tiny_paligemma_dir, tiny_paligemma2_dir):
+    backbone = {"vlm_config": {"model_name_or_path": str(tiny_paligemma_dir)}}
+    image_processor, tokenizer = processors_from_config(config_from_dict({"model": backbone}))
+    assert (image_processor.height, image_processor.width) == (32, 32) and image_processor.mean == (0.5, 0.5, 0.5)
+    assert tokenizer.max_len == 48
+    named = {"model": backbone, "data": {"siglip_model_name": str(tiny_paligemma2_dir), "prompt_max_len": 7}}
+    assert processors_from_config(config_from_dict(named))[1].max_len == 7
+
+
+def test_image_inputs_agree(tmp_path, processor):
+    encoded = png(np.random.default_rng(0), 40)
+    path = tmp_path / "frame.png"
+    path.write_bytes(encoded)
+    image = Image.open(path)
+    results = [processor(item) for item in (encoded, memoryview(encoded), path, str(path), image, np.array(image))]
+    assert results[0].shape == (3, 16, 24) and results[0].dtype == torch.uint8
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_settings_round_trip_and_unsupported_ones_are_refused(processor):
+    again = VLAImageProcessor.from_settings(processor.to_settings(), "x")
+    assert vars(again) == vars(processor)
+    for spoiled in ({"size": {"shortest_edge": 3}}, {"do_center_crop": True}, {"rescale_factor": 1.0}):
+        with pytest.raises(ObservationError, match="image processor at 'x'"):
+            VLAImageProcessor.from_settings(processor.to_settings() | spoiled, "x")
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"array is float32 \(4, 4, 3\); wanted uint8"),
+        (np.zeros((3, 4, 4), np.uint8), r"array is uint8 \(3, 4, 4\)"),
+        (b"", "0 bytes is no readable"),
+        ("/nothing.png", "/nothing.png is no readable"),
+    ],
+)
+def test_bad_frames(processor, frame, message):
+    with pytest.raises(ObservationError, match=message):
+        processor(frame)
+
+
+def test_observation_needs_a_camera_and_equal_frame_counts(processor, tokenizer):
+    frame = np.zeros((16, 24, 3), np.uint8)
+    options = dict(cameras=("image_1", "image_2"), max_seq_len=2, image_processor=processor, prompt_tokenizer=tokenizer)
+    with pytest.raises(ObservationError, match="the policy reads image_1, image_2 and none was given"):
+        build_observation({}, "go", np.zeros(4), **options)
+    with pytest.raises(ObservationError, match="image_2: 1 frames but image_1 has 2"):
+        build_observation({"image_1": [frame] * 2, "image_2": [frame]}, "go", np.zeros(4), **options)
+    with pytest.raises(ObservationError, match="3 frames; wanted 1 to max_seq_len 2"):
+        build_observation({"image_1": [frame] * 3}, "go", np.zeros(4), **options)
