@@ -7,6 +7,7 @@ n tokens per image, L context tokens (S·V·n of images, then text), E embedding
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PaliGemmaConfig, PaliGemmaModel
 from transformers.initialization import no_init_weights
 
@@ -53,7 +55,9 @@ class PaliGemmaVLM(nn.Module):
         if vlm_config.freeze_language_model:
             _freeze(backbone.language_model, frozen_dtype)
         if vlm_config.gradient_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            # Not the public gradient_checkpointing_enable: that also makes embedding outputs require gradients, which
+            # sends the backward pass through frozen layers, and it goes by another name from transformers 5.23 on.
+            backbone._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=False))
         self.train()  # transformers hands out loaded models in evaluation mode, built ones in training mode
 
     @classmethod
@@ -185,6 +189,10 @@ class PaliGemmaVLM(nn.Module):
         pixels_N3HW = torch.stack(tuple(images), dim=2).flatten(0, 2)
         valid_N = slot_mask_BSV.flatten().nonzero().squeeze(1)
         all_valid = valid_N.numel() == slot_mask_BSV.numel()
+        if valid_N.numel() == 0:
+            valid_N = valid_N.new_zeros(
+                1
+            )  # one image in vain: DDP waits for the vision tower's gradients on every rank
         if not all_valid:
             pixels_N3HW = pixels_N3HW[valid_N]
         pixels_N3HW = (pixels_N3HW.float() / 255 - self.image_mean) / self.image_std
@@ -254,18 +262,18 @@ def _read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
         "download a PaliGemma (accept its license, then: hf download google/paligemma-3b-pt-224 --local-dir "
         "weight/paligemma-3b-pt-224), or make a small untrained one (python scripts/make_tiny_paligemma.py)"
     )
+    is_dir = Path(name_or_path).is_dir()
+    found = "no config.json with a model_type in it" if is_dir else "no such directory, nor such a model on the hub"
     try:
         values, _ = PaliGemmaConfig.get_config_dict(name_or_path)
     except (OSError, ValueError) as error:
-        is_dir = Path(name_or_path).is_dir()
-        found = (
-            "no readable config.json in that directory" if is_dir else "no such directory, nor such a model on the hub"
-        )
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{_place(name_or_path)}: {found} ({reason}); {remedy}") from error
-    if values.get("model_type") != "paligemma":
+    if "model_type" not in values:
+        raise ConfigError(f"{_place(name_or_path)}: {found}; {remedy}")
+    if values["model_type"] != "paligemma":
         raise ConfigError(
-            f"{_place(name_or_path)}: its config.json says model_type {values.get('model_type')!r}, wanted 'paligemma' "
+            f"{_place(name_or_path)}: its config.json says model_type {values['model_type']!r}, wanted 'paligemma' "
             f"(PaliGemma 1 or 2); {remedy}"
         )
     config = PaliGemmaConfig.from_dict(values)

@@ -3,7 +3,10 @@
 The directory has the layout of the published checkpoints, so `model.vlm_config.model_name_or_path` may name
 either. It is for quickstarts and tests: weights are random, and everything trains from scratch.
 
-    python scripts/make_tiny_paligemma.py --output_dir weight/tiny-paligemma --prompts "press the button"
+    python scripts/make_tiny_paligemma.py --output_dir weight/tiny-paligemma
+
+The defaults are the quickstart's: SigLIP 96 wide x 3 layers at 96 px, Gemma 96 wide x 2 layers, a tokenizer trained
+on the instructions of Meta-World's 50 tasks.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
     SiglipVisionConfig,
 )
+
+from envs import metaworld_tasks
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]  # ids 0 to 4, as in Gemma
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -198,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--version", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--prompts", nargs="+", default=[], help="instructions to train the tokenizer on")
+    parser.add_argument("--prompts", nargs="+", default=[], help="texts to train the tokenizer on")
     parser.add_argument("--prompts_from", nargs="+", default=[], help="Parquet files or folders with a prompt column")
     parser.add_argument("--image_size", type=int, default=96)
     parser.add_argument("--patch_size", type=int, default=16)
@@ -215,9 +220,7 @@ def main() -> None:
     args = vars(parser.parse_args())
     prompts = args.pop("prompts") + _read_prompts(args.pop("prompts_from"))
     if not prompts:
-        from envs.metaworld_tasks import INSTRUCTIONS
-
-        prompts = list(INSTRUCTIONS.values())
+        prompts = [task.instruction for task in metaworld_tasks.TASKS.values()]
     parameters = make_tiny_paligemma(prompts=prompts, **args)
     output_dir = args["output_dir"]
     print(
