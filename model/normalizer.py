@@ -19,7 +19,8 @@ class Normalizer(nn.Module):
 
     `min_max` maps [min, max] and `quantile` maps [q01, q99] onto `bounds`; `mean_std` subtracts the mean and
     divides by the standard deviation. A dimension that never changed in training (range below 1e-6 of its
-    size) is only shifted, and denormalizing returns its constant exactly, whatever a head predicts.
+    size) is only shifted, and denormalizing returns its constant exactly, whatever a head predicts. One that
+    changes, but too rarely for its quantiles to differ (a gripper that shuts once), is mapped by its min and max.
     """
 
     def __init__(self, statistics: Sequence[dict[str, Any]], kind: str, bounds: tuple[float, float]) -> None:
@@ -39,8 +40,10 @@ class Normalizer(nn.Module):
                 low, high = (rows["min"], rows["max"]) if kind == "min_max" else (rows["q01"], rows["q99"])
                 center, scale = (low + high) / 2, (high - low) / 2
                 target_center, target_scale = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2
-            constant = scale <= 1e-6 * rows["max"].abs().maximum(rows["min"].abs()).clamp(min=1.0)
-            center = torch.where(constant, rows["mean"], center)
+            smallest = 1e-6 * rows["max"].abs().maximum(rows["min"].abs()).clamp(min=1.0)
+            middle, half = (rows["min"] + rows["max"]) / 2, (rows["max"] - rows["min"]) / 2
+            constant, degenerate = half <= smallest, scale <= smallest
+            center, scale = torch.where(degenerate, middle, center), torch.where(degenerate, half, scale)
             slope = torch.where(constant, torch.ones_like(scale), target_scale / scale)
             self.register_buffer(f"{name}_center", center.float())
             self.register_buffer(f"{name}_slope", slope.float())
