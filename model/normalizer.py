@@ -42,7 +42,8 @@ class Normalizer(nn.Module):
                 target_center, target_scale = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2
             smallest = 1e-6 * rows["max"].abs().maximum(rows["min"].abs()).clamp(min=1.0)
             middle, half = (rows["min"] + rows["max"]) / 2, (rows["max"] - rows["min"]) / 2
-            constant, degenerate = half <= smallest, scale <= smallest
+            constant = half <= smallest
+            degenerate = constant | (scale <= smallest)
             center, scale = torch.where(degenerate, middle, center), torch.where(degenerate, half, scale)
             slope = torch.where(constant, torch.ones_like(scale), target_scale / scale)
             self.register_buffer(f"{name}_center", center.float())
