@@ -10,7 +10,7 @@ not been trained on.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from envs import metaworld_tasks
@@ -38,8 +38,7 @@ def make_env(name: str, task: str, **options: Any) -> RobotEnv:
         ModuleNotFoundError: the simulator's packages are not installed; names the command that installs them.
         RuntimeError: off-screen rendering is impossible; names the package and variable that mend it.
     """
-    if name not in ENVS:
-        raise ValueError(f"unknown environment {name!r}; {suggest(name, ENVS)}")
+    check_task(name, task)
     try:
         return ENVS[name](task, **options)
     except ModuleNotFoundError as error:
@@ -52,6 +51,14 @@ def make_env(name: str, task: str, **options: Any) -> RobotEnv:
         ) from error
 
 
+def check_task(name: str, task: str) -> None:
+    """Raises ValueError, naming the nearest valid name, unless ``make_env`` knows the simulator and its task."""
+    if name not in ENVS:
+        raise ValueError(f"unknown environment {name!r}; {suggest(name, ENVS)}")
+    if task not in TASKS[name]:
+        raise ValueError(f"unknown {name} task {task!r}; {suggest(task, TASKS[name])}")
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The end of an error message about an unknown name: "did you mean 'x'?", else all valid names."""
     names = sorted(valid)
@@ -60,11 +67,10 @@ def suggest(name: str, valid: Iterable[str]) -> str:
 
 
 def _make_metaworld(task: str, **options: Any) -> RobotEnv:
-    if task not in metaworld_tasks.TASKS:
-        raise ValueError(f"unknown Meta-World task {task!r}; {suggest(task, metaworld_tasks.TASKS)}")
     from envs.metaworld_env import MetaWorldEnv
 
     return MetaWorldEnv(task, **options)
 
 
 ENVS: dict[str, Callable[..., RobotEnv]] = {"metaworld": _make_metaworld}
+TASKS: dict[str, Collection[str]] = {"metaworld": metaworld_tasks.TASKS.keys()}

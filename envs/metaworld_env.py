@@ -61,20 +61,20 @@ class MetaWorldEnv(RobotEnv):
         """
         for name in (task, layout_of):
             if name is not None and name not in TASKS:
-                raise ValueError(f"unknown Meta-World task {name!r}; {suggest(name, TASKS)}")
+                raise ValueError(f"unknown metaworld task {name!r}; {suggest(name, TASKS)}")
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}, must be at least 1")
         if not 1 <= max_episode_steps <= MAX_SIMULATED_STEPS:
             raise ValueError(f"max_episode_steps is {max_episode_steps}, must be 1 to {MAX_SIMULATED_STEPS}")
         self._mujoco = import_mujoco()
         self._sim = _make_simulation(task)
-        if layout_of is not None:
+        if layout_of not in (None, task):
             self._sim._random_reset_space = _reset_space_of(layout_of, self._sim)
         self._renderer = OffscreenRenderer(self._sim.model, image_size, hide_sites=hide_goal)
         for name in (camera, second_camera):
             names = self._renderer.camera_names()
             if name is not None and name not in names:
-                raise ValueError(f"Meta-World has no camera {name!r}; {suggest(name, names)}")
+                raise ValueError(f"metaworld has no camera {name!r}; {suggest(name, names)}")
 
         self.task = task
         self.instruction = TASKS[task].instruction

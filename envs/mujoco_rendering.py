@@ -3,7 +3,7 @@
 With software rendering, a frame of Meta-World through gymnasium's renderer takes about 0.1 s. Nearly all of it
 is shadows (a 4096 x 4096 depth map a frame), multisampling, reflections, and the vertices of the robot's CAD
 meshes. This renderer draws no shadows and no reflections, takes one sample a pixel, and merges mesh vertices
-that lie closer together than a pixel can show. `benchmarks/bench_recording.py` measures what that gains.
+that lie closer together than half a pixel. `benchmarks/bench_recording.py` measures what that gains.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-# A pixel of a 96 px image of the Meta-World table is about 12 mm wide, one of a 224 px image about 5 mm.
-MESH_TOLERANCE_M = 0.005
+# Half the width in metres of what a camera with a field of view of 60 degrees sees at a distance of 1 m. Divided by
+# the image size it is half a pixel there: 6 mm at 96 px, 2.6 mm at 224 px.
+HALF_VIEW_M = 0.577
 MIN_FACES_TO_SIMPLIFY = 1000  # the robot's CAD meshes have 2,371 to 13,510 faces, most objects below 500
 _GL_REMEDY = (
     "Software rendering needs Debian's package libosmesa6 (apt-get install libosmesa6) and MUJOCO_GL=osmesa; "
@@ -66,7 +67,7 @@ def import_mujoco() -> ModuleType:
     return mujoco
 
 
-def simplify_meshes(model: Any, tolerance: float = MESH_TOLERANCE_M) -> None:
+def simplify_meshes(model: Any, tolerance: float) -> None:
     """Thins out the faces that are drawn of large meshes, in place, by vertex clustering.
 
     Vertices are snapped to a grid of ``tolerance`` and each cell keeps one of them; faces that collapse or
@@ -120,7 +121,7 @@ class OffscreenRenderer:
         model.vis.quality.offsamples = 0
         model.vis.quality.shadowsize = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = image_size
-        simplify_meshes(model)
+        simplify_meshes(model, tolerance=HALF_VIEW_M / image_size)
         self._options = self._mujoco.MjvOption()
         if hide_sites:
             self._options.sitegroup[:] = 0
@@ -193,9 +194,10 @@ class OffscreenRenderer:
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
         self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         OffscreenRenderer._live = self
+        atexit.unregister(_close_live_renderer)
+        atexit.register(_close_live_renderer)  # after mujoco's own handler, so that it runs before that ends EGL
 
 
-@atexit.register  # while the GL library is still loaded
 def _close_live_renderer() -> None:
     if OffscreenRenderer._live is not None:
         OffscreenRenderer._live.close()

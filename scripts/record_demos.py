@@ -1,0 +1,341 @@
+"""Records demonstrations of scripted experts: one Parquet file a task, one row a time step.
+
+    python scripts/record_demos.py --env metaworld --tasks button-press-topdown-v3 window-open-v3 \\
+        --episodes 40 --output_dir demos
+
+Columns: image_1 and, with --second_camera, image_2 (encoded JPEG or PNG bytes), state and action (float32 lists,
+physical units), is_first, is_last, is_terminal, prompt, episode_index, frame_index, seed. A row holds what was
+seen and the expert's action for it, clipped as the simulator clips it. Each episode is one row group; how the
+file was made is in its schema's metadata.
+
+Only successful episodes are kept, and each ends a few steps after its success. Attempt k of a task is reset with
+seed --seed + k, and the first --episodes successes are kept in that order, so a file does not depend on
+--num_workers. Evaluation takes its seeds from 10000 upwards (envs.FIRST_EVALUATION_SEED): record below that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that "python scripts/x.py" finds the repository
+
+from envs import FIRST_EVALUATION_SEED, check_task, make_env  # noqa: E402
+
+if TYPE_CHECKING:
+    from envs.base import RobotEnv
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Episode:
+    """One attempt of the expert. T time steps."""
+
+    seed: int
+    prompt: str
+    settings: dict[str, Any]  # of the environment
+    images: dict[str, list[bytes]]  # "image_1" and maybe "image_2": T encoded images each
+    states: list[np.ndarray] = field(default_factory=list)  # T float32 (state_dim,)
+    actions: list[np.ndarray] = field(default_factory=list)  # T float32 (per_action_dim,)
+    success: bool = False
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """What was recorded of one task."""
+
+    task: str
+    path: pathlib.Path
+    kept: int  # episodes in the file
+    dropped: int  # attempts of the expert that failed
+    steps: int  # rows in the file
+    seconds: float
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="metaworld", help="simulator (default %(default)s)")
+    parser.add_argument("--tasks", nargs="+", required=True, help="tasks of the simulator, one file each")
+    parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
+    parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="folder of the Parquet files")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument("--image_size", type=int, default=96, help="height and width in pixels (default %(default)s)")
+    parser.add_argument("--camera", default="corner4", help="camera of image_1 (default %(default)s)")
+    parser.add_argument("--second_camera", help="camera of image_2, e.g. gripperPOV (default: no image_2)")
+    parser.add_argument("--hide_goal", action="store_true", help="leave goal markers out of the images")
+    parser.add_argument("--layout_of", help="draw object positions from this task's range; it must share the scene")
+    parser.add_argument("--max_episode_steps", type=int, default=200, help="an attempt fails after (default 200)")
+    parser.add_argument("--steps_after_success", type=int, default=3, help="then stop (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="reset seed of the first attempt (default 0)")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="default %(default)s")
+    parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95 (default %(default)s)")
+    parser.add_argument(
+        "--noise_scale",
+        type=float,
+        default=0.0,
+        help="standard deviation of gaussian noise on the executed action; the recorded one stays the expert's, so "
+        "that recoveries are shown (DART, Laskey et al. 2017, arXiv 1703.09327) (default 0)",
+    )
+    parser.add_argument(
+        "--max_attempts_factor",
+        type=float,
+        default=3.0,
+        help="give up when the expert has not succeeded --episodes times in this many times as many attempts "
+        "(default %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    args.command = f"python scripts/record_demos.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    return args
+
+
+def record(args: argparse.Namespace, on_episode: Callable[[Episode], None] | None = None) -> list[TaskSummary]:
+    """Records every task of ``args`` with ``args.num_workers`` processes.
+
+    Args:
+        args: from :func:`parse_args`.
+        on_episode: called with each finished attempt, in order.
+
+    Returns:
+        One summary a task, in the order given.
+
+    Raises:
+        ValueError: an argument cannot be.
+        FileExistsError: an output file exists and ``args.overwrite`` is False; nothing has been recorded.
+        RuntimeError: an expert failed too often, or rendering is impossible.
+    """
+    _check(args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    # spawn, not fork: a GL context and its threads do not survive a fork
+    executor = ProcessPoolExecutor(args.num_workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        return [_record_task(args, task, executor, on_episode) for task in args.tasks]
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Episode:
+    """Lets the expert try once; runs in a worker process.
+
+    Args:
+        args: from :func:`parse_args`.
+        task: name of the task.
+        seed: of the reset, and of the noise on the executed actions.
+
+    Returns:
+        The attempt, whether or not it succeeded.
+    """
+    env = _worker_env(
+        args.env,
+        task,
+        camera=args.camera,
+        second_camera=args.second_camera,
+        image_size=args.image_size,
+        hide_goal=args.hide_goal,
+        layout_of=args.layout_of,
+        max_episode_steps=args.max_episode_steps,
+    )
+    noise = np.random.default_rng((seed, 1))
+    observation, _ = env.reset(seed=seed)
+    images: dict[str, list[bytes]] = {key: [] for key in observation if key != "state"}
+    episode = Episode(seed, env.instruction, env.settings(), images)
+    truncated, steps_left = False, args.steps_after_success
+    while not truncated and steps_left >= 0:
+        action = env.expert_action()
+        for key, encoded in images.items():
+            encoded.append(encode_image(observation[key], args.image_format, args.jpeg_quality))
+        episode.states.append(observation["state"])
+        episode.actions.append(action)
+        executed = action + args.noise_scale * noise.standard_normal(action.shape, dtype=np.float32)
+        observation, _, _, truncated, info = env.step(executed)
+        episode.success |= info["success"]
+        steps_left -= episode.success
+    return episode
+
+
+def encode_image(image: np.ndarray, image_format: str, jpeg_quality: int) -> bytes:
+    """Encodes uint8 (H, W, 3) RGB as "jpeg" (full colour resolution) or "png"."""
+    buffer = io.BytesIO()
+    options = {"quality": jpeg_quality, "subsampling": 0} if image_format == "jpeg" else {"compress_level": 1}
+    Image.fromarray(image).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+@functools.lru_cache(maxsize=1)
+def _worker_env(env: str, task: str, **options: Any) -> RobotEnv:
+    return make_env(env, task, **options)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for task in args.tasks:
+        check_task(args.env, task)
+    if len(set(args.tasks)) < len(args.tasks):
+        raise ValueError(f"--tasks names a task twice: {' '.join(args.tasks)}")
+    for name, least in (
+        ("episodes", 1),
+        ("num_workers", 1),
+        ("seed", 0),
+        ("steps_after_success", 0),
+        ("noise_scale", 0),
+    ):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}, must be at least {least}")
+    if not 1 <= args.jpeg_quality <= 95:
+        raise ValueError(f"--jpeg_quality is {args.jpeg_quality}, must be 1 to 95")
+    if args.max_attempts_factor < 1:
+        raise ValueError(f"--max_attempts_factor is {args.max_attempts_factor}, must be at least 1")
+    existing = [path for task in args.tasks if (path := _path_of(args, task)).exists()]
+    if existing and not args.overwrite:
+        raise FileExistsError(
+            f"{', '.join(map(str, existing))} exists already; choose another --output_dir, or replace with --overwrite"
+        )
+    if args.seed + args.episodes > FIRST_EVALUATION_SEED:
+        logger.warning(
+            "--seed %d with %d episodes reaches the seeds that evaluation starts from (%d): evaluate with another "
+            "--seed, or success will be measured on scenes that were trained on",
+            args.seed,
+            args.episodes,
+            FIRST_EVALUATION_SEED,
+        )
+
+
+def _path_of(args: argparse.Namespace, task: str) -> pathlib.Path:
+    return args.output_dir / f"{task}.parquet"
+
+
+def _record_task(
+    args: argparse.Namespace, task: str, executor: Executor, on_episode: Callable[[Episode], None] | None
+) -> TaskSummary:
+    started = time.perf_counter()
+    path = _path_of(args, task)
+    temporary = path.with_name(path.name + ".tmp")
+    kept = dropped = steps = 0
+    writer: pq.ParquetWriter | None = None
+    try:
+        with tqdm(total=args.episodes, desc=task, unit="episode", disable=None) as progress:
+            for episode in _attempts(args, task, executor):
+                if on_episode is not None:
+                    on_episode(episode)
+                if not episode.success:
+                    dropped += 1
+                    progress.set_postfix(dropped=dropped)
+                    continue
+                rows = _to_table(episode, kept, _metadata(args, task, episode))
+                if writer is None:
+                    writer = pq.ParquetWriter(
+                        temporary,
+                        rows.schema,
+                        compression="none",  # the images are compressed already
+                        use_dictionary=["prompt"],
+                        write_statistics=["episode_index", "frame_index", "seed"],  # not of whole images
+                    )
+                writer.write_table(rows)
+                kept += 1
+                steps += len(rows)
+                progress.update()
+        assert writer is not None
+        writer.close()
+        temporary.replace(path)
+    finally:
+        if writer is not None:
+            writer.close()
+        temporary.unlink(missing_ok=True)
+    return TaskSummary(task, path, kept, dropped, steps, time.perf_counter() - started)
+
+
+def _attempts(args: argparse.Namespace, task: str, executor: Executor) -> Iterator[Episode]:
+    """Yields attempts in the order of their seeds until enough of them have succeeded.
+
+    Never more are under way than can still be needed, so none is thrown away, and never more than a few for
+    each worker, so that memory stays flat however many episodes are wanted.
+    """
+    max_attempts = int(args.episodes * args.max_attempts_factor)
+    pending: deque[Future[Episode]] = deque()
+    submitted = kept = 0
+    while kept < args.episodes:
+        while len(pending) < min(3 * args.num_workers, args.episodes - kept) and submitted < max_attempts:
+            pending.append(executor.submit(record_attempt, args, task, args.seed + submitted))
+            submitted += 1
+        if not pending:
+            raise RuntimeError(
+                f"{task}: the expert succeeded in {kept} of {max_attempts} attempts (seeds {args.seed} to "
+                f"{args.seed + max_attempts - 1}), {args.episodes} episodes are wanted; ask for fewer, or raise "
+                "--max_attempts_factor or --max_episode_steps, or lower --noise_scale"
+            )
+        episode = pending.popleft().result()
+        kept += episode.success
+        yield episode
+
+
+def _to_table(episode: Episode, episode_index: int, metadata: dict[str, str]) -> pa.Table:
+    length = len(episode.actions)
+    frames = np.arange(length)
+    columns: dict[str, pa.Array] = {key: pa.array(images, pa.binary()) for key, images in episode.images.items()}
+    for name, vectors in (("state", episode.states), ("action", episode.actions)):
+        flat = pa.array(np.concatenate(vectors), pa.float32())
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, len(vectors[0]))
+    columns["is_first"] = pa.array(frames == 0)
+    columns["is_last"] = columns["is_terminal"] = pa.array(frames == length - 1)
+    columns["prompt"] = pa.array([episode.prompt] * length, pa.string())
+    columns["episode_index"] = pa.array(np.full(length, episode_index, np.int64))
+    columns["frame_index"] = pa.array(frames.astype(np.int64))
+    columns["seed"] = pa.array(np.full(length, episode.seed, np.int64))
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def _metadata(args: argparse.Namespace, task: str, episode: Episode) -> dict[str, str]:
+    facts = {
+        "env": args.env,
+        "task": task,
+        "instruction": episode.prompt,
+        "noise_scale": args.noise_scale,
+        "command": args.command,
+        **episode.settings,
+    }
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+
+
+def format_summaries(summaries: list[TaskSummary]) -> str:
+    """A table of what was recorded, one line a task."""
+    width = max(len(summary.task) for summary in summaries)
+    lines = [f"{'task':{width}}  {'kept':>5}  {'dropped':>7}  {'steps':>7}  {'frames/s':>8}  file"]
+    for summary in summaries:
+        rate = summary.steps / summary.seconds
+        counts = f"{summary.kept:5d}  {summary.dropped:7d}  {summary.steps:7d}  {rate:8.0f}"
+        lines.append(f"{summary.task:{width}}  {counts}  {summary.path}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        print(format_summaries(record(parse_args())))
+    except (ValueError, FileExistsError, ModuleNotFoundError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
