@@ -120,7 +120,7 @@ class VLATrainer:
                 if self._epoch_due(training.val_every_n_epochs) and self.val_loader is not None:
                     self.log_validation(self.evaluate())
                 if self._epoch_due(training.save_every_n_epochs):
-                    self.save(f"checkpoint_epoch_{math.ceil(self.epoch - 1e-9)}.pth.tar")
+                    self.save(f"checkpoint_epoch_{self._epoch_number()}.pth.tar")
                 window.restart_clock()
         self.run_log.finish()
 
@@ -282,9 +282,16 @@ class VLATrainer:
 
     def _epoch_due(self, every: int) -> bool:
         """Whether this step finished the last of `every` epochs, or the run."""
-        period = every * self.epoch_steps
-        crossed = math.floor(self.step / period + 1e-9) > math.floor((self.step - 1) / period + 1e-9)
+        crossed = self._epochs_done(self.step) // every > self._epochs_done(self.step - 1) // every
         return crossed or self.step == self.total_steps
+
+    def _epoch_number(self) -> int:
+        """The epoch that this step finished, or else the one that it lies in, from 1."""
+        done = self._epochs_done(self.step)
+        return done if done > self._epochs_done(self.step - 1) else done + 1
+
+    def _epochs_done(self, step: int) -> int:
+        return step * self.config.data.batch_size // self.num_samples
 
     def _validation_batches(self) -> Iterable[Batch]:
         limit = self.config.training.val_max_batches
