@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-PREDICTORS = ("policy", "mean_action", "repeat_last_action")
+
+class NonFiniteError(ValueError):
+    """An action is NaN or infinite where it counts."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ class MetricAccumulator:
             dataset_index_N: int, which dataset each sample came from.
 
         Raises:
-            ValueError: an array of another shape, a value that is not finite at a valid step, or a dataset
-                index without a name.
+            NonFiniteError: a value at a valid step is not finite.
+            ValueError: an array of another shape, or a dataset index without a name.
         """
         valid_NT = ~np.asarray(action_is_pad_NT, bool)
         dataset_index_N = np.asarray(dataset_index_N)
@@ -160,7 +162,7 @@ class MetricAccumulator:
             bad = np.argwhere(~np.isfinite(array))
             if len(bad):
                 n, t, a = bad[0]
-                raise ValueError(f"{name}: sample {n} of the batch, step {t}, dimension {a} is {array[n, t, a]}")
+                raise NonFiniteError(f"{name}: sample {n} of the batch, step {t}, dimension {a} is {array[n, t, a]}")
         if len(valid_NT) and not 0 <= dataset_index_N.min() <= dataset_index_N.max() < len(self.dataset_names):
             raise ValueError(f"dataset_index holds {dataset_index_N.max()}; there are {len(self.dataset_names)} names")
         errors = ActionErrors(**arrays, valid_NT=valid_NT, settings=self.settings)

@@ -1,0 +1,110 @@
+"""Offline evaluation: a policy over recorded demonstrations, beside two trivial predictors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from inference.metrics import (
+    MetricAccumulator,
+    MetricSettings,
+    mean_action_prediction,
+    repeat_last_action_prediction,
+)
+from inference.predictor import VLAPredictor
+from utils.misc import derive_seed
+
+PREDICTORS = ("policy", "mean_action", "repeat_last_action")
+
+
+@dataclass
+class Predictions:
+    """The samples of one dataset that were predicted.
+
+    Attributes:
+        predicted_NTA, true_NTA: float32, physical units; true actions are zeros where `is_pad_NT`.
+        is_pad_NT: bool, True past the episode's end.
+        episode_N, frame_N: int64, where each sample comes from.
+        file_N: the Parquet file of each sample.
+    """
+
+    predicted_NTA: np.ndarray
+    true_NTA: np.ndarray
+    is_pad_NT: np.ndarray
+    episode_N: np.ndarray
+    frame_N: np.ndarray
+    file_N: list[str]
+
+
+def evaluate_offline(
+    predictor: VLAPredictor, data: dict[str, tuple[Dataset, Iterable[dict[str, Any]]]], seed: int = 0
+) -> tuple[dict[str, Any], dict[str, Predictions]]:
+    """Predict at every time step of every dataset and compare with what was done there.
+
+    Args:
+        predictor: the policy.
+        data: per name a VLADataset and one pass over batches of its samples, all or some, in any order.
+        seed: of the sampling noise; a sample's noise depends on this, the dataset's name and the sample's
+            place in it, not on the batch size.
+
+    Returns:
+        A JSON-able dict and the predictions per dataset. The dict has `settings`, `seconds_per_sample` (model
+        time alone) and, under `predictors`, the `MetricAccumulator.result` of `policy`, `mean_action` (the
+        mean of the training data) and `repeat_last_action` (the action executed just before; at an episode's
+        first step, where there is none, the mean action).
+
+    Raises:
+        NonFiniteError: the policy predicted NaN or infinity.
+    """
+    head, inference = predictor.config.model.action_head_config, predictor.config.inference
+    settings = MetricSettings(head.num_action_bins, predictor.config.data.action_bounds, inference.accuracy_threshold)
+    accumulators = {
+        name: MetricAccumulator(list(data), head.horizon, head.per_action_dim, settings) for name in PREDICTORS
+    }
+    mean_A = np.array(predictor.model.statistics[0]["action"]["mean"], np.float32)
+    predictions, seconds = {}, 0.0
+    for number, (name, (dataset, batches)) in enumerate(data.items()):
+        seen = []
+        for batch in tqdm(batches, desc=name, unit="batch", disable=None):
+            rows = dataset.store.episode_starts[batch["episode_index"].numpy()] + batch["frame_index"].numpy()
+            seeds = [derive_seed("offline", seed, name, int(row)) for row in rows]
+            started = time.perf_counter()
+            predicted = predictor.predict_batch(batch, seeds)
+            seconds += time.perf_counter() - started
+            true, is_pad = batch["action"].numpy(), batch["action_is_pad"].numpy()
+            mean_NA = np.repeat(mean_A[None], len(rows), axis=0)
+            previous = [dataset.previous_action(int(row)) for row in rows]
+            candidates = {
+                "policy": predicted,
+                "mean_action": mean_action_prediction(mean_NA, head.horizon),
+                "repeat_last_action": repeat_last_action_prediction(previous, mean_NA, head.horizon),
+            }
+            true_normalized, index = predictor.normalize_action(true), np.full(len(rows), number)
+            for which, candidate in candidates.items():
+                normalized = predictor.normalize_action(candidate)
+                accumulators[which].update(candidate, true, is_pad, normalized, true_normalized, index)
+            seen.append((predicted, true, is_pad, batch["episode_index"].numpy(), batch["frame_index"].numpy(), rows))
+        *arrays, rows = map(np.concatenate, zip(*seen, strict=True))
+        files = np.searchsorted(dataset.store.file_starts, rows, side="right") - 1
+        predictions[name] = Predictions(*arrays, file_N=[str(dataset.store.files[i]) for i in files])
+    samples = sum(len(p.predicted_NTA) for p in predictions.values())
+    result = {
+        "settings": {
+            "num_inference_steps": predictor.num_inference_steps,
+            "seed": seed,
+            "num_action_bins": settings.num_action_bins,
+            "action_bounds": list(settings.action_bounds),
+            "accuracy_threshold": settings.accuracy_threshold,
+            "horizon": head.horizon,
+            "per_action_dim": head.per_action_dim,
+        },
+        "seconds_per_sample": seconds / samples,
+        "predictors": {name: accumulator.result() for name, accumulator in accumulators.items()},
+    }
+    return result, predictions

@@ -1,0 +1,251 @@
+"""VLAPredictor: a checkpoint file in, actions in physical units out.
+
+Observations go through `build_observation` and `collate_fn`, the same functions that made the training
+batches, and through the model that the checkpoint describes: there is no second preprocessing to drift.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.processing import (
+    Batch,
+    Frame,
+    ObservationError,
+    PromptTokenizer,
+    VLAImageProcessor,
+    build_observation,
+    collate_fn,
+    processors_from_checkpoint,
+)
+from model.context import Context
+from model.vla_model import VLAModel
+from utils.checkpoint import load_checkpoint
+from utils.config_utils import Config, config_from_dict
+from utils.misc import pick_device
+
+logger = logging.getLogger(__name__)
+
+
+class VLAPredictor:
+    """A policy ready to act.
+
+    Attributes:
+        config: the configuration that it was trained with.
+        cameras: names of the cameras that it reads, in slot order.
+        max_seq_len: observation frames that it takes, the current one included.
+        state_dim, horizon, per_action_dim: widths of the state and of the predicted action chunk.
+        num_inference_steps, n_action_steps: defaults of sampling and of execution.
+    """
+
+    def __init__(
+        self,
+        model: VLAModel,
+        config: Config,
+        image_processor: VLAImageProcessor,
+        prompt_tokenizer: PromptTokenizer,
+        *,
+        device: str | torch.device = "auto",
+        use_amp: bool | None = None,
+        num_inference_steps: int | None = None,
+        n_action_steps: int | None = None,
+    ) -> None:
+        """Use `from_checkpoint`, unless the model is already in memory.
+
+        Raises:
+            ValueError: num_inference_steps below 1, or n_action_steps outside 1 to horizon.
+        """
+        head = config.model.action_head_config
+        self.device = pick_device(str(device))
+        self.model = model.to(self.device).eval()
+        if use_amp is not None:
+            self.model.compute_dtype = torch.bfloat16 if use_amp else torch.float32
+        self.config = config
+        self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
+        self.cameras, self.max_seq_len = config.cameras, config.data.max_seq_len
+        self.state_dim, self.horizon, self.per_action_dim = config.data.state_dim, head.horizon, head.per_action_dim
+        self.num_inference_steps = _given(num_inference_steps, config.inference.num_inference_steps)
+        self.n_action_steps = _given(n_action_steps, config.inference.n_action_steps or self.horizon)
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}; give 1 or more")
+        if not 1 <= self.n_action_steps <= self.horizon:
+            raise ValueError(
+                f"n_action_steps is {self.n_action_steps}, but the policy predicts a horizon of {self.horizon} "
+                f"actions; give 1 to {self.horizon}"
+            )
+        self._warned: set[str] = set()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        use_amp: bool | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        n_action_steps: int | None = None,
+    ) -> VLAPredictor:
+        """Load a policy from a checkpoint file alone: no data, no Hugging Face directory, no config file.
+
+        Args:
+            path: `*.pth.tar` written by training.
+            device: `auto` (GPU when there is one), `cpu`, `cuda:1`, ...
+            use_amp: True: bfloat16 autocast, also on a CPU. False: float32. None: the precision that the policy
+                was trained in (`model.vlm_config.dtype`).
+            num_inference_steps: sampling steps per prediction; None: the checkpoint's `inference` section.
+            n_action_steps: actions of each prediction that a rollout executes; None: the checkpoint's.
+
+        Raises:
+            CheckpointError: missing, truncated, unsafe or foreign file.
+            ValueError: steps out of range.
+        """
+        checkpoint = load_checkpoint(path)
+        config = config_from_dict(checkpoint["config"], source=str(path))
+        return cls(
+            VLAModel.from_checkpoint(checkpoint),
+            config,
+            *processors_from_checkpoint(checkpoint),
+            device=device,
+            use_amp=use_amp,
+            num_inference_steps=num_inference_steps,
+            n_action_steps=n_action_steps,
+        )
+
+    def predict(
+        self,
+        images_1: Frame | Sequence[Frame],
+        images_2: Frame | Sequence[Frame] | None = None,
+        *,
+        prompt: str,
+        state: Sequence[float] | np.ndarray | None = None,
+        seed: int | torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+    ) -> np.ndarray:
+        """The next actions.
+
+        Args:
+            images_1: camera 1, one frame or several (oldest first, the current one last, at most max_seq_len).
+                A frame is encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3) of
+                any size.
+            images_2: camera 2, as many frames. A policy trained with two cameras masks it when None, as it
+                does with data that lack it, and warns once; a policy trained with one camera ignores it.
+            prompt: the instruction.
+            state: (state_dim,), physical units; may be None only for a policy that takes no state.
+            seed: of the sampling noise; the same seed gives the same actions. None: torch's global generator.
+            num_inference_steps: sampling steps; None: the predictor's default.
+
+        Returns:
+            float32 (horizon, per_action_dim), physical units.
+
+        Raises:
+            ObservationError: missing camera, unreadable frame, empty prompt, state of another width or not
+                finite, too many frames.
+        """
+        batch = self.observe(images_1, images_2, prompt=prompt, state=state)
+        generator = seed
+        if seed is not None and not isinstance(seed, torch.Generator):
+            generator = torch.Generator().manual_seed(int(seed))
+        return self._sample(batch, generator, num_inference_steps)[0]
+
+    def predict_batch(
+        self, batch: Batch, seeds: Sequence[int] | None = None, num_inference_steps: int | None = None
+    ) -> np.ndarray:
+        """The next actions of a collated batch (`observe`, or dataset samples through `collate_fn`).
+
+        Args:
+            batch: the data contract; actions are not needed.
+            seeds: one per sample, so that a sample's noise does not depend on what else is in the batch; None:
+                torch's global generator.
+            num_inference_steps: sampling steps; None: the predictor's default.
+
+        Returns:
+            float32 (B, horizon, per_action_dim), physical units.
+        """
+        generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+        return self._sample(batch, generators, num_inference_steps)
+
+    def observe(
+        self,
+        images_1: Frame | Sequence[Frame],
+        images_2: Frame | Sequence[Frame] | None = None,
+        *,
+        prompt: str,
+        state: Sequence[float] | np.ndarray | None = None,
+    ) -> Batch:
+        """The batch of one that `predict` gives the model; arguments and errors as there."""
+        if images_1 is None:
+            raise ObservationError("image_1 is missing; every policy needs it")
+        if images_2 is not None and "image_2" not in self.cameras:
+            self._warn_once("this policy was trained on image_1 alone: image_2 is ignored")
+        if images_2 is None and "image_2" in self.cameras:
+            self._warn_once("this policy was trained with image_2, which is missing: its slot is masked")
+        sample = build_observation(
+            {"image_1": _frames(images_1), "image_2": _frames(images_2)},
+            prompt,
+            self._checked_state(state),
+            cameras=self.cameras,
+            max_seq_len=self.max_seq_len,
+            image_processor=self.image_processor,
+            prompt_tokenizer=self.prompt_tokenizer,
+        )
+        sample["dataset_index"] = 0
+        return collate_fn([sample])
+
+    @torch.no_grad()
+    def context(self, batch: Batch) -> Context:
+        """What the action head sees of a batch, in the precision of `predict`."""
+        dtype = self.model.compute_dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return self.model.encode(self._on_device(batch))
+
+    @torch.no_grad()
+    def normalize_action(self, action_NTA: np.ndarray) -> np.ndarray:
+        """Actions (N, T, A) in physical units as the head sees them, float32, for errors in normalized units."""
+        action = torch.as_tensor(np.asarray(action_NTA, np.float32), device=self.device)
+        index = torch.zeros(len(action), dtype=torch.int64, device=self.device)
+        return self.model.normalizer.normalize_action(action, index).cpu().numpy()
+
+    def _sample(self, batch: Batch, generator: Any, num_inference_steps: int | None) -> np.ndarray:
+        steps = _given(num_inference_steps, self.num_inference_steps)
+        return self.model.predict(self._on_device(batch), generator, steps).cpu().numpy()
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+    def _checked_state(self, state: Sequence[float] | np.ndarray | None) -> np.ndarray:
+        if state is None:
+            if self.config.model.action_head_config.use_state_input:
+                raise ObservationError(f"state is missing; this policy takes {self.state_dim} values")
+            return np.zeros(self.state_dim, np.float32)
+        values = np.asarray(state, np.float32)
+        if values.shape != (self.state_dim,):
+            raise ObservationError(
+                f"state has shape {values.shape}, {values.size} values; this policy takes {self.state_dim}"
+            )
+        if not np.isfinite(values).all():
+            index = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise ObservationError(f"state[{index}] is {values[index]}; every value must be a finite number")
+        return values
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+def _frames(images: Frame | Sequence[Frame] | None) -> list[Frame] | None:
+    """One frame or several as a list of frames."""
+    if images is None:
+        return None
+    several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
+    return list(images) if several else [images]
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value

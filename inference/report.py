@@ -1,0 +1,147 @@
+"""What an evaluation leaves behind: tables, CSV, plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from inference.evaluate import Predictions
+from utils.misc import atomic_path
+
+TABLE_METRICS = ("mse", "mae", "mse_normalized", "binned_accuracy", "binned_accuracy_within_1", "threshold_accuracy")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, whole or not at all; NaN is refused."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned text columns; floats get four significant digits, None becomes "-"."""
+    cells = [list(map(str, header))] + [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def metrics_table(result: dict[str, Any]) -> str:
+    """The result of `evaluate_offline`: one line per predictor, overall and per dataset where there are several."""
+    rows = []
+    for predictor, summary in result["predictors"].items():
+        parts = {"all": summary}
+        if len(summary["per_dataset"]) > 1:
+            parts |= summary["per_dataset"]
+        rows += [
+            [predictor, name, *(part["overall"][metric] for metric in TABLE_METRICS)] for name, part in parts.items()
+        ]
+    return table(["predictor", "data", *TABLE_METRICS], rows)
+
+
+def rollout_table(result: dict[str, Any]) -> str:
+    """The content of rollouts.json: one line per task and one for all."""
+    rows = []
+    for name, task in [*result["tasks"].items(), ("all", result["summary"])]:
+        low, high = task["wilson_95"]
+        rate = task["successes"] / task["episodes"]
+        interval = f"{100 * low:.0f} to {100 * high:.0f} %"
+        rows.append([name, f"{task['successes']}/{task['episodes']}", f"{100 * rate:.0f} %", interval])
+    return table(["task", "success", "rate", "Wilson 95 %"], rows)
+
+
+def action_table(action_TA: np.ndarray) -> str:
+    """One line per step of an action chunk (T, A)."""
+    header = ["step", *(f"action_{a}" for a in range(action_TA.shape[1]))]
+    return table(header, [[t, *(f"{value:.5f}" for value in row)] for t, row in enumerate(action_TA)])
+
+
+def write_actions(output_dir: Path, action_TA: np.ndarray, inputs: dict[str, Any]) -> list[Path]:
+    """Write one prediction as actions.json (with the inputs that led to it) and actions.csv; returns the paths."""
+    paths = [output_dir / "actions.json", output_dir / "actions.csv"]
+    write_json(paths[0], {**inputs, "actions": action_TA.tolist()})
+    with atomic_path(paths[1]) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *(f"action_{a}" for a in range(action_TA.shape[1]))])
+        writer.writerows([t, *map(_digits, row)] for t, row in enumerate(action_TA))
+    return paths
+
+
+def write_predictions(path: str | Path, predictions: dict[str, Predictions]) -> None:
+    """One CSV row per sample and horizon step, physical units.
+
+    Columns: dataset, file, episode (within the dataset), frame (within the episode), step, pred_0 .., true_0 ..,
+    is_pad. Where is_pad is 1 there is no truth, and its columns are empty.
+    """
+    dims = range(next(iter(predictions.values())).predicted_NTA.shape[2])
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        names = [f"pred_{a}" for a in dims] + [f"true_{a}" for a in dims]
+        writer.writerow(["dataset", "file", "episode", "frame", "step", *names, "is_pad"])
+        for name, part in predictions.items():
+            for n, (predicted_TA, true_TA) in enumerate(zip(part.predicted_NTA, part.true_NTA, strict=True)):
+                place = [name, part.file_N[n], part.episode_N[n], part.frame_N[n]]
+                for t, is_pad in enumerate(part.is_pad_NT[n]):
+                    truth = [""] * len(dims) if is_pad else map(_digits, true_TA[t])
+                    writer.writerow([*place, t, *map(_digits, predicted_TA[t]), *truth, int(is_pad)])
+
+
+def plot_trajectories(output_dir: str | Path, predictions: dict[str, Predictions], episodes: int = 3) -> list[Path]:
+    """Predicted against true actions over an episode, one panel per dimension, as PNG; returns the paths.
+
+    At every step of the episode the first action of the prediction made there is drawn. The episodes are
+    spread evenly over each dataset.
+    """
+    paths = []
+    for name, part in predictions.items():
+        found = np.unique(part.episode_N)
+        for episode in found[np.unique(np.linspace(0, len(found) - 1, episodes).round().astype(int))]:
+            path = Path(output_dir) / f"trajectory_{file_stem(name)}_episode_{episode:06d}.png"
+            rows = np.flatnonzero(part.episode_N == episode)
+            _plot_episode(path, part, rows, f"{name}, episode {episode}")
+            paths.append(path)
+    return paths
+
+
+def file_stem(name: str) -> str:
+    """A name that may hold slashes and spaces, as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name.removesuffix(".parquet")).strip("_")
+
+
+def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str) -> None:
+    dims = part.true_NTA.shape[2]
+    columns = 1 if dims < 5 else 2
+    lines = -(-dims // columns)
+    figure = Figure(figsize=(7 * columns, 1.6 * lines + 0.9), layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, squeeze=False)
+    steps = part.frame_N[rows]
+    for a, axis in enumerate(axes.T.flat):
+        if a >= dims:
+            axis.axis("off")
+            continue
+        axis.plot(steps, part.true_NTA[rows, 0, a], color="black", linewidth=1.2, label="true")
+        axis.plot(steps, part.predicted_NTA[rows, 0, a], color="tab:orange", linewidth=1.2, label="predicted")
+        axis.set_ylabel(f"action[{a}]")
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    figure.suptitle(f"First action of each prediction: {title}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.7g}"

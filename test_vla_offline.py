@@ -1,0 +1,136 @@
+"""A short check of a checkpoint: does it load, and does it do something sensible on recorded data?
+
+    python test_vla_offline.py --checkpoint_path model_best.pth.tar --test_data_dir data/samples --output_file out.json
+
+Runs the policy over samples spread evenly over each Parquet file, measures latency, and checks that predictions
+are finite, repeatable under a seed, within the range of the training actions, and closer to the demonstrations
+than the training data's mean action. The exit code is 0 when every check passes, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+from data.loader import VLADataset, collate_fn, make_loader
+from inference.evaluate import Predictions, evaluate_offline
+from inference.metrics import NonFiniteError
+from inference.predictor import VLAPredictor
+from inference.report import table, write_json
+from main_eval import open_dataset
+from utils.misc import atomic_path, set_up_logging
+from utils.parquet_utils import resolve_parquet_files
+
+RANGE_MARGIN = 0.1  # predictions may leave the training range by this share of it,
+RANGE_SHARE = 0.99  # and at least this share of them must stay within
+
+
+def check_file(predictor: VLAPredictor, path: Path, max_samples: int, batch_size: int) -> dict[str, Any]:
+    """Metrics and checks of one Parquet file.
+
+    Returns:
+        `{"checks": {name: bool}, "samples", "metrics": {predictor: overall metrics}, "share_in_range",
+        "milliseconds_per_sample"}`; with a prediction that is not finite only `checks` and `error`.
+    """
+    dataset = open_dataset(predictor, str(path), "--test_data_dir")
+    rows = np.unique(np.linspace(0, len(dataset) - 1, max_samples).round().astype(int)).tolist()
+    loader = make_loader(Subset(dataset, rows), num_workers=0, batch_size=batch_size)
+    try:
+        result, predictions = evaluate_offline(predictor, {str(path): (dataset, loader)})
+    except NonFiniteError as error:
+        return {"checks": {"finite": False}, "error": str(error)}
+    metrics = {name: summary["overall"] for name, summary in result["predictors"].items()}
+    share = share_in_range(predictor, predictions[str(path)])
+    return {
+        "checks": {
+            "finite": True,
+            "repeatable": is_repeatable(predictor, dataset),
+            "within_training_range": share >= RANGE_SHARE,
+            "better_than_mean_action": metrics["policy"]["mse_normalized"] < metrics["mean_action"]["mse_normalized"],
+        },
+        "samples": len(rows),
+        "metrics": metrics,
+        "share_in_range": share,
+        "milliseconds_per_sample": 1000 * result["seconds_per_sample"],
+    }
+
+
+def share_in_range(predictor: VLAPredictor, predictions: Predictions) -> float:
+    """Share of predicted values within the training actions' range, widened by RANGE_MARGIN on both sides."""
+    statistics = predictor.model.statistics[0]["action"]
+    low, high = np.array(statistics["min"]), np.array(statistics["max"])
+    margin = RANGE_MARGIN * (high - low) + 1e-6
+    predicted = predictions.predicted_NTA[~predictions.is_pad_NT]
+    return float(((predicted >= low - margin) & (predicted <= high + margin)).mean())
+
+
+def is_repeatable(predictor: VLAPredictor, dataset: VLADataset) -> bool:
+    """Whether the same observation and seed give the same actions."""
+    batch = collate_fn([dataset[0]])
+    return np.array_equal(predictor.predict_batch(batch, [0]), predictor.predict_batch(batch, [0]))
+
+
+def latency(predictor: VLAPredictor, dataset: VLADataset, repeats: int = 20) -> dict[str, float]:
+    """Milliseconds of one prediction, from a collated batch of one to actions: median and 95th percentile."""
+    batch, times = collate_fn([dataset[0]]), []
+    for _ in range(repeats + 3):  # the first three warm up
+        started = time.perf_counter()
+        predictor.predict_batch(batch, [0])
+        times.append(1000 * (time.perf_counter() - started))
+    return {"median_ms": float(np.median(times[3:])), "p95_ms": float(np.percentile(times[3:], 95))}
+
+
+def report_table(files: dict[str, dict[str, Any]]) -> str:
+    """One line per file."""
+    rows = []
+    for path, found in files.items():
+        metrics = found.get("metrics", {})
+        errors = [metrics.get(name, {}).get("mse_normalized") for name in ("policy", "mean_action")]
+        failed = [name for name, passed in found["checks"].items() if not passed]
+        rows.append([path, found.get("samples"), *errors, "ok" if not failed else "FAILED: " + ", ".join(failed)])
+    return table(["file", "samples", "mse_normalized", "of mean action", "checks"], rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint_path", required=True)
+    parser.add_argument("--test_data_dir", required=True, help="folder with Parquet files")
+    parser.add_argument("--output_file", default="offline_report.json", help="JSON, or the table alone as *.txt")
+    parser.add_argument("--max_samples", type=int, default=200, help="samples per file")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+    set_up_logging()
+    predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, args.device)
+    if predictor.config.training.num_threads is not None:
+        torch.set_num_threads(predictor.config.training.num_threads)
+    paths = resolve_parquet_files(args.test_data_dir, "--test_data_dir")
+    files = {str(path): check_file(predictor, path, args.max_samples, args.batch_size) for path in paths}
+    times = latency(predictor, open_dataset(predictor, str(paths[0]), "--test_data_dir"))
+    passed = all(all(found["checks"].values()) for found in files.values())
+    timing = f"median {times['median_ms']:.1f} ms, 95 % within {times['p95_ms']:.1f} ms"
+    verdict = "PASSED" if passed else "FAILED"
+    text = f"{report_table(files)}\none prediction on {predictor.device}: {timing}\n{verdict}"
+    if args.output_file.endswith(".txt"):
+        with atomic_path(args.output_file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    else:
+        report = {"checkpoint": args.checkpoint_path, "passed": passed, "latency": times, "files": files}
+        write_json(args.output_file, report)
+    print(f"\n{text}\nwrote {args.output_file}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,198 @@
+"""VLAPredictor on real small checkpoints: the same tensors as training, determinism, and its errors."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.loader import VLADataset, collate_fn
+from data.processing import ObservationError
+from inference.predictor import VLAPredictor
+from tests.helpers import write_episodes
+from tests.inference.checkpoints import train_tiny
+from utils.checkpoint import CheckpointError
+
+STATE = [0.1, -0.2, 0.3, 0.4]
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    return write_episodes(tmp_path_factory.mktemp("demos") / "two.parquet", [6, 5], cameras=("image_1", "image_2"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_paligemma_dir, demos):
+    return train_tiny(tmp_path_factory.mktemp("run"), tiny_paligemma_dir, [demos])
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint):
+    return VLAPredictor.from_checkpoint(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def two_cameras(tmp_path_factory, tiny_paligemma_dir, demos):
+    """A checkpoint that reads two cameras and two frames of each."""
+    folder = tmp_path_factory.mktemp("run2")
+    return train_tiny(folder, tiny_paligemma_dir, [demos], vlm={"use_aux_camera": True}, data={"max_seq_len": 2})
+
+
+def dataset_of(predictor, files):
+    return VLADataset(
+        files,
+        predictor.config.data,
+        horizon=predictor.horizon,
+        per_action_dim=predictor.per_action_dim,
+        cameras=predictor.cameras,
+        image_processor=predictor.image_processor,
+        prompt_tokenizer=predictor.prompt_tokenizer,
+    )
+
+
+def frame(seed=0, size=40):
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def test_serving_equals_training(predictor, demos):
+    dataset = dataset_of(predictor, [demos])
+    batch = collate_fn([dataset[i] for i in range(len(dataset))])  # prompts of two lengths: padding is in play
+    trained = predictor.context(batch)
+    for i in range(len(dataset)):
+        prompt, state = dataset.store.prompt(i), np.array(dataset.store.state[i])
+        served = predictor.context(predictor.observe(dataset.store.image("image_1", i), prompt=prompt, state=state))
+        length = served.mask_BL.shape[1]
+        assert torch.equal(served.mask_BL[0], trained.mask_BL[i, :length]) and not trained.mask_BL[i, length:].any()
+        valid = served.mask_BL[0]
+        torch.testing.assert_close(served.tokens_BLE[0, valid], trained.tokens_BLE[i, :length][valid])
+        assert torch.equal(served.state_BS[0], trained.state_BS[i])
+
+
+def test_serving_equals_training_with_two_cameras_and_history(two_cameras, demos):
+    predictor = VLAPredictor.from_checkpoint(two_cameras, device="cpu")
+    dataset = dataset_of(predictor, [demos])
+    for row, rows in ((0, [0]), (3, [2, 3]), (6, [6]), (7, [6, 7])):  # 6 is the first step of the second episode
+        trained = predictor.context(collate_fn([dataset[row]]))
+        images = [[dataset.store.image(camera, i) for i in rows] for camera in predictor.cameras]
+        prompt, state = dataset.store.prompt(row), np.array(dataset.store.state[row])
+        served = predictor.context(predictor.observe(*images, prompt=prompt, state=state))
+        assert torch.equal(served.mask_BL, trained.mask_BL)
+        torch.testing.assert_close(served.tokens_BLE[served.mask_BL], trained.tokens_BLE[trained.mask_BL])
+
+
+def test_the_file_alone_is_enough(checkpoint, predictor, tmp_path, monkeypatch):
+    alone = shutil.copy(checkpoint, tmp_path / "policy.pth.tar")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    moved = VLAPredictor.from_checkpoint(alone, device="cpu")
+    args = {"prompt": "press the button", "state": STATE, "seed": 3}
+    np.testing.assert_array_equal(moved.predict(frame(), **args), predictor.predict(frame(), **args))
+
+
+def test_prediction_is_float32_and_repeatable(predictor):
+    first = predictor.predict(frame(), prompt="press the button", state=STATE, seed=3)
+    assert first.shape == (4, 4) and first.dtype == np.float32 and np.isfinite(first).all()
+    again = predictor.predict(frame(), prompt="press the button", state=STATE, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    by_generator = predictor.predict(frame(), prompt="press the button", state=STATE, seed=generator)
+    other = predictor.predict(frame(), prompt="press the button", state=STATE, seed=4)
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(by_generator, first)
+    assert not np.allclose(other, first)
+
+
+def test_noise_does_not_depend_on_the_batch(predictor, demos):
+    dataset = dataset_of(predictor, [demos])
+    together = predictor.predict_batch(collate_fn([dataset[i] for i in range(8)]), seeds=range(8))
+    for i in (0, 7):
+        alone = predictor.predict_batch(collate_fn([dataset[i]]), seeds=[i])
+        np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
+
+
+def test_image_forms_agree(predictor, tmp_path):
+    pixels = frame()
+    Image.fromarray(pixels).save(tmp_path / "frame.png")
+    forms = [pixels, pixels[None], [pixels], Image.fromarray(pixels), tmp_path / "frame.png"]
+    forms += [str(tmp_path / "frame.png"), (tmp_path / "frame.png").read_bytes()]
+    actions = [predictor.predict(form, prompt="press the button", state=STATE, seed=0) for form in forms]
+    assert all(np.array_equal(action, actions[0]) for action in actions)
+
+
+def test_steps_and_precision_can_be_chosen(checkpoint, predictor):
+    assert (predictor.num_inference_steps, predictor.n_action_steps) == (3, 2)  # the checkpoint's
+    args = {"prompt": "press the button", "state": STATE, "seed": 0}
+    other = VLAPredictor.from_checkpoint(checkpoint, "cpu", use_amp=True, num_inference_steps=5, n_action_steps=4)
+    assert (other.num_inference_steps, other.n_action_steps) == (5, 4)
+    batch = predictor.observe(frame(), prompt="press the button", state=STATE)
+    rounded, exact = other.context(batch).tokens_BLE, predictor.context(batch).tokens_BLE
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded.float(), exact, atol=0.2, rtol=0)
+    five_steps = predictor.predict(frame(), **args, num_inference_steps=5)
+    assert not np.allclose(five_steps, predictor.predict(frame(), **args))
+    np.testing.assert_allclose(other.predict(frame(), **args), five_steps, atol=0.2)  # bfloat16 against float32
+    with pytest.raises(ValueError, match="n_action_steps is 5, but the policy predicts a horizon of 4"):
+        VLAPredictor.from_checkpoint(checkpoint, "cpu", n_action_steps=5)
+    with pytest.raises(ValueError, match="num_inference_steps is 0; give 1 or more"):
+        VLAPredictor.from_checkpoint(checkpoint, "cpu", num_inference_steps=0)
+
+
+def test_missing_second_camera_is_masked_with_one_warning(two_cameras, caplog):
+    predictor = VLAPredictor.from_checkpoint(two_cameras, device="cpu")
+    args = {"prompt": "press the button", "state": STATE}
+    with caplog.at_level(logging.WARNING, "inference.predictor"):
+        batch = predictor.observe(frame(), **args)
+        predictor.observe(frame(), **args)
+    assert batch["image_mask"].tolist() == [[True, False]]
+    assert [record.message for record in caplog.records] == [
+        "this policy was trained with image_2, which is missing: its slot is masked"
+    ]
+    with pytest.raises(ObservationError, match="image_2: 1 frames but image_1 has 2"):
+        predictor.observe([frame(), frame()], [frame()], **args)
+    with pytest.raises(ObservationError, match="image_1: 3 frames; wanted 1 to max_seq_len 2"):
+        predictor.observe([frame()] * 3, [frame()] * 3, **args)
+
+
+def test_surplus_second_camera_is_ignored_with_one_warning(predictor, caplog):
+    with caplog.at_level(logging.WARNING, "inference.predictor"):
+        with_it = predictor.predict(frame(), frame(1), prompt="press the button", state=STATE, seed=0)
+    assert "trained on image_1 alone: image_2 is ignored" in caplog.text
+    without = predictor.predict(frame(), prompt="press the button", state=STATE, seed=0)
+    np.testing.assert_array_equal(with_it, without)
+
+
+def test_bad_observations(predictor):
+    good = {"prompt": "press the button", "state": STATE}
+    for changed, message in (
+        ({"state": STATE[:3]}, r"state has shape \(3,\), 3 values; this policy takes 4"),
+        ({"state": None}, "state is missing; this policy takes 4 values"),
+        ({"state": [0, 0, float("nan"), 0]}, r"state\[2\] is nan; every value must be a finite number"),
+        ({"prompt": " "}, "prompt is ' '; a policy needs an instruction"),
+    ):
+        with pytest.raises(ObservationError, match=message):
+            predictor.predict(frame(), **{**good, **changed})
+    with pytest.raises(ObservationError, match="image_1 is missing; every policy needs it"):
+        predictor.predict(None, **good)
+    with pytest.raises(ObservationError, match="image_1: image: 5 bytes is no readable JPEG or PNG"):
+        predictor.predict(b"12345", **good)
+    with pytest.raises(ObservationError, match=r"array is float64 \(40, 40, 3\); wanted uint8"):
+        predictor.predict(frame() / 255, **good)
+
+
+def test_a_policy_without_state_input_needs_none(tmp_path, tiny_paligemma_dir, demos):
+    path = train_tiny(tmp_path, tiny_paligemma_dir, [demos], head={"use_state_input": False})
+    predictor = VLAPredictor.from_checkpoint(path, "cpu")
+    without = predictor.predict(frame(), prompt="press the button", seed=0)
+    with_one = predictor.predict(frame(), prompt="press the button", state=STATE, seed=0)
+    np.testing.assert_array_equal(without, with_one)
+
+
+def test_missing_and_truncated_checkpoints(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        VLAPredictor.from_checkpoint(tmp_path / "nothing.pth.tar")
+    (tmp_path / "half.pth.tar").write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        VLAPredictor.from_checkpoint(tmp_path / "half.pth.tar")

@@ -1,0 +1,259 @@
+"""main_eval.py and test_vla_offline.py as a user runs them, on small real checkpoints and files."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_eval
+import test_vla_offline
+from inference.eval_args import parse_args
+from inference.metrics import METRICS
+from inference.predictor import VLAPredictor
+from tests.helpers import episode_rows, write_episodes, write_rows
+from tests.inference.checkpoints import train_tiny
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.parquet_utils import DataError
+
+# metaworld must not be imported here: MuJoCo would settle on a GL backend before envs/ can choose one
+needs_simulator = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="metaworld is not installed")
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demos")
+    write_episodes(folder / "a.parquet", [5, 7])
+    write_episodes(folder / "b.parquet", [6], seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_paligemma_dir, demos):
+    folder = tmp_path_factory.mktemp("run")
+    return train_tiny(folder, tiny_paligemma_dir, [demos / "a.parquet", demos / "b.parquet"])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def evaluate(checkpoint, demos, output, *flags):
+    paths = [str(demos / "a.parquet"), str(demos / "b.parquet")]
+    args = ["--checkpoint_path", str(checkpoint), "--device", "cpu", "--output_dir", str(output), "--num_workers", "0"]
+    main_eval.main([*args, "--eval_data_path", *paths, *flags])
+    return json.loads((output / "metrics.json").read_text()), paths
+
+
+def test_batch_mode(checkpoint, demos, tmp_path, capsys):
+    result, paths = evaluate(checkpoint, demos, tmp_path / "out", "--save_predictions", "--batch_size", "4")
+    assert set(result["predictors"]) == {"policy", "mean_action", "repeat_last_action"}
+    for summary in result["predictors"].values():
+        assert (summary["samples"], summary["valid_steps"]) == (18, 18 * 4 - 3 * 6)  # 1 + 2 + 3 padded per episode
+        assert set(summary["overall"]) == set(METRICS)
+        assert list(summary["per_dataset"]) == paths
+        assert len(summary["per_step"]["mse"]) == len(summary["per_dimension"]["mse"]) == 4
+
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 18 * 4
+    assert {row["dataset"] for row in rows} == {row["file"] for row in rows} == set(paths)
+    valid = [row for row in rows if row["is_pad"] == "0"]
+    errors = [(float(row[f"pred_{a}"]) - float(row[f"true_{a}"])) ** 2 for row in valid for a in range(4)]
+    assert np.mean(errors) == pytest.approx(result["predictors"]["policy"]["overall"]["mse"], rel=1e-4)
+    assert all(row["true_0"] == "" for row in rows if row["is_pad"] == "1")
+    last = [row for row in rows if row["episode"] == "1" and row["frame"] == "6"]
+    assert [row["is_pad"] for row in last] == ["0", "1", "1", "1"]
+
+    plots = sorted((tmp_path / "out" / "plots").iterdir())
+    assert len(plots) == 3  # two episodes of a, one of b
+    assert Image.open(plots[0]).size[0] > 600
+    assert "12 samples" in (tmp_path / "out" / "inference_log.txt").read_text()
+    printed = capsys.readouterr().out
+    assert "repeat_last_action" in printed and f"wrote {tmp_path / 'out' / 'metrics.json'}" in printed
+
+
+def test_trivial_predictors_by_hand(checkpoint, demos, tmp_path):
+    result, _ = evaluate(checkpoint, demos, tmp_path, "--num_plots", "0")
+    mean = np.array(load_checkpoint(checkpoint)["statistics"][0]["action"]["mean"])
+    mean_errors, repeat_errors = [], []
+    for seed, length in ((0, 5), (1, 7), (1, 6)):
+        action = np.array([row["action"] for row in episode_rows(length, seed=seed)])
+        for t in range(length):
+            truth = action[t : t + 4]
+            mean_errors += list(((truth - mean) ** 2).ravel())
+            repeat_errors += list(((truth - (action[t - 1] if t else mean)) ** 2).ravel())
+    predictors = result["predictors"]
+    assert predictors["mean_action"]["overall"]["mse"] == pytest.approx(np.mean(mean_errors), rel=1e-5)
+    assert predictors["repeat_last_action"]["overall"]["mse"] == pytest.approx(np.mean(repeat_errors), rel=1e-5)
+
+
+def test_batch_size_changes_nothing(checkpoint, demos, tmp_path):
+    one, _ = evaluate(checkpoint, demos, tmp_path / "one", "--batch_size", "1", "--num_plots", "0")
+    many, _ = evaluate(checkpoint, demos, tmp_path / "many", "--batch_size", "7", "--num_plots", "0")
+    policies = [result["predictors"]["policy"]["overall"] for result in (one, many)]
+    assert policies[0]["mse"] == pytest.approx(policies[1]["mse"], rel=1e-5)
+    reseeded, _ = evaluate(checkpoint, demos, tmp_path / "seed", "--seed", "1", "--num_plots", "0")
+    assert reseeded["predictors"]["policy"]["overall"]["mse"] != pytest.approx(policies[0]["mse"], rel=1e-5)
+
+
+def test_single_item(checkpoint, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "now.png")
+    common = ["--checkpoint_path", str(checkpoint), "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+    common += ["--image1_paths", str(tmp_path / "now.png"), "--prompt", "open the window", "--save_predictions"]
+    main_eval.main([*common, "--state_vector", "0.1 -0.2 0.3 0.4"])
+    written = json.loads((tmp_path / "out" / "actions.json").read_text())
+    wanted = VLAPredictor.from_checkpoint(checkpoint, "cpu").predict(
+        pixels, prompt="open the window", state=[0.1, -0.2, 0.3, 0.4], seed=0
+    )
+    np.testing.assert_allclose(written["actions"], wanted)
+    assert written["prompt"] == "open the window" and written["state"] == [0.1, -0.2, 0.3, 0.4]
+    rows = list(csv.reader((tmp_path / "out" / "actions.csv").open()))
+    assert rows[0] == ["step", "action_0", "action_1", "action_2", "action_3"] and len(rows) == 5
+    assert f"{wanted[3, 3]:.5f}" in capsys.readouterr().out
+
+    main_eval.main([*common, "--state_vector", "0.1", "-0.2", "0.3", "0.4"])  # several arguments mean the same
+    assert json.loads((tmp_path / "out" / "actions.json").read_text()) == written
+    with pytest.raises(ValueError, match="--state_vector: could not convert string to float: 'x'"):
+        main_eval.main([*common, "--state_vector", "0.1 x"])
+    with pytest.raises(ValueError, match="state is missing; this policy takes 4 values"):
+        main_eval.main(common)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--checkpoint_path c", "give one of --eval_data_path, --image1_paths, --env; found none of them"),
+        ("--checkpoint_path c --eval_data_path d --env metaworld", "found --eval_data_path and --env"),
+        ("--eval_data_path d", "--checkpoint_path is missing"),
+        ("--checkpoint_path c --eval_data_path d --blind", "--blind belongs to --env, not to --eval_data_path"),
+        ("--checkpoint_path c --env metaworld --tasks t --batch_size 4", "--batch_size belongs to --eval_data_path"),
+        ("--checkpoint_path c --image1_paths i", "--prompt is missing"),
+        ("--checkpoint_path c --env metaworld", "--tasks is missing"),
+        ("--env metaworld --tasks t", "--checkpoint_path is missing"),
+        ("--env metaworld --tasks t --control replay", "--control replay and --demos_path go together"),
+        ("--checkpoint_path c --env metaworld --tasks t --demos_path d", "--control replay and --demos_path go tog"),
+        ("--env metaworld --tasks t --control expert --blind", "--blind has no meaning with --control expert"),
+        ("--checkpoint_path c --env e --tasks t --control expert", "--checkpoint_path has no meaning with --control"),
+        ("--checkpoint_path c --env e --tasks t --swap_prompts", "--swap_prompts needs at least two --tasks"),
+        ("--checkpoint_path c --env e --tasks t --episodes 0", "--episodes is 0; give 1 or more"),
+        (
+            "--checkpoint_path c --env e --tasks t u --swap_prompts --prompt_override x",
+            "--swap_prompts and --prompt_override contradict",
+        ),
+        ("--checkpoint_path c --env e --tasks t --env_options camera", "--env_options camera: no '='"),
+    ],
+)
+def test_contradictory_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args(flags.split(), "")
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_env_options_are_read_as_yaml():
+    flags = "--env metaworld --tasks t --control expert --env_options camera=corner2 hide_goal=true image_size=64"
+    assert parse_args(flags.split(), "").options == {"camera": "corner2", "hide_goal": True, "image_size": 64}
+
+
+def test_errors_end_the_script_with_one_line(tmp_path):
+    command = [sys.executable, "main_eval.py", "--checkpoint_path", str(tmp_path / "none.pth.tar")]
+    done = subprocess.run(
+        [*command, "--eval_data_path", "x", "--output_dir", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "error: " in done.stderr and "no such checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_offline_check(checkpoint, demos, tmp_path, capsys):
+    args = ["--checkpoint_path", str(checkpoint), "--test_data_dir", str(demos), "--device", "cpu"]
+    code = test_vla_offline.main([*args, "--output_file", str(tmp_path / "report.json"), "--max_samples", "6"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == 1 and report["passed"] is False  # two steps of training are not enough, and the check says so
+    assert "FAILED: " in capsys.readouterr().out
+    for path in (demos / "a.parquet", demos / "b.parquet"):
+        found = report["files"][str(path)]
+        assert found["samples"] == 6 and found["checks"]["finite"] and found["checks"]["repeatable"]
+        assert found["checks"]["better_than_mean_action"] is False
+        assert set(found["metrics"]) == {"policy", "mean_action", "repeat_last_action"}
+    assert report["latency"]["median_ms"] > 0
+    test_vla_offline.main([*args, "--output_file", str(tmp_path / "report.txt"), "--max_samples", "2"])
+    assert (tmp_path / "report.txt").read_text().endswith("FAILED\n")
+
+
+@pytest.mark.slow
+def test_offline_check_passes_a_policy_that_has_learned(tmp_path, tiny_paligemma_dir):
+    rows = []
+    for i, level in enumerate((-0.2, 1.0, 0.0, -1.0, 0.2)):  # the action is the state, the same all episode long
+        episode = episode_rows(8 if abs(level) < 1 else 1, seed=i)
+        rows += [{**row, "state": [level] * 4, "action": [level] * 4} for row in episode]
+    data = write_rows(tmp_path / "data" / "easy.parquet", rows)
+    head = {"horizon": 2, "hidden_dim": 64, "num_layers": 2, "noise_draws_per_sample": 8}
+    path = train_tiny(tmp_path, tiny_paligemma_dir, [data], steps=120, head=head)
+    args = ["--checkpoint_path", str(path), "--test_data_dir", str(data.parent), "--device", "cpu"]
+    assert test_vla_offline.main([*args, "--output_file", str(tmp_path / "report.json")]) == 0
+
+
+def test_offline_check_names_predictions_that_are_not_finite(checkpoint, demos, tmp_path):
+    broken = load_checkpoint(checkpoint)
+    del broken["format"]
+    broken["model"]["action_head.action_out.bias"] = torch.full((4,), float("nan"))
+    save_checkpoint(broken, tmp_path / "broken.pth.tar")
+    args = ["--checkpoint_path", str(tmp_path / "broken.pth.tar"), "--test_data_dir", str(demos), "--device", "cpu"]
+    assert test_vla_offline.main([*args, "--output_file", str(tmp_path / "report.json")]) == 1
+    found = json.loads((tmp_path / "report.json").read_text())["files"][str(demos / "a.parquet")]
+    assert found["checks"] == {"finite": False} and "step 0, dimension 0 is nan" in found["error"]
+
+
+@pytest.mark.sim
+@needs_simulator
+def test_closed_loop(checkpoint, tmp_path, capsys):
+    tasks = ["button-press-topdown-v3", "window-open-v3"]
+    common = ["--checkpoint_path", str(checkpoint), "--env", "metaworld", "--tasks", *tasks, "--device", "cpu"]
+    common += ["--env_options", "max_episode_steps=4", "hide_goal=true", "--episodes", "2", "--num_threads", "1"]
+    main_eval.main([*common, "--output_dir", str(tmp_path / "own"), "--num_videos", "1"])
+    own = json.loads((tmp_path / "own" / "rollouts.json").read_text())
+    assert own["settings"]["env_settings"]["image_size"] == 32  # what the policy was trained on
+    assert own["settings"]["control"] == "policy" and own["settings"]["n_action_steps"] == 2
+    assert own["summary"]["episodes"] == 4 and list(own["tasks"]) == tasks
+    for task in own["tasks"].values():
+        assert task["seeds"] == [10000, 10001] and task["steps"] == [4, 4] and task["prompt"] == task["instruction"]
+        assert len(task["videos"]) == 1
+    assert "Wilson" in capsys.readouterr().out
+
+    main_eval.main([*common, "--output_dir", str(tmp_path / "swap"), "--num_videos", "0", "--swap_prompts", "--blind"])
+    swapped = json.loads((tmp_path / "swap" / "rollouts.json").read_text())
+    assert swapped["settings"]["control"] == "blind" and swapped["settings"]["prompts"] == "swapped"
+    first, second = (swapped["tasks"][task] for task in tasks)
+    assert (first["prompt"], second["prompt"]) == (second["instruction"], first["instruction"])
+
+
+@pytest.mark.sim
+@needs_simulator
+def test_controls_in_closed_loop(tmp_path):
+    common = ["--env", "metaworld", "--tasks", "plate-slide-side-v3", "--episodes", "2", "--num_videos", "0"]
+    main_eval.main([*common, "--control", "expert", "--output_dir", str(tmp_path / "expert"), "--image_size", "32"])
+    expert = json.loads((tmp_path / "expert" / "rollouts.json").read_text())
+    assert expert["summary"]["successes"] == 2 and expert["settings"]["env_settings"]["image_size"] == 32
+
+    rows = [row for i in range(2) for row in episode_rows(5, seed=i)]
+    for row in rows[:5]:
+        row["prompt"] = expert["tasks"]["plate-slide-side-v3"]["instruction"]
+    write_rows(tmp_path / "demos.parquet", rows)
+    replay = [*common, "--control", "replay", "--demos_path", str(tmp_path / "demos.parquet")]
+    main_eval.main([*replay, "--output_dir", str(tmp_path / "replay"), "--env_options", "max_episode_steps=6"])
+    result = json.loads((tmp_path / "replay" / "rollouts.json").read_text())
+    assert result["settings"]["control"] == "replay"
+    assert result["tasks"]["plate-slide-side-v3"]["steps"] == [6, 6]
+    replay[3] = "window-open-v3"
+    with pytest.raises(DataError, match="no episode with the instruction 'slide the window open'.*open the window"):
+        main_eval.main([*replay, "--output_dir", str(tmp_path / "other")])
