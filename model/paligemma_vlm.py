@@ -190,14 +190,13 @@ class PaliGemmaVLM(nn.Module):
         valid_N = slot_mask_BSV.flatten().nonzero().squeeze(1)
         all_valid = valid_N.numel() == slot_mask_BSV.numel()
         if valid_N.numel() == 0:
-            valid_N = valid_N.new_zeros(
-                1
-            )  # one image in vain: DDP waits for the vision tower's gradients on every rank
+            # One image in vain: DDP waits for the vision tower's gradients on every rank.
+            valid_N = valid_N.new_zeros(1)
         if not all_valid:
             pixels_N3HW = pixels_N3HW[valid_N]
         pixels_N3HW = (pixels_N3HW.float() / 255 - self.image_mean) / self.image_std
         features_NnE = self.backbone.vision_tower(pixels_N3HW).last_hidden_state
-        # not get_image_features: a frozen tower gives bfloat16, which the float32 projector refuses outside autocast
+        # Not get_image_features: a frozen tower gives bfloat16, which the float32 projector refuses outside autocast.
         projector = self.backbone.multi_modal_projector
         features_NnE = self.resampler(projector(features_NnE.to(projector.linear.weight.dtype)))
         if not all_valid:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts.make_tiny_paligemma import make_tiny_paligemma
 
@@ -21,6 +22,12 @@ TINY = {
     "text_kv_heads": 2,
     "vocab_size": 512,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Models this small gain nothing from a second thread and lose much on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
