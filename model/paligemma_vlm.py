@@ -172,9 +172,9 @@ class PaliGemmaVLM(nn.Module):
         mask_BL = torch.cat([image_mask_BL, prompt_mask_BL], dim=1)
         # Positions count the tokens that exist, from 1: what is masked out moves nothing.
         position_ids_BL = mask_BL.cumsum(dim=1)
-        # token_type_ids 0 mark one bidirectional block; without them PaliGemmaModel is causal. Inside the block Gemma 2's
-        # sliding windows don't apply, in stock transformers as here. The mask is given even where all are True: without
-        # one, positions that repeat would be taken for several packed sequences.
+        # token_type_ids 0 mark one bidirectional block; without them PaliGemmaModel is causal. In the block Gemma 2's
+        # sliding windows don't apply, in stock transformers as here. The mask is given even where all are True:
+        # without one, positions that repeat would be taken for several packed sequences.
         outputs = self.backbone(
             inputs_embeds=embeds_BLE,
             attention_mask=mask_BL,
