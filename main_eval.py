@@ -41,6 +41,7 @@ from utils.misc import set_up_logging
 from utils.parquet_utils import DataError, resolve_parquet_files
 
 logger = logging.getLogger(__name__)
+LOG_NAME = "inference_log.txt"
 
 
 def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
@@ -61,7 +62,7 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
         write_predictions(paths[-1], predictions)
     paths += plot_trajectories(output / "plots", predictions, 3 if args.num_plots is None else args.num_plots)
     logger.info("%.1f ms per sample", 1000 * result["seconds_per_sample"])
-    _finish(metrics_table(result), [*paths, output / "inference_log.txt"])
+    _finish(metrics_table(result), paths, output / LOG_NAME)
 
 
 def open_dataset(predictor: VLAPredictor, spec: str, flag: str) -> VLADataset:
@@ -134,7 +135,7 @@ def evaluate_closed_loop(args: argparse.Namespace, predictor: VLAPredictor | Non
     }
     write_json(output / "rollouts.json", result)
     videos = [video for task in tasks.values() for video in task["videos"]]
-    _finish(rollout_table(result), [output / "rollouts.json", *videos])
+    _finish(rollout_table(result), [output / "rollouts.json", *videos], output / LOG_NAME)
 
 
 def _prompts(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, str]:
@@ -172,15 +173,19 @@ def _demonstrations(specs: Sequence[str], env: Any) -> list[np.ndarray]:
     return found
 
 
-def _finish(text: str, paths: Sequence[str | Path]) -> None:
+def _finish(text: str, paths: Sequence[str | Path], log_file: Path | None = None) -> None:
     print("\n" + text)
+    if log_file is not None:
+        with log_file.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        paths = [*paths, log_file]
     for path in paths:
         print(f"wrote {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv, __doc__)
-    set_up_logging(Path(args.output_dir) / "inference_log.txt" if args.mode != "image1_paths" else None)
+    set_up_logging(Path(args.output_dir) / LOG_NAME if args.mode != "image1_paths" else None)
     predictor, num_threads = None, args.num_threads
     if args.checkpoint_path is not None:
         predictor = VLAPredictor.from_checkpoint(

@@ -85,6 +85,8 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
                 parser.error(f"--{flag} belongs to --{mode}, not to --{args.mode}")
     if args.checkpoint_path is None and args.control is None:
         parser.error("--checkpoint_path is missing; give a *.pth.tar file (only --control runs without a policy)")
+    if len(set(args.eval_data_path or [])) < len(args.eval_data_path or []):
+        parser.error("--eval_data_path names a path twice; every sample would count twice")
     for flag in POSITIVE_FLAGS:
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} is {getattr(args, flag)}; give 1 or more")

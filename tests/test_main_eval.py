@@ -76,7 +76,8 @@ def test_batch_mode(checkpoint, demos, tmp_path, capsys):
     plots = sorted((tmp_path / "out" / "plots").iterdir())
     assert len(plots) == 3  # two episodes of a, one of b
     assert Image.open(plots[0]).size[0] > 600
-    assert "12 samples" in (tmp_path / "out" / "inference_log.txt").read_text()
+    log = (tmp_path / "out" / "inference_log.txt").read_text()
+    assert "12 samples" in log and "repeat_last_action" in log
     printed = capsys.readouterr().out
     assert "repeat_last_action" in printed and f"wrote {tmp_path / 'out' / 'metrics.json'}" in printed
 
@@ -137,6 +138,7 @@ def test_single_item(checkpoint, tmp_path, capsys):
         ("--eval_data_path d", "--checkpoint_path is missing"),
         ("--checkpoint_path c --eval_data_path d --blind", "--blind belongs to --env, not to --eval_data_path"),
         ("--checkpoint_path c --env metaworld --tasks t --batch_size 4", "--batch_size belongs to --eval_data_path"),
+        ("--checkpoint_path c --eval_data_path d d", "--eval_data_path names a path twice"),
         ("--checkpoint_path c --image1_paths i", "--prompt is missing"),
         ("--checkpoint_path c --env metaworld", "--tasks is missing"),
         ("--env metaworld --tasks t", "--checkpoint_path is missing"),
