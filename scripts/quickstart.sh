@@ -51,7 +51,7 @@ rollouts() { # name, flags ...
     }
 }
 policy_side() {
-    rollouts closed_loop --checkpoint_path "$POLICY"
+    rollouts closed_loop --checkpoint_path "$POLICY" --num_videos 4
     rollouts swapped_prompt --checkpoint_path "$POLICY" --swap_prompts --num_videos 1
 }
 control_side() {
