@@ -25,11 +25,59 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class MixtureEntry:
+    """One dataset of a mixture. Widths may be smaller than the model's: the rest is padding, masked everywhere."""
+
+    path: tuple[str, ...] = ()  # files, folders or globs, as train_parquet_files
+    name: str = ""  # names the dataset in statistics, logs, metrics and at inference
+    weight: float = 1.0  # share of the samples, relative to the other weights
+    state_dim: int | None = None  # width of its state column; None: data.state_dim
+    per_action_dim: int | None = None  # width of its action column; None: the head's
+    horizon: int | None = None  # actions that are true targets, for datasets of a lower rate; None: the head's
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ConfigError(f"data.mixture {self.name}: weight is {self.weight}; give 0 or more")
+        for name in ("state_dim", "per_action_dim", "horizon"):
+            if getattr(self, name) is not None:
+                _positive(self, f"data.mixture {self.name}", name)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes to training images, drawn anew for every sample; all frames and cameras of it alike."""
+
+    enabled: bool = False
+    crop_scale: float = 0.9  # side of the random crop relative to the image; evaluation takes the centre crop
+    scale_jitter: float = 0.05  # the crop's side varies by up to this much either way
+    brightness: float = 0.2  # factor drawn from [1 - b, 1 + b]
+    contrast: float = 0.2  # the same, about the image's mean
+    saturation: float = 0.2  # the same, about the pixel's grey
+    hue: float = 0.02  # rotation in turns, from [-h, h]
+
+    def __post_init__(self) -> None:
+        place = "data.augmentation"
+        if not 0 < self.crop_scale <= 1:
+            raise ConfigError(f"{place}.crop_scale is {self.crop_scale}; give a number in (0, 1]")
+        if not 0 <= self.scale_jitter < self.crop_scale:
+            raise ConfigError(f"{place}.scale_jitter is {self.scale_jitter}; give 0 or more, below crop_scale")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{place}.{name} is {getattr(self, name)}; give a number in [0, 1)")
+        if not 0 <= self.hue <= 0.5:
+            raise ConfigError(f"{place}.hue is {self.hue}; give turns in [0, 0.5]")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the demonstrations are and how samples are cut from them."""
 
     train_parquet_files: tuple[str, ...] = ()  # each entry a file, a folder or a glob
-    val_parquet_files: tuple[str, ...] = ()  # held-out episodes; empty: no validation
+    val_parquet_files: tuple[str, ...] = ()  # held-out episodes; empty: none, or val_fraction of the training files
+    val_fraction: float = 0.0  # share of the training files' episodes that is held out instead of trained on
+    split_seed: int = 0  # which episodes val_fraction holds out
+    mixture: tuple[MixtureEntry, ...] = ()  # several datasets at once, instead of train_parquet_files
+    sample_weighting: Literal["step", "episode", "task"] = "step"  # what is drawn uniformly within a dataset
     tokenizer_name_or_path: str | None = None  # directory or hub id; None: the backbone's own
     image_processor_name_or_path: str | None = None  # directory or hub id; None: siglip_model_name, else backbone
     siglip_model_name: str | None = None  # SigLIP checkpoint whose image processor is used
@@ -39,12 +87,28 @@ class DataConfig:
     num_workers: int = 2  # loader processes per rank
     normalization_stats_path: str | None = None  # JSON from utils/calculate_normalization_stats.py
     normalization_type: Literal["min_max", "quantile", "mean_std"] = "min_max"
-    state_dim: int = 7  # width of the state column
+    clip_normalized: float | None = None  # clip normalized states and predicted actions to [-c, c]
+    action_mode: Literal["absolute", "delta"] = "absolute"  # delta: relative to the current state's same dimension
+    absolute_action_dims: tuple[int, ...] = ()  # dimensions that stay absolute in delta mode, such as grippers
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    state_dim: int = 7  # width of the state column (of the widest dataset in a mixture)
     action_bounds: tuple[float, float] = (-1.0, 1.0)  # normalized range that min_max and quantile map onto
+    cache: bool = True  # keep the episode cache for later runs; false (--no_cache): remove it when the run ends
     cache_dir: str | None = None  # episode cache; None: $XDG_CACHE_HOME/paligemma_vla
 
     def __post_init__(self) -> None:
         _positive(self, "data", "max_seq_len", "batch_size", "state_dim")
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"data.val_fraction is {self.val_fraction}; give a number in [0, 1)")
+        if self.val_fraction and self.val_parquet_files:
+            raise ConfigError(
+                "data.val_fraction and data.val_parquet_files both say what is held out; give one of them"
+            )
+        if self.mixture and self.train_parquet_files:
+            raise ConfigError("data.mixture and data.train_parquet_files both name training data; give one of them")
+        if self.clip_normalized is not None:
+            _positive(self, "data", "clip_normalized")
+        self._check_mixture()
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers is {self.num_workers}; give 0 (load in this process) or more")
         if self.prompt_max_len < 3:
@@ -53,6 +117,21 @@ class DataConfig:
             )
         if len(self.action_bounds) != 2 or self.action_bounds[0] >= self.action_bounds[1]:
             raise ConfigError(f"data.action_bounds is {list(self.action_bounds)}; give [low, high] with low < high")
+
+    def _check_mixture(self) -> None:
+        names = [entry.name for entry in self.mixture]
+        if not all(entry.path and entry.name for entry in self.mixture):
+            raise ConfigError(f"data.mixture: every entry needs both a path and a name (names: {names})")
+        if len(set(names)) != len(names):
+            raise ConfigError(f"data.mixture: names {names} are not distinct")
+        if self.mixture and not any(entry.weight for entry in self.mixture):
+            raise ConfigError("data.mixture: every weight is 0; give one dataset a positive weight")
+        for entry in self.mixture:
+            if entry.state_dim is not None and entry.state_dim > self.state_dim:
+                raise ConfigError(
+                    f"data.mixture {entry.name}: state_dim {entry.state_dim} exceeds data.state_dim {self.state_dim}; "
+                    "set data.state_dim to the widest"
+                )
 
 
 @dataclass(frozen=True)
@@ -264,6 +343,42 @@ class Config:
                 f"inference.n_action_steps is {executed} but model.action_head_config.horizon is {horizon}; "
                 "at most the whole horizon can be executed"
             )
+
+        head, data = self.model.action_head_config, self.data
+        for entry in data.mixture:
+            for name, limit in (("per_action_dim", head.per_action_dim), ("horizon", head.horizon)):
+                if (getattr(entry, name) or 0) > limit:
+                    raise ConfigError(
+                        f"data.mixture {entry.name}: {name} {getattr(entry, name)} exceeds "
+                        f"model.action_head_config.{name} {limit}; set that to the largest"
+                    )
+        if data.action_mode == "delta":
+            unmatched = [d for d in range(data.state_dim, head.per_action_dim) if d not in data.absolute_action_dims]
+            if unmatched:
+                raise ConfigError(
+                    f"data.action_mode delta subtracts state[i] from action[i], but state_dim {data.state_dim} has no "
+                    f"value for action dimensions {unmatched}; list them in data.absolute_action_dims"
+                )
+        if any(not 0 <= d < head.per_action_dim for d in data.absolute_action_dims):
+            raise ConfigError(
+                f"data.absolute_action_dims is {list(data.absolute_action_dims)}; actions have dimensions 0 to "
+                f"{head.per_action_dim - 1}"
+            )
+
+    @property
+    def datasets(self) -> tuple[MixtureEntry, ...]:
+        """What to train on, one entry per dataset, widths filled in; a single dataset is a mixture of one."""
+        head, data = self.model.action_head_config, self.data
+        entries = data.mixture or (MixtureEntry(path=data.train_parquet_files, name="default"),)
+        return tuple(
+            dataclasses.replace(
+                entry,
+                state_dim=entry.state_dim or data.state_dim,
+                per_action_dim=entry.per_action_dim or head.per_action_dim,
+                horizon=entry.horizon or head.horizon,
+            )
+            for entry in entries
+        )
 
     @property
     def cameras(self) -> tuple[str, ...]:
