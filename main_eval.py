@@ -70,11 +70,13 @@ def open_dataset(predictor: VLAPredictor, spec: str, flag: str) -> VLADataset:
     return VLADataset(
         resolve_parquet_files(spec, flag),
         predictor.config.data,
-        horizon=predictor.horizon,
-        per_action_dim=predictor.per_action_dim,
+        horizon=predictor.config.model.action_head_config.horizon,
+        per_action_dim=predictor.config.model.action_head_config.per_action_dim,
         cameras=predictor.cameras,
         image_processor=predictor.image_processor,
         prompt_tokenizer=predictor.prompt_tokenizer,
+        own=predictor.dataset,
+        dataset_index=predictor.dataset_index,
     )
 
 
@@ -193,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.device,
             args.use_amp,
             num_inference_steps=args.num_inference_steps,
+            dataset=args.dataset,
         )
         num_threads = num_threads or predictor.config.training.num_threads
         logger.info("%s on %s, computing in %s", args.checkpoint_path, predictor.device, predictor.model.compute_dtype)

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from data.loader import StepBatchSampler, build_dataset, make_loader
+from data.loader import build_datasets, build_sampler, make_loader
 from data.processing import processors_from_checkpoint, processors_from_config
 from model.vla_model import VLAModel, require_same_architecture
 from training.trainer import NonFiniteLossError, VLATrainer
@@ -39,12 +39,9 @@ def main() -> None:
         processors_from_config(config) if checkpoint is None else processors_from_checkpoint(checkpoint)
     )
 
-    train_set = build_dataset(config, "train_parquet_files", image_processor, tokenizer)
-    val_set = build_dataset(config, "val_parquet_files", image_processor, tokenizer)
+    train_set, val_set = build_datasets(config, image_processor, tokenizer)
     data, training = config.data, config.training
-    sampler = StepBatchSampler(
-        len(train_set), data.batch_size, seed=training.seed, accumulation=training.gradient_accumulation_steps
-    )
+    sampler = build_sampler(config, train_set)
     train_loader = make_loader(train_set, num_workers=data.num_workers, batch_sampler=sampler, seed=training.seed)
     val_loader = None
     if val_set is not None:

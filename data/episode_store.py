@@ -8,12 +8,14 @@ ranks of a machine share one copy through the page cache. The folder's name is a
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from utils.parquet_utils import DataError, open_parquet, require_columns, vectors
+from utils.parquet_utils import DataError, Source, fingerprint, open_parquet, require_columns, vectors
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +62,13 @@ class EpisodeStore:
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[Source],
         *,
         state_dim: int,
         per_action_dim: int,
         cameras: Sequence[str],
         cache_dir: str | Path | None = None,
+        keep_cache: bool = True,
     ) -> None:
         """Open the cache of these files, building it first where there is none.
 
@@ -74,24 +77,27 @@ class EpisodeStore:
             state_dim, per_action_dim: widths that the columns must have.
             cameras: image columns to keep, `image_1` and perhaps `image_2`.
             cache_dir: where caches live; None: `$XDG_CACHE_HOME/paligemma_vla`.
+            keep_cache: False builds into a temporary folder, which is removed with the last process that uses it.
 
         Raises:
             DataError: a file breaks the schema; the message names file, row and remedy.
         """
-        self.files = [Path(path) for path in files]
+        self.files = list(files)
         self.cameras = tuple(cameras)
         spec = {
             "version": CACHE_VERSION,
             "state_dim": state_dim,
             "per_action_dim": per_action_dim,
             "cameras": list(self.cameras),
-            "files": [_fingerprint(path) for path in self.files],
+            "files": [fingerprint(path) for path in self.files],
         }
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
         root = Path(cache_dir) if cache_dir is not None else _default_cache_dir()
+        if not keep_cache:
+            root = Path(tempfile.mkdtemp(prefix="paligemma_vla_"))
+            weakref.finalize(self, _remove_own, root, os.getpid())
         self.folder = root / digest
-        if not (self.folder / "meta.json").is_file():
-            self._build(spec)
+        _build_once(self.files, spec, self.folder)
         meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         self.prompts: list[str] = meta["prompts"]
         self.file_starts = np.array(meta["file_starts"], dtype=np.int64)
@@ -131,32 +137,36 @@ class EpisodeStore:
         episode, step = self.locate(row)
         return f"{self.files[file]} row {row - int(self.file_starts[file])} (episode {episode}, step {step})"
 
-    def _build(self, spec: dict[str, Any]) -> None:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
-        try:
-            _write_cache(self.files, spec, temporary)
-            try:
-                os.rename(temporary, self.folder)
-            except OSError:  # another process built the same cache first; its content is the same
-                if not (self.folder / "meta.json").is_file():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        size = sum(path.stat().st_size for path in self.folder.iterdir())
-        logger.info("episode cache: %.1f MB at %s", size / 1e6, self.folder)
-
 
 def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paligemma_vla"
 
 
-def _fingerprint(path: Path) -> list[Any]:
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+def _remove_own(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:  # loader workers inherit the store, and must not take it from the others
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_cache(files: list[Path], spec: dict[str, Any], folder: Path) -> None:
+def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
+    """Make the cache unless it is there. One process builds; others that want the same wait for it."""
+    if (folder / "meta.json").is_file():
+        return
+    locks = folder.parent / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with open(locks / folder.name, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "meta.json").is_file():
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            try:
+                _write_cache(files, spec, temporary)
+                os.rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            logger.info("episode cache: %.1f MB at %s", size / 1e6, folder)
+
+
+def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
     opened = [open_parquet(path) for path in files]
     columns = [_image_columns(file, path, spec["cameras"]) for file, path in zip(opened, files, strict=True)]
     cameras = [camera for camera in spec["cameras"] if any(camera in found for found in columns)]
@@ -184,7 +194,7 @@ def _write_cache(files: list[Path], spec: dict[str, Any], folder: Path) -> None:
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _image_columns(file: pq.ParquetFile, path: Path, cameras: Sequence[str]) -> dict[str, str]:
+def _image_columns(file: pq.ParquetFile, path: Source, cameras: Sequence[str]) -> dict[str, str]:
     """camera -> its column in this file, after checking that the columns are there."""
     require_columns(file, path, ["state", "action", *FLAGS, "prompt"])
     present = file.schema_arrow.names
@@ -206,7 +216,7 @@ def _append_numbers(
     parts: dict[str, list[np.ndarray]],
     prompts: dict[str, int],
     batch: pa.RecordBatch,
-    path: Path,
+    path: Source,
     first_row: int,
     spec: dict[str, Any],
 ) -> None:
@@ -235,7 +245,7 @@ def _append_numbers(
     parts["prompt_index"].append(indices)
 
 
-def _frames(batch: pa.RecordBatch, name: str | None, camera: str, path: Path, first_row: int) -> pa.Array:
+def _frames(batch: pa.RecordBatch, name: str | None, camera: str, path: Source, first_row: int) -> pa.Array:
     """One camera's encoded frames as large_binary, null where absent."""
     if name is None:
         return pa.nulls(batch.num_rows, pa.large_binary())
@@ -254,7 +264,7 @@ def _frames(batch: pa.RecordBatch, name: str | None, camera: str, path: Path, fi
     return column.cast(pa.large_binary())
 
 
-def _episode_starts(arrays: dict[str, np.ndarray], files: list[Path], file_starts: np.ndarray) -> np.ndarray:
+def _episode_starts(arrays: dict[str, np.ndarray], files: list[Source], file_starts: np.ndarray) -> np.ndarray:
     """Episode boundaries from the flags, or a DataError at the first row where the flags contradict each other."""
     first, last, terminal = (arrays[flag] for flag in FLAGS)
     ends_before = np.concatenate([[True], last[:-1]])  # whether the row before ends an episode

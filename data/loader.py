@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 if __name__ == "__main__":  # so that "python data/loader.py" finds the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,11 +35,13 @@ from data.processing import (
     build_observation,
     collate_fn,
 )
-from utils.config_utils import Config, DataConfig
+from data.sampler import StepBatchSampler
+from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
-from utils.parquet_utils import DataError, open_parquet, resolve_parquet_files
+from utils.parquet_utils import DataError, Source, open_parquet, resolve_parquet_files
+from utils.splits import validation_episodes
 
-__all__ = ["StepBatchSampler", "VLADataset", "VLAImageProcessor", "build_dataset", "collate_fn", "make_loader"]
+__all__ = ["VLADataset", "VLAImageProcessor", "build_datasets", "build_sampler", "collate_fn", "make_loader"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class VLADataset(Dataset):
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[Source],
         config: DataConfig,
         *,
         horizon: int,
@@ -56,6 +59,9 @@ class VLADataset(Dataset):
         cameras: Sequence[str],
         image_processor: VLAImageProcessor,
         prompt_tokenizer: PromptTokenizer,
+        own: MixtureEntry | None = None,
+        dataset_index: int = 0,
+        split: Literal["all", "train", "val"] = "all",
     ) -> None:
         """Open the files (see `EpisodeStore`) and tokenize their instructions once.
 
@@ -66,18 +72,31 @@ class VLADataset(Dataset):
             per_action_dim: A, values per action.
             cameras: image columns that the model reads; no other frame is ever decoded.
             image_processor, prompt_tokenizer: the same objects that serving uses.
+            own: name and own widths of a mixture's dataset; samples are padded to the model's. None: the model's.
+            dataset_index: which statistics the model uses for these samples.
+            split: all episodes, or those that `val_fraction` leaves for training, or those that it holds out.
 
         Raises:
             DataError: the files break the schema.
         """
+        self.name = own.name if own is not None else "default"
         self.store = EpisodeStore(
             files,
-            state_dim=config.state_dim,
-            per_action_dim=per_action_dim,
+            state_dim=(own and own.state_dim) or config.state_dim,
+            per_action_dim=(own and own.per_action_dim) or per_action_dim,
             cameras=cameras,
             cache_dir=config.cache_dir,
+            keep_cache=config.cache,
         )
         self.horizon, self.max_seq_len, self.cameras = horizon, config.max_seq_len, tuple(cameras)
+        self.own_horizon = (own and own.horizon) or horizon
+        self.state_dim, self.per_action_dim, self.dataset_index = config.state_dim, per_action_dim, dataset_index
+        held_out = validation_episodes(self.name, self.store.num_episodes, config.val_fraction, config.split_seed)
+        chosen = {"all": held_out | True, "train": ~held_out, "val": held_out}[split]
+        self.episodes = np.flatnonzero(chosen)  # of the store, in order
+        self._rows: np.ndarray | range = range(len(self.store))
+        if not chosen.all():
+            self._rows = np.flatnonzero(np.repeat(chosen, np.diff(self.store.episode_starts)))
         self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
         for camera in cameras:
             if not self.store.has_camera(camera):
@@ -86,19 +105,24 @@ class VLADataset(Dataset):
             prompt_tokenizer(prompt)
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self._rows)
+
+    def row(self, index: int) -> int:
+        """The store's row of a sample; the same number unless a split left episodes out."""
+        return int(self._rows[index])
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at a global row.
+        """One sample.
 
         Returns:
             The keys of `build_observation`, and `action` float32 (T, A), `action_is_pad` bool (T,),
-            `dataset_index`, `episode_index`, `frame_index`.
+            `dataset_index`, `episode_index`, `frame_index`. State and action are padded with zeros to the model's
+            widths.
 
         Raises:
             DataError: a frame that can't be decoded, naming file and row.
         """
-        store = self.store
+        store, index = self.store, self.row(index)
         episode, step = store.locate(index)
         begin, end = int(store.episode_starts[episode]), int(store.episode_starts[episode + 1])
         rows = range(max(begin, index - self.max_seq_len + 1), index + 1)
@@ -106,7 +130,7 @@ class VLADataset(Dataset):
             sample = build_observation(
                 {camera: self._frames(camera, rows) for camera in self.cameras},
                 store.prompt(index),
-                store.state[index],
+                _pad(store.state[index], self.state_dim),
                 cameras=self.cameras,
                 max_seq_len=self.max_seq_len,
                 image_processor=self.image_processor,
@@ -114,79 +138,64 @@ class VLADataset(Dataset):
             )
         except ObservationError as error:
             raise DataError(f"{self.describe(index)}: {error}; drop or mend that episode") from None
-        valid = min(self.horizon, end - index)
-        action = torch.zeros(self.horizon, store.action.shape[1])
-        action[:valid] = torch.from_numpy(np.array(store.action[index : index + valid]))
-        sample["action"] = action
+        valid = min(self.own_horizon, end - index)
+        action = np.zeros((self.horizon, self.per_action_dim), dtype=np.float32)
+        action[:valid, : store.action.shape[1]] = store.action[index : index + valid]
+        sample["action"] = torch.from_numpy(action)
         sample["action_is_pad"] = torch.arange(self.horizon) >= valid
-        sample["dataset_index"] = 0
+        sample["dataset_index"] = self.dataset_index
         sample["episode_index"] = episode
         sample["frame_index"] = step
         return sample
 
-    def previous_action(self, index: int) -> np.ndarray | None:
-        """The action executed just before a step, float32 (A,) in physical units; None at an episode's start."""
-        _, step = self.store.locate(index)
-        return None if step == 0 else np.array(self.store.action[index - 1])
+    def previous_action(self, row: int) -> np.ndarray | None:
+        """The action executed just before a row of the store, float32 (A,), physical units, padded to the model's
+        width; None at an episode's start."""
+        _, step = self.store.locate(row)
+        return None if step == 0 else _pad(self.store.action[row - 1], self.per_action_dim)
 
-    def describe(self, index: int) -> str:
-        """Where a sample comes from: file, row, episode and step."""
-        return self.store.describe(index)
+    def describe(self, row: int) -> str:
+        """Where a row of the store comes from: file, row in it, episode and step."""
+        return self.store.describe(row)
+
+    def sample_probabilities(self, weighting: Literal["step", "episode", "task"]) -> np.ndarray | None:
+        """Probability of each sample when episodes or tasks (prompts) are to count alike, float64; None: all alike."""
+        if weighting == "step":
+            return None
+        rows = np.asarray(self._rows)
+        groups = self.store.prompt_index[rows]
+        if weighting == "episode":
+            groups = np.searchsorted(self.store.episode_starts, rows, side="right")
+        _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
+        return 1.0 / (len(counts) * counts[inverse])
 
     def _frames(self, camera: str, rows: range) -> list[memoryview] | None:
         frames = [self.store.image(camera, row) for row in rows]
         return None if any(frame is None for frame in frames) else frames
 
 
-class StepBatchSampler(Sampler[list[int]]):
-    """An endless stream of batches whose content is a function of (seed, position) alone.
+class MixtureDataset(Dataset):
+    """Several datasets behind one index: the samples of the first, then those of the second, and so on."""
 
-    Epoch e is a permutation of all samples drawn from (seed, e); epochs follow each other without a seam, so
-    every sample comes exactly once per epoch and no batch is short. Position p of the stream belongs to
-    optimizer step p // batch_size, whatever the number of micro-batches and ranks, so a run resumes at any
-    step with `start_step`, also when those change.
+    def __init__(self, datasets: Sequence[VLADataset]) -> None:
+        self.datasets = list(datasets)
+        self.starts = np.concatenate([[0], np.cumsum([len(dataset) for dataset in datasets])])
 
-    Each item is one micro-batch of one rank: `batch_size / (accumulation x world_size)` sample indices.
-    """
+    def __len__(self) -> int:
+        return int(self.starts[-1])
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if batch_size % (accumulation * world_size):
-            raise ValueError(
-                f"data.batch_size {batch_size} does not divide by gradient_accumulation_steps {accumulation} x "
-                f"{world_size} ranks; choose a multiple of {accumulation * world_size}"
-            )
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
-        self.start_step = 0
+    def __getitem__(self, index: int) -> Sample:
+        dataset, local = self._locate(index)
+        return dataset[local]
 
-    def __iter__(self) -> Iterator[list[int]]:
-        micro = self.batch_size // (self.accumulation * self.world_size)
-        position = self.start_step * self.batch_size
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        while True:
-            for part in range(self.accumulation):
-                begin = position + (part * self.world_size + self.rank) * micro
-                batch = []
-                for p in range(begin, begin + micro):
-                    if p // self.num_samples != epoch:
-                        epoch = p // self.num_samples
-                        order = self.epoch_order(epoch)
-                    batch.append(int(order[p % self.num_samples]))
-                yield batch
-            position += self.batch_size
+    def describe(self, index: int) -> str:
+        """Where a sample comes from: dataset, file, row, episode and step."""
+        dataset, local = self._locate(index)
+        return f"{dataset.name}: {dataset.describe(dataset.row(local))}"
 
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        """The permutation of epoch `epoch`, int64 (num_samples,)."""
-        return np.random.default_rng(derive_seed("order", self.seed, epoch)).permutation(self.num_samples)
+    def _locate(self, index: int) -> tuple[VLADataset, int]:
+        which = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.datasets[which], index - int(self.starts[which])
 
 
 def make_loader(
@@ -212,26 +221,67 @@ def make_loader(
     )
 
 
-def build_dataset(
-    config: Config, key: str, image_processor: VLAImageProcessor, prompt_tokenizer: PromptTokenizer
-) -> VLADataset | None:
-    """The dataset of `data.train_parquet_files` or `data.val_parquet_files` (`key`); None where it is empty.
+def _pad(values: np.ndarray, width: int) -> np.ndarray:
+    padded = np.zeros(width, dtype=np.float32)
+    padded[: len(values)] = values
+    return padded
+
+
+def build_datasets(
+    config: Config, image_processor: VLAImageProcessor, prompt_tokenizer: PromptTokenizer
+) -> tuple[MixtureDataset, MixtureDataset | None]:
+    """The training and the validation data of a config; no validation data where it names none.
+
+    Validation is `val_parquet_files` (single dataset), or the episodes that `val_fraction` holds out of every
+    dataset.
 
     Raises:
         DataError: training files are missing, or files break the schema.
     """
-    specs = getattr(config.data, key)
-    if not specs and key == "val_parquet_files":
-        return None
-    head = config.model.action_head_config
-    return VLADataset(
-        resolve_parquet_files(specs, f"data.{key}"),
-        config.data,
-        horizon=head.horizon,
-        per_action_dim=head.per_action_dim,
-        cameras=config.cameras,
-        image_processor=image_processor,
-        prompt_tokenizer=prompt_tokenizer,
+    data, head = config.data, config.model.action_head_config
+
+    def open_one(index: int, own: MixtureEntry, specs: Sequence[str], key: str, split: str) -> VLADataset:
+        return VLADataset(
+            resolve_parquet_files(specs, key),
+            data,
+            horizon=head.horizon,
+            per_action_dim=head.per_action_dim,
+            cameras=config.cameras,
+            image_processor=image_processor,
+            prompt_tokenizer=prompt_tokenizer,
+            own=own,
+            dataset_index=index,
+            split=split,
+        )
+
+    def key(own: MixtureEntry) -> str:
+        return f"data.mixture {own.name}" if data.mixture else "data.train_parquet_files"
+
+    train = [open_one(i, own, own.path, key(own), "train") for i, own in enumerate(config.datasets)]
+    val = []
+    if data.val_parquet_files:
+        if data.mixture:
+            raise DataError("data.val_parquet_files does not say which dataset of data.mixture it is; use val_fraction")
+        val = [open_one(0, config.datasets[0], data.val_parquet_files, "data.val_parquet_files", "all")]
+    elif data.val_fraction:
+        val = [open_one(i, own, own.path, key(own), "val") for i, own in enumerate(config.datasets)]
+    for dataset in train:
+        logger.info("training data %s: %d episodes, %d samples", dataset.name, len(dataset.episodes), len(dataset))
+    return MixtureDataset(train), MixtureDataset(val) if val else None
+
+
+def build_sampler(config: Config, train: MixtureDataset, *, rank: int = 0, world_size: int = 1) -> StepBatchSampler:
+    """The sampler of a training run: mixture weights, sampling weights, seed and micro-batches from the config."""
+    weighting = config.data.sample_weighting
+    return StepBatchSampler(
+        [len(dataset) for dataset in train.datasets],
+        config.data.batch_size,
+        seed=config.training.seed,
+        weights=[entry.weight for entry in config.data.mixture] or None,
+        probabilities=[dataset.sample_probabilities(weighting) for dataset in train.datasets],
+        accumulation=config.training.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
     )
 
 

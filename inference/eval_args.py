@@ -44,6 +44,7 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
     add("--use_amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; default: as trained")
     add("--num_inference_steps", type=int, help="sampling steps; default: the checkpoint's")
     add("--seed", type=int, help="of the noise (default 0), or of the first episode (default 10000)")
+    add("--dataset", help="for a policy trained on a mixture: the dataset whose statistics and widths apply")
     add("--num_threads", type=int, help="CPU threads of torch; default: the checkpoint's training.num_threads")
     batch = parser.add_argument_group("over recorded data").add_argument
     batch("--eval_data_path", nargs="+", metavar="P", help="Parquet files, folders or globs; one dataset each")

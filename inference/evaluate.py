@@ -64,10 +64,8 @@ def evaluate_offline(
     """
     head, inference = predictor.config.model.action_head_config, predictor.config.inference
     settings = MetricSettings(head.num_action_bins, predictor.config.data.action_bounds, inference.accuracy_threshold)
-    accumulators = {
-        name: MetricAccumulator(list(data), head.horizon, head.per_action_dim, settings) for name in PREDICTORS
-    }
-    mean_A = np.array(predictor.model.statistics[0]["action"]["mean"], np.float32)
+    horizon, width = predictor.horizon, predictor.per_action_dim
+    accumulators = {name: MetricAccumulator(list(data), horizon, width, settings) for name in PREDICTORS}
     predictions, seconds = {}, 0.0
     for number, (name, (dataset, batches)) in enumerate(data.items()):
         seen = []
@@ -77,17 +75,20 @@ def evaluate_offline(
             started = time.perf_counter()
             predicted = predictor.predict_batch(batch, seeds)
             seconds += time.perf_counter() - started
-            true, is_pad = batch["action"].numpy(), batch["action_is_pad"].numpy()
-            mean_NA = np.repeat(mean_A[None], len(rows), axis=0)
+            true = batch["action"].numpy()[:, :horizon, :width]
+            is_pad = batch["action_is_pad"].numpy()[:, :horizon]
+            state = batch["state"].numpy()
+            mean_NA = predictor.mean_action(state)
             previous = [dataset.previous_action(int(row)) for row in rows]
+            previous = [None if action is None else action[:width] for action in previous]
             candidates = {
                 "policy": predicted,
-                "mean_action": mean_action_prediction(mean_NA, head.horizon),
-                "repeat_last_action": repeat_last_action_prediction(previous, mean_NA, head.horizon),
+                "mean_action": mean_action_prediction(mean_NA, horizon),
+                "repeat_last_action": repeat_last_action_prediction(previous, mean_NA, horizon),
             }
-            true_normalized, index = predictor.normalize_action(true), np.full(len(rows), number)
+            true_normalized, index = predictor.normalize_action(true, state), np.full(len(rows), number)
             for which, candidate in candidates.items():
-                normalized = predictor.normalize_action(candidate)
+                normalized = predictor.normalize_action(candidate, state)
                 accumulators[which].update(candidate, true, is_pad, normalized, true_normalized, index)
             seen.append((predicted, true, is_pad, batch["episode_index"].numpy(), batch["frame_index"].numpy(), rows))
         *arrays, rows = map(np.concatenate, zip(*seen, strict=True))
@@ -101,8 +102,8 @@ def evaluate_offline(
             "num_action_bins": settings.num_action_bins,
             "action_bounds": list(settings.action_bounds),
             "accuracy_threshold": settings.accuracy_threshold,
-            "horizon": head.horizon,
-            "per_action_dim": head.per_action_dim,
+            "horizon": horizon,
+            "per_action_dim": width,
         },
         "seconds_per_sample": seconds / samples,
         "predictors": {name: accumulator.result() for name, accumulator in accumulators.items()},

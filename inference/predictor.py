@@ -27,7 +27,7 @@ from data.processing import (
 from model.context import Context
 from model.vla_model import VLAModel
 from utils.checkpoint import load_checkpoint
-from utils.config_utils import Config, config_from_dict
+from utils.config_utils import Config, MixtureEntry, config_from_dict
 from utils.misc import pick_device
 
 logger = logging.getLogger(__name__)
@@ -55,13 +55,13 @@ class VLAPredictor:
         use_amp: bool | None = None,
         num_inference_steps: int | None = None,
         n_action_steps: int | None = None,
+        dataset: str | None = None,
     ) -> None:
         """Use `from_checkpoint`, unless the model is already in memory.
 
         Raises:
-            ValueError: num_inference_steps below 1, or n_action_steps outside 1 to horizon.
+            ValueError: num_inference_steps below 1, n_action_steps outside 1 to horizon, or an unknown dataset.
         """
-        head = config.model.action_head_config
         self.device = pick_device(str(device))
         self.model = model.to(self.device).eval()
         if use_amp is not None:
@@ -69,9 +69,11 @@ class VLAPredictor:
         self.config = config
         self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
         self.cameras, self.max_seq_len = config.cameras, config.data.max_seq_len
-        self.state_dim, self.horizon, self.per_action_dim = config.data.state_dim, head.horizon, head.per_action_dim
+        self.dataset_index, self.dataset = _choose_dataset(config, dataset)
+        self.state_dim, self.horizon = self.dataset.state_dim, self.dataset.horizon
+        self.per_action_dim = self.dataset.per_action_dim
         self.num_inference_steps = _given(num_inference_steps, config.inference.num_inference_steps)
-        self.n_action_steps = _given(n_action_steps, config.inference.n_action_steps or self.horizon)
+        self.n_action_steps = _given(n_action_steps, min(config.inference.n_action_steps or self.horizon, self.horizon))
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; give 1 or more")
         if not 1 <= self.n_action_steps <= self.horizon:
@@ -90,6 +92,7 @@ class VLAPredictor:
         *,
         num_inference_steps: int | None = None,
         n_action_steps: int | None = None,
+        dataset: str | None = None,
     ) -> VLAPredictor:
         """Load a policy from a checkpoint file alone: no data, no Hugging Face directory, no config file.
 
@@ -100,6 +103,8 @@ class VLAPredictor:
                 was trained in (`model.vlm_config.dtype`).
             num_inference_steps: sampling steps per prediction; None: the checkpoint's `inference` section.
             n_action_steps: actions of each prediction that a rollout executes; None: the checkpoint's.
+            dataset: for a policy trained on a mixture, the name of the dataset whose robot it drives: it decides
+                statistics and widths. None: the only one.
 
         Raises:
             CheckpointError: missing, truncated, unsafe or foreign file.
@@ -115,6 +120,7 @@ class VLAPredictor:
             use_amp=use_amp,
             num_inference_steps=num_inference_steps,
             n_action_steps=n_action_steps,
+            dataset=dataset,
         )
 
     def predict(
@@ -188,13 +194,13 @@ class VLAPredictor:
         sample = build_observation(
             {"image_1": _frames(images_1), "image_2": _frames(images_2)},
             prompt,
-            self._checked_state(state),
+            np.pad(self._checked_state(state), (0, self.config.data.state_dim - self.state_dim)),
             cameras=self.cameras,
             max_seq_len=self.max_seq_len,
             image_processor=self.image_processor,
             prompt_tokenizer=self.prompt_tokenizer,
         )
-        sample["dataset_index"] = 0
+        sample["dataset_index"] = self.dataset_index
         return collate_fn([sample])
 
     @torch.no_grad()
@@ -204,16 +210,34 @@ class VLAPredictor:
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return self.model.encode(self._on_device(batch))
 
+    def mean_action(self, state_NS: np.ndarray) -> np.ndarray:
+        """The training data's mean action for each state, float32 (N, A), physical units.
+
+        In delta mode the mean is of deltas, so the state is added to the dimensions that are relative.
+        """
+        mean_A = np.array(self.model.statistics[self.dataset_index]["action"]["mean"], np.float32)
+        width = len(mean_A)
+        delta_A = self.model.normalizer.action_is_delta_A[:width].cpu().numpy()
+        state_NA = np.pad(state_NS, ((0, 0), (0, max(0, width - state_NS.shape[1]))))[:, :width]
+        return mean_A + np.where(delta_A, state_NA, 0.0).astype(np.float32)
+
     @torch.no_grad()
-    def normalize_action(self, action_NTA: np.ndarray) -> np.ndarray:
-        """Actions (N, T, A) in physical units as the head sees them, float32, for errors in normalized units."""
-        action = torch.as_tensor(np.asarray(action_NTA, np.float32), device=self.device)
-        index = torch.zeros(len(action), dtype=torch.int64, device=self.device)
-        return self.model.normalizer.normalize_action(action, index).cpu().numpy()
+    def normalize_action(self, action_NTA: np.ndarray, state_NS: np.ndarray) -> np.ndarray:
+        """Actions (N, T, A) in physical units as the head sees them, float32, for errors in normalized units.
+
+        `state_NS` is the physical state at each chunk's start, in the dataset's width or the model's.
+        """
+        model_action, model_state = self.model.action_head.per_action_dim, self.config.data.state_dim
+        action = np.pad(action_NTA, ((0, 0), (0, 0), (0, model_action - action_NTA.shape[-1])))
+        state = np.pad(state_NS, ((0, 0), (0, model_state - state_NS.shape[-1])))
+        index = torch.full((len(action),), self.dataset_index, dtype=torch.int64, device=self.device)
+        tensors = (torch.as_tensor(np.asarray(x, np.float32), device=self.device) for x in (action, state))
+        return self.model.normalizer.normalize_action(*tensors, index)[..., : self.per_action_dim].cpu().numpy()
 
     def _sample(self, batch: Batch, generator: Any, num_inference_steps: int | None) -> np.ndarray:
         steps = _given(num_inference_steps, self.num_inference_steps)
-        return self.model.predict(self._on_device(batch), generator, steps).cpu().numpy()
+        action_BTA = self.model.predict(self._on_device(batch), generator, steps)
+        return action_BTA[:, : self.horizon, : self.per_action_dim].cpu().numpy()
 
     def _on_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
@@ -249,3 +273,16 @@ def _frames(images: Frame | Sequence[Frame] | None) -> list[Frame] | None:
 
 def _given(value: int | None, default: int) -> int:
     return default if value is None else value
+
+
+def _choose_dataset(config: Config, name: str | None) -> tuple[int, MixtureEntry]:
+    """The dataset of that name, or the only one, and its `dataset_index`."""
+    names = [entry.name for entry in config.datasets]
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name not in names:
+        found = "no dataset was named" if name is None else f"there is no dataset {name!r}"
+        raise ValueError(
+            f"this policy was trained on {', '.join(names)}; {found}: give one of them as dataset (--dataset)"
+        )
+    return names.index(name), config.datasets[names.index(name)]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.calculate_normalization_stats import STATISTICS
@@ -21,55 +22,105 @@ class Normalizer(nn.Module):
     divides by the standard deviation. A dimension that never changed in training (range below 1e-6 of its
     size) is only shifted, and denormalizing returns its constant exactly, whatever a head predicts. One that
     changes, but too rarely for its quantiles to differ (a gripper that shuts once), is mapped by its min and max.
+
+    In delta mode an action dimension is taken relative to the same dimension of the current state before it is
+    normalized, and the state is added back after denormalizing.
+
+    Datasets narrower than the model are padded: their missing dimensions are 0 on both sides, and
+    `action_exists` and `state_exists`, both bool (D, width), say which are real.
     """
 
-    def __init__(self, statistics: Sequence[dict[str, Any]], kind: str, bounds: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        statistics: Sequence[dict[str, Any]],
+        kind: str,
+        bounds: tuple[float, float],
+        *,
+        state_dim: int,
+        per_action_dim: int,
+        delta_dims: Sequence[int] = (),
+        clip: float | None = None,
+    ) -> None:
         """
         Args:
-            statistics: one dict per dataset, as `calculate_statistics` returns it.
+            statistics: one dict per dataset, as `calculate_statistics` returns it, of at most the model's widths.
             kind: `min_max`, `quantile` or `mean_std`.
             bounds: normalized range of `min_max` and `quantile`.
+            state_dim, per_action_dim: the model's widths.
+            delta_dims: action dimensions relative to the state; none in absolute mode.
+            clip: bound of normalized states and of predicted actions; None: no bound.
         """
         super().__init__()
-        for name in ("state", "action"):
-            rows = {key: torch.tensor([s[name][key] for s in statistics], dtype=torch.float64) for key in STATISTICS}
-            if kind == "mean_std":
-                center, scale = rows["mean"], rows["std"]
-                target_center, target_scale = 0.0, 1.0
-            else:
-                low, high = (rows["min"], rows["max"]) if kind == "min_max" else (rows["q01"], rows["q99"])
-                center, scale = (low + high) / 2, (high - low) / 2
-                target_center, target_scale = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2
-            smallest = 1e-6 * rows["max"].abs().maximum(rows["min"].abs()).clamp(min=1.0)
-            middle, half = (rows["min"] + rows["max"]) / 2, (rows["max"] - rows["min"]) / 2
-            constant = half <= smallest
-            degenerate = constant | (scale <= smallest)
-            center, scale = torch.where(degenerate, middle, center), torch.where(degenerate, half, scale)
-            slope = torch.where(constant, torch.ones_like(scale), target_scale / scale)
-            self.register_buffer(f"{name}_center", center.float())
-            self.register_buffer(f"{name}_slope", slope.float())
-            self.register_buffer(f"{name}_target", torch.full_like(center, target_center).float())
-            self.register_buffer(f"{name}_constant", constant)
-            self.register_buffer(f"{name}_mean", rows["mean"].float())
+        self.clip = clip
+        for name, width in (("state", state_dim), ("action", per_action_dim)):
+            for part, value in _affine([one[name] for one in statistics], kind, bounds, width).items():
+                self.register_buffer(f"{name}_{part}", value)
+        delta_A = torch.zeros(per_action_dim, dtype=torch.bool)
+        delta_A[list(delta_dims)] = True
+        self.register_buffer("action_is_delta_A", delta_A)
 
     def normalize_state(self, state_BS: Tensor, dataset_index_B: Tensor) -> Tensor:
-        """float32 (B, S) physical -> normalized."""
-        return self._normalize("state", state_BS, dataset_index_B)
+        """float32 (B, S) physical -> normalized, clipped, 0 in padded dimensions."""
+        return self._clipped(self._normalize("state", state_BS, dataset_index_B))
 
-    def normalize_action(self, action_BTA: Tensor, dataset_index_B: Tensor) -> Tensor:
-        """float32 (B, T, A) physical -> normalized."""
-        return self._normalize("action", action_BTA, dataset_index_B)
+    def normalize_action(self, action_BTA: Tensor, state_BS: Tensor, dataset_index_B: Tensor) -> Tensor:
+        """float32 (B, T, A) physical -> normalized; `state_BS` is the physical state at the chunk's start."""
+        return self._normalize("action", action_BTA - self._origin(state_BS), dataset_index_B)
 
-    def denormalize_action(self, action_BTA: Tensor, dataset_index_B: Tensor) -> Tensor:
-        """float32 (B, T, A) normalized -> physical; the inverse of `normalize_action` on training data."""
-        center, slope, target, constant = self._rows("action", action_BTA, dataset_index_B)
-        return torch.where(constant, center, (action_BTA - target) / slope + center)
+    def denormalize_action(self, action_BTA: Tensor, state_BS: Tensor, dataset_index_B: Tensor) -> Tensor:
+        """float32 (B, T, A) normalized -> physical: clipped, then the inverse of `normalize_action`."""
+        center, slope, target, constant, exists = self._rows("action", action_BTA, dataset_index_B)
+        values = torch.where(constant, center, (self._clipped(action_BTA) - target) / slope + center)
+        return (values + self._origin(state_BS)).masked_fill(~exists, 0.0)
+
+    def action_dim_mask(self, dataset_index_B: Tensor) -> Tensor:
+        """bool (B, A), True for action dimensions that a sample's dataset has."""
+        return self.action_exists[dataset_index_B]
+
+    def _origin(self, state_BS: Tensor) -> Tensor:
+        """What delta actions are relative to, (B, 1, A): the state in delta dimensions, 0 elsewhere."""
+        width = len(self.action_is_delta_A)
+        padded_BA = F.pad(state_BS, (0, max(0, width - state_BS.shape[1])))[:, :width]
+        return torch.where(self.action_is_delta_A, padded_BA, 0.0)[:, None]
 
     def _normalize(self, name: str, values: Tensor, dataset_index_B: Tensor) -> Tensor:
-        center, slope, target, _ = self._rows(name, values, dataset_index_B)
-        return (values - center) * slope + target
+        center, slope, target, _, exists = self._rows(name, values, dataset_index_B)
+        return ((values - center) * slope + target).masked_fill(~exists, 0.0)
+
+    def _clipped(self, values: Tensor) -> Tensor:
+        return values if self.clip is None else values.clamp(-self.clip, self.clip)
 
     def _rows(self, name: str, values: Tensor, dataset_index_B: Tensor) -> list[Tensor]:
         shape = (len(dataset_index_B), *([1] * (values.ndim - 2)), values.shape[-1])
-        parts = ("center", "slope", "target", "constant")
+        parts = ("center", "slope", "target", "constant", "exists")
         return [getattr(self, f"{name}_{part}")[dataset_index_B].view(shape) for part in parts]
+
+
+def _affine(
+    statistics: list[dict[str, list[float]]], kind: str, bounds: tuple[float, float], width: int
+) -> dict[str, Tensor]:
+    """The buffers of state or action, each (D, width): center, slope, target, constant, exists."""
+    rows = {
+        key: torch.tensor([one[key] + [0.0] * (width - len(one[key])) for one in statistics], dtype=torch.float64)
+        for key in STATISTICS
+    }
+    lengths = torch.tensor([len(one["min"]) for one in statistics])
+    if kind == "mean_std":
+        center, scale = rows["mean"], rows["std"]
+        target_center, target_scale = 0.0, 1.0
+    else:
+        low, high = (rows["min"], rows["max"]) if kind == "min_max" else (rows["q01"], rows["q99"])
+        center, scale = (low + high) / 2, (high - low) / 2
+        target_center, target_scale = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2
+    smallest = 1e-6 * rows["max"].abs().maximum(rows["min"].abs()).clamp(min=1.0)
+    middle, half = (rows["min"] + rows["max"]) / 2, (rows["max"] - rows["min"]) / 2
+    constant = half <= smallest
+    degenerate = constant | (scale <= smallest)
+    center, scale = torch.where(degenerate, middle, center), torch.where(degenerate, half, scale)
+    return {
+        "center": center.float(),
+        "slope": torch.where(constant, torch.ones_like(scale), target_scale / scale).float(),
+        "target": torch.full_like(center, target_center).float(),
+        "constant": constant,
+        "exists": torch.arange(width) < lengths[:, None],
+    }

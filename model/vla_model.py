@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from model.action_head import build_action_head
 from model.action_head.base import Generators
+from model.augmentation import ImageAugmentation
 from model.context import Context
 from model.normalizer import Normalizer
 from model.paligemma_vlm import PaliGemmaVLM
-from utils.calculate_normalization_stats import check_statistics
+from utils.calculate_normalization_stats import StatisticsError, check_statistics
 from utils.checkpoint import CheckpointError
 from utils.config_utils import Config, ConfigError, config_from_dict
 
@@ -35,15 +36,29 @@ class VLAModel(nn.Module):
         """
         super().__init__()
         head = config.model.action_head_config
-        for i, one in enumerate(statistics):
+        data, datasets = config.data, config.datasets
+        if len(statistics) != len(datasets):
+            raise StatisticsError(f"statistics of {len(statistics)} datasets, config has {len(datasets)}")
+        for one, dataset in zip(statistics, datasets, strict=True):
             remedy = "calculate the statistics again for this config"
-            check_statistics(one, config.data.state_dim, head.per_action_dim, f"statistics of dataset {i}", remedy)
+            place = f"statistics of dataset {dataset.name}"
+            check_statistics(one, dataset.state_dim, dataset.per_action_dim, place, remedy)
         self.cameras = config.cameras
         self.statistics = list(statistics)
         self.compute_dtype = getattr(torch, config.model.vlm_config.dtype)
-        self.normalizer = Normalizer(statistics, config.data.normalization_type, config.data.action_bounds)
+        relative = range(head.per_action_dim) if data.action_mode == "delta" else ()
+        self.normalizer = Normalizer(
+            statistics,
+            data.normalization_type,
+            data.action_bounds,
+            state_dim=data.state_dim,
+            per_action_dim=head.per_action_dim,
+            delta_dims=[dim for dim in relative if dim not in data.absolute_action_dims],
+            clip=data.clip_normalized,
+        )
+        self.augmentation = ImageAugmentation(data.augmentation)
         self.backbone = backbone
-        self.action_head = build_action_head(head, backbone.embed_dim, config.data.state_dim)
+        self.action_head = build_action_head(head, backbone.embed_dim, data.state_dim)
 
     @classmethod
     def from_pretrained(
@@ -120,7 +135,7 @@ class VLAModel(nn.Module):
         """
         with self._autocast():
             context = self.encode(batch)
-            action_BTA = self.normalizer.normalize_action(batch["action"], batch["dataset_index"])
+            action_BTA = self.normalizer.normalize_action(batch["action"], batch["state"], batch["dataset_index"])
             return self.action_head.loss(context, action_BTA, batch["action_is_pad"])
 
     @torch.no_grad()
@@ -135,19 +150,22 @@ class VLAModel(nn.Module):
         with self._autocast():
             context = self.encode(batch)
             action_BTA = self.action_head.sample(context, generator, num_inference_steps)
-        return self.normalizer.denormalize_action(action_BTA.float(), batch["dataset_index"])
+        return self.normalizer.denormalize_action(action_BTA.float(), batch["state"], batch["dataset_index"])
 
     def encode(self, batch: dict[str, Any]) -> Context:
-        """The fused observation that the head sees; the same for training, evaluation and serving."""
+        """The fused observation that the head sees; the same for training, evaluation and serving.
+
+        In training mode images are augmented; in evaluation mode they get the matching centre crop.
+        """
         tokens_BLE, mask_BL = self.backbone(
-            [batch[camera] for camera in self.cameras],
+            self.augmentation([batch[camera] for camera in self.cameras]),
             batch["image_mask"],
             batch["vlm_attention_mask"],
             batch["input_ids"],
             batch["prompt_mask"],
         )
         state_BS = self.normalizer.normalize_state(batch["state"], batch["dataset_index"])
-        return Context(tokens_BLE, mask_BL, state_BS)
+        return Context(tokens_BLE, mask_BL, state_BS, self.normalizer.action_dim_mask(batch["dataset_index"]))
 
     def _autocast(self) -> AbstractContextManager:
         device = self.normalizer.state_center.device
@@ -190,7 +208,9 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
             for key in before
             if key not in FREE_SETTINGS and before[key] != now[key]
         ]
-    if old.data.state_dim != config.data.state_dim:
-        differences.append(f"data.state_dim: checkpoint {old.data.state_dim}, config {config.data.state_dim}")
+    for key in ("state_dim", "action_mode", "absolute_action_dims", "normalization_type", "action_bounds"):
+        before, now = getattr(old.data, key), getattr(config.data, key)
+        if before != now:
+            differences.append(f"data.{key}: checkpoint {before!r}, config {now!r}")
     if differences:
         raise ConfigError(f"{path}: a checkpoint of another architecture: {'; '.join(differences)}; make them agree")

@@ -175,10 +175,15 @@ class VLATrainer:
             valid_BT = ~batch["action_is_pad"]
             loss = self.policy(batch).sum()
             predicted_BTA = self.policy.predict(batch, num_inference_steps=self.config.inference.num_inference_steps)
-            index_B, normalize = batch["dataset_index"], self.policy.normalizer.normalize_action
-            error_BTA = normalize(predicted_BTA, index_B) - normalize(batch["action"], index_B)
-            mse = error_BTA.square().mean(dim=-1)[valid_BT].sum()
-            mae = (predicted_BTA - batch["action"]).abs().mean(dim=-1)[valid_BT].sum()
+            normalizer, index_B = self.policy.normalizer, batch["dataset_index"]
+            normalized = (
+                normalizer.normalize_action(a, batch["state"], index_B) for a in (predicted_BTA, batch["action"])
+            )
+            error_BTA = next(normalized) - next(normalized)
+            exists_B1A = normalizer.action_dim_mask(index_B)[:, None].float()
+            weight_B1A = exists_B1A / exists_B1A.sum(dim=-1, keepdim=True)
+            mse = (error_BTA.square() * weight_B1A).sum(dim=-1)[valid_BT].sum()
+            mae = ((predicted_BTA - batch["action"]).abs() * weight_B1A).sum(dim=-1)[valid_BT].sum()
             sums += torch.stack([loss, mse, mae, valid_BT.sum()]).double()
         loss, mse, mae, count = self.reduce_sum(sums).tolist()
         return {"val_loss": loss / count, "val_action_mse": mse / count, "val_action_mae": mae / count}

@@ -38,6 +38,7 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model_path_override", help="older spelling of --model_name_or_path")
     parser.add_argument("--train_data_override", nargs="+", help="instead of data.train_parquet_files")
     parser.add_argument("--val_data_override", nargs="+", help="instead of data.val_parquet_files")
+    parser.add_argument("--no_cache", action="store_true", help="remove the episode cache when the run ends")
     parser.add_argument("--use_wandb", action="store_true", help="log to Weights & Biases")
     parser.add_argument("--wandb_project_name")
     parser.add_argument("--wandb_entity")
@@ -60,6 +61,8 @@ def config_from_args(args: argparse.Namespace) -> Config:
         value = getattr(args, flag)
         if value is not None:
             overrides[key] = value
+    if args.no_cache:
+        overrides["data.cache"] = False
     if args.use_wandb:
         overrides["wandb.enabled"] = True
     return load_config(args.config_path, overrides, args.set_args)

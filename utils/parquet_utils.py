@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +10,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
+
+Source = str | Path  # a local path, or a URI that pyarrow.fs understands
 
 
 class DataError(ValueError):
     """A data file contradicts the schema or the configuration; the message names file, row and remedy."""
 
 
-def resolve_parquet_files(specs: Sequence[str | Path] | str | Path, key: str) -> list[Path]:
-    """Expand files, folders (searched recursively) and globs into a list of Parquet files.
+def resolve_parquet_files(specs: Sequence[Source] | Source, key: str) -> list[Source]:
+    """Expand files, folders (searched recursively), globs and URIs of them into a list of Parquet files.
 
     Args:
-        specs: one entry or several; the order of entries is kept, files within a folder or glob are sorted.
+        specs: one entry or several; the order of entries is kept, files within a folder or glob are sorted. An
+            entry with a scheme (`s3://bucket/folder`, `gs://...`, `hdfs://...`) is read through
+            `pyarrow.fs.FileSystem.from_uri`, whose options may follow a `?`.
         key: the config key or flag that the entries come from, for the error message.
 
     Raises:
@@ -28,18 +34,11 @@ def resolve_parquet_files(specs: Sequence[str | Path] | str | Path, key: str) ->
     entries = [specs] if isinstance(specs, (str, Path)) else list(specs)
     if not entries:
         raise DataError(f"{key} is empty; give a Parquet file, a folder of them, or a glob")
-    files: list[Path] = []
-    for entry in map(str, entries):
-        if Path(entry).is_dir():
-            found = sorted(Path(entry).rglob("*.parquet"))
-        elif Path(entry).is_file():
-            found = [Path(entry)]
-        else:
-            found = sorted(Path(match) for match in glob.glob(entry, recursive=True) if Path(match).is_file())
+    files: list[Source] = []
+    for entry in entries:
+        found = _expand_uri(str(entry), key) if is_uri(entry) else _expand_path(str(entry))
         if not found:
-            raise DataError(
-                f"{key}: {entry!r} matches no Parquet file; give a file, a folder that holds some, or a glob"
-            )
+            raise DataError(f"{key}: {str(entry)!r} matches no Parquet file; give a file, a folder or a glob")
         files.extend(found)
     repeated = sorted({str(path) for path in files if files.count(path) > 1})
     if repeated:
@@ -47,10 +46,15 @@ def resolve_parquet_files(specs: Sequence[str | Path] | str | Path, key: str) ->
     return files
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
+def is_uri(source: Source) -> bool:
+    """Whether a source names a filesystem (`s3://...`) rather than a local path."""
+    return "://" in str(source)
+
+
+def open_parquet(path: Source) -> pq.ParquetFile:
     """Open one file, turning pyarrow's errors for damaged or empty files into a DataError that names it."""
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(_open_uri(str(path)) if is_uri(path) else path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); record or convert it again") from None
     if file.metadata.num_rows == 0:
@@ -58,7 +62,53 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     return file
 
 
-def require_columns(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> None:
+def fingerprint(path: Source) -> list[str | int]:
+    """What tells a source from a changed one: full name, size in bytes, modification time in ns.
+
+    Raises:
+        DataError: the source is gone.
+    """
+    if not is_uri(path):
+        stat = Path(path).stat()
+        return [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns]
+    filesystem, name = fs.FileSystem.from_uri(str(path))
+    info = filesystem.get_file_info(name)
+    if info.type != fs.FileType.File:
+        raise DataError(f"{path}: no such file")
+    return [str(path), info.size, info.mtime_ns or 0]
+
+
+def _expand_path(entry: str) -> list[Source]:
+    if Path(entry).is_dir():
+        return sorted(Path(entry).rglob("*.parquet"))
+    if Path(entry).is_file():
+        return [Path(entry)]
+    return sorted(Path(match) for match in glob.glob(entry, recursive=True) if Path(match).is_file())
+
+
+def _expand_uri(entry: str, key: str) -> list[Source]:
+    base, question, options = entry.partition("?")
+    try:
+        filesystem, name = fs.FileSystem.from_uri(entry)
+        folder = name if "*" not in name else name[: name.index("*")].rpartition("/")[0]
+        info = filesystem.get_file_info(folder)
+        if info.type == fs.FileType.File:
+            return [entry]
+        found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{key}: {base} can't be listed ({error}); check the address and the credentials") from None
+    pattern = name if "*" in name else "*.parquet"
+    names = sorted(f.path for f in found if f.type == fs.FileType.File and fnmatch.fnmatch(f.path, pattern))
+    root = base[: len(base) - len(name)] if base.endswith(name) else base[: base.index("://") + 3]
+    return [f"{root}{path}{question}{options}" for path in names]
+
+
+def _open_uri(uri: str) -> pa.NativeFile:
+    filesystem, name = fs.FileSystem.from_uri(uri)
+    return filesystem.open_input_file(name)
+
+
+def require_columns(file: pq.ParquetFile, path: Source, names: Sequence[str]) -> None:
     """Raise a DataError when one of `names` is not a column of the file."""
     present = file.schema_arrow.names
     for name in names:
@@ -66,7 +116,7 @@ def require_columns(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> N
             raise DataError(f"{path}: no column {name!r} (found: {', '.join(present)}); see docs/data_format.md")
 
 
-def vectors(column: pa.ChunkedArray | pa.Array, width: int, path: Path, first_row: int, wanted_by: str) -> np.ndarray:
+def vectors(column: pa.ChunkedArray | pa.Array, width: int, path: Source, first_row: int, wanted_by: str) -> np.ndarray:
     """A list column as a float32 array (rows, width).
 
     Args:

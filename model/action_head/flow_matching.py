@@ -49,21 +49,24 @@ class FlowmatchingActionHead(ActionHeadBase):
     def loss(
         self, context: Context, action_BTA: Tensor, action_is_pad_BT: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Mean squared velocity error per action step, float32 (B, T), averaged over A and the noise draws.
+        """Mean squared velocity error per action step, float32 (B, T), averaged over existing A and the noise draws.
 
         The context is encoded once for all `noise_draws_per_sample` draws.
         """
         draws = self.config.noise_draws_per_sample
         action_is_pad_BT = action_is_pad_BT.bool()
         action_NTA = action_BTA.float().masked_fill(action_is_pad_BT[..., None], 0.0).repeat_interleave(draws, dim=0)
-        noise_NTA = self._noise(action_NTA.shape, generator, action_NTA.device)
+        exists_N1A = self._dim_mask(context, action_NTA.device).repeat_interleave(draws, dim=0)
+        noise_NTA = self._noise(action_NTA.shape, generator, action_NTA.device) * exists_N1A
+        action_NTA = action_NTA * exists_N1A
         time_N = self._time(len(action_NTA), generator, action_NTA.device)
         x_NTA, target_NTA = flow_interpolate(noise_NTA, action_NTA, time_N)
         # Padded action tokens are hidden from the others, so that what they hold can't reach the loss.
         velocity_NTA = self.velocity(
             x_NTA, time_N, self.encode_context(context), action_is_pad_BT.repeat_interleave(draws, dim=0)
         )
-        error_NT = (velocity_NTA.float() - target_NTA).square().mean(dim=-1)
+        weight_N1A = exists_N1A / exists_N1A.sum(dim=-1, keepdim=True)
+        error_NT = ((velocity_NTA.float() - target_NTA).square() * weight_N1A).sum(dim=-1)
         error_BT = error_NT.unflatten(0, (-1, draws)).mean(dim=1)
         return error_BT.masked_fill(action_is_pad_BT, 0.0)
 
@@ -71,10 +74,12 @@ class FlowmatchingActionHead(ActionHeadBase):
         """Euler integration of the learned velocity from t = 0 to 1, float32 (B, T, A), normalized."""
         keys_values = self.encode_context(context)
         batch, device = len(context.tokens_BLE), context.tokens_BLE.device
-        x_BTA = self._noise((batch, self.horizon, self.per_action_dim), generator, device)
+        exists_B1A = self._dim_mask(context, device)
+        x_BTA = self._noise((batch, self.horizon, self.per_action_dim), generator, device) * exists_B1A
         for step in range(num_inference_steps):
             time_B = torch.full((batch,), step / num_inference_steps, device=device)
-            x_BTA = x_BTA + self.velocity(x_BTA, time_B, keys_values).float() / num_inference_steps
+            velocity_BTA = self.velocity(x_BTA, time_B, keys_values).float() * exists_B1A
+            x_BTA = x_BTA + velocity_BTA / num_inference_steps
         return x_BTA
 
     def encode_context(self, context: Context) -> ContextKeysValues:
@@ -112,6 +117,12 @@ class FlowmatchingActionHead(ActionHeadBase):
             tokens_NTD = block(tokens_NTD, condition_ND, keys_values, context.mask_BL, self_mask)
         shift_ND, scale_ND = self.out_modulation(condition_ND).chunk(2, dim=-1)
         return self.action_out(_modulate(self.out_norm(tokens_NTD), shift_ND, scale_ND))
+
+    def _dim_mask(self, context: Context, device: torch.device) -> Tensor:
+        """1.0 for action dimensions that exist, (B, 1, A)."""
+        if context.action_dim_mask_BA is None:
+            return torch.ones(len(context.tokens_BLE), 1, self.per_action_dim, device=device)
+        return context.action_dim_mask_BA[:, None].float()
 
     def _noise(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
         if self.config.noise_distribution == "gaussian":

@@ -11,6 +11,10 @@ from model.normalizer import Normalizer
 DIM = 5
 
 
+def make(statistics, kind, bounds=(-1.0, 1.0), **options):
+    return Normalizer(statistics, kind, bounds, **({"state_dim": DIM, "per_action_dim": DIM} | options))
+
+
 def statistics_of(values: np.ndarray) -> dict[str, list[float]]:
     q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
     found = dict(min=values.min(0), max=values.max(0), mean=values.mean(0), std=values.std(0), q01=q01, q99=q99)
@@ -27,16 +31,16 @@ def values():
 @pytest.mark.parametrize("kind", ["min_max", "quantile", "mean_std"])
 def test_round_trip_and_constant_dimension(values, kind):
     statistics = {"state": statistics_of(values), "action": statistics_of(values)}
-    normalizer = Normalizer([statistics], kind, (-1.0, 1.0))
+    normalizer = make([statistics], kind, (-1.0, 1.0))
     action_BTA = torch.from_numpy(values).view(50, 8, DIM)
     index = torch.zeros(50, dtype=torch.int64)
-    normalized = normalizer.normalize_action(action_BTA, index)
-    back = normalizer.denormalize_action(normalized, index)
+    normalized = normalizer.normalize_action(action_BTA, action_BTA[:, 0], index)
+    back = normalizer.denormalize_action(normalized, action_BTA[:, 0], index)
     scale = action_BTA.abs().amax(dim=(0, 1))
     assert ((back - action_BTA).abs().amax(dim=(0, 1)) / scale).max() < 1e-6
     constant = torch.tensor(0.3, dtype=torch.float32)
     assert (back[..., 4] == constant).all() and (normalized[..., 4] == 0).all()
-    wild = normalizer.denormalize_action(torch.full((50, 8, DIM), 3.0), index)
+    wild = normalizer.denormalize_action(torch.full((50, 8, DIM), 3.0), action_BTA[:, 0], index)
     assert (wild[..., 4] == constant).all(), "whatever a head predicts, a constant dimension stays what it was"
     torch.testing.assert_close(normalizer.normalize_state(action_BTA[:, 0], index), normalized[:, 0])
 
@@ -45,38 +49,75 @@ def test_round_trip_and_constant_dimension(values, kind):
 def test_a_dimension_that_rarely_changes_is_not_constant(values, kind):
     values[:, 2] = 0
     values[7, 2] = 1  # 1 of 400: both quantiles are 0
-    normalizer = Normalizer([{"state": statistics_of(values), "action": statistics_of(values)}], kind, (-1.0, 1.0))
+    normalizer = make([{"state": statistics_of(values), "action": statistics_of(values)}], kind, (-1.0, 1.0))
     action, index = torch.from_numpy(values)[None], torch.zeros(1, dtype=torch.int64)
-    back = normalizer.denormalize_action(normalizer.normalize_action(action, index), index)
+    back = normalizer.denormalize_action(normalizer.normalize_action(action, action[:, 0], index), action[:, 0], index)
     torch.testing.assert_close(back[..., 2], action[..., 2], atol=1e-6, rtol=0)
 
 
 def test_ranges(values):
     statistics = {"state": statistics_of(values), "action": statistics_of(values)}
     index, action = torch.zeros(1, dtype=torch.int64), torch.from_numpy(values)[None]
-    bounded = Normalizer([statistics], "min_max", (-2.0, 3.0)).normalize_action(action, index)[0, :, :4]
+    bounded = make([statistics], "min_max", (-2.0, 3.0)).normalize_action(action, action[:, 0], index)[0, :, :4]
     torch.testing.assert_close(bounded.amin(0), torch.full((4,), -2.0), atol=1e-4, rtol=0)
     torch.testing.assert_close(bounded.amax(0), torch.full((4,), 3.0), atol=1e-4, rtol=0)
-    quantile = Normalizer([statistics], "quantile", (-1.0, 1.0)).normalize_action(action, index)[0, :, :4]
+    quantile = make([statistics], "quantile", (-1.0, 1.0)).normalize_action(action, action[:, 0], index)[0, :, :4]
     inside = (quantile.abs() <= 1).float().mean(0)
     assert ((inside > 0.97) & (inside < 0.99)).all()
-    standard = Normalizer([statistics], "mean_std", (-1.0, 1.0)).normalize_action(action, index)[0, :, :4]
+    standard = make([statistics], "mean_std", (-1.0, 1.0)).normalize_action(action, action[:, 0], index)[0, :, :4]
     torch.testing.assert_close(standard.std(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)
 
 
 def test_each_dataset_has_its_own_statistics(values):
     sets = [{"state": statistics_of(v), "action": statistics_of(v)} for v in (values, values * 2 + 1)]
-    normalizer = Normalizer(sets, "min_max", (-1.0, 1.0))
+    normalizer = make(sets, "min_max", (-1.0, 1.0))
     action = torch.from_numpy(values[:2]).view(2, 1, DIM)
-    mixed = normalizer.normalize_action(action, torch.tensor([0, 1]))
+    mixed = normalizer.normalize_action(action, action[:, 0], torch.tensor([0, 1]))
     for i in range(2):
-        alone = Normalizer([sets[i]], "min_max", (-1.0, 1.0)).normalize_action(
-            action, torch.zeros(2, dtype=torch.int64)
-        )
+        first = torch.zeros(2, dtype=torch.int64)
+        alone = make([sets[i]], "min_max").normalize_action(action, action[:, 0], first)
         torch.testing.assert_close(mixed[i], alone[i])
 
 
 def test_statistics_are_part_of_the_state_dict(values):
     statistics = {"state": statistics_of(values), "action": statistics_of(values)}
-    names = Normalizer([statistics], "min_max", (-1.0, 1.0)).state_dict()
+    names = make([statistics], "min_max", (-1.0, 1.0)).state_dict()
     assert {"state_center", "state_slope", "action_center", "action_slope", "action_constant"} <= set(names)
+
+
+@pytest.mark.parametrize("kind", ["min_max", "quantile", "mean_std"])
+def test_delta_mode_round_trips(values, kind):
+    """Deltas are taken against the state and undone exactly; a gripper dimension stays absolute."""
+    state = torch.from_numpy(values[:50])
+    action = torch.from_numpy(values[50:250]).view(50, 4, DIM)
+    deltas = (action - torch.where(torch.arange(DIM) == 3, 0.0, state)[:, None]).reshape(-1, DIM).numpy()
+    statistics = {"state": statistics_of(values), "action": statistics_of(deltas)}
+    normalizer, index = make([statistics], kind, delta_dims=(0, 1, 2, 4)), torch.zeros(50, dtype=torch.int64)
+    normalized = normalizer.normalize_action(action, state, index)
+    back = normalizer.denormalize_action(normalized, state, index)
+    scale = action.abs().amax(dim=(0, 1))
+    assert ((back - action).abs().amax(dim=(0, 1)) / scale).max() < 1e-6
+    moved = normalizer.normalize_action(action + 5, state + 5, index)
+    torch.testing.assert_close(moved[..., 1], normalized[..., 1], atol=1e-5, rtol=0)
+    assert (moved[..., 3] - normalized[..., 3]).abs().min() > 0
+
+
+def test_padded_dimensions_are_zero_on_both_sides(values):
+    wide = {"state": statistics_of(values), "action": statistics_of(values)}
+    narrow = {"state": statistics_of(values[:, :2]), "action": statistics_of(values[:, :3])}
+    normalizer, index = make([wide, narrow], "min_max"), torch.tensor([0, 1])
+    action = torch.from_numpy(values[:4]).view(2, 2, DIM)
+    normalized = normalizer.normalize_action(action, action[:, 0], index)
+    assert (normalized[1, :, 3:] == 0).all() and (normalized[0] != 0).any(dim=0).sum() >= 4
+    assert (normalizer.denormalize_action(torch.ones(2, 2, DIM), action[:, 0], index)[1, :, 3:] == 0).all()
+    assert (normalizer.normalize_state(action[:, 0], index)[1, 2:] == 0).all()
+    assert normalizer.action_dim_mask(index).tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+
+
+def test_clipping_bounds_states_and_predictions(values):
+    statistics = {"state": statistics_of(values), "action": statistics_of(values)}
+    normalizer, index = make([statistics], "mean_std", clip=1.5), torch.zeros(1, dtype=torch.int64)
+    wild = torch.full((1, 1, DIM), 1e6)
+    assert normalizer.normalize_state(wild[:, 0], index).abs().max() == 1.5
+    bound = normalizer.denormalize_action(torch.full((1, 1, DIM), 1.5), wild[:, 0], index)
+    assert torch.equal(normalizer.denormalize_action(wild, wild[:, 0], index), bound)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import StepBatchSampler, build_dataset, make_loader
+from data.loader import build_datasets, build_sampler, make_loader
 from data.processing import processors_from_checkpoint, processors_from_config
 from model.vla_model import VLAModel, require_same_architecture
 from tests.helpers import write_episodes
@@ -74,15 +74,13 @@ def make_config(tmp_path, tiny_paligemma_dir):
 def make_trainer(config: Config, checkpoint: dict[str, Any] | None = None) -> VLATrainer:
     """What main_train.py does."""
     processors = processors_from_config(config) if checkpoint is None else processors_from_checkpoint(checkpoint)
-    train_set = build_dataset(config, "train_parquet_files", *processors)
-    val_set = build_dataset(config, "val_parquet_files", *processors)
-    accumulation = config.training.gradient_accumulation_steps
-    sampler = StepBatchSampler(len(train_set), config.data.batch_size, seed=1, accumulation=accumulation)
+    train_set, val_set = build_datasets(config, *processors)
+    sampler = build_sampler(config, train_set)
     train_loader = make_loader(train_set, num_workers=config.data.num_workers, batch_sampler=sampler)
     val_loader = None if val_set is None else make_loader(val_set, num_workers=0, batch_size=3)
     torch.manual_seed(0)
     if checkpoint is None:
-        statistics = [calculate_statistics(train_set.store.files, 4, 4)]
+        statistics = [calculate_statistics(train_set.datasets[0].store.files, 4, 4)]
         model = VLAModel.from_pretrained(config, statistics, processors[0].mean, processors[0].std)
     else:
         model = VLAModel.from_checkpoint(checkpoint, config)
