@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     args = parser.parse_args()
-    episodes, demos = (2, 3) if args.quick else (20, 40)
+    episodes, demos = (2, 3) if args.quick else (20, 60)
     extra = ["--set", "training.max_steps=20"] if args.quick else []
     seeds = range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + episodes)
     identical = resets_are_identical(seeds)

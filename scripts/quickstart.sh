@@ -11,7 +11,7 @@ source scripts/environment.sh
 make_environment requirements.txt requirements-sim.txt
 require_offscreen_rendering
 
-NAME=quickstart DEMOS=40 HELD_OUT=4 EPISODES=20 SETTINGS=()
+NAME=quickstart DEMOS=60 HELD_OUT=4 EPISODES=20 SETTINGS=()
 if [ "${1:-}" = --short ]; then
     NAME=quickstart_short DEMOS=3 HELD_OUT=1 EPISODES=2 SETTINGS=(--set training.max_steps=30 training.log_interval=10)
 elif [ $# -gt 0 ]; then
