@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +23,7 @@ from utils.config_utils import Config
 
 logger = logging.getLogger(__name__)
 
+JPEG_START = b"\xff\xd8"
 Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
 Sample = dict[str, Any]
 Batch = dict[str, Any]
@@ -90,33 +92,48 @@ class VLAImageProcessor:
     def __call__(self, frame: Frame) -> Tensor:
         """Decode and resize one frame.
 
+        A JPEG larger than needed is scaled down while it is decoded (by eighths of its size, never below what is
+        needed) and resampled from there: training and serving do the same to the same bytes.
+
         Args:
             frame: encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3).
 
         Returns:
-            uint8 (3, height, width), RGB.
+            uint8 (3, height, width), RGB, a view of memory laid out as (height, width, 3).
 
         Raises:
             ObservationError: bytes or a file that can't be decoded, or an array of another type or shape.
         """
-        image = self._open(frame)
-        if image.size != (self.width, self.height):
-            image = image.resize((self.width, self.height), self.resample)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        if isinstance(frame, (str, Path)):
+            pixels = self._decode(_read(Path(frame)), str(frame))
+        else:
+            pixels = self._decode(frame, "image")
+        if pixels.shape[:2] != (self.height, self.width):
+            pixels = np.array(Image.fromarray(pixels).resize((self.width, self.height), self.resample))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _open(self, frame: Frame) -> Image.Image:
+    def _decode(self, frame: bytes | memoryview | Image.Image | np.ndarray, place: str) -> np.ndarray:
+        """uint8 (H, W, 3) of at least the wanted size, unless the frame itself is smaller."""
         if isinstance(frame, np.ndarray):
             if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 raise ObservationError(f"image: array is {frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB")
-            return Image.fromarray(frame)
+            return np.ascontiguousarray(frame)
         if isinstance(frame, Image.Image):
-            return frame.convert("RGB")
+            return np.array(frame.convert("RGB"))
         try:
-            with Image.open(frame if isinstance(frame, (str, Path)) else io.BytesIO(frame)) as image:
-                return image.convert("RGB")
+            if bytes(frame[:2]) == JPEG_START:
+                return simplejpeg.decode_jpeg(frame, "RGB", min_height=self.height, min_width=self.width)
+            with Image.open(io.BytesIO(frame)) as image:
+                return np.array(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            found = str(frame) if isinstance(frame, (str, Path)) else f"{len(frame)} bytes"
-            raise ObservationError(f"image: {found} is no readable JPEG or PNG ({error})") from None
+            raise ObservationError(f"{place}: {len(frame)} bytes is no readable JPEG or PNG ({error})") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ObservationError(f"image: {path} is no readable file ({error})") from None
 
 
 class PromptTokenizer:
@@ -233,7 +250,8 @@ def build_observation(
         raise ObservationError(f"{present[0]}: {num_frames} frames; wanted 1 to max_seq_len {max_seq_len}")
     sample: Sample = {}
     for camera in cameras:
-        frames = torch.zeros(max_seq_len, 3, image_processor.height, image_processor.width, dtype=torch.uint8)
+        frames = torch.zeros(max_seq_len, image_processor.height, image_processor.width, 3, dtype=torch.uint8)
+        frames = frames.permute(0, 3, 1, 2)
         if camera in present:
             if len(images[camera]) != num_frames:
                 raise ObservationError(
@@ -257,7 +275,8 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
     """Stack samples into the batch of the data contract.
 
     Prompts are right-padded to the longest of the batch; `prompt_mask` is False on padding. Every other
-    tensor is stacked along a new first dimension, and text is collected into a list.
+    tensor is stacked along a new first dimension, and text is collected into a list. Images keep the memory
+    layout that decoders produce (channels last), so that no pixel is moved twice.
     """
     batch: Batch = {}
     for key, first in samples[0].items():
@@ -267,6 +286,8 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
             lengths = torch.tensor([len(value) for value in values])
             batch["input_ids"] = padded
             batch["prompt_mask"] = torch.arange(padded.shape[1]) < lengths[:, None]
+        elif isinstance(first, Tensor) and first.ndim == 4:
+            batch[key] = _stack([value.permute(0, 2, 3, 1) for value in values]).permute(0, 1, 4, 2, 3)
         elif isinstance(first, Tensor):
             batch[key] = torch.stack(values)
         elif isinstance(first, str):
@@ -274,6 +295,16 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
         else:
             batch[key] = torch.tensor(values, dtype=torch.int64)
     return batch
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    """`torch.stack`; in a loader worker straight into shared memory, which saves the copy on the way to training."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.stack(values)
+    shape = (len(values), *values[0].shape)
+    storage = torch.UntypedStorage._new_shared(values[0].numel() * len(values), device="cpu")
+    out = torch.empty(0, dtype=values[0].dtype).set_(storage).view(shape)
+    return torch.stack(values, out=out)
 
 
 def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProcessor, PromptTokenizer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
 import numpy as np
@@ -85,6 +86,42 @@ def test_image_inputs_agree(tmp_path, processor):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def jpeg(height, width):
+    """A smooth image, so that scaling it in two ways should agree."""
+    small = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def test_a_jpeg_of_the_wanted_size_equals_pils(processor):
+    encoded = jpeg(16, 24)
+    expected = np.array(Image.open(io.BytesIO(encoded)))
+    np.testing.assert_array_equal(processor(encoded).permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_larger_jpeg_is_scaled_while_decoding(processor):
+    encoded = jpeg(128, 192)
+    expected = np.array(Image.open(io.BytesIO(encoded)).resize((24, 16), Image.Resampling.BICUBIC))
+    got = processor(encoded).permute(1, 2, 0).numpy()
+    assert np.abs(got.astype(int) - expected).mean() < 2
+
+
+def test_grey_jpeg_and_png_with_alpha_become_rgb(processor):
+    for mode, kind in (("L", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG")):
+        buffer = io.BytesIO()
+        Image.new(mode, (24, 16)).save(buffer, kind)
+        assert processor(buffer.getvalue()).shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("keep", [2, 100, 0.5, 0.9])
+def test_truncated_jpeg(processor, keep):
+    encoded = jpeg(64, 64)
+    with pytest.raises(ObservationError, match="no readable JPEG or PNG"):
+        processor(encoded[: int(keep if keep >= 1 else keep * len(encoded))])
+
+
 def test_settings_round_trip_and_unsupported_ones_are_refused(processor):
     again = VLAImageProcessor.from_settings(processor.to_settings(), "x")
     assert vars(again) == vars(processor)
@@ -99,7 +136,7 @@ def test_settings_round_trip_and_unsupported_ones_are_refused(processor):
         (np.zeros((4, 4, 3), np.float32), r"array is float32 \(4, 4, 3\); wanted uint8"),
         (np.zeros((3, 4, 4), np.uint8), r"array is uint8 \(3, 4, 4\)"),
         (b"", "0 bytes is no readable"),
-        ("/nothing.png", "/nothing.png is no readable"),
+        ("/nothing.png", "/nothing.png is no readable file"),
     ],
 )
 def test_bad_frames(processor, frame, message):
