@@ -37,7 +37,7 @@ from inference.report import (
     write_predictions,
 )
 from inference.rollout import ExpertPolicy, ModelPolicy, Policy, ReplayPolicy, evaluate_task, summarize_tasks
-from utils.misc import set_up_logging
+from utils.misc import set_up_logging, user_message
 from utils.parquet_utils import DataError, resolve_parquet_files
 
 logger = logging.getLogger(__name__)
@@ -210,4 +210,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {user_message(error)}")

@@ -17,7 +17,7 @@ from training.trainer import NonFiniteLossError, VLATrainer
 from utils.calculate_normalization_stats import load_statistics
 from utils.checkpoint import load_checkpoint
 from utils.cli import config_from_args, refuse_to_overwrite, train_parser
-from utils.misc import derive_seed, pick_device, set_up_logging
+from utils.misc import derive_seed, pick_device, set_up_logging, user_message
 
 logger = logging.getLogger(__name__)
 
@@ -70,4 +70,4 @@ if __name__ == "__main__":
         main()
     except (ValueError, NonFiniteLossError) as error:
         logger.debug("traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {user_message(error)}")

@@ -295,6 +295,6 @@ def _map_images(path: Path, camera: str) -> _Images:
         _, index, data = column.buffers()
         starts.append(rows)
         offsets.append(np.frombuffer(index, dtype=np.int64)[: len(column) + 1])
-        content.append(memoryview(data) if data is not None else memoryview(b""))
+        content.append(memoryview(data if data is not None else b"").cast("B"))
         rows += len(column)
     return _Images(np.array(starts), content, offsets)

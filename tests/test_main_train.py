@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import write_episodes
+from tests.helpers import episode_rows, write_episodes, write_rows
 from utils.checkpoint import load_checkpoint
 
 
@@ -120,6 +120,17 @@ def test_refusals_are_one_clear_line(project, arguments, message):
     result = run(project, *arguments)
     assert result.returncode == 1 and message in result.stderr
     assert "Traceback" not in result.stderr and result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_an_unreadable_image_met_by_a_worker(project):
+    rows = episode_rows(8, image_size=32)
+    rows[5]["image_1"] = b"\xff\xd8 torn"
+    write_rows(project / "train.parquet", rows)
+    statistics(project)
+    result = run(project)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert last.startswith("error: ") and "train.parquet row 5 (episode 0, step 5): image_1: " in last
 
 
 def test_a_statistics_file_of_another_size(project):

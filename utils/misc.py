@@ -67,3 +67,12 @@ def count_parameters(module: torch.nn.Module) -> tuple[int, int]:
     """(all parameters, those that train)."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+
+
+def user_message(error: BaseException) -> str:
+    """The error's own words; a loader worker wraps them in its traceback, which is left out."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    kind = type(error).__name__
+    return text[text.rindex(f"{kind}: ") + len(kind) + 2 :].strip()

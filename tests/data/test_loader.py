@@ -259,6 +259,17 @@ def test_empty_and_damaged_files(tmp_path, make_dataset):
         make_dataset([torn])
 
 
+def test_jpeg_frames_come_out_as_pil_decodes_them(tmp_path, make_dataset):
+    rows = episode_rows(2)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    for row in rows:
+        row["image_1"] = buffer.getvalue()
+    frame = make_dataset([write_rows(tmp_path / "a.parquet", rows)])[1]["image_1"][0]
+    np.testing.assert_array_equal(frame.permute(1, 2, 0).numpy(), np.array(Image.open(buffer)))
+
+
 def test_both_spellings_at_once_are_refused(tmp_path, make_dataset):
     rows = episode_rows(2)
     for row in rows:

@@ -1,0 +1,239 @@
+"""How close loading comes to the limit that decoding sets, and what it costs in memory.
+
+    python benchmarks/bench_loader.py [--quick] [--json loader.json] [--sizes_gb 1 8]
+
+Rate: frames/s of the full path to a collated batch (random order, 224 px JPEG frames, horizon 8, 2 workers). The
+limit is the raw decode rate of the same bytes by the same decoder in as many processes, the baseline a dataset that
+keeps a pandas frame in memory and decodes with PIL. The three are measured in turns, several times, in one run.
+
+Memory: anonymous (not file-backed) memory of a loader worker on datasets of two sizes, which should not differ, and
+the time from opening a dataset whose cache exists to the first batch.
+
+JSON keys: frames_per_second, decode_frames_per_second, ratio_to_decode_limit (at least 0.85), memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+
+from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset  # noqa: E402
+from data.loader import VLADataset, make_loader  # noqa: E402
+from data.processing import PromptTokenizer, VLAImageProcessor  # noqa: E402
+from data.sampler import StepBatchSampler  # noqa: E402
+from scripts.make_tiny_paligemma import make_tiny_paligemma  # noqa: E402
+from utils.config_utils import DataConfig  # noqa: E402
+
+SIZE, HORIZON, WORKERS, BATCH, DIMS = 224, 8, 2, 32, 7
+LIMITS = {"ratio": 0.85, "memory": 1.05, "first_batch": 2.0}
+
+
+def open_dataset(path: pathlib.Path, folder: pathlib.Path) -> VLADataset:
+    """The dataset as training opens it; its cache and tokenizer live in `folder`."""
+    return VLADataset(
+        [path],
+        DataConfig(state_dim=DIMS, cache_dir=str(folder / "cache")),
+        horizon=HORIZON,
+        per_action_dim=DIMS,
+        cameras=("image_1",),
+        image_processor=VLAImageProcessor(SIZE, SIZE, (0.5,) * 3, (0.5,) * 3, 3),
+        prompt_tokenizer=PromptTokenizer.from_pretrained(str(folder / "tokenizer"), 48),
+    )
+
+
+class NaiveDataset(Dataset):
+    """What many training scripts do: the whole table in memory, one pandas row and one PIL decode per sample."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.frame = pd.read_parquet(path)
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.frame.iloc[index]
+        image = Image.open(io.BytesIO(row["image_1"])).convert("RGB").resize((SIZE, SIZE))
+        actions = np.stack(self.frame["action"].iloc[index : index + HORIZON].to_list())
+        padded = np.zeros((HORIZON, DIMS), np.float32)
+        padded[: len(actions)] = actions
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return {"image": pixels, "state": torch.tensor(row["state"]), "action": torch.from_numpy(padded)}
+
+
+def decode_worker(frames: list[bytes], barrier: Any, results: Any, count: int) -> None:
+    """Decode `count` frames as the dataset's processor does, and nothing else."""
+    torch.set_num_threads(1)
+    process = VLAImageProcessor(SIZE, SIZE, (0.5,) * 3, (0.5,) * 3, 3)
+    order = np.random.default_rng(os.getpid()).integers(len(frames), size=count)
+    barrier.wait()
+    started = time.perf_counter()
+    for i in order:
+        process(frames[i])
+    results.put((started, time.perf_counter()))
+
+
+def decode_rate(frames: list[bytes], count: int) -> float:
+    """Frames/s of WORKERS processes that only decode."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(WORKERS), context.SimpleQueue()
+    workers = [
+        context.Process(target=decode_worker, args=(frames, barrier, results, count // WORKERS)) for _ in range(WORKERS)
+    ]
+    for worker in workers:
+        worker.start()
+    spans = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return count // WORKERS * WORKERS / (max(end for _, end in spans) - min(start for start, _ in spans))
+
+
+def loader_rate(loader: DataLoader, batches: int) -> float:
+    """Frames/s of a running loader, from its first batches on; it is drained, as a fast GPU would."""
+    stream = iter(loader)
+    for _ in range(2 * WORKERS * 4 + 1):  # past the batches that were prefetched while nothing was measured
+        next(stream)
+    started = time.perf_counter()
+    for batch in itertools.islice(stream, batches):
+        frames = len(batch["state"])
+    return batches * frames / (time.perf_counter() - started)
+
+
+def measure_rates(
+    path: pathlib.Path, folder: pathlib.Path, frames: list[bytes], count: int, rounds: int
+) -> dict[str, float]:
+    """Median frames/s of loading, decoding alone and the naive dataset, measured in turns."""
+    ours, naive = open_dataset(path, folder), NaiveDataset(path)
+    rates: dict[str, list[float]] = {"loader": [], "decode": [], "naive": []}
+    for round_number in range(rounds):
+        rates["decode"].append(decode_rate(frames, count))
+        sampler = StepBatchSampler(len(ours), BATCH, seed=round_number)
+        rates["loader"].append(
+            loader_rate(make_loader(ours, num_workers=WORKERS, batch_sampler=sampler), count // BATCH)
+        )
+        sampler = StepBatchSampler(len(naive), BATCH, seed=round_number)
+        slow = DataLoader(naive, num_workers=WORKERS, batch_sampler=sampler)
+        rates["naive"].append(loader_rate(slow, count // BATCH // 4))
+    ratios = [a / b for a, b in zip(rates["loader"], rates["decode"], strict=True)]
+    return {name: statistics.median(values) for name, values in rates.items()} | {"ratio": statistics.median(ratios)}
+
+
+def anonymous_kb(pid: int) -> int:
+    """Resident anonymous memory of a process, in kB: what can't be dropped or shared through the page cache."""
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1])
+    raise RuntimeError(f"no RssAnon in /proc/{pid}/status")
+
+
+def probe(path: pathlib.Path, folder: pathlib.Path, batches: int) -> dict[str, float]:
+    """Run in a fresh process: seconds to the first batch, and the workers' peak anonymous memory."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    dataset = open_dataset(path, folder)
+    loader = make_loader(dataset, num_workers=WORKERS, batch_sampler=StepBatchSampler(len(dataset), BATCH, seed=0))
+    stream = iter(loader)
+    next(stream)
+    first = time.perf_counter() - started
+    pids, peak = [worker.pid for worker in stream._workers], 0
+    for _ in range(batches):
+        next(stream)
+        peak = max(peak, *(anonymous_kb(pid) for pid in pids))
+    return {"first_batch_seconds": first, "worker_peak_anonymous_mb": peak / 1024, "rows": len(dataset)}
+
+
+def measure_memory(
+    folder: pathlib.Path, sizes_gb: list[float], frames: list[bytes], batches: int
+) -> list[dict[str, float]]:
+    """Probe a dataset of each size in a process of its own; the cache is built before."""
+    found = []
+    frame_bytes = sum(map(len, frames)) / len(frames)
+    for size in sizes_gb:
+        path = folder / f"{size}gb.parquet"
+        rows = max(1, int(size * 1e9 / frame_bytes / EPISODE_STEPS)) * EPISODE_STEPS
+        write_dataset(path, rows, frames, dims=DIMS, unique=True)
+        started = time.perf_counter()
+        open_dataset(path, folder)
+        build = time.perf_counter() - started
+        command = [sys.executable, __file__, "--probe", str(path), str(folder), str(batches)]
+        started = time.perf_counter()
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        result = json.loads(output.splitlines()[-1])
+        found.append({"gb": size, "build_seconds": build, **result})
+        path.unlink()
+        shutil.rmtree(folder / "cache")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few seconds, sizes of 0.02 and 0.1 GB")
+    parser.add_argument("--json", type=pathlib.Path, help="write the results here")
+    parser.add_argument("--sizes_gb", type=float, nargs="+", default=[1.0, 8.0], help="of the memory measurement")
+    parser.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.probe:
+        path, folder, batches = args.probe
+        print(json.dumps(probe(pathlib.Path(path), pathlib.Path(folder), int(batches))))
+        return
+    sizes = [0.02, 0.1] if args.quick else args.sizes_gb
+    rows, count, rounds, batches = (2000, 1920, 1, 20) if args.quick else (6000, 9600, 3, 200)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        make_tiny_paligemma(folder / "tokenizer", prompts=["pick up the red block"])
+        frames = jpeg_frames(500, SIZE)
+        path = folder / "rate.parquet"
+        write_dataset(path, rows, frames, dims=DIMS)
+        rates = measure_rates(path, folder, frames, count, rounds)
+        memory = measure_memory(folder, sizes, frames, batches)
+    growth = memory[-1]["worker_peak_anonymous_mb"] / memory[0]["worker_peak_anonymous_mb"]
+    result = {
+        "frames_per_second": rates["loader"],
+        "decode_frames_per_second": rates["decode"],
+        "naive_frames_per_second": rates["naive"],
+        "ratio_to_decode_limit": rates["ratio"],
+        "memory": memory,
+        "memory_growth": growth,
+    }
+    print(f"{SIZE} px JPEG frames, random order, horizon {HORIZON}, {WORKERS} workers, batch {BATCH}")
+    print(f"{'':<34}{'frames/s':>10}{'of the limit':>14}{'wanted':>10}")
+    lines = (
+        ("decode alone (the limit)", rates["decode"], 1.0, ""),
+        ("this loader, to a collated batch", rates["loader"], rates["ratio"], f"{LIMITS['ratio']:.2f}"),
+        ("pandas in memory, PIL", rates["naive"], rates["naive"] / rates["decode"], ""),
+    )
+    for heading, rate, ratio, wanted in lines:
+        print(f"{heading:<34}{rate:>10.0f}{ratio:>14.2f}{wanted:>10}")
+    print(f"\n{'dataset':<14}{'rows':>10}{'anonymous MB / worker':>24}{'s to first batch':>18}{'s to build cache':>18}")
+    for row in memory:
+        print(
+            f"{row['gb']:>6.2f} GB     {row['rows']:>10}{row['worker_peak_anonymous_mb']:>24.1f}"
+            f"{row['first_batch_seconds']:>18.2f}{row['build_seconds']:>18.1f}"
+        )
+    print(f"largest over smallest: {growth:.3f} (wanted below {LIMITS['memory']}); first batch wanted below 2 s")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
