@@ -15,7 +15,7 @@ EPISODE_STEPS = 100
 
 
 def jpeg_frames(count: int, size: int, seed: int = 0) -> list[bytes]:
-    """Encoded JPEG frames of size x size pixels with the detail of a camera picture (about 15 KB at 224 px)."""
+    """Encoded JPEG frames of size x size pixels with the detail of a camera picture (as record_demos.py encodes it)."""
     rng = np.random.default_rng(seed)
     frames = []
     for _ in range(count):
@@ -23,7 +23,7 @@ def jpeg_frames(count: int, size: int, seed: int = 0) -> list[bytes]:
         pixels = np.array(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)).astype(np.int16)
         pixels += rng.normal(0, 4, pixels.shape).astype(np.int16)
         buffer = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
         frames.append(buffer.getvalue())
     return frames
 

@@ -44,7 +44,7 @@ class _Images:
     offsets: list[np.ndarray]
 
     def __getitem__(self, row: int) -> memoryview | None:
-        batch = int(np.searchsorted(self.starts, row, side="right")) - 1
+        batch = int(self.starts.searchsorted(row, side="right")) - 1
         i = row - int(self.starts[batch])
         begin, end = self.offsets[batch][i], self.offsets[batch][i + 1]
         return self.content[batch][begin:end] if end > begin else None
@@ -101,9 +101,10 @@ class EpisodeStore:
         meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         self.prompts: list[str] = meta["prompts"]
         self.file_starts = np.array(meta["file_starts"], dtype=np.int64)
-        self.state = np.load(self.folder / "state.npy", mmap_mode="r")
-        self.action = np.load(self.folder / "action.npy", mmap_mode="r")
-        self.prompt_index = np.load(self.folder / "prompt_index.npy", mmap_mode="r")
+        self.state, self.action, self.prompt_index = (
+            np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))  # a plain view: memmap's own is slower
+            for name in ("state", "action", "prompt_index")
+        )
         self.episode_starts = np.load(self.folder / "episode_starts.npy")
         self._images = {camera: _map_images(self.folder / "images.arrow", camera) for camera in meta["cameras"]}
 
@@ -116,7 +117,7 @@ class EpisodeStore:
 
     def locate(self, row: int) -> tuple[int, int]:
         """(episode, step within it) of a global row."""
-        episode = int(np.searchsorted(self.episode_starts, row, side="right")) - 1
+        episode = int(self.episode_starts.searchsorted(row, side="right")) - 1
         return episode, row - int(self.episode_starts[episode])
 
     def has_camera(self, camera: str) -> bool:

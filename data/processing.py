@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ class VLAImageProcessor:
             "rescale_factor": 1 / 255,
         }
 
-    def __call__(self, frame: Frame) -> Tensor:
+    def __call__(self, frame: Frame, out: np.ndarray | None = None) -> Tensor:
         """Decode and resize one frame.
 
         A JPEG larger than needed is scaled down while it is decoded (by eighths of its size, never below what is
@@ -97,23 +98,30 @@ class VLAImageProcessor:
 
         Args:
             frame: encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3).
+            out: uint8 (height, width, 3), contiguous, to decode into; None: new memory.
 
         Returns:
-            uint8 (3, height, width), RGB, a view of memory laid out as (height, width, 3).
+            uint8 (3, height, width), RGB, a view of memory laid out as (height, width, 3): `out` if given.
 
         Raises:
             ObservationError: bytes or a file that can't be decoded, or an array of another type or shape.
         """
         if isinstance(frame, (str, Path)):
-            pixels = self._decode(_read(Path(frame)), str(frame))
+            pixels = self._decode(_read(Path(frame)), str(frame), out)
         else:
-            pixels = self._decode(frame, "image")
+            pixels = self._decode(frame, "image", out)
         if pixels.shape[:2] != (self.height, self.width):
             pixels = np.array(Image.fromarray(pixels).resize((self.width, self.height), self.resample))
+        if out is not None:
+            if not np.shares_memory(pixels, out):
+                out[:] = pixels
+            pixels = out
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _decode(self, frame: bytes | memoryview | Image.Image | np.ndarray, place: str) -> np.ndarray:
-        """uint8 (H, W, 3) of at least the wanted size, unless the frame itself is smaller."""
+    def _decode(
+        self, frame: bytes | memoryview | Image.Image | np.ndarray, place: str, out: np.ndarray | None
+    ) -> np.ndarray:
+        """uint8 (H, W, 3) of at least the wanted size, unless the frame itself is smaller; in `out` where it fits."""
         if isinstance(frame, np.ndarray):
             if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 raise ObservationError(f"image: array is {frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB")
@@ -122,11 +130,18 @@ class VLAImageProcessor:
             return np.array(frame.convert("RGB"))
         try:
             if bytes(frame[:2]) == JPEG_START:
-                return simplejpeg.decode_jpeg(frame, "RGB", min_height=self.height, min_width=self.width)
+                return self._decode_jpeg(frame, out)
             with Image.open(io.BytesIO(frame)) as image:
                 return np.array(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             raise ObservationError(f"{place}: {len(frame)} bytes is no readable JPEG or PNG ({error})") from None
+
+    def _decode_jpeg(self, encoded: bytes | memoryview, out: np.ndarray | None) -> np.ndarray:
+        height, width = simplejpeg.decode_jpeg_header(encoded, self.height, self.width)[:2]
+        fits = out is not None and (height, width) == (self.height, self.width)
+        return simplejpeg.decode_jpeg(
+            encoded, "RGB", min_height=self.height, min_width=self.width, buffer=out if fits else None
+        )
 
 
 def _read(path: Path) -> bytes:
@@ -223,6 +238,7 @@ def build_observation(
     max_seq_len: int,
     image_processor: VLAImageProcessor,
     prompt_tokenizer: PromptTokenizer,
+    out: dict[str, Tensor] | None = None,
 ) -> Sample:
     """One sample of the batch contract, without actions.
 
@@ -234,6 +250,7 @@ def build_observation(
         cameras: the cameras that the model reads, in slot order.
         max_seq_len: frames per sample; earlier ones that do not exist are zeros and masked.
         image_processor, prompt_tokenizer: as the checkpoint or the config gives them.
+        out: per camera uint8 (max_seq_len, H, W, 3) to decode into; None: new memory.
 
     Returns:
         `image_*` uint8 (max_seq_len, 3, H, W), `image_mask` bool (V,), `vlm_attention_mask` bool (max_seq_len,),
@@ -249,25 +266,30 @@ def build_observation(
     if not 1 <= num_frames <= max_seq_len:
         raise ObservationError(f"{present[0]}: {num_frames} frames; wanted 1 to max_seq_len {max_seq_len}")
     sample: Sample = {}
+    first = max_seq_len - num_frames
+    shape = (max_seq_len, image_processor.height, image_processor.width, 3)
     for camera in cameras:
-        frames = torch.zeros(max_seq_len, image_processor.height, image_processor.width, 3, dtype=torch.uint8)
-        frames = frames.permute(0, 3, 1, 2)
+        frames = torch.empty(shape, dtype=torch.uint8) if out is None else out[camera]
         if camera in present:
             if len(images[camera]) != num_frames:
                 raise ObservationError(
                     f"{camera}: {len(images[camera])} frames but {present[0]} has {num_frames}; give as many of each"
                 )
-            for slot, frame in enumerate(images[camera], start=max_seq_len - num_frames):
+            if first:
+                frames[:first] = 0
+            for slot, frame in enumerate(images[camera], start=first):
                 try:
-                    frames[slot] = image_processor(frame)
+                    image_processor(frame, frames[slot].numpy())
                 except ObservationError as error:
                     raise ObservationError(f"{camera}: {error}") from None
-        sample[camera] = frames
-    sample["image_mask"] = torch.tensor([camera in present for camera in cameras])
-    sample["vlm_attention_mask"] = torch.arange(max_seq_len) >= max_seq_len - num_frames
+        else:
+            frames[:] = 0
+        sample[camera] = frames.permute(0, 3, 1, 2)
+    sample["image_mask"] = torch.from_numpy(np.array([camera in present for camera in cameras]))
+    sample["vlm_attention_mask"] = torch.from_numpy(np.arange(max_seq_len) >= first)
     sample["raw_prompt_text"] = prompt
-    sample["input_ids"] = torch.tensor(prompt_tokenizer(prompt), dtype=torch.int64)
-    sample["state"] = torch.as_tensor(np.array(state, dtype=np.float32))
+    sample["input_ids"] = torch.from_numpy(np.array(prompt_tokenizer(prompt), dtype=np.int64))
+    sample["state"] = torch.from_numpy(np.array(state, dtype=np.float32))
     return sample
 
 
@@ -297,14 +319,26 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
     return batch
 
 
-def _stack(values: list[Tensor]) -> Tensor:
-    """`torch.stack`; in a loader worker straight into shared memory, which saves the copy on the way to training."""
+def image_memory(shape: Sequence[int]) -> Tensor:
+    """Uninitialised uint8 memory; in a loader worker it is shared, which saves a copy on the way to training."""
     if torch.utils.data.get_worker_info() is None:
-        return torch.stack(values)
-    shape = (len(values), *values[0].shape)
-    storage = torch.UntypedStorage._new_shared(values[0].numel() * len(values), device="cpu")
-    out = torch.empty(0, dtype=values[0].dtype).set_(storage).view(shape)
-    return torch.stack(values, out=out)
+        return torch.empty(tuple(shape), dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(tuple(shape))
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    """`torch.stack` of images; without a copy where they already lie one after the other in one memory."""
+    first, size = values[0], values[0].numel()
+    storage = first.untyped_storage()
+    in_place = all(
+        value.untyped_storage().data_ptr() == storage.data_ptr()
+        and value.storage_offset() == first.storage_offset() + i * size
+        for i, value in enumerate(values)
+    )
+    if in_place:
+        return first.as_strided((len(values), *first.shape), (size, *first.stride()))
+    return torch.stack(values, out=image_memory((len(values), *first.shape)))
 
 
 def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProcessor, PromptTokenizer]:
