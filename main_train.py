@@ -51,12 +51,11 @@ def main() -> None:
     if args.resume_checkpoint:
         model = VLAModel.from_checkpoint(checkpoint, config)
     else:
-        per_action_dim = config.model.action_head_config.per_action_dim
-        statistics = load_statistics(data.normalization_stats_path, data.state_dim, per_action_dim, args.config_path)
+        statistics = load_statistics(data.normalization_stats_path, config, args.config_path)
         if checkpoint is not None:
-            model = VLAModel.from_checkpoint(checkpoint, config, statistics=[statistics])
+            model = VLAModel.from_checkpoint(checkpoint, config, statistics=statistics)
         else:
-            model = VLAModel.from_pretrained(config, [statistics], image_processor.mean, image_processor.std)
+            model = VLAModel.from_pretrained(config, statistics, image_processor.mean, image_processor.std)
 
     processors = {"image_processor": image_processor.to_settings(), "tokenizer_files": tokenizer.to_files()}
     trainer = VLATrainer(config, model, train_loader, val_loader, device, processors)

@@ -136,7 +136,7 @@ def test_an_unreadable_image_met_by_a_worker(project):
 def test_a_statistics_file_of_another_size(project):
     statistics(project)
     content = json.loads((project / "stats.json").read_text())
-    content["state"]["mean"].append(0.0)
+    content["datasets"]["default"]["state"]["mean"].append(0.0)
     (project / "stats.json").write_text(json.dumps(content))
     result = run(project)
     assert result.returncode == 1 and "state.mean has 5 values, config wants data.state_dim 4" in result.stderr

@@ -1,66 +1,187 @@
 """Normalization statistics of the training data: one pass over the numeric columns, images are never read.
 
 python utils/calculate_normalization_stats.py --config_path configs/vla_config.yaml --output_path stats.json
+
+The file holds `{"action_mode", "absolute_action_dims", "val_fraction", "split_seed", "datasets": {name: statistics}}`
+with the statistics as `calculate_statistics` returns them; a single dataset is called "default".
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
+import os
 import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 if __name__ == "__main__":  # so that "python utils/calculate_normalization_stats.py" finds the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config_utils import load_config
+from utils.config_utils import Config, ConfigError, DataConfig, MixtureEntry, load_config
 from utils.misc import atomic_path, set_up_logging
-from utils.parquet_utils import DataError, open_parquet, require_columns, resolve_parquet_files, vectors
+from utils.parquet_utils import (
+    DataError,
+    Source,
+    fingerprint,
+    open_parquet,
+    require_columns,
+    resolve_parquet_files,
+    vectors,
+)
+from utils.splits import validation_episodes
+from utils.streaming_statistics import STATISTICS, StepStatistics
 
 logger = logging.getLogger(__name__)
-STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+ROWS_PER_BATCH = 16384
+BYTES_PER_TASK = 32 * 2**20  # smaller files are read several to a task
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class StatisticsError(ValueError):
-    """A statistics file is missing, unreadable, or of another size than the config."""
+    """A statistics file is missing, unreadable, or does not belong to the config."""
 
 
-def calculate_statistics(files: list[Path], state_dim: int, per_action_dim: int) -> dict[str, Any]:
-    """Statistics per dimension of `state` and `action` over every time step, in physical units.
+def calculate_statistics(
+    files: Sequence[Source],
+    state_dim: int,
+    per_action_dim: int,
+    *,
+    name: str = "default",
+    val_fraction: float = 0.0,
+    split_seed: int = 0,
+    action_mode: str = "absolute",
+    absolute_action_dims: Sequence[int] = (),
+    horizon: int = 1,
+    num_workers: int | None = None,
+) -> dict[str, Any]:
+    """Statistics per dimension of `state` and `action` of one dataset's training episodes, in physical units.
+
+    `absolute` actions count once per time step. `delta` actions, `action[t + k] - state[t]` in float32, count once
+    for every step t and k < horizon with both in one episode: each pair that carries loss when every step is
+    drawn alike. Dimensions that stay absolute count once per time step in either mode.
+
+    Memory does not grow with the number of rows: a worker holds the `state` and `action` of one row group as they
+    are stored, a few batches, and its `Summary`. The work is divided by files alone and the parts are merged in file
+    order, so the number of workers changes nothing.
+
+    Args:
+        files: Parquet files in order; an episode may go on from one into the next.
+        state_dim, per_action_dim: widths of the columns.
+        name: of the dataset; its held-out episodes depend on it, see `validation_episodes`.
+        val_fraction, split_seed: which episodes are held out and left out here.
+        action_mode: `absolute`, or `delta` for actions relative to the current state's same dimension.
+        absolute_action_dims: dimensions that stay absolute in delta mode; those past `per_action_dim` are ignored.
+        horizon: actions per sample, for delta mode.
+        num_workers: threads; None: one per core. Reading, summing and sorting run outside the interpreter's lock,
+            so threads scale as processes would and start at once.
 
     Returns:
-        `{"state": {"min": [state_dim numbers], "max", "mean", "std", "q01", "q99", "count"}, "action": {...},
-        "files": [...]}`. std is the population's; q01 and q99 are exact, linearly interpolated. A dimension
-        that never changes has std 0 and min = max: the normalizer handles it.
+        `{"state": {"min": [state_dim numbers], "max", "mean", "std", "q01", "q99", "count", "quantile_rank_error"},
+        "action": {...}, "files": [...], "rows", "bytes_read", "file_bytes"}`, in delta mode also `"horizon"` and
+        `action["pairs"]`. `count` is the number of time steps. min and max are exact, mean and std (the
+        population's) to float64 rounding; q01 and q99 equal `numpy.quantile` up to 65,536 values, beyond which
+        their ranks are off by at most the share `quantile_rank_error` (`QuantileSketch`). A dimension that never
+        changes has std 0 and min = mean = max: the normalizer handles it. `rows` counts held-out steps too;
+        `bytes_read` are the column chunks and footers that were needed, out of `file_bytes` (pyarrow reads the last
+        64 KiB of a file at once, which in small files covers more than the footer).
 
     Raises:
-        DataError: missing column, wrong width, null, NaN or infinity, naming file and row.
+        DataError: missing column, wrong width or type, null, NaN or infinity, naming file and row.
+        StatisticsError: delta mode without a state dimension for an action dimension that is not absolute.
     """
-    widths = {"state": ("state_dim", state_dim), "action": ("per_action_dim", per_action_dim)}
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in widths}
-    for path in files:
-        file = open_parquet(path)
-        require_columns(file, path, list(widths))
-        row = 0
-        for batch in file.iter_batches(batch_size=65536, columns=list(widths)):
-            for name, (key, width) in widths.items():
-                parts[name].append(vectors(batch.column(name), width, path, row, f"{name}|{key}"))
-            row += batch.num_rows
-    result: dict[str, Any] = {name: _summary(np.concatenate(arrays)) for name, arrays in parts.items()}
-    result["files"] = [str(path) for path in files]
-    return result
+    delta = action_mode == "delta"
+    spec = _Spec(
+        state_dim,
+        per_action_dim,
+        delta_dims=[d for d in range(per_action_dim) if delta and d not in absolute_action_dims],
+        horizon=horizon if delta else 1,
+        needs_episodes=delta or val_fraction > 0,
+    )
+    unmatched = [d for d in spec.delta_dims if d >= state_dim]
+    if unmatched:
+        raise StatisticsError(
+            f"dataset {name}: action_mode delta subtracts state[i] from action[i], but its state_dim {state_dim} has "
+            f"no value for action dimensions {unmatched}; list them in data.absolute_action_dims"
+        )
+    num_workers = num_workers or os.cpu_count() or 1
+    sizes = [int(fingerprint(path)[1]) for path in files]
+    tasks = list(_tasks(files, sizes))
+    episodes_before, flag_bytes, held_out = [0] * len(tasks), 0, np.zeros(0, dtype=bool)
+    if spec.needs_episodes:
+        counts = list(_in_order(_count_episodes, tasks, num_workers))
+        flag_bytes = sum(size for _, size in counts)
+        *episodes_before, episodes = np.cumsum([0, *(number for number, _ in counts)]).tolist()
+        held_out = validation_episodes(name, episodes, val_fraction, split_seed)
+    parts = _in_order(
+        partial(_read, spec=spec, held_out=held_out), zip(tasks, episodes_before, strict=True), num_workers
+    )
+    total, rows, bytes_read = next(parts)
+    for part in parts:
+        total.merge(part.statistics)
+        rows += part.rows
+        bytes_read += part.bytes_read
+    result: dict[str, Any] = total.result()
+    result |= {"files": [str(path) for path in files], "rows": rows}
+    result |= {"bytes_read": flag_bytes + bytes_read, "file_bytes": sum(sizes)}
+    return result | {"horizon": horizon} if delta else result
 
 
-def load_statistics(path: str | None, state_dim: int, per_action_dim: int, config_path: str) -> dict[str, Any]:
-    """Read a statistics file and check it against the config.
+def calculate_for_config(config: Config, num_workers: int | None = None) -> dict[str, Any]:
+    """The content of the statistics file of a config: every dataset, on its training episodes.
 
     Raises:
-        StatisticsError: no path or no file (the message is the command that makes it), not JSON, a missing
-            statistic, another number of dimensions.
+        DataError, StatisticsError: see `calculate_statistics`.
+    """
+    data = config.data
+    datasets = {}
+    for entry in config.datasets:
+        key = f"data.mixture {entry.name}: path" if data.mixture else "data.train_parquet_files"
+        started = time.perf_counter()
+        statistics = calculate_statistics(
+            resolve_parquet_files(entry.path, key),
+            entry.state_dim,
+            entry.per_action_dim,
+            name=entry.name,
+            val_fraction=data.val_fraction,
+            split_seed=data.split_seed,
+            action_mode=data.action_mode,
+            absolute_action_dims=data.absolute_action_dims,
+            horizon=entry.horizon,
+            num_workers=num_workers,
+        )
+        _log_summary(entry.name, statistics, time.perf_counter() - started)
+        datasets[entry.name] = statistics
+    return _settings(data) | {"datasets": datasets}
+
+
+def load_statistics(path: str | None, config: Config, config_path: str) -> list[dict[str, Any]]:
+    """Read a statistics file and check that it belongs to the config.
+
+    Args:
+        path: `data.normalization_stats_path`.
+        config: the configuration that trains.
+        config_path: where it was read from, for the command in error messages.
+
+    Returns:
+        Statistics per dataset as `calculate_statistics` gives them, in the order of `config.datasets`.
+
+    Raises:
+        StatisticsError: no path or no file (the message is the command that makes it), not JSON, a dataset or
+            statistic missing, another number of dimensions, another action mode, horizon or split.
     """
     target = path or "stats.json"
     command = f"python utils/calculate_normalization_stats.py --config_path {config_path} --output_path {target}"
@@ -68,12 +189,15 @@ def load_statistics(path: str | None, state_dim: int, per_action_dim: int, confi
         raise StatisticsError(f"data.normalization_stats_path is not set; set it to {target} and run: {command}")
     if not Path(path).is_file():
         raise StatisticsError(f"data.normalization_stats_path: {path} does not exist; make it with: {command}")
+    remedy = f"make it again with: {command}"
     try:
-        statistics = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise StatisticsError(f"{path}: not valid JSON ({error}); make it again with: {command}") from None
-    check_statistics(statistics, state_dim, per_action_dim, path, f"make it again with: {command}")
-    return statistics
+        raise StatisticsError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("datasets"), dict):
+        raise StatisticsError(f"{path}: no section 'datasets'; {remedy}")
+    _check_settings(content, config, path, command)
+    return [_dataset_statistics(content["datasets"], entry, config, path, remedy) for entry in config.datasets]
 
 
 def check_statistics(statistics: dict[str, Any], state_dim: int, per_action_dim: int, place: str, remedy: str) -> None:
@@ -91,14 +215,188 @@ def check_statistics(statistics: dict[str, Any], state_dim: int, per_action_dim:
                 raise StatisticsError(f"{place}: {name}.{statistic} is not finite: {values}; {remedy}")
 
 
-def _summary(values: np.ndarray) -> dict[str, Any]:
-    wide = values.astype(np.float64)
-    q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
-    low, high = values.min(axis=0), values.max(axis=0)
-    std = np.where(low == high, 0.0, wide.std(axis=0))
-    mean = np.where(low == high, low, wide.mean(axis=0))
-    found = {"min": low, "max": high, "mean": mean, "std": std, "q01": q01, "q99": q99}
-    return {name: [float(x) for x in found[name]] for name in STATISTICS} | {"count": len(values)}
+class _Spec(NamedTuple):
+    """What to make statistics of; see `StepStatistics`."""
+
+    state_dim: int
+    per_action_dim: int
+    delta_dims: list[int]
+    horizon: int
+    needs_episodes: bool  # whether is_first has to be read
+
+
+class _Part(NamedTuple):
+    """What one task found."""
+
+    statistics: StepStatistics
+    rows: int
+    bytes_read: int
+
+
+def _tasks(files: Sequence[Source], sizes: list[int]) -> Iterator[list[Source]]:
+    """Consecutive files, so many to a task that reading them outweighs handing them over."""
+    task, filled = [], 0
+    for path, size in zip(files, sizes, strict=True):
+        task.append(path)
+        filled += size
+        if filled >= BYTES_PER_TASK:
+            yield task
+            task, filled = [], 0
+    if task:
+        yield task
+
+
+def _in_order(function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int) -> Iterator[Result]:
+    """Results in the order of the tasks, at most two per worker under way so that none pile up."""
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(num_workers) as executor:
+        try:
+            for task in tasks:
+                pending.append(executor.submit(function, task))
+                if len(pending) >= 2 * num_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _count_episodes(paths: list[Source]) -> tuple[int, int]:
+    """(episodes that begin in these files, bytes read)."""
+    episodes = bytes_read = 0
+    for path in paths:
+        with open_parquet(path) as file:
+            for row, batch in _batches(file, path, ["is_first"]):
+                episodes += int(_is_first(batch, path, row).sum())
+            bytes_read += _bytes_needed(file, ["is_first"])
+    return episodes, bytes_read
+
+
+def _read(task: tuple[list[Source], int], spec: _Spec, held_out: np.ndarray) -> _Part:
+    """The statistics of some files' training steps; a task is the files and how many episodes begin before them."""
+    paths, episodes = task
+    statistics = StepStatistics(spec.state_dim, spec.per_action_dim, spec.delta_dims, spec.horizon)
+    columns = ["state", "action", "is_first"] if spec.needs_episodes else ["state", "action"]
+    rows = bytes_read = 0
+    for path in paths:
+        with open_parquet(path) as file:
+            for row, batch in _batches(file, path, columns):
+                state = vectors(batch.column("state"), spec.state_dim, path, row, "state|state_dim").T
+                action = vectors(batch.column("action"), spec.per_action_dim, path, row, "action|per_action_dim").T
+                episode = np.zeros(batch.num_rows, np.int64)
+                if spec.needs_episodes:
+                    episode = np.cumsum(_is_first(batch, path, row)) + (episodes - 1)
+                    if episode[0] < 0:
+                        raise DataError(
+                            f"{path} row {row}: the data begin here but is_first is false; an episode runs from "
+                            "is_first to is_last"
+                        )
+                    episodes = int(episode[-1]) + 1
+                    keep = ~held_out[episode]
+                    state, action, episode = state[:, keep], action[:, keep], episode[keep]
+                statistics.add(np.ascontiguousarray(state), np.ascontiguousarray(action), episode)
+                rows += batch.num_rows
+            bytes_read += _bytes_needed(file, columns)
+    return _Part(statistics, rows, bytes_read)
+
+
+def _batches(file: pq.ParquetFile, path: Source, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(row in the file, batch) of some columns, with a DataError where the file is damaged."""
+    require_columns(file, path, columns)
+    batches = file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns, use_threads=False)
+    row = 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{path}: {', '.join(columns)} can't be read from row {row} on ({reason}); record or convert it again"
+            ) from None
+        if batch is None:
+            return
+        yield row, batch
+        row += batch.num_rows
+
+
+def _is_first(batch: pa.RecordBatch, path: Source, row: int) -> np.ndarray:
+    column = batch.column("is_first")
+    if not pa.types.is_boolean(column.type):
+        raise DataError(f"{path}: column 'is_first' is {column.type}; wanted bool")
+    if column.null_count:
+        row += int(np.flatnonzero(np.asarray(column.is_null()))[0])
+        raise DataError(f"{path} row {row}: is_first is null; wanted true or false")
+    return np.asarray(column)
+
+
+def _bytes_needed(file: pq.ParquetFile, columns: list[str]) -> int:
+    """Compressed bytes of the columns' chunks, and of the footer."""
+    metadata = file.metadata
+    leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in columns]
+    chunks = (
+        metadata.row_group(group).column(leaf).total_compressed_size
+        for group in range(metadata.num_row_groups)
+        for leaf in leaves
+    )
+    return metadata.serialized_size + sum(chunks)
+
+
+def _settings(data: DataConfig) -> dict[str, Any]:
+    """The settings that the statistics of every dataset depend on."""
+    return {
+        "action_mode": data.action_mode,
+        "absolute_action_dims": sorted(data.absolute_action_dims),
+        "val_fraction": data.val_fraction,
+        "split_seed": data.split_seed,
+    }
+
+
+def _check_settings(content: dict[str, Any], config: Config, path: str, command: str) -> None:
+    wanted = _settings(config.data)
+    if config.data.action_mode == "absolute":
+        del wanted["absolute_action_dims"]
+    if config.data.val_fraction == 0:
+        del wanted["split_seed"]
+    others = {key: value for key, value in wanted.items() if content.get(key) != value}
+    if others:
+        found = ", ".join(f"{key} {content.get(key)}" for key in others)
+        needed = ", ".join(f"data.{key} {value}" for key, value in others.items())
+        flags = " ".join(f"'data.{key}={value}'" for key, value in others.items())
+        raise StatisticsError(
+            f"{path}: made with {found}, config wants {needed}; make it again with: {command} --set {flags}"
+        )
+
+
+def _dataset_statistics(
+    datasets: dict[str, Any], entry: MixtureEntry, config: Config, path: str, remedy: str
+) -> dict[str, Any]:
+    if entry.name not in datasets:
+        near = difflib.get_close_matches(entry.name, datasets, n=1, cutoff=0.0)
+        hint = f" (nearest: {near[0]!r})" if near else ""
+        raise StatisticsError(f"{path}: no statistics of dataset {entry.name!r}{hint}; {remedy}")
+    statistics = datasets[entry.name]
+    place = f"{path}: dataset {entry.name}"
+    check_statistics(statistics, entry.state_dim, entry.per_action_dim, place, remedy)
+    if config.data.action_mode == "delta" and statistics.get("horizon") != entry.horizon:
+        raise StatisticsError(
+            f"{place}: made with horizon {statistics.get('horizon')}, config wants horizon {entry.horizon}, and "
+            f"statistics of delta actions depend on it; {remedy}"
+        )
+    return statistics
+
+
+def _log_summary(name: str, statistics: dict[str, Any], seconds: float) -> None:
+    for key in ("state", "action"):
+        found = statistics[key]
+        constant = [i for i, (low, high) in enumerate(zip(found["min"], found["max"], strict=True)) if low == high]
+        note = f", constant dimensions {constant}" if constant else ""
+        rows = f"{found['count']} of {statistics['rows']} rows"
+        logger.info("%s %s: %s, %d dimensions%s", name, key, rows, len(found["min"]), note)
+    size, total = statistics["bytes_read"], statistics["file_bytes"]
+    logger.info(
+        "%s: %.1f s, %.1f of %.1f MB read (%.1f %%)", name, seconds, size / 1e6, total / 1e6, 100 * size / total
+    )
 
 
 def main() -> None:
@@ -106,26 +404,24 @@ def main() -> None:
     parser.add_argument("--config_path", required=True, help="YAML config; gives the files and the dimensions")
     parser.add_argument("--output_path", help="JSON to write; default: data.normalization_stats_path")
     parser.add_argument("--train_data_override", nargs="+", help="instead of data.train_parquet_files")
+    parser.add_argument("--num_workers", type=int, help="threads; default: one per core")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="set_args")
     args = parser.parse_args()
+    if args.num_workers is not None and args.num_workers < 1:
+        parser.error(f"--num_workers is {args.num_workers}; give 1 or more")
     set_up_logging()
-    config = load_config(args.config_path, {"data.train_parquet_files": args.train_data_override})
+    config = load_config(args.config_path, {"data.train_parquet_files": args.train_data_override}, args.set_args)
     output = args.output_path or config.data.normalization_stats_path
     if output is None:
         parser.error("no --output_path, and the config sets no data.normalization_stats_path")
-    files = resolve_parquet_files(config.data.train_parquet_files, "data.train_parquet_files")
-    statistics = calculate_statistics(files, config.data.state_dim, config.model.action_head_config.per_action_dim)
+    content = calculate_for_config(config, args.num_workers)
     with atomic_path(output) as temporary:
-        temporary.write_text(json.dumps(statistics, indent=1), encoding="utf-8")
-    for name in ("state", "action"):
-        summary = statistics[name]
-        constant = [i for i, (low, high) in enumerate(zip(summary["min"], summary["max"], strict=True)) if low == high]
-        note = f", constant dimensions {constant}" if constant else ""
-        logger.info("%s: %d rows, %d dimensions%s", name, summary["count"], len(summary["min"]), note)
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     print(output)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, StatisticsError, ValueError) as error:
+    except (DataError, StatisticsError, ConfigError) as error:
         sys.exit(f"error: {error}")

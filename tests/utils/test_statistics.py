@@ -1,18 +1,88 @@
-"""Normalization statistics: right numbers, images never read, clear errors."""
+"""Normalization statistics: right numbers, the training episodes only, images never read, clear errors."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import utils.calculate_normalization_stats as module
+from data.loader import build_datasets
+from data.processing import processors_from_config
 from tests.helpers import episode_rows, write_broken, write_episodes, write_rows
-from utils.calculate_normalization_stats import StatisticsError, calculate_statistics, load_statistics
+from utils.calculate_normalization_stats import (
+    StatisticsError,
+    calculate_for_config,
+    calculate_statistics,
+    load_statistics,
+)
+from utils.config_utils import Config, config_from_dict
 from utils.parquet_utils import DataError
+from utils.splits import validation_episodes
+from utils.streaming_statistics import STATISTICS, StepStatistics
+
+COMMAND = "python utils/calculate_normalization_stats.py --config_path c.yaml --output_path"
+
+
+def check(got: dict, values: np.ndarray, rows: int | None = None) -> None:
+    """One entry of the statistics against numpy on float32 (rows, dims)."""
+    assert got["count"] == (len(values) if rows is None else rows)
+    np.testing.assert_array_equal(got["min"], values.min(0))
+    np.testing.assert_array_equal(got["max"], values.max(0))
+    np.testing.assert_allclose(got["mean"], values.mean(0, dtype=np.float64), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(got["std"], values.std(0, dtype=np.float64), rtol=1e-9)
+    slack = got["quantile_rank_error"] * len(values)
+    for key, fraction in (("q01", 0.01), ("q99", 0.99)):
+        if slack == 0:
+            np.testing.assert_allclose(got[key], np.quantile(values.astype(np.float64), fraction, axis=0), rtol=1e-12)
+        else:
+            assert ((values < got[key]).sum(0) <= fraction * len(values) + slack).all()
+            assert ((values <= got[key]).sum(0) >= fraction * len(values) - slack).all()
+
+
+def write_numbers(
+    folder: Path, lengths: list[int], cuts: list[int], row_group_size: int, *, seed: int = 0
+) -> tuple[list[Path], np.ndarray, np.ndarray, np.ndarray]:
+    """Episodes without images, cut into files at some rows.
+
+    Returns:
+        The files, state (rows, 3), action (rows, 4), and each row's episode (rows,).
+    """
+    rng = np.random.default_rng(seed)
+    rows, episode = sum(lengths), np.repeat(np.arange(len(lengths)), lengths)
+    state = rng.normal(size=(rows, 3)).astype(np.float32) * np.float32([1, 1e-3, 1e4]) + np.float32([0, 5, -1e3])
+    action = rng.standard_cauchy(size=(rows, 4)).astype(np.float32)
+    first = np.diff(episode, prepend=-1) > 0
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, part in enumerate(np.split(np.arange(rows), cuts)):
+        columns = {"state": state[part].tolist(), "action": action[part].tolist()}
+        table = {name: pa.array(values, pa.list_(pa.float32())) for name, values in columns.items()}
+        files.append(folder / f"{i:03}.parquet")
+        pq.write_table(pa.table(table | {"is_first": first[part]}), files[-1], row_group_size=row_group_size)
+    return files, state, action, episode
+
+
+def pairs(state: np.ndarray, action: np.ndarray, episode: np.ndarray, dim: int, horizon: int) -> np.ndarray:
+    """Deltas of one dimension, the slow way: float32 (pairs, 1)."""
+    found = [
+        action[t + k, dim] - state[t, dim]
+        for t in range(len(state))
+        for k in range(horizon)
+        if t + k < len(state) and episode[t + k] == episode[t]
+    ]
+    return np.float32(found)[:, None]
+
+
+def one_dim(got: dict, dim: int) -> dict:
+    return {key: [values[dim]] if isinstance(values, list) else values for key, values in got.items()}
 
 
 def test_numbers_equal_numpys(tmp_path):
@@ -20,14 +90,39 @@ def test_numbers_equal_numpys(tmp_path):
     statistics = calculate_statistics(files, 4, 4)
     for name in ("state", "action"):
         values = np.concatenate([np.float32(pq.read_table(path)[name].to_pylist()) for path in files])
-        got = statistics[name]
-        assert got["count"] == 54
-        np.testing.assert_array_equal(got["min"], values.min(0))
-        np.testing.assert_array_equal(got["max"], values.max(0))
-        np.testing.assert_allclose(got["mean"], values.mean(0, dtype=np.float64), rtol=1e-12)
-        np.testing.assert_allclose(got["std"], values.std(0, dtype=np.float64), rtol=1e-12)
-        np.testing.assert_allclose(got["q01"], np.quantile(values, 0.01, axis=0), rtol=1e-6)
-        np.testing.assert_allclose(got["q99"], np.quantile(values, 0.99, axis=0), rtol=1e-6)
+        assert statistics[name]["quantile_rank_error"] == 0
+        check(statistics[name], values)
+    assert statistics["rows"] == 54 and statistics["files"] == [str(path) for path in files]
+    assert statistics["file_bytes"] == sum(path.stat().st_size for path in files)
+
+
+def test_workers_and_files_and_row_groups_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BYTES_PER_TASK", 1)  # as many tasks as files
+    monkeypatch.setattr(module, "ROWS_PER_BATCH", 3000)
+    lengths = [100_000, 3, 50_000, 1, 7]
+    one, state, action, _ = write_numbers(tmp_path / "one", lengths, [], 10_000)
+    many, *_ = write_numbers(tmp_path / "many", lengths, [1, 2, 30_000, 70_001, 100_001, 150_005], 777)
+    wanted = calculate_statistics(one, 3, 4, num_workers=1)
+    assert 0 < wanted["state"]["quantile_rank_error"] < 4e-5
+    for files in (one, many):
+        by_workers = [calculate_statistics(files, 3, 4, num_workers=n) for n in (1, 3)]
+        assert by_workers[0] == by_workers[1]
+        for name, values in (("state", state), ("action", action)):
+            check(by_workers[0][name], values)
+
+
+def test_memory_does_not_grow_with_the_rows():
+    """What the statistics hold on to, in delta mode too, is bounded by the sketches' logarithm."""
+    statistics = StepStatistics(2, 2, [0, 1], 4)
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        state, action = rng.normal(size=(2, 2, 20_000)).astype(np.float32)
+        statistics.add(state, action, np.full(20_000, i))
+        window = (statistics._head, statistics._tail)
+        assert all(part.state.base is None and part.state.size <= 6 for part in window)
+    for summary in (statistics.state, statistics.delta):
+        kept = sum(part.shape[1] for part in (*summary.sketch._recent, *summary.sketch._buffers) if part is not None)
+        assert kept <= 65536 + 32768 * 7
 
 
 def test_constant_dimension(tmp_path):
@@ -36,9 +131,10 @@ def test_constant_dimension(tmp_path):
         row["action"][2] = 0.1
     summary = calculate_statistics([write_rows(tmp_path / "a.parquet", rows)], 4, 4)["action"]
     assert summary["std"][2] == 0 and summary["min"][2] == summary["max"][2] == summary["mean"][2] == np.float32(0.1)
+    assert summary["q01"][2] == summary["q99"][2] == np.float32(0.1)
 
 
-def test_images_are_never_read(tmp_path, monkeypatch):
+def test_images_are_never_read(tmp_path):
     rows = episode_rows(5)
     for row in rows:
         row["image_1"] = np.random.default_rng(0).bytes(200_000)
@@ -53,7 +149,178 @@ def test_images_are_never_read(tmp_path, monkeypatch):
     path.write_bytes(spoiled)
     with pytest.raises(OSError):
         pq.read_table(path, columns=["image_1"])
-    assert calculate_statistics([path], 4, 4)["state"]["count"] == 5
+    statistics = calculate_statistics([path], 4, 4, action_mode="delta", horizon=2, val_fraction=0.5)
+    assert statistics["state"]["count"] == 5
+    assert statistics["bytes_read"] < 0.05 * statistics["file_bytes"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
+def test_bytes_read_are_what_the_system_counts(tmp_path):
+    def system_count() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    rows = [row for i in range(4) for row in episode_rows(100, seed=i, state_dim=100, action_dim=100)]
+    path = write_rows(tmp_path / "a.parquet", rows, row_group_size=100)
+    calculate_statistics([path], 100, 100)  # whatever is imported at first use
+    before = system_count()
+    statistics = calculate_statistics([path], 100, 100, val_fraction=0.5)
+    counted = system_count() - before
+    assert statistics["bytes_read"] <= counted <= statistics["bytes_read"] + 3 * 65536
+    assert counted < 0.5 * statistics["file_bytes"]
+
+
+def test_held_out_episodes_never_enter(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BYTES_PER_TASK", 1)
+    lengths = [5, 30, 8, 12, 9, 20, 16]
+    files, state, action, episode = write_numbers(tmp_path, lengths, [3, 4, 40, 70], 7)
+    held_out = validation_episodes("arm", len(lengths), 0.3, 5)
+    keep = ~held_out[episode]
+    options = {"val_fraction": 0.3, "split_seed": 5, "name": "arm"}
+    statistics = calculate_statistics(files, 3, 4, **options)
+    check(statistics["state"], state[keep])
+    check(statistics["action"], action[keep])
+    assert 0 < keep.sum() < len(keep) == statistics["rows"]
+    delta = calculate_statistics(files, 3, 4, **options, action_mode="delta", absolute_action_dims=[3], horizon=6)
+    found = pairs(state[keep], action[keep], episode[keep], 1, 6)
+    check(one_dim(delta["action"], 1), found, rows=keep.sum())
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 5, 50])
+@pytest.mark.parametrize("cuts", [[], [10], [1, 2, 3, 4, 5, 6, 20, 21, 60]])
+def test_deltas(tmp_path, monkeypatch, horizon, cuts):
+    """Every valid (t, k), across batches, row groups, files shorter than the horizon, and blocks."""
+    monkeypatch.setattr(module, "BYTES_PER_TASK", 1)
+    monkeypatch.setattr(module, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr("utils.streaming_statistics.PAIRS_PER_BLOCK", 12)
+    files, state, action, episode = write_numbers(tmp_path, [30, 1, 2, 40, 7], cuts, 9)
+    statistics = calculate_statistics(
+        files, 3, 4, action_mode="delta", absolute_action_dims=[1, 3, 9], horizon=horizon, num_workers=2
+    )
+    got = statistics["action"]
+    for dim in (0, 2):
+        found = pairs(state, action, episode, dim, horizon)
+        check(one_dim(got, dim), found, rows=80)
+        assert got["pairs"] == len(found)
+    for dim in (1, 3):
+        check(one_dim(got, dim), action[:, [dim]])
+    check(statistics["state"], state)
+    assert statistics["horizon"] == horizon
+
+
+def test_delta_wants_a_state_for_every_action(tmp_path):
+    files, *_ = write_numbers(tmp_path, [5], [], 5)
+    message = r"dataset default: .* state_dim 3 has no value for action dimensions \[3\]; list them in data.absolute_ac"
+    with pytest.raises(StatisticsError, match=message):
+        calculate_statistics(files, 3, 4, action_mode="delta", horizon=2)
+
+
+@pytest.fixture
+def mixture(tmp_path, tiny_paligemma_dir) -> Config:
+    """A dataset of two files that share an episode, and a narrow one of a shorter horizon, in delta mode."""
+    rows = [row for i, n in enumerate((6, 9, 5, 7)) for row in episode_rows(n, seed=i, image_size=32)]
+    write_rows(tmp_path / "wide/0.parquet", rows[:11])
+    write_rows(tmp_path / "wide/1.parquet", rows[11:])
+    write_episodes(tmp_path / "narrow.parquet", [6, 5, 8], seed=20, state_dim=3, action_dim=2, image_size=32)
+    narrow = {"path": str(tmp_path / "narrow.parquet"), "name": "narrow", "state_dim": 3, "per_action_dim": 2}
+    tree = {
+        "data": {
+            "mixture": [{"path": str(tmp_path / "wide"), "name": "wide"}, narrow | {"horizon": 2}],
+            "state_dim": 4,
+            "action_mode": "delta",
+            "absolute_action_dims": [3],
+            "val_fraction": 0.25,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "model": {
+            "vlm_config": {"model_name_or_path": str(tiny_paligemma_dir)},
+            "action_head_config": {"horizon": 4, "per_action_dim": 4, "hidden_dim": 32, "num_heads": 4},
+        },
+    }
+    return config_from_dict(tree)
+
+
+def change(config: Config, **data) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+
+
+def test_statistics_are_of_what_training_sees(mixture):
+    """Delta actions of the loader's training samples, padding left out, have these very statistics."""
+    train, _ = build_datasets(mixture, *processors_from_config(mixture))
+    content = calculate_for_config(mixture)
+    for dataset, own in zip(train.datasets, mixture.datasets, strict=True):
+        samples = [dataset[i] for i in range(len(dataset))]
+        got = content["datasets"][own.name]
+        check(got["state"], np.stack([s["state"][: own.state_dim] for s in samples]))
+        deltas = np.concatenate([(s["action"][:, :2] - s["state"][:2])[~s["action_is_pad"]] for s in samples])
+        assert got["action"]["pairs"] == len(deltas)
+        for dim in (0, 1):
+            check(one_dim(got["action"], dim), deltas[:, [dim]], rows=len(samples))
+    grippers = np.stack([s["action"][0, 3:] for s in (train.datasets[0][i] for i in range(len(train.datasets[0])))])
+    check(one_dim(content["datasets"]["wide"]["action"], 3), grippers)
+
+
+def test_loading_returns_the_datasets_in_order(mixture, tmp_path):
+    content = calculate_for_config(mixture)
+    content["datasets"] = dict(reversed(content["datasets"].items())) | {"another": {}}
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(content))
+    wide, narrow = load_statistics(str(path), mixture, "c.yaml")
+    assert wide == content["datasets"]["wide"] and narrow == content["datasets"]["narrow"]
+    assert len(narrow["state"]["min"]) == 3 and len(narrow["action"]["q99"]) == 2
+
+
+def test_loading_refuses_statistics_of_another_treatment(mixture, tmp_path):
+    path = str(tmp_path / "s.json")
+
+    def save(config: Config, **changes) -> None:
+        Path(path).write_text(json.dumps(calculate_for_config(config) | changes))
+
+    def refusal(config: Config) -> str:
+        with pytest.raises(StatisticsError) as caught:
+            load_statistics(path, config, "c.yaml")
+        return str(caught.value)
+
+    again = f"make it again with: {COMMAND} {path}"
+    save(change(mixture, action_mode="absolute", absolute_action_dims=()))
+    assert refusal(mixture) == (
+        f"{path}: made with action_mode absolute, absolute_action_dims [], config wants data.action_mode delta, "
+        f"data.absolute_action_dims [3]; {again} --set 'data.action_mode=delta' 'data.absolute_action_dims=[3]'"
+    )
+    save(change(mixture, absolute_action_dims=(3, 0)))
+    assert load_statistics(path, change(mixture, absolute_action_dims=(0, 3)), "c.yaml")
+    assert "made with absolute_action_dims [0, 3], config wants data.absolute_action_dims [3]" in refusal(mixture)
+
+    save(mixture)
+    assert load_statistics(path, mixture, "c.yaml")
+    assert "made with action_mode delta, config wants data.action_mode absolute" in refusal(
+        change(mixture, action_mode="absolute")
+    )
+    assert "made with split_seed 0, config wants data.split_seed 1" in refusal(change(mixture, split_seed=1))
+    assert "made with val_fraction 0.25, config wants data.val_fraction 0.0" in refusal(
+        change(mixture, val_fraction=0.0)
+    )
+    entries = mixture.data.mixture
+    longer = change(mixture, mixture=(entries[0], dataclasses.replace(entries[1], horizon=3)))
+    assert refusal(longer).startswith(f"{path}: dataset narrow: made with horizon 2, config wants horizon 3")
+    renamed = change(mixture, mixture=(entries[0], dataclasses.replace(entries[1], name="narrower")))
+    assert refusal(renamed) == f"{path}: no statistics of dataset 'narrower' (nearest: 'narrow'); {again}"
+    wider = change(mixture, mixture=(entries[0], dataclasses.replace(entries[1], state_dim=4)))
+    assert "dataset narrow: state.min has 3 values, config wants data.state_dim 4" in refusal(wider)
+
+
+def plain_config(state_dim: int = 4, per_action_dim: int = 4, files: str | Path = "x", **data) -> Config:
+    head = {"per_action_dim": per_action_dim}
+    data |= {"train_parquet_files": str(files), "state_dim": state_dim}
+    return config_from_dict({"data": data, "model": {"action_head_config": head}})
+
+
+def test_absolute_statistics_do_not_depend_on_horizon_or_unused_settings(tmp_path):
+    config = plain_config(files=write_episodes(tmp_path / "a.parquet", [5]))
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(calculate_for_config(config)))
+    head = dataclasses.replace(config.model.action_head_config, horizon=3, action_dim=None)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, action_head_config=head))
+    assert load_statistics(str(path), change(other, split_seed=3, absolute_action_dims=(1,)), "c.yaml")
 
 
 def test_bad_rows_are_named(tmp_path):
@@ -62,45 +329,102 @@ def test_bad_rows_are_named(tmp_path):
         calculate_statistics([path], 4, 4)
 
 
+def test_the_first_bad_file_is_named_whichever_worker_is_faster(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BYTES_PER_TASK", 1)
+    files = [write_episodes(tmp_path / f"{i}.parquet", [40]) for i in range(6)]
+    for i in (2, 3, 5):
+        write_broken(files[i], lambda rows: rows[4].__setitem__("state", [float("nan")] * 4))
+    with pytest.raises(DataError, match=r"2\.parquet row 4: state\[0\] is nan"):
+        calculate_statistics(files, 4, 4, num_workers=4)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: rows[0].__setitem__("is_first", False), "row 0: the data begin here but is_first is false"),
+        (lambda rows: rows[6].__setitem__("is_first", None), "row 6: is_first is null; wanted true or false"),
+        (lambda rows: [row.pop("is_first") for row in rows], "no column 'is_first'"),
+    ],
+)
+def test_flags_are_checked_where_they_matter(tmp_path, spoil, message):
+    path = write_broken(tmp_path / "bad.parquet", spoil)
+    assert calculate_statistics([path], 4, 4)["rows"] == 9
+    for options in ({"val_fraction": 0.5}, {"action_mode": "delta", "horizon": 2}):
+        with pytest.raises(DataError, match=rf"bad\.parquet:? {message}"):
+            calculate_statistics([path], 4, 4, **options)
+
+
+def test_flags_of_another_type(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pq.read_table(write_episodes(path, [4]))
+    pq.write_table(table.set_column(table.schema.get_field_index("is_first"), "is_first", pa.array([1, 0, 0, 0])), path)
+    with pytest.raises(DataError, match="column 'is_first' is int64; wanted bool"):
+        calculate_statistics([path], 4, 4, val_fraction=0.5)
+
+
+def test_damaged_pages_are_named(tmp_path):
+    path = write_episodes(tmp_path / "a.parquet", [6])
+    metadata = pq.ParquetFile(path).metadata.row_group(1)
+    column = next(metadata.column(i) for i in range(9) if metadata.column(i).path_in_schema.startswith("action"))
+    spoiled = bytearray(path.read_bytes())
+    start = min(x for x in (column.dictionary_page_offset, column.data_page_offset) if x)
+    spoiled[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(spoiled)
+    with pytest.raises(DataError, match=r"a\.parquet: state, action can't be read from row 0 on .*; record or convert"):
+        calculate_statistics([path], 4, 4)
+
+
 def test_loading_fails_with_the_command_that_makes_the_file(tmp_path):
-    command = "python utils/calculate_normalization_stats.py --config_path c.yaml --output_path"
-    with pytest.raises(StatisticsError, match=f"is not set; set it to stats.json and run: {command} stats.json"):
-        load_statistics(None, 4, 4, "c.yaml")
+    with pytest.raises(StatisticsError, match=f"is not set; set it to stats.json and run: {COMMAND} stats.json"):
+        load_statistics(None, plain_config(), "c.yaml")
     missing = str(tmp_path / "s.json")
-    with pytest.raises(StatisticsError, match=f"does not exist; make it with: {command} {missing}"):
-        load_statistics(missing, 4, 4, "c.yaml")
+    with pytest.raises(StatisticsError, match=f"does not exist; make it with: {COMMAND} {missing}"):
+        load_statistics(missing, plain_config(), "c.yaml")
 
 
 def test_loading_checks_sizes_and_content(tmp_path):
-    statistics = calculate_statistics([write_episodes(tmp_path / "a.parquet", [5])], 4, 4)
+    content = calculate_for_config(plain_config(files=write_episodes(tmp_path / "a.parquet", [5])))
+    statistics = content["datasets"]["default"]
     path = tmp_path / "s.json"
-    path.write_text(json.dumps(statistics))
-    assert load_statistics(str(path), 4, 4, "c.yaml") == statistics
-    with pytest.raises(StatisticsError, match=r"state\.min has 4 values, config wants data\.state_dim 7"):
-        load_statistics(str(path), 7, 4, "c.yaml")
-    with pytest.raises(StatisticsError, match=r"action\.min has 4 values, config wants per_action_dim 7"):
-        load_statistics(str(path), 4, 7, "c.yaml")
+    path.write_text(json.dumps(content))
+    assert load_statistics(str(path), plain_config(), "c.yaml") == [statistics]
+    with pytest.raises(StatisticsError, match=r"default: state\.min has 4 values, config wants data\.state_dim 7"):
+        load_statistics(str(path), plain_config(7), "c.yaml")
+    with pytest.raises(StatisticsError, match=r"default: action\.min has 4 values, config wants per_action_dim 7"):
+        load_statistics(str(path), plain_config(4, 7), "c.yaml")
     del statistics["action"]["q99"]
-    path.write_text(json.dumps(statistics))
+    path.write_text(json.dumps(content))
     with pytest.raises(StatisticsError, match=r"no action\.q99"):
-        load_statistics(str(path), 4, 4, "c.yaml")
+        load_statistics(str(path), plain_config(), "c.yaml")
     statistics["action"]["q99"] = [float("nan")] * 4
-    path.write_text(json.dumps(statistics))
+    path.write_text(json.dumps(content))
     with pytest.raises(StatisticsError, match=r"action\.q99 is not finite"):
-        load_statistics(str(path), 4, 4, "c.yaml")
-    path.write_text("{")
-    with pytest.raises(StatisticsError, match="not valid JSON"):
-        load_statistics(str(path), 4, 4, "c.yaml")
+        load_statistics(str(path), plain_config(), "c.yaml")
+    for text, message in (("{", "not valid JSON"), ("[]", "no section 'datasets'"), ('{"state": {}}', "no section")):
+        path.write_text(text)
+        with pytest.raises(StatisticsError, match=f"{message}.*; make it again with: {COMMAND}"):
+            load_statistics(str(path), plain_config(), "c.yaml")
 
 
 def test_script(tmp_path):
-    data, output = write_episodes(tmp_path / "a.parquet", [6]), tmp_path / "out" / "s.json"
+    data, output = write_episodes(tmp_path / "a.parquet", [6, 6]), tmp_path / "out" / "s.json"
     config = tmp_path / "c.yaml"
     config.write_text("data: {state_dim: 4}\nmodel: {action_head_config: {per_action_dim: 4}}\n")
     command = [sys.executable, "utils/calculate_normalization_stats.py", "--config_path", str(config)]
-    command += ["--output_path", str(output), "--train_data_override", str(data)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command += ["--output_path", str(output), "--num_workers", "1", "--set", "data.val_fraction=0.5"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+
+    result = run("--train_data_override", str(data))
     assert result.returncode == 0, result.stderr
-    assert json.loads(output.read_text())["action"]["count"] == 6
-    result = subprocess.run([*command[:-1], str(tmp_path / "no")], capture_output=True, text=True, check=False)
+    content = json.loads(output.read_text())
+    assert content["val_fraction"] == 0.5 and list(content["datasets"]) == ["default"]
+    statistics = content["datasets"]["default"]
+    assert statistics["action"]["count"] == 6 and set(STATISTICS) < set(statistics["state"])
+    assert "default state: 6 of 12 rows, 4 dimensions" in result.stderr and "MB read" in result.stderr
+    assert result.stdout.strip() == str(output)
+    result = run("--train_data_override", str(tmp_path / "no"))
     assert result.returncode == 1 and result.stderr.startswith("error: data.train_parquet_files")
+    result = run("--train_data_override", str(data), "--num_workers", "0")
+    assert result.returncode == 2 and "--num_workers is 0; give 1 or more" in result.stderr
