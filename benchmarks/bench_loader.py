@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -107,14 +107,14 @@ def decode_rate(frames: list[bytes], count: int) -> float:
     return count // WORKERS * WORKERS / (max(end for _, end in spans) - min(start for start, _ in spans))
 
 
-def loader_rate(loader: DataLoader, batches: int) -> float:
+def loader_rate(loader: Iterable[dict[str, Any]], batches: int) -> float:
     """Frames/s of a running loader, from its first batches on; it is drained, as a fast GPU would."""
     stream = iter(loader)
     for _ in range(2 * WORKERS * 4 + 1):  # past the batches that were prefetched while nothing was measured
         next(stream)
     started = time.perf_counter()
-    for batch in itertools.islice(stream, batches):
-        frames = len(batch["state"])
+    for _ in range(batches):
+        frames = len(next(stream)["state"])
     return batches * frames / (time.perf_counter() - started)
 
 
@@ -154,7 +154,7 @@ def probe(path: pathlib.Path, folder: pathlib.Path, batches: int) -> dict[str, f
     stream = iter(loader)
     next(stream)
     first = time.perf_counter() - started
-    pids, peak = [worker.pid for worker in stream._workers], 0
+    pids, peak = [worker.pid for worker in multiprocessing.active_children()], 0
     for _ in range(batches):
         next(stream)
         peak = max(peak, *(anonymous_kb(pid) for pid in pids))

@@ -13,9 +13,11 @@ Timeline of one sample at step t, `max_seq_len` S = 2 and `horizon` T = 4:
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,15 +31,16 @@ if __name__ == "__main__":  # so that "python data/loader.py" finds the reposito
 
 from data.episode_store import EpisodeStore
 from data.processing import (
+    Batch,
     ObservationError,
     PromptTokenizer,
     Sample,
     VLAImageProcessor,
     build_observation,
     collate_fn,
-    image_memory,
 )
 from data.sampler import StepBatchSampler
+from data.transport import ImageBlock, PackedBatch, SlotPool, use_pool
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
 from utils.parquet_utils import DataError, Source, open_parquet, resolve_parquet_files
@@ -46,6 +49,8 @@ from utils.splits import validation_episodes
 __all__ = ["VLADataset", "VLAImageProcessor", "build_datasets", "build_sampler", "collate_fn", "make_loader"]
 
 logger = logging.getLogger(__name__)
+
+PREFETCH = 4  # batches that each worker makes ahead
 
 
 class VLADataset(Dataset):
@@ -113,15 +118,10 @@ class VLADataset(Dataset):
         """The store's row of a sample; the same number unless a split left episodes out."""
         return int(self._rows[index])
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of one batch, their frames decoded side by side into one memory, so that collating is free."""
-        frames = self.frame_memory(len(indices))
-        return [self.sample(index, {c: frames[c][i] for c in frames}) for i, index in enumerate(indices)]
-
-    def frame_memory(self, count: int) -> dict[str, Tensor]:
-        """Per camera uint8 (count, max_seq_len, H, W, 3) for `count` samples."""
-        shape = (count, self.max_seq_len, self.image_processor.height, self.image_processor.width, 3)
-        return {camera: image_memory(shape) for camera in self.cameras}
+    @property
+    def frame_shape(self) -> tuple[int, int, int, int]:
+        """(max_seq_len, H, W, 3) of a sample's frames of one camera."""
+        return self.max_seq_len, self.image_processor.height, self.image_processor.width, 3
 
     def __getitem__(self, index: int) -> Sample:
         """One sample; see `sample`."""
@@ -206,16 +206,22 @@ class MixtureDataset(Dataset):
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        dataset, local = self._locate(index)
-        return dataset[local]
+        return self.sample(index)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of one batch, decoded into one memory; all datasets share image size and cameras."""
-        frames = self.datasets[0].frame_memory(len(indices))
-        samples = []
-        for i, (dataset, local) in enumerate(map(self._locate, indices)):
-            samples.append(dataset.sample(local, {camera: frames[camera][i] for camera in frames}))
-        return samples
+    def sample(self, index: int, out: dict[str, Tensor] | None = None) -> Sample:
+        """See `VLADataset.sample`."""
+        dataset, local = self._locate(index)
+        return dataset.sample(local, out)
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Cameras of every sample."""
+        return self.datasets[0].cameras
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int, int]:
+        """(max_seq_len, H, W, 3) of a sample's frames of one camera."""
+        return self.datasets[0].frame_shape
 
     def describe(self, index: int) -> str:
         """Where a sample comes from: dataset, file, row, episode and step."""
@@ -227,27 +233,84 @@ class MixtureDataset(Dataset):
         return self.datasets[which], index - int(self.starts[which])
 
 
+class BatchLoader:
+    """torch's DataLoader over samples, with pixels handed over in shared memory (see `data/transport.py`)."""
+
+    def __init__(self, dataset: VLADataset | MixtureDataset, loader: DataLoader, pool: SlotPool | None) -> None:
+        self.dataset, self.batch_sampler = dataset, loader.batch_sampler
+        self._loader, self._pool = loader, pool
+
+    def __len__(self) -> int:
+        """Batches of one pass; a loader of training data is endless and has no length."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for packed in self._loader:
+            yield packed.unpack(self._pool)
+
+
 def make_loader(
-    dataset: Dataset,
+    dataset: VLADataset | MixtureDataset,
     *,
     num_workers: int,
     batch_sampler: StepBatchSampler | None = None,
     batch_size: int = 1,
     seed: int = 0,
-) -> DataLoader:
-    """A loader with persistent, seeded workers: endless and shuffled with a sampler, else one pass in order."""
-    options = {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
+) -> BatchLoader:
+    """Batches of a dataset, made by persistent, seeded workers.
+
+    Args:
+        dataset: what to load.
+        num_workers: processes; 0 loads in this one.
+        batch_sampler: an endless, shuffled stream; None: one pass in order.
+        batch_size: samples per batch of a pass in order.
+        seed: of the workers.
+    """
+    pool, options = None, {}
+    if num_workers:
+        largest = batch_size if batch_sampler is None else batch_sampler.micro_batch_size
+        batch_bytes = len(dataset.cameras) * largest * math.prod(dataset.frame_shape)
+        pool = SlotPool(num_workers, PREFETCH + 3, batch_bytes)  # besides those prefetched: one made, two in use
+        options = {"persistent_workers": True, "prefetch_factor": PREFETCH}
     order = {"batch_sampler": batch_sampler} if batch_sampler is not None else {"batch_size": batch_size}
-    return DataLoader(
-        dataset,
+    loader = DataLoader(
+        _PackedBatches(dataset),
         num_workers=num_workers,
-        collate_fn=collate_fn,
-        pin_memory=torch.cuda.is_available(),
+        collate_fn=_as_it_is,
         generator=torch.Generator().manual_seed(derive_seed("loader", seed)),
-        worker_init_fn=_init_worker if num_workers else None,
+        worker_init_fn=functools.partial(_init_worker, pool) if num_workers else None,
         **order,
         **options,
     )
+    return BatchLoader(dataset, loader, pool)
+
+
+class _PackedBatches(Dataset):
+    """What workers run: a whole batch at a time, its frames decoded side by side into one block."""
+
+    def __init__(self, dataset: VLADataset | MixtureDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> PackedBatch:
+        cameras = self.dataset.cameras
+        block = ImageBlock((len(cameras), len(indices), *self.dataset.frame_shape))
+        samples = []
+        for i, index in enumerate(indices):
+            sample = self.dataset.sample(index, {camera: block.images[v, i] for v, camera in enumerate(cameras)})
+            samples.append({key: value for key, value in sample.items() if key not in cameras})
+        return PackedBatch(collate_fn(samples), cameras, block)
+
+
+def _as_it_is(packed: PackedBatch) -> PackedBatch:
+    return packed
+
+
+def _init_worker(pool: SlotPool, worker_id: int) -> None:
+    torch.set_num_threads(1)
+    use_pool(pool)
 
 
 def _pad(values: np.ndarray, width: int) -> np.ndarray:
@@ -312,10 +375,6 @@ def build_sampler(config: Config, train: MixtureDataset, *, rank: int = 0, world
         rank=rank,
         world_size=world_size,
     )
-
-
-def _init_worker(worker_id: int) -> None:
-    torch.set_num_threads(1)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -309,7 +308,7 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
             batch["input_ids"] = padded
             batch["prompt_mask"] = torch.arange(padded.shape[1]) < lengths[:, None]
         elif isinstance(first, Tensor) and first.ndim == 4:
-            batch[key] = _stack([value.permute(0, 2, 3, 1) for value in values]).permute(0, 1, 4, 2, 3)
+            batch[key] = torch.stack([value.permute(0, 2, 3, 1) for value in values]).permute(0, 1, 4, 2, 3)
         elif isinstance(first, Tensor):
             batch[key] = torch.stack(values)
         elif isinstance(first, str):
@@ -317,28 +316,6 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
         else:
             batch[key] = torch.tensor(values, dtype=torch.int64)
     return batch
-
-
-def image_memory(shape: Sequence[int]) -> Tensor:
-    """Uninitialised uint8 memory; in a loader worker it is shared, which saves a copy on the way to training."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(tuple(shape), dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(tuple(shape))
-
-
-def _stack(values: list[Tensor]) -> Tensor:
-    """`torch.stack` of images; without a copy where they already lie one after the other in one memory."""
-    first, size = values[0], values[0].numel()
-    storage = first.untyped_storage()
-    in_place = all(
-        value.untyped_storage().data_ptr() == storage.data_ptr()
-        and value.storage_offset() == first.storage_offset() + i * size
-        for i, value in enumerate(values)
-    )
-    if in_place:
-        return first.as_strided((len(values), *first.shape), (size, *first.stride()))
-    return torch.stack(values, out=image_memory((len(values), *first.shape)))
 
 
 def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProcessor, PromptTokenizer]:

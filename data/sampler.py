@@ -68,7 +68,7 @@ class StepBatchSampler(Sampler[list[int]]):
         self.start_step = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        micro = self.batch_size // (self.accumulation * self.world_size)
+        micro = self.micro_batch_size
         stream = _Stream(self)
         position = self.start_step * self.batch_size
         while True:
@@ -76,6 +76,11 @@ class StepBatchSampler(Sampler[list[int]]):
                 begin = position + (part * self.world_size + self.rank) * micro
                 yield [stream[p] for p in range(begin, begin + micro)]
             position += self.batch_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of each item."""
+        return self.batch_size // (self.accumulation * self.world_size)
 
     def epoch_order(self, dataset: int, epoch: int) -> np.ndarray:
         """The samples of one dataset's epoch in order, int64 (size,)."""

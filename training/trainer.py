@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -47,8 +46,8 @@ class VLATrainer:
         self,
         config: Config,
         model: VLAModel,
-        train_loader: DataLoader,
-        val_loader: DataLoader | None,
+        train_loader: Iterable[Batch],
+        val_loader: Iterable[Batch] | None,
         device: torch.device,
         processors: dict[str, Any],
     ) -> None:

@@ -1,0 +1,81 @@
+"""From loader workers to training without copying pixels or paging in new memory for every batch.
+
+Workers decode into slots of memory that all processes share. What travels through the pipe is the slot's number
+and the small arrays. A slot is used again when nothing of its batch is referenced any more; a worker that finds
+none free allocates memory of its own, so a batch that someone keeps is never overwritten.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+_pool: SlotPool | None = None  # of this worker process
+
+
+class SlotPool:
+    """`slots` pieces of shared memory per worker, each large enough for the images of one batch."""
+
+    def __init__(self, workers: int, slots: int, slot_bytes: int) -> None:
+        self.slots, self.slot_bytes = slots, slot_bytes
+        self._memory = mmap.mmap(-1, max(1, workers * slots * slot_bytes))
+        self._busy = mmap.mmap(-1, max(1, workers * slots))  # one byte per slot: workers set it, training clears it
+
+    def take(self, worker: int, shape: Sequence[int]) -> tuple[int, np.ndarray] | None:
+        """A free slot of this worker as uint8 memory of `shape`; None where none is free or large enough."""
+        if np.prod(shape) > self.slot_bytes:
+            return None
+        for slot in range(worker * self.slots, (worker + 1) * self.slots):
+            if not self._busy[slot]:
+                self._busy[slot] = 1
+                return slot, self._view(slot, shape)
+        return None
+
+    def receive(self, slot: int, shape: Sequence[int]) -> Tensor:
+        """The images in a slot; it is freed when the last tensor that shares their storage is gone."""
+        block = self._view(slot, shape)
+        weakref.finalize(block, self._busy.__setitem__, slot, 0)  # the tensor's storage keeps `block` alive
+        return torch.from_numpy(block)
+
+    def _view(self, slot: int, shape: Sequence[int]) -> np.ndarray:
+        return np.ndarray(tuple(shape), np.uint8, self._memory, slot * self.slot_bytes)
+
+
+def use_pool(pool: SlotPool) -> None:
+    """Make `image_block` of this worker process take memory from `pool`."""
+    global _pool
+    _pool = pool
+
+
+class ImageBlock:
+    """Memory for one batch's images, (V, B, S, H, W, 3) uint8, and the slot that it lies in, if any."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        worker = get_worker_info()
+        found = _pool.take(worker.id, shape) if _pool is not None and worker is not None else None
+        self.slot = None if found is None else found[0]
+        self.images = torch.empty(tuple(shape), dtype=torch.uint8) if found is None else torch.from_numpy(found[1])
+
+
+class PackedBatch:
+    """A batch on its way: images by slot, everything else by value."""
+
+    def __init__(self, rest: dict[str, Any], cameras: Sequence[str], block: ImageBlock) -> None:
+        self.cameras, self.slot, self.shape = list(cameras), block.slot, tuple(block.images.shape)
+        self.images = block.images if block.slot is None else None
+        self.rest = {key: value.numpy() if isinstance(value, Tensor) else value for key, value in rest.items()}
+
+    def unpack(self, pool: SlotPool | None) -> dict[str, Any]:
+        """The batch as `collate_fn` made it."""
+        images = self.images if self.slot is None else pool.receive(self.slot, self.shape)
+        batch = {camera: images[i].permute(0, 1, 4, 2, 3) for i, camera in enumerate(self.cameras)}
+        for key, value in self.rest.items():
+            batch[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        return batch
