@@ -97,6 +97,7 @@ class VLADataset(Dataset):
         )
         self.horizon, self.max_seq_len, self.cameras = horizon, config.max_seq_len, tuple(cameras)
         self.own_horizon = (own and own.horizon) or horizon
+        self._pad_masks = torch.arange(horizon) >= torch.arange(horizon + 1)[:, None]  # by number of valid steps
         self.state_dim, self.per_action_dim, self.dataset_index = config.state_dim, per_action_dim, dataset_index
         held_out = validation_episodes(self.name, self.store.num_episodes, config.val_fraction, config.split_seed)
         chosen = {"all": held_out | True, "train": ~held_out, "val": held_out}[split]
@@ -163,7 +164,7 @@ class VLADataset(Dataset):
         action = np.zeros((self.horizon, self.per_action_dim), dtype=np.float32)
         action[:valid, : store.action.shape[1]] = store.action[index : index + valid]
         sample["action"] = torch.from_numpy(action)
-        sample["action_is_pad"] = torch.from_numpy(np.arange(self.horizon) >= valid)
+        sample["action_is_pad"] = self._pad_masks[valid]
         sample["dataset_index"] = self.dataset_index
         sample["episode_index"] = episode
         sample["frame_index"] = step
@@ -297,10 +298,13 @@ class _PackedBatches(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> PackedBatch:
         cameras = self.dataset.cameras
         block = ImageBlock((len(cameras), len(indices), *self.dataset.frame_shape))
+        slots = zip(*(images.unbind(0) for images in block.images), strict=True)  # per sample, its cameras' memory
         samples = []
-        for i, index in enumerate(indices):
-            sample = self.dataset.sample(index, {camera: block.images[v, i] for v, camera in enumerate(cameras)})
-            samples.append({key: value for key, value in sample.items() if key not in cameras})
+        for index, frames in zip(indices, slots, strict=True):
+            sample = self.dataset.sample(index, dict(zip(cameras, frames, strict=True)))
+            for camera in cameras:
+                del sample[camera]
+            samples.append(sample)
         return PackedBatch(collate_fn(samples), cameras, block)
 
 

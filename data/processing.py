@@ -6,6 +6,7 @@ and the same frame seen by the robot give the same tensors.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import tempfile
@@ -158,7 +159,7 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Any, max_len: int) -> None:
         self.tokenizer, self.max_len = tokenizer, max_len
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, Tensor] = {}
         self._warned = False
 
     @classmethod
@@ -206,8 +207,12 @@ class PromptTokenizer:
         Raises:
             ObservationError: the prompt is empty.
         """
+        return self.tensor(prompt).tolist()
+
+    def tensor(self, prompt: str) -> Tensor:
+        """The same as int64 (L,), made once per instruction and not to be changed; errors as above."""
         if prompt not in self._known:
-            self._known[prompt] = self._encode(prompt)
+            self._known[prompt] = torch.tensor(self._encode(prompt), dtype=torch.int64)
         return self._known[prompt]
 
     def _encode(self, prompt: str) -> list[int]:
@@ -284,12 +289,18 @@ def build_observation(
         else:
             frames[:] = 0
         sample[camera] = frames.permute(0, 3, 1, 2)
-    sample["image_mask"] = torch.from_numpy(np.array([camera in present for camera in cameras]))
-    sample["vlm_attention_mask"] = torch.from_numpy(np.arange(max_seq_len) >= first)
+    sample["image_mask"] = _mask(tuple([camera in present for camera in cameras]))
+    sample["vlm_attention_mask"] = _mask((False,) * first + (True,) * num_frames)
     sample["raw_prompt_text"] = prompt
-    sample["input_ids"] = torch.from_numpy(np.array(prompt_tokenizer(prompt), dtype=np.int64))
+    sample["input_ids"] = prompt_tokenizer.tensor(prompt)
     sample["state"] = torch.from_numpy(np.array(state, dtype=np.float32))
     return sample
+
+
+@functools.lru_cache(maxsize=4096)
+def _mask(values: tuple[bool, ...]) -> Tensor:
+    """A bool tensor, made once for all samples that share it; batches hold copies."""
+    return torch.tensor(values)
 
 
 def collate_fn(samples: Sequence[Sample]) -> Batch:
