@@ -1,0 +1,106 @@
+"""Caches that several processes build at once, no cache at all, and files behind a URI."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+from data.episode_store import EpisodeStore
+from tests.helpers import write_episodes
+from utils.calculate_normalization_stats import calculate_statistics
+from utils.parquet_utils import DataError, resolve_parquet_files
+
+OPTIONS = {"state_dim": 4, "per_action_dim": 4, "cameras": ("image_1",)}
+
+
+def _open_and_sum(path: Path, cache: Path, barrier, results) -> None:
+    barrier.wait()
+    store = EpisodeStore([path], cache_dir=cache, **OPTIONS)
+    results.put((os.stat(store.folder / "meta.json").st_ino, float(store.state.sum())))
+
+
+def test_processes_that_build_at_once_share_one_cache(tmp_path):
+    path = write_episodes(tmp_path / "a.parquet", [40, 40])
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.SimpleQueue()
+    arguments = (path, tmp_path / "cache", barrier, results)
+    processes = [context.Process(target=_open_and_sum, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = {results.get() for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(found) == 1, "all see the very same file"
+    left = sorted(p.name for p in (tmp_path / "cache").iterdir() if p.name != "locks")
+    assert len(left) == 1 and not left[0].startswith(".")
+
+
+def test_a_crash_while_building_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    path = write_episodes(tmp_path / "a.parquet", [10])
+    monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space left"):
+        EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS)
+    monkeypatch.undo()
+    assert len(EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS)) == 10
+
+
+def test_without_a_cache_nothing_stays(tmp_path):
+    path = write_episodes(tmp_path / "a.parquet", [10])
+    store = EpisodeStore([path], cache_dir=tmp_path / "cache", keep_cache=False, **OPTIONS)
+    folder, encoded = store.folder, pq.read_table(path)["image_1"].to_pylist()
+    assert bytes(store.image("image_1", 4)) == encoded[4] and folder.is_dir()
+    assert not (tmp_path / "cache").exists()
+    del store
+    assert not folder.exists()
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """A moto S3 server on loopback, with one bucket."""
+    server_module = pytest.importorskip("moto.server", reason="moto is in requirements-dev.txt")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    filesystem, _ = fs.FileSystem.from_uri(f"s3://robots{options}")
+    filesystem.create_dir("robots")
+    yield filesystem, options
+    server.stop()
+
+
+def test_files_in_s3(tmp_path, s3):
+    filesystem, options = s3
+    local = [write_episodes(tmp_path / f"{name}.parquet", [5, 4], seed=seed) for name, seed in (("a", 0), ("b", 9))]
+    for path in local:
+        with filesystem.open_output_stream(f"robots/demos/{path.name}") as stream:
+            stream.write(path.read_bytes())
+    uris = resolve_parquet_files(f"s3://robots/demos{options}", "key")
+    assert [str(uri).partition("?")[0] for uri in uris] == [
+        "s3://robots/demos/a.parquet",
+        "s3://robots/demos/b.parquet",
+    ]
+    assert resolve_parquet_files(f"s3://robots/demos/b*.parquet{options}", "key") == uris[1:]
+    assert resolve_parquet_files(f"s3://robots/demos/a.parquet{options}", "key") == uris[:1]
+
+    remote = EpisodeStore(uris, cache_dir=tmp_path / "remote", **OPTIONS)
+    plain = EpisodeStore(local, cache_dir=tmp_path / "local", **OPTIONS)
+    np.testing.assert_array_equal(remote.action, plain.action)
+    assert all(bytes(remote.image("image_1", i)) == bytes(plain.image("image_1", i)) for i in range(18))
+    assert "s3://robots/demos/b.parquet" in remote.describe(12) and "row 3" in remote.describe(12)
+    assert calculate_statistics(uris, 4, 4)["action"] == calculate_statistics(local, 4, 4)["action"]
+
+    with pytest.raises(DataError, match="matches no Parquet file"):
+        resolve_parquet_files(f"s3://robots/nothing{options}", "key")
+    with pytest.raises(DataError, match="key: s3://elsewhere/x can't be listed|matches no Parquet file"):
+        resolve_parquet_files(f"s3://elsewhere/x{options}", "key")
