@@ -1,0 +1,249 @@
+"""Checks of camera frames: every frame is decoded once, in parallel processes, a few dozen in memory at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from data.doctor.findings import Findings
+from data.doctor.frames import ABSENT, BROKEN, DECODED, FRAME, examine_frames
+from data.doctor.rows import CAMERAS, Rows, open_raw, stream
+
+FRAMES_PER_TASK = 32
+FEW_FRAMES = 4000  # below this, starting processes takes longer than decoding
+USUAL = 0.5  # part of a file's frames from which something is the file's way, not a row's fault
+SLOW_CAMERA = 0.2  # part of a file's frames that repeat the one before, from which the camera is slower than the rows
+
+
+@dataclass
+class Frames:
+    """What was seen.
+
+    Attributes:
+        facts: camera -> `FRAME` array (N,) over global rows.
+        errors: camera -> global row -> what decoding said.
+        pictures: camera -> global row -> uint8 (H, W, 3), for the rows that were asked for.
+    """
+
+    facts: dict[str, np.ndarray]
+    errors: dict[str, dict[int, str]]
+    pictures: dict[str, dict[int, np.ndarray]]
+
+
+def look_at_frames(
+    rows: Rows, findings: Findings, *, wanted: np.ndarray, thumbnail_size: int, num_workers: int | None
+) -> Frames:
+    """Decode every frame of every camera.
+
+    Args:
+        wanted: global rows whose pictures are kept.
+        thumbnail_size: pixels of the longer side of a kept picture.
+        num_workers: decoding processes; 0: this process; None: one per core, or none for a few thousand frames.
+    """
+    cameras = [camera for camera in CAMERAS if any(camera in columns for columns in rows.cameras)]
+    facts = {camera: np.zeros(len(rows), dtype=FRAME) for camera in cameras}
+    seen = Frames(facts, {camera: {} for camera in cameras}, {camera: {} for camera in cameras})
+    keep = np.zeros(len(rows), dtype=bool)
+    keep[wanted] = True
+    total = int(sum(len(columns) * size for columns, size in zip(rows.cameras, np.diff(rows.file_starts), strict=True)))
+    if num_workers is None:
+        num_workers = 0 if total < FEW_FRAMES else os.cpu_count() or 1
+    waiting: deque[tuple[str, int, Future | Any]] = deque()
+    with ExitStack() as stack:
+        progress = stack.enter_context(tqdm(total=total, unit="frame", desc="decoding", disable=None))
+        submit: Callable[..., Any] = _Done
+        if num_workers:
+            context = multiprocessing.get_context("spawn")  # a fork would copy pyarrow's threads' locks
+            pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=context))
+            submit = pool.submit
+        for camera, first, frames in _encoded(rows, findings):
+            positions = np.flatnonzero(keep[first : first + len(frames)]).tolist()
+            waiting.append((camera, first, submit(examine_frames, frames, positions, thumbnail_size)))
+            while len(waiting) > 2 * num_workers:
+                progress.update(_take(waiting.popleft(), seen))
+        while waiting:
+            progress.update(_take(waiting.popleft(), seen))
+    return seen
+
+
+class _Done:
+    """A task that was run at once, with the interface of a Future."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._result = function(*args)
+
+    def result(self) -> Any:
+        return self._result
+
+
+def _take(task: tuple[str, int, Future | _Done], seen: Frames) -> int:
+    camera, first, future = task
+    facts, errors, kept = future.result()
+    seen.facts[camera][first : first + len(facts)] = facts
+    seen.errors[camera].update({first + i: message for i, message in errors.items()})
+    seen.pictures[camera].update({first + i: picture for i, picture in kept.items()})
+    return len(facts)
+
+
+def _encoded(rows: Rows, findings: Findings) -> Iterator[tuple[str, int, list[bytes | None]]]:
+    """(camera, first global row, encoded frames), streamed."""
+    for number, columns in enumerate(rows.cameras):
+        path, begin = rows.files[number], int(rows.file_starts[number])
+        for camera, column in columns.items():
+            for first, array in stream(open_raw(path), path, column, FRAMES_PER_TASK, findings):
+                if pa.types.is_struct(array.type):
+                    array = array.flatten()[array.type.get_field_index("bytes")]
+                yield camera, begin + first, array.to_pylist()
+
+
+def check_presence(rows: Rows, frames: Frames | None, findings: Findings, cameras: tuple[str, ...]) -> None:
+    """`camera_missing` (in some files, or everywhere though the config reads it), `null_value` (of image_1),
+    `camera_gap` (image_2 absent at some rows of an episode, or in an episode of a file that has it elsewhere).
+
+    Args:
+        frames: None where images were not looked at.
+        cameras: those that the config reads; empty without a config.
+    """
+    for camera in CAMERAS[1:]:
+        with_rows = [file for file in range(len(rows.files)) if rows.cameras[file]]
+        lacking = [file for file in with_rows if camera not in rows.cameras[file]]
+        if camera in cameras and lacking and len(lacking) == len(with_rows):
+            findings.add("camera_missing", f"no file has {camera}, which the config reads", file=rows.files[lacking[0]])
+        elif len(lacking) < len(with_rows):
+            for file in lacking:
+                findings.add("camera_missing", f"no {camera}, which other files have", file=rows.files[file])
+    if frames is None:
+        return
+    for camera, facts in frames.facts.items():
+        absent = facts["status"] == ABSENT
+        if camera == "image_1":
+            findings.add_runs("null_value", rows, np.flatnonzero(absent), lambda _: "image_1 is null")
+            continue
+        for file, path in enumerate(rows.files):
+            where = rows.file_rows(file)
+            indices = where.start + np.flatnonzero(absent[where])
+            if len(indices) < where.stop - where.start:
+                findings.add_runs("camera_gap", rows, indices, lambda _, camera=camera: f"{camera} is null")
+            elif len(indices):
+                findings.add("camera_missing", f"{camera} is null in every row", file=path)
+
+
+def check_decoding(rows: Rows, frames: Frames, findings: Findings) -> None:
+    """`undecodable_image`, `not_8_bit`, `odd_sized_image`, `blank_image`, `not_rgb`, `image_format`, `turned_image`."""
+    for camera, facts in frames.facts.items():
+        errors = frames.errors[camera]
+        broken = np.flatnonzero(facts["status"] == BROKEN)
+        for i in broken:
+            findings.add_at("undecodable_image", rows, int(i), f"{camera}: {errors[int(i)]}")
+        good = facts["status"] == DECODED
+        if not good.any():
+            continue
+        (width, height), _ = Counter(
+            zip(facts["width"][good].tolist(), facts["height"][good].tolist(), strict=True)
+        ).most_common(1)[0]
+        deep = np.char.startswith(facts["mode"], b"I") | np.char.startswith(facts["mode"], b"F")
+        black = facts["level"] < 16
+
+        def size(i: int, facts: np.ndarray = facts, usual: str = f"{width}x{height}") -> str:
+            return f"is {facts['width'][i]}x{facts['height'][i]}, most frames are {usual}"
+
+        def mode(i: int, facts: np.ndarray = facts) -> str:
+            return f"has mode {facts['mode'][i].decode()}"
+
+        def blank(i: int, black: np.ndarray = black) -> str:
+            return "is all black" if black[i] else "has one colour all over"
+
+        def container(i: int, facts: np.ndarray = facts) -> str:
+            return f"is {facts['format'][i].decode()}"
+
+        def turned(i: int, facts: np.ndarray = facts) -> str:
+            return f"has EXIF orientation {facts['orientation'][i]}"
+
+        for kind, wrong, describe in (
+            ("not_8_bit", deep, mode),
+            ("odd_sized_image", (facts["width"] != width) | (facts["height"] != height), size),
+            ("blank_image", facts["blank"], blank),
+            ("not_rgb", (facts["mode"] != b"RGB") & ~deep, mode),
+            ("image_format", (facts["format"] != b"JPEG") & (facts["format"] != b"PNG"), container),
+            ("turned_image", facts["orientation"] > 1, turned),
+        ):
+            _add_frames(kind, rows, good, wrong & good, camera, describe, findings)
+
+
+def _add_frames(
+    kind: str,
+    rows: Rows,
+    good: np.ndarray,
+    wrong: np.ndarray,
+    camera: str,
+    describe: Callable[[int], str],
+    findings: Findings,
+) -> None:
+    """One finding for a file in which it is usual, else one per run of rows."""
+    for file, path in enumerate(rows.files):
+        where = rows.file_rows(file)
+        indices = where.start + np.flatnonzero(wrong[where])
+        if len(indices) > max(USUAL * good[where].sum(), 3):
+            first = int(indices[0])
+            message = f"{camera} {describe(first)}: {len(indices)} of {good[where].sum()} frames"
+            findings.add(kind, message, file=path)
+        else:
+            findings.add_runs(kind, rows, indices, lambda i: f"{camera} {describe(i)}", unit="frame")
+
+
+def check_repeats(rows: Rows, frames: Frames, findings: Findings) -> np.ndarray:
+    """`frozen_camera`, `slow_camera`, `identical_cameras`.
+
+    Returns:
+        bool (N - 1,): whether every image of a row equals the next row's (see `check_idle`).
+    """
+    inner = rows.same_episode()
+    state = rows.vectors["state"]
+    rests = (state[1:] == state[:-1]).all(axis=1)
+    all_same = np.full(len(inner), bool(frames.facts))
+    for camera, facts in frames.facts.items():
+        there = facts["status"] == DECODED
+        same = inner & there[1:] & there[:-1] & (facts["digest"][1:] == facts["digest"][:-1])
+        all_same &= same | ~(there[1:] | there[:-1])
+        stale = same & ~rests & ~facts["blank"][1:]
+        for file, path in enumerate(rows.files):
+            where = rows.file_rows(file)
+            indices = where.start + np.flatnonzero(stale[where.start : max(where.stop - 1, where.start)]) + 1
+            count = int(there[where].sum())
+            if len(indices) > max(SLOW_CAMERA * count, 10) and _is_spread_out(indices, rows):
+                message = f"{camera}: {len(indices)} of {count} frames repeat the one before while the state changes"
+                findings.add("slow_camera", message, file=path)
+                continue
+            findings.add_runs(
+                "frozen_camera",
+                rows,
+                indices,
+                lambda _, camera=camera: f"{camera} repeats the frame before while the state changes",
+                unit="frame",
+            )
+    if len(frames.facts) == len(CAMERAS):
+        first, second = (frames.facts[camera] for camera in CAMERAS)
+        both = (first["status"] == DECODED) & (second["status"] == DECODED)
+        for file, path in enumerate(rows.files):
+            where = rows.file_rows(file)
+            equal = (first["digest"][where] == second["digest"][where]) & both[where]
+            if equal.sum() > USUAL * both[where].sum():
+                message = f"image_1 and image_2 are the same picture in {equal.sum()} of {both[where].sum()} rows"
+                findings.add("identical_cameras", message, file=path)
+    return all_same
+
+
+def _is_spread_out(indices: np.ndarray, rows: Rows) -> bool:
+    """Whether repeated frames come in short stretches all over, as a slow camera's do, not in a few long ones."""
+    breaks = np.flatnonzero(np.diff(indices) != 1)
+    return len(indices) / (len(breaks) + 1) < 5

@@ -1,0 +1,123 @@
+"""Examine demonstrations before training on them: faults with file, row and remedy, a summary, pictures.
+
+python inspect_parquet.py --data_path demos/train --val_data_path demos/val --report report.json --plots_dir plots
+python inspect_parquet.py --config_path configs/vla_config.yaml            # the files and sizes that it names
+
+Exit code: 0 training may start; 1 errors (with --strict also warnings); 2 the command itself is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from data.doctor.examine import Wanted, examine
+from data.doctor.report import as_text, merge_reports, write_plots
+from utils.config_utils import Config, ConfigError, MixtureEntry, load_config
+from utils.parquet_utils import DataError, Source, resolve_parquet_files
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", nargs="+", help="Parquet files, folders or globs; default: the config's")
+    parser.add_argument("--val_data_path", nargs="+", help="validation files, checked too, and for overlap")
+    parser.add_argument("--config_path", help="YAML config to check widths, horizon, cameras and prompts against")
+    parser.add_argument("--report", type=Path, help="JSON to write")
+    parser.add_argument("--plots_dir", type=Path, help="folder for contact sheet, state and action plots")
+    parser.add_argument("--strict", action="store_true", help="warnings count as errors in the exit code")
+    parser.add_argument("--skip_images", action="store_true", help="leave image columns unread (no contact sheet)")
+    parser.add_argument("--num_workers", type=int, help="decoding processes; default: one per core")
+    args = parser.parse_args(argv)
+    if args.data_path is None and args.config_path is None:
+        parser.error("give --data_path, or --config_path with data.train_parquet_files")
+    if args.num_workers is not None and args.num_workers < 0:
+        parser.error("--num_workers must be 0 (decode in this process) or more")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    config = load_config(args.config_path) if args.config_path else None
+    reports, paths = {}, []
+    for name, train_files, val_files, wanted in datasets(args, config):
+        seen = examine(train_files, val_files, wanted, skip_images=args.skip_images, num_workers=args.num_workers)
+        reports[name] = seen.to_dict()
+        if args.plots_dir:
+            paths += write_plots(seen, args.plots_dir / name)
+    report = merge_reports(reports)
+    print(as_text(report))
+    if args.report:
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        args.report.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        paths.insert(0, args.report)
+    print(*paths, sep="\n", end="\n" if paths else "")
+    return 1 if report["errors"] or (args.strict and report["warnings"]) else 0
+
+
+def datasets(
+    args: argparse.Namespace, config: Config | None
+) -> Iterator[tuple[str, list[Source], list[Source], Wanted]]:
+    """(name, training files, validation files, what is wanted): the flags' files, or every dataset of the config."""
+    val = resolve_parquet_files(args.val_data_path, "--val_data_path") if args.val_data_path else []
+    if args.data_path:
+        entry = config.datasets[0] if config and not config.data.mixture else None
+        train = resolve_parquet_files(args.data_path, "--data_path")
+        yield "", train, val, wanted_by(config, entry, bool(val)) if config else Wanted()
+        return
+    key = "data.val_parquet_files"
+    val = val or (resolve_parquet_files(config.data.val_parquet_files, key) if config.data.val_parquet_files else [])
+    for entry in config.datasets:
+        key = f"data.mixture {entry.name}" if config.data.mixture else "data.train_parquet_files"
+        name = entry.name if config.data.mixture else ""
+        yield name, resolve_parquet_files(entry.path, key), val, wanted_by(config, entry, bool(val))
+
+
+def wanted_by(config: Config, entry: MixtureEntry | None, has_val: bool) -> Wanted:
+    """What a configuration asks of one of its datasets, or (`entry` None) of any of them."""
+    from utils.splits import validation_episodes  # imports torch, which decoding processes do without
+
+    data = config.data
+    widths, held_out = {}, None
+    if entry is not None:
+        prefix = f"data.mixture {entry.name}: " if data.mixture else ""
+        widths["state"] = (f"{prefix}state_dim" if prefix else "data.state_dim", entry.state_dim)
+        widths["action"] = (f"{prefix}per_action_dim", entry.per_action_dim)
+        if data.val_fraction and not has_val:
+            held_out = partial(validation_episodes, entry.name, fraction=data.val_fraction, seed=data.split_seed)
+    return Wanted(
+        widths=widths,
+        horizon=entry.horizon if entry else config.model.action_head_config.horizon,
+        cameras=config.cameras,
+        count_tokens=token_counter(config),
+        prompt_max_len=data.prompt_max_len,
+        held_out=held_out,
+    )
+
+
+def token_counter(config: Config) -> Callable[[str], int] | None:
+    """Counts a prompt's tokens, uncut; None, with a warning, where the config's tokenizer is not there."""
+    from data.processing import ObservationError, PromptTokenizer
+
+    name = config.data.tokenizer_name_or_path or config.model.vlm_config.model_name_or_path
+    try:
+        tokenizer = PromptTokenizer.from_pretrained(name, sys.maxsize)
+    except ObservationError as error:
+        logger.warning("lengths of prompts are not checked: %s", error)
+        return None
+    return lambda prompt: len(tokenizer(prompt))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
