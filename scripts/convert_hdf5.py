@@ -1,0 +1,80 @@
+"""HDF5 episodes in the ALOHA layout into this repository's Parquet schema.
+
+    python scripts/convert_hdf5.py --hdf5_dir D --output_dir demos/train \\
+        --cameras cam_high=image_1 cam_left_wrist=image_2 --prompt "insert the battery"
+
+May be interrupted and started again: complete files are kept. What maps to what is in docs/lerobot.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pathlib
+import sys
+
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that "python scripts/x.py" finds the repository
+
+from data.conversion import add_conversion_arguments  # noqa: E402
+from data.episode_writer import ImageEncoding  # noqa: E402
+from data.hdf5 import convert_hdf5  # noqa: E402
+from utils.parquet_utils import DataError  # noqa: E402
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hdf5_dir", type=pathlib.Path, required=True, help="folder of episodes, one file each")
+    parser.add_argument(
+        "--cameras", nargs="+", default=[], metavar="CAMERA=image_1", help="camera of the files = our column"
+    )
+    parser.add_argument("--prompt", help="instruction of every episode")
+    parser.add_argument("--prompt_attribute", help="attribute of the file with its instruction, where it has one")
+    add_conversion_arguments(parser)
+    parser.add_argument(
+        "--state_key", nargs="+", default=["observations/qpos"], help="arrays that make up state (default %(default)s)"
+    )
+    parser.add_argument("--action_key", default="action", help="array that is action (default %(default)s)")
+    parser.add_argument("--fps", type=float, default=50, help="control rate, not in the files (default %(default)s)")
+    parser.add_argument(
+        "--channel_order",
+        choices=("rgb", "bgr"),
+        default="rgb",
+        help="of the pixels; bgr: red and blue are exchanged, and compressed frames encoded again (default rgb)",
+    )
+    parser.add_argument(
+        "--terminal",
+        action="store_true",
+        help="the episodes ended by themselves; without it, by a time limit, as ALOHA's do (is_terminal)",
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    args = parse_args()
+    try:
+        summary = convert_hdf5(
+            args.hdf5_dir,
+            args.output_dir,
+            args.cameras,
+            prompt=args.prompt,
+            prompt_attribute=args.prompt_attribute,
+            state_keys=args.state_key,
+            action_key=args.action_key,
+            episodes=args.episodes,
+            encoding=ImageEncoding(args.image_format, args.jpeg_quality),
+            fps=args.fps,
+            channel_order=args.channel_order,
+            terminal=args.terminal,
+            num_workers=args.num_workers,
+            overwrite=args.overwrite,
+        )
+        print(f"{args.output_dir}: {summary}")
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
