@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
 
-from data.loader import VLADataset, collate_fn, make_loader
+from data.loader import VLADataset, collate_fn
 from inference.evaluate import Predictions, evaluate_offline
 from inference.metrics import NonFiniteError
 from inference.predictor import VLAPredictor
@@ -42,9 +41,10 @@ def check_file(predictor: VLAPredictor, path: Path, max_samples: int, batch_size
     """
     dataset = open_dataset(predictor, str(path), "--test_data_dir")
     rows = np.unique(np.linspace(0, len(dataset) - 1, max_samples).round().astype(int)).tolist()
-    loader = make_loader(Subset(dataset, rows), num_workers=0, batch_size=batch_size)
+    parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    batches = [collate_fn([dataset[row] for row in part]) for part in parts]
     try:
-        result, predictions = evaluate_offline(predictor, {str(path): (dataset, loader)})
+        result, predictions = evaluate_offline(predictor, {str(path): (dataset, batches)})
     except NonFiniteError as error:
         return {"checks": {"finite": False}, "error": str(error)}
     metrics = {name: summary["overall"] for name, summary in result["predictors"].items()}
