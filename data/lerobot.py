@@ -183,10 +183,10 @@ def _read_episode(
     has_done = options.terminal == "auto" and DONE in dataset.features
     columns = ["episode_index", "frame_index", "timestamp", "task_index", *options.state_keys, options.action_key]
     columns += images + [DONE] * has_done
-    begin = 0
-    for key in options.cameras:
-        if dataset.is_video(key):
-            _open_video(dataset, episode, key, readers)
+    videos = [key for key in options.cameras if dataset.is_video(key)]
+    for key in videos:
+        _open_video(dataset, episode, key, readers)
+    begin, last = 0, -np.inf
     for batch in _read_rows(episode.data_file, episode.index, columns):
         frames = np.asarray(batch.column("frame_index"))
         wrong = np.flatnonzero(frames != np.arange(begin, begin + len(frames)))
@@ -203,6 +203,14 @@ def _read_episode(
             prompts=_prompts(dataset, options, batch, where),
             terminal=bool(batch.column(DONE)[-1].as_py()) if has_done else options.terminal == "always",
         )
+        late = np.diff(rows.timestamp, prepend=last) > 0  # false for NaN
+        if videos and not late.all():
+            row = int(np.flatnonzero(~late)[0])
+            raise DataError(
+                f"{where} frame {begin + row}: timestamp {rows.timestamp[row]} does not come after the one before, so "
+                f"no video frame is its own ({episode.data_file}); fetch or record the dataset again"
+            )
+        last = rows.timestamp[-1]
         for key, column in options.cameras.items():
             if key in images:
                 rows.images[column] = _embedded(batch.column(key), key, f"{where} frame", begin)

@@ -185,14 +185,7 @@ class _Writer:
         """Add an episode whose images have been measured; `frames` by feature."""
         if not self._features:
             self._features = _features(self._layout, episode, frames)
-        for feature, found in frames.items():
-            if list(found.shape) != self._features[feature]["shape"]:
-                raise DataError(
-                    f"{episode.spans[0].path} row {episode.spans[0].begin}: frames of {feature} are "
-                    f"{found.shape[1]}x{found.shape[0]}, those of the first episode are "
-                    "{1}x{0}; LeRobot has one size for each camera, so ".format(*self._features[feature]["shape"])
-                    + "export these files apart"
-                )
+        self._check_shapes(episode, frames)
         for prompt in episode.prompts:
             self._tasks.setdefault(prompt, len(self._tasks))
         numbers = self._columns(episode)
@@ -223,6 +216,16 @@ class _Writer:
         self._num_sampled += next(iter(frames.values())).num_sampled
         self._num_rows += len(episode)
         self._num_episodes += 1
+
+    def _check_shapes(self, episode: Episode, frames: dict[str, _Frames]) -> None:
+        for feature, found in frames.items():
+            height, width, _ = self._features[feature]["shape"]
+            if found.shape[:2] != (height, width):
+                raise DataError(
+                    f"{episode.spans[0].path} row {episode.spans[0].begin}: frames of {feature} are "
+                    f"{found.shape[1]}x{found.shape[0]}, those of the first episode are {width}x{height}; LeRobot has "
+                    "one size for each camera, so export these files apart"
+                )
 
     def _columns(self, episode: Episode) -> dict[str, np.ndarray]:
         """The numeric features, in the order of info.json."""

@@ -74,6 +74,8 @@ def main() -> None:
         print(f"{args.output_dir}: {summary}")
     except DataError as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
 
 
 if __name__ == "__main__":

@@ -162,6 +162,8 @@ def main() -> None:
         print(to_lerobot(args) if args.to_lerobot else from_lerobot(args))
     except DataError as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
 
 
 if __name__ == "__main__":

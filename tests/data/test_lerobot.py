@@ -526,6 +526,17 @@ def test_faulty_videos(dataset, tmp_path):
     fails(root, r"episode 2 frame \d+: .*episode_000002.mp4 can't be decoded at")
 
 
+@pytest.mark.parametrize("value", [0.05, float("nan")])
+def test_time_stamps_that_repeat_or_are_missing(dataset, tmp_path, value):
+    root = dataset("v21", "video")
+    path = root / "data" / "chunk-000" / "episode_000001.parquet"
+    edit_table(path, lambda table: replaced(table, "timestamp", [0.0, 0.05, value, *np.arange(3, 17) / 20]))
+    with pytest.raises(
+        DataError, match=r"episode 1 frame 2: timestamp (0.05|nan)\S* does not come after the one before"
+    ):
+        convert_lerobot(root, tmp_path / "out", CAMERAS, episodes=["1"])
+
+
 def test_video_longer_than_its_rows_is_reported(dataset, tmp_path, caplog):
     root = dataset("v21", "video")
     folder = root / "videos" / "chunk-000" / FRONT
