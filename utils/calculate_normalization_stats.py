@@ -74,9 +74,9 @@ def calculate_statistics(
     for every step t and k < horizon with both in one episode: each pair that carries loss when every step is
     drawn alike. Dimensions that stay absolute count once per time step in either mode.
 
-    Memory does not grow with the number of rows: a worker holds the `state` and `action` of one row group as they
-    are stored, a few batches, and its `Summary`. The work is divided by files alone and the parts are merged in file
-    order, so the number of workers changes nothing.
+    Memory grows with the logarithm of the number of rows alone: a worker holds the `state` and `action` of one row
+    group as they are stored, a few batches, and what `StepStatistics` keeps. The work is divided by files alone and
+    the parts are merged in file order, so the number of workers changes nothing.
 
     Args:
         files: Parquet files in order; an episode may go on from one into the next.
@@ -247,13 +247,13 @@ def _tasks(files: Sequence[Source], sizes: list[int]) -> Iterator[list[Source]]:
 
 
 def _in_order(function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int) -> Iterator[Result]:
-    """Results in the order of the tasks, at most two per worker under way so that none pile up."""
+    """Results in the order of the tasks; one more is under way than workers, so that results never pile up."""
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(num_workers) as executor:
         try:
             for task in tasks:
                 pending.append(executor.submit(function, task))
-                if len(pending) >= 2 * num_workers:
+                if len(pending) > num_workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -333,7 +333,8 @@ def _is_first(batch: pa.RecordBatch, path: Source, row: int) -> np.ndarray:
 def _bytes_needed(file: pq.ParquetFile, columns: list[str]) -> int:
     """Compressed bytes of the columns' chunks, and of the footer."""
     metadata = file.metadata
-    leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in columns]
+    first = metadata.row_group(0)  # asked instead of metadata.schema, which pyarrow never frees with its metadata
+    leaves = [i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] in columns]
     chunks = (
         metadata.row_group(group).column(leaf).total_compressed_size
         for group in range(metadata.num_row_groups)

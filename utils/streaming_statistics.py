@@ -1,4 +1,4 @@
-"""Statistics of states and actions from a stream of time steps, in memory that does not grow with its length.
+"""Statistics of states and actions from a stream of time steps, in memory that grows with its length's logarithm.
 
 Shape letters: D dimensions, n consecutive steps. Arrays are float32 (D, n), dimension first, so that sums and sorts
 run over contiguous memory.
