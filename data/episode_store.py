@@ -168,15 +168,15 @@ def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None
 
 
 def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
-    opened = [open_parquet(path) for path in files]
-    columns = [_image_columns(file, path, spec["cameras"]) for file, path in zip(opened, files, strict=True)]
+    columns = [_image_columns(open_parquet(path), path, spec["cameras"]) for path in files]
     cameras = [camera for camera in spec["cameras"] if any(camera in found for found in columns)]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("state", "action", "prompt_index", *FLAGS)}
     prompts: dict[str, int] = {}
     file_starts, rows = [], 0
     schema = pa.schema([(camera, pa.large_binary()) for camera in cameras])
     with ipc.new_file(folder / "images.arrow", schema) as writer:
-        for path, file, found in zip(files, opened, columns, strict=True):
+        for path, found in zip(files, columns, strict=True):
+            file = open_parquet(path)
             file_starts.append(rows)
             first_row = 0
             names = ["state", "action", "prompt", *FLAGS, *found.values()]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+STREAM_BUFFER = 1 << 20  # bytes read at a time of each column
 Source = str | Path  # a local path, or a URI that pyarrow.fs understands
 
 
@@ -54,7 +55,10 @@ def is_uri(source: Source) -> bool:
 def open_parquet(path: Source) -> pq.ParquetFile:
     """Open one file, turning pyarrow's errors for damaged or empty files into a DataError that names it."""
     try:
-        file = pq.ParquetFile(_open_uri(str(path)) if is_uri(path) else path)
+        # Unbuffered ahead: pyarrow would read whole column chunks, images of hundreds of episodes, at once.
+        file = pq.ParquetFile(
+            _open_uri(str(path)) if is_uri(path) else path, pre_buffer=False, buffer_size=STREAM_BUFFER
+        )
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); record or convert it again") from None
     if file.metadata.num_rows == 0:
