@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from data.loader import VLADataset
 
 
 def row_digests(values: np.ndarray) -> np.ndarray:
@@ -14,19 +17,75 @@ def row_digests(values: np.ndarray) -> np.ndarray:
     return pd.util.hash_pandas_object(pd.DataFrame(bits), index=False).to_numpy()
 
 
-def shared_episodes(
-    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], threshold: float = 0.5
-) -> list[int]:
+def shared_episodes(train: np.ndarray, val: np.ndarray, val_starts: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     """Validation episodes that training has seen.
 
     Args:
-        train, val: float32 (N, D) state and action side by side, and int64 (episodes + 1,) first rows of episodes.
+        train, val: float32 (N, D), state and action of every row side by side.
+        val_starts: int64 (episodes + 1,), first row of each validation episode.
         threshold: part of an episode's rows that must occur in the training rows.
+
+    Returns:
+        int64, positions of those episodes.
     """
-    seen = np.isin(row_digests(val[0]), row_digests(train[0]))
-    starts = val[1]
-    parts = np.add.reduceat(seen.astype(np.float64), starts[:-1]) / np.diff(starts)
-    return np.flatnonzero(parts > threshold).tolist()
+    seen = np.isin(row_digests(val), row_digests(train)).astype(np.float64)
+    return np.flatnonzero(np.add.reduceat(seen, val_starts[:-1]) / np.diff(val_starts) > threshold)
+
+
+def describe_episodes(dataset: VLADataset, split: str) -> list[dict[str, Any]]:
+    """One entry per episode of a split: dataset, split, episode (of the dataset's files), file, row where it begins
+    in that file, steps, prompt."""
+    store = dataset.store
+    result = []
+    for episode in dataset.episodes.tolist():
+        begin, end = (int(row) for row in store.episode_starts[episode : episode + 2])
+        file = int(np.searchsorted(store.file_starts, begin, side="right")) - 1
+        place = {"file": str(store.files[file]), "row": begin - int(store.file_starts[file])}
+        about = {"dataset": dataset.name, "split": split, "episode": episode, **place}
+        result.append({**about, "steps": end - begin, "prompt": store.prompt(begin)})
+    return result
+
+
+def overlap(train: VLADataset, val: VLADataset) -> list[int]:
+    """Episodes of `val` (numbers of its files) that `train` holds too: the same one, or one with the same rows."""
+    (train_values, _), (val_values, val_starts) = _values(train), _values(val)
+    shared = set(val.episodes[shared_episodes(train_values, val_values, val_starts)].tolist())
+    if train.store.files == val.store.files:
+        shared |= set(train.episodes.tolist()) & set(val.episodes.tolist())
+    return sorted(shared)
+
+
+def action_chunks(dataset: VLADataset, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What samples hold but for images and text, in physical units, padded to the model's widths.
+
+    Args:
+        samples: int64 (N,), indices of the dataset's samples.
+
+    Returns:
+        state float32 (N, state_dim), action float32 (N, T, per_action_dim), is_pad bool (N, T).
+    """
+    store, steps = dataset.store, np.arange(dataset.horizon)
+    rows = np.array([dataset.row(int(i)) for i in samples])
+    ends = store.episode_starts[np.searchsorted(store.episode_starts, rows, side="right")]
+    is_pad = steps >= np.minimum(ends - rows, dataset.own_horizon)[:, None]
+    action = np.where(is_pad[..., None], 0.0, store.action[np.minimum(rows[:, None] + steps, ends[:, None] - 1)])
+    missing = dataset.per_action_dim - action.shape[2]
+    state = np.pad(store.state[rows], ((0, 0), (0, dataset.state_dim - store.state.shape[1])))
+    return state, np.pad(action, ((0, 0), (0, 0), (0, missing))).astype(np.float32), is_pad
+
+
+def split_rows(dataset: VLADataset) -> np.ndarray:
+    """Rows of the store that belong to the dataset's split, bool (rows,)."""
+    chosen = np.zeros(dataset.store.num_episodes, dtype=bool)
+    chosen[dataset.episodes] = True
+    return np.repeat(chosen, np.diff(dataset.store.episode_starts))
+
+
+def _values(dataset: VLADataset) -> tuple[np.ndarray, np.ndarray]:
+    """State and action side by side in every row of a split, and the first row of each of its episodes."""
+    store, rows = dataset.store, split_rows(dataset)
+    lengths = np.diff(store.episode_starts)[dataset.episodes]
+    return np.concatenate([store.state[rows], store.action[rows]], axis=1), np.concatenate([[0], np.cumsum(lengths)])
 
 
 def describe_dimensions(values: np.ndarray) -> dict[str, Any]:
