@@ -58,7 +58,7 @@ def look_at_frames(
     total = int(sum(len(columns) * size for columns, size in zip(rows.cameras, np.diff(rows.file_starts), strict=True)))
     if num_workers is None:
         num_workers = 0 if total < FEW_FRAMES else os.cpu_count() or 1
-    waiting: deque[tuple[str, int, Future | Any]] = deque()
+    waiting: deque[tuple[str, int, Future | _Done]] = deque()
     with ExitStack() as stack:
         progress = stack.enter_context(tqdm(total=total, unit="frame", desc="decoding", disable=None))
         submit: Callable[..., Any] = _Done
@@ -114,28 +114,29 @@ def check_presence(rows: Rows, frames: Frames | None, findings: Findings, camera
         frames: None where images were not looked at.
         cameras: those that the config reads; empty without a config.
     """
+    if frames is not None and "image_1" in frames.facts:
+        absent = np.flatnonzero(frames.facts["image_1"]["status"] == ABSENT)
+        findings.add_runs("null_value", rows, absent, lambda _: "image_1 is null")
     for camera in CAMERAS[1:]:
-        with_rows = [file for file in range(len(rows.files)) if rows.cameras[file]]
-        lacking = [file for file in with_rows if camera not in rows.cameras[file]]
-        if camera in cameras and lacking and len(lacking) == len(with_rows):
-            findings.add("camera_missing", f"no file has {camera}, which the config reads", file=rows.files[lacking[0]])
-        elif len(lacking) < len(with_rows):
-            for file in lacking:
-                findings.add("camera_missing", f"no {camera}, which other files have", file=rows.files[file])
-    if frames is None:
-        return
-    for camera, facts in frames.facts.items():
-        absent = facts["status"] == ABSENT
-        if camera == "image_1":
-            findings.add_runs("null_value", rows, np.flatnonzero(absent), lambda _: "image_1 is null")
-            continue
-        for file, path in enumerate(rows.files):
+        lacking, partly = [], []  # files without the camera, and global rows without it in the others
+        with_images = [file for file in range(len(rows.files)) if rows.cameras[file]]
+        for file in with_images:
             where = rows.file_rows(file)
-            indices = where.start + np.flatnonzero(absent[where])
-            if len(indices) < where.stop - where.start:
-                findings.add_runs("camera_gap", rows, indices, lambda _, camera=camera: f"{camera} is null")
-            elif len(indices):
-                findings.add("camera_missing", f"{camera} is null in every row", file=path)
+            absent = np.empty(0, dtype=np.int64)
+            if frames is not None and camera in rows.cameras[file]:
+                absent = where.start + np.flatnonzero(frames.facts[camera]["status"][where] == ABSENT)
+            if camera not in rows.cameras[file] or len(absent) == where.stop - where.start:
+                lacking.append(file)
+            else:
+                partly.append(absent)
+        if not partly:
+            if camera in cameras and lacking:
+                message = f"no file has {camera}, which the config reads"
+                findings.add("camera_missing", message, file=rows.files[lacking[0]])
+            continue
+        for file in lacking:
+            findings.add("camera_missing", f"no {camera}, which other files have", file=rows.files[file])
+        findings.add_runs("camera_gap", rows, np.concatenate(partly), lambda _, camera=camera: f"{camera} is null")
 
 
 def check_decoding(rows: Rows, frames: Frames, findings: Findings) -> None:

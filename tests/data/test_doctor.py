@@ -817,6 +817,18 @@ def test_memory_does_not_grow_with_images(tmp_path):
     assert findings == 0 and peak < 0.5 * path.stat().st_size
 
 
+def test_a_camera_that_no_file_has(tmp_path, files):
+    """A column of nulls is a camera that is not there; that matters only to a config that reads it."""
+    for name in files:
+        put_all(name, "image_2", lambda i, row: None)(files)
+    train, val = write(tmp_path, files)
+    for path in (*train, *val):
+        replace_column(path, "image_2", [None] * pq.read_metadata(path).num_rows, pa.binary())
+    assert examine(train, val, num_workers=0).findings.listed == []
+    wanted = Wanted(cameras=("image_1", "image_2"))
+    assert examine(train, val, wanted, num_workers=0).findings.counts == {"camera_missing": 1}
+
+
 def test_many_findings_are_counted_but_not_all_listed(tmp_path):
     rows = episode(400, 0)
     for row in rows[1::2]:
