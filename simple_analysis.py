@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             e for name, split in splits.items() for one in split.datasets for e in describe_episodes(one, name)
         ],
     }
-    normalizer = build_normalizer(config, statistics)
+    normalizer = Normalizer.from_config(config, statistics)
     result["normalized"] = {name: describe_normalized(split, normalizer, config) for name, split in splits.items()}
     result["untrained_loss"] = None
     if not args.skip_model:
@@ -150,21 +150,6 @@ def find_overlap(train: MixtureDataset, val: MixtureDataset | None) -> dict[str,
         return {}
     by_name = {one.name: one for one in train.datasets}
     return {one.name: overlap(by_name[one.name], one) for one in val.datasets}
-
-
-def build_normalizer(config: Config, statistics: Sequence[dict[str, Any]]) -> Normalizer:
-    """The normalizer that `VLAModel` builds from the same configuration."""
-    data, width = config.data, config.model.action_head_config.per_action_dim
-    relative = range(width) if data.action_mode == "delta" else ()
-    return Normalizer(
-        statistics,
-        data.normalization_type,
-        data.action_bounds,
-        state_dim=data.state_dim,
-        per_action_dim=width,
-        delta_dims=[dim for dim in relative if dim not in data.absolute_action_dims],
-        clip=data.clip_normalized,
-    )
 
 
 def describe_normalized(split: MixtureDataset, normalizer: Normalizer, config: Config) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.calculate_normalization_stats import STATISTICS
+from utils.config_utils import Config
 
 
 class Normalizer(nn.Module):
@@ -58,6 +59,21 @@ class Normalizer(nn.Module):
         delta_A = torch.zeros(per_action_dim, dtype=torch.bool)
         delta_A[list(delta_dims)] = True
         self.register_buffer("action_is_delta_A", delta_A)
+
+    @classmethod
+    def from_config(cls, config: Config, statistics: Sequence[dict[str, Any]]) -> Normalizer:
+        """The normalizer that a configuration asks for, over the statistics of its datasets in order."""
+        data, width = config.data, config.model.action_head_config.per_action_dim
+        relative = range(width) if data.action_mode == "delta" else ()
+        return cls(
+            statistics,
+            data.normalization_type,
+            data.action_bounds,
+            state_dim=data.state_dim,
+            per_action_dim=width,
+            delta_dims=[dim for dim in relative if dim not in data.absolute_action_dims],
+            clip=data.clip_normalized,
+        )
 
     def normalize_state(self, state_BS: Tensor, dataset_index_B: Tensor) -> Tensor:
         """float32 (B, S) physical -> normalized, clipped, 0 in padded dimensions."""

@@ -46,16 +46,7 @@ class VLAModel(nn.Module):
         self.cameras = config.cameras
         self.statistics = list(statistics)
         self.compute_dtype = getattr(torch, config.model.vlm_config.dtype)
-        relative = range(head.per_action_dim) if data.action_mode == "delta" else ()
-        self.normalizer = Normalizer(
-            statistics,
-            data.normalization_type,
-            data.action_bounds,
-            state_dim=data.state_dim,
-            per_action_dim=head.per_action_dim,
-            delta_dims=[dim for dim in relative if dim not in data.absolute_action_dims],
-            clip=data.clip_normalized,
-        )
+        self.normalizer = Normalizer.from_config(config, statistics)
         self.augmentation = ImageAugmentation(data.augmentation)
         self.backbone = backbone
         self.action_head = build_action_head(head, backbone.embed_dim, data.state_dim)

@@ -160,23 +160,6 @@ def test_windows_are_the_loaders(tmp_path, make_config):
         assert torch.equal(torch.from_numpy(is_pad[i]), sample["action_is_pad"])
 
 
-def test_normalizer_is_the_models(tmp_path, make_config):
-    path = write_episodes(tmp_path / "a.parquet", [6, 9])
-    config_path = make_config(
-        f"train_parquet_files: [{path}], state_dim: 4, normalization_type: quantile, clip_normalized: 1.5, "
-        "action_mode: delta, absolute_action_dims: [3]"
-    )
-    config = load_config(config_path)
-    statistics = calculate_normalization_stats.load_statistics(
-        config.data.normalization_stats_path, config, str(config_path)
-    )
-    own = simple_analysis.build_normalizer(config, statistics)
-    model = simple_analysis.VLAModel.from_pretrained(config, statistics, (0.5,) * 3, (0.5,) * 3)
-    assert own.clip == model.normalizer.clip == 1.5
-    for name, value in model.normalizer.state_dict().items():
-        assert torch.equal(own.state_dict()[name], value), name
-
-
 def test_errors_name_the_remedy(tmp_path, make_config):
     path = write_episodes(tmp_path / "a.parquet", [6, 9])
     config = make_config(f"train_parquet_files: [{path}], state_dim: 4", statistics=False)

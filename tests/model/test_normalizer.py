@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model.normalizer import Normalizer
+from utils.config_utils import config_from_dict
 
 DIM = 5
 
@@ -121,3 +122,22 @@ def test_clipping_bounds_states_and_predictions(values):
     assert normalizer.normalize_state(wild[:, 0], index).abs().max() == 1.5
     bound = normalizer.denormalize_action(torch.full((1, 1, DIM), 1.5), wild[:, 0], index)
     assert torch.equal(normalizer.denormalize_action(wild, wild[:, 0], index), bound)
+
+
+def test_the_configuration_decides(values):
+    statistics = {"state": statistics_of(values), "action": statistics_of(values)}
+    config = config_from_dict(
+        {
+            "data": {
+                "state_dim": DIM,
+                "normalization_type": "quantile",
+                "clip_normalized": 1.5,
+                "action_mode": "delta",
+                "absolute_action_dims": [3],
+            },
+            "model": {"action_head_config": {"per_action_dim": DIM}},
+        }
+    )
+    built = Normalizer.from_config(config, [statistics])
+    expected = make([statistics], "quantile", delta_dims=(0, 1, 2, 4), clip=1.5)
+    assert built.clip == 1.5 and all(torch.equal(v, expected.state_dict()[k]) for k, v in built.state_dict().items())
