@@ -57,6 +57,7 @@ def statistics(project: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_train_resume_and_fine_tune(project):
     statistics(project)
     result = run(project)
@@ -89,6 +90,7 @@ def test_train_resume_and_fine_tune(project):
     assert "count_" in fresh["statistics"][0]["action"], "weights alone: the statistics are this run's"
 
 
+@pytest.mark.slow
 def test_wandb_offline(project):
     statistics(project)
     result = run(project, "--use_wandb", "--set", "training.max_steps=1")
@@ -96,6 +98,7 @@ def test_wandb_offline(project):
     assert list((project / "experiments/a/wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_one_process_trains_the_same_twice(project):
     statistics(project)
     for name in ("a", "b"):
@@ -133,6 +136,7 @@ def test_an_unreadable_image_met_by_a_worker(project):
     assert last.startswith("error: ") and "train.parquet row 5 (episode 0, step 5): image_1: " in last
 
 
+@pytest.mark.slow
 def test_a_statistics_file_of_another_size(project):
     statistics(project)
     content = json.loads((project / "stats.json").read_text())
