@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -81,7 +82,7 @@ class NaiveDataset(Dataset):
 
 
 def decode_worker(frames: list[bytes], barrier: Any, results: Any, count: int) -> None:
-    """Decode `count` frames as the dataset's processor does, and nothing else."""
+    """Decode `count` frames in random order as the dataset's processor does, and nothing else."""
     torch.set_num_threads(1)
     process = VLAImageProcessor(SIZE, SIZE, (0.5,) * 3, (0.5,) * 3, 3)
     order = np.random.default_rng(os.getpid()).integers(len(frames), size=count)
@@ -92,13 +93,13 @@ def decode_worker(frames: list[bytes], barrier: Any, results: Any, count: int) -
     results.put((started, time.perf_counter()))
 
 
-def decode_rate(frames: list[bytes], count: int) -> float:
-    """Frames/s of WORKERS processes that only decode."""
+def decode_rate(path: pathlib.Path, count: int) -> float:
+    """Frames/s of WORKERS processes that only decode the file's own frames, every one of them in memory."""
+    frames = pq.read_table(path, columns=["image_1"])["image_1"].to_pylist()
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(WORKERS), context.SimpleQueue()
-    workers = [
-        context.Process(target=decode_worker, args=(frames, barrier, results, count // WORKERS)) for _ in range(WORKERS)
-    ]
+    arguments = (frames, barrier, results, count // WORKERS)
+    workers = [context.Process(target=decode_worker, args=arguments) for _ in range(WORKERS)]
     for worker in workers:
         worker.start()
     spans = [results.get() for _ in workers]
@@ -118,14 +119,12 @@ def loader_rate(loader: Iterable[dict[str, Any]], batches: int) -> float:
     return batches * frames / (time.perf_counter() - started)
 
 
-def measure_rates(
-    path: pathlib.Path, folder: pathlib.Path, frames: list[bytes], count: int, rounds: int
-) -> dict[str, float]:
+def measure_rates(path: pathlib.Path, folder: pathlib.Path, count: int, rounds: int) -> dict[str, float]:
     """Median frames/s of loading, decoding alone and the naive dataset, measured in turns."""
     ours, naive = open_dataset(path, folder), NaiveDataset(path)
     rates: dict[str, list[float]] = {"loader": [], "decode": [], "naive": []}
     for round_number in range(rounds):
-        rates["decode"].append(decode_rate(frames, count))
+        rates["decode"].append(decode_rate(path, count))
         sampler = StepBatchSampler(len(ours), BATCH, seed=round_number)
         rates["loader"].append(
             loader_rate(make_loader(ours, num_workers=WORKERS, batch_sampler=sampler), count // BATCH)
@@ -204,7 +203,7 @@ def main() -> None:
         frames = jpeg_frames(500, SIZE)
         path = folder / "rate.parquet"
         write_dataset(path, rows, frames, dims=DIMS)
-        rates = measure_rates(path, folder, frames, count, rounds)
+        rates = measure_rates(path, folder, count, rounds)
         memory = measure_memory(folder, sizes, frames, batches)
     growth = memory[-1]["worker_peak_anonymous_mb"] / memory[0]["worker_peak_anonymous_mb"]
     result = {

@@ -23,7 +23,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 if __name__ == "__main__":  # so that "python data/loader.py" finds the repository
@@ -128,12 +127,12 @@ class VLADataset(Dataset):
         """One sample; see `sample`."""
         return self.sample(index)
 
-    def sample(self, index: int, out: dict[str, Tensor] | None = None) -> Sample:
+    def sample(self, index: int, out: dict[str, np.ndarray] | None = None) -> Sample:
         """One sample.
 
         Args:
             index: 0 to len - 1.
-            out: per camera memory for its frames, uint8 (max_seq_len, H, W, 3); None: new memory.
+            out: per camera uint8 (max_seq_len, H, W, 3) to decode its frames into; None: they are in the sample.
 
         Returns:
             The keys of `build_observation`, and `action` float32 (T, A), `action_is_pad` bool (T,),
@@ -209,7 +208,7 @@ class MixtureDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index)
 
-    def sample(self, index: int, out: dict[str, Tensor] | None = None) -> Sample:
+    def sample(self, index: int, out: dict[str, np.ndarray] | None = None) -> Sample:
         """See `VLADataset.sample`."""
         dataset, local = self._locate(index)
         return dataset.sample(local, out)
@@ -298,13 +297,10 @@ class _PackedBatches(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> PackedBatch:
         cameras = self.dataset.cameras
         block = ImageBlock((len(cameras), len(indices), *self.dataset.frame_shape))
-        slots = zip(*(images.unbind(0) for images in block.images), strict=True)  # per sample, its cameras' memory
-        samples = []
-        for index, frames in zip(indices, slots, strict=True):
-            sample = self.dataset.sample(index, dict(zip(cameras, frames, strict=True)))
-            for camera in cameras:
-                del sample[camera]
-            samples.append(sample)
+        samples = [
+            self.dataset.sample(index, dict(zip(cameras, frames, strict=True)))
+            for index, frames in zip(indices, block.by_sample(), strict=True)
+        ]
         return PackedBatch(collate_fn(samples), cameras, block)
 
 

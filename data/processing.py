@@ -90,58 +90,60 @@ class VLAImageProcessor:
             "rescale_factor": 1 / 255,
         }
 
-    def __call__(self, frame: Frame, out: np.ndarray | None = None) -> Tensor:
-        """Decode and resize one frame.
+    def __call__(self, frame: Frame) -> Tensor:
+        """Decode and resize one frame; see `decode_into`.
+
+        Returns:
+            uint8 (3, height, width), RGB, a view of memory laid out as (height, width, 3).
+        """
+        out = np.empty((self.height, self.width, 3), dtype=np.uint8)
+        self.decode_into(frame, out)
+        return torch.from_numpy(out).permute(2, 0, 1)
+
+    def decode_into(self, frame: Frame, out: np.ndarray) -> None:
+        """Decode one frame and resize it to fill `out`.
 
         A JPEG larger than needed is scaled down while it is decoded (by eighths of its size, never below what is
         needed) and resampled from there: training and serving do the same to the same bytes.
 
         Args:
             frame: encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3).
-            out: uint8 (height, width, 3), contiguous, to decode into; None: new memory.
-
-        Returns:
-            uint8 (3, height, width), RGB, a view of memory laid out as (height, width, 3): `out` if given.
+            out: uint8 (height, width, 3), contiguous.
 
         Raises:
             ObservationError: bytes or a file that can't be decoded, or an array of another type or shape.
         """
+        place = "image"
         if isinstance(frame, (str, Path)):
-            pixels = self._decode(_read(Path(frame)), str(frame), out)
-        else:
-            pixels = self._decode(frame, "image", out)
-        if pixels.shape[:2] != (self.height, self.width):
-            pixels = np.array(Image.fromarray(pixels).resize((self.width, self.height), self.resample))
-        if out is not None:
-            if not np.shares_memory(pixels, out):
-                out[:] = pixels
-            pixels = out
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-
-    def _decode(
-        self, frame: bytes | memoryview | Image.Image | np.ndarray, place: str, out: np.ndarray | None
-    ) -> np.ndarray:
-        """uint8 (H, W, 3) of at least the wanted size, unless the frame itself is smaller; in `out` where it fits."""
+            place, frame = str(frame), _read(Path(frame))
         if isinstance(frame, np.ndarray):
             if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 raise ObservationError(f"image: array is {frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB")
-            return np.ascontiguousarray(frame)
-        if isinstance(frame, Image.Image):
-            return np.array(frame.convert("RGB"))
-        try:
-            if bytes(frame[:2]) == JPEG_START:
-                return self._decode_jpeg(frame, out)
-            with Image.open(io.BytesIO(frame)) as image:
-                return np.array(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ObservationError(f"{place}: {len(frame)} bytes is no readable JPEG or PNG ({error})") from None
+            pixels = np.ascontiguousarray(frame)
+        elif isinstance(frame, Image.Image):
+            pixels = np.array(frame.convert("RGB"))
+        else:
+            try:
+                pixels = self._decode(frame, out)
+            except (OSError, SyntaxError, ValueError) as error:
+                found = f"{len(frame)} bytes is no readable JPEG or PNG ({error})"
+                raise ObservationError(f"{place}: {found}") from None
+        if pixels is out:
+            return
+        if pixels.shape[:2] != (self.height, self.width):
+            pixels = Image.fromarray(pixels).resize((self.width, self.height), self.resample)
+        out[:] = pixels
 
-    def _decode_jpeg(self, encoded: bytes | memoryview, out: np.ndarray | None) -> np.ndarray:
-        height, width = simplejpeg.decode_jpeg_header(encoded, self.height, self.width)[:2]
-        fits = out is not None and (height, width) == (self.height, self.width)
-        return simplejpeg.decode_jpeg(
-            encoded, "RGB", min_height=self.height, min_width=self.width, buffer=out if fits else None
-        )
+    def _decode(self, encoded: bytes | memoryview, out: np.ndarray) -> np.ndarray:
+        """`out`, filled, where a JPEG has the wanted size; else uint8 (H, W, 3) of the frame's own or a larger size."""
+        if encoded[:2] != JPEG_START:
+            with Image.open(io.BytesIO(encoded)) as image:
+                return np.array(image.convert("RGB"))
+        limits = {"min_height": self.height, "min_width": self.width}
+        if simplejpeg.decode_jpeg_header(encoded, **limits)[:2] != (self.height, self.width):
+            return simplejpeg.decode_jpeg(encoded, "RGB", **limits)
+        simplejpeg.decode_jpeg(encoded, "RGB", buffer=out, **limits)
+        return out
 
 
 def _read(path: Path) -> bytes:
@@ -242,7 +244,7 @@ def build_observation(
     max_seq_len: int,
     image_processor: VLAImageProcessor,
     prompt_tokenizer: PromptTokenizer,
-    out: dict[str, Tensor] | None = None,
+    out: dict[str, np.ndarray] | None = None,
 ) -> Sample:
     """One sample of the batch contract, without actions.
 
@@ -254,11 +256,13 @@ def build_observation(
         cameras: the cameras that the model reads, in slot order.
         max_seq_len: frames per sample; earlier ones that do not exist are zeros and masked.
         image_processor, prompt_tokenizer: as the checkpoint or the config gives them.
-        out: per camera uint8 (max_seq_len, H, W, 3) to decode into; None: new memory.
+        out: per camera uint8 (max_seq_len, H, W, 3) to decode into, which then holds the images instead of the
+            sample; None: new memory.
 
     Returns:
-        `image_*` uint8 (max_seq_len, 3, H, W), `image_mask` bool (V,), `vlm_attention_mask` bool (max_seq_len,),
-        `raw_prompt_text`, `input_ids` int64 (L,), `state` float32 (state_dim,).
+        `image_*` uint8 (max_seq_len, 3, H, W) unless `out` is given, `image_mask` bool (V,),
+        `vlm_attention_mask` bool (max_seq_len,), `raw_prompt_text`, `input_ids` int64 (L,), `state` float32
+        (state_dim,).
 
     Raises:
         ObservationError: unreadable frame, empty prompt, no camera at all, more frames than `max_seq_len`.
@@ -273,7 +277,7 @@ def build_observation(
     first = max_seq_len - num_frames
     shape = (max_seq_len, image_processor.height, image_processor.width, 3)
     for camera in cameras:
-        frames = torch.empty(shape, dtype=torch.uint8) if out is None else out[camera]
+        frames = np.empty(shape, dtype=np.uint8) if out is None else out[camera]
         if camera in present:
             if len(images[camera]) != num_frames:
                 raise ObservationError(
@@ -283,12 +287,13 @@ def build_observation(
                 frames[:first] = 0
             for slot, frame in enumerate(images[camera], start=first):
                 try:
-                    image_processor(frame, frames[slot].numpy())
+                    image_processor.decode_into(frame, frames[slot])
                 except ObservationError as error:
                     raise ObservationError(f"{camera}: {error}") from None
         else:
             frames[:] = 0
-        sample[camera] = frames.permute(0, 3, 1, 2)
+        if out is None:
+            sample[camera] = torch.from_numpy(frames).permute(0, 3, 1, 2)
     sample["image_mask"] = _mask(tuple([camera in present for camera in cameras]))
     sample["vlm_attention_mask"] = _mask((False,) * first + (True,) * num_frames)
     sample["raw_prompt_text"] = prompt
