@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     args = train_parser(__doc__).parse_args()
     config = config_from_args(args)
-    refuse_to_overwrite(config, args.resume_checkpoint)
+    start = args.resume_checkpoint or args.init_checkpoint
+    checkpoint = load_checkpoint(start) if start else None
+    refuse_to_overwrite(config, checkpoint if args.resume_checkpoint else None)
     set_up_logging(config.experiment_dir / "logs" / "train.log")
     device = pick_device()
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
 
-    start = args.resume_checkpoint or args.init_checkpoint
-    checkpoint = load_checkpoint(start) if start else None
     if checkpoint is not None:
         require_same_architecture(checkpoint["config"], config, start)
     image_processor, tokenizer = (

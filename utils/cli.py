@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from utils.config_utils import Config, ConfigError, load_config
 
@@ -68,10 +69,18 @@ def config_from_args(args: argparse.Namespace) -> Config:
     return load_config(args.config_path, overrides, args.set_args)
 
 
-def refuse_to_overwrite(config: Config, resume_checkpoint: str | None) -> None:
-    """Raise a ConfigError when a new run would write into the folder of an earlier one."""
+def refuse_to_overwrite(config: Config, resumed: dict[str, Any] | None) -> None:
+    """Raise a ConfigError when a new run would write into the folder of an earlier one.
+
+    Args:
+        config: of the run that is about to start.
+        resumed: the checkpoint of --resume_checkpoint; one of the same experiment continues that run.
+    """
+    name = config.training.experiment_name
+    if resumed is not None and resumed["config"]["training"]["experiment_name"] == name:
+        return
     checkpoints = config.experiment_dir / "checkpoints"
-    if resume_checkpoint is None and checkpoints.is_dir() and any(checkpoints.iterdir()):
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
         newest = max(checkpoints.iterdir(), key=lambda path: path.stat().st_mtime)
         raise ConfigError(
             f"{config.experiment_dir} already holds a run; continue it with --resume_checkpoint {newest}, or choose "

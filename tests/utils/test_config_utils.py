@@ -202,4 +202,6 @@ def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     (tmp_path / "old/checkpoints/checkpoint_epoch_1.pth.tar").touch()
     with pytest.raises(ConfigError, match="already holds a run; continue it with --resume_checkpoint .*epoch_1"):
         refuse_to_overwrite(config, None)
-    refuse_to_overwrite(config, "some.pth.tar")
+    refuse_to_overwrite(config, {"config": {"training": {"experiment_name": "old"}}})
+    with pytest.raises(ConfigError, match="already holds a run"):
+        refuse_to_overwrite(config, {"config": {"training": {"experiment_name": "another"}}})
