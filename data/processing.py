@@ -342,8 +342,18 @@ def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProc
 
 
 def processors_from_config(config: Config) -> tuple[VLAImageProcessor, PromptTokenizer]:
-    """The image processor and the tokenizer that a config names; the backbone's own where it names none."""
+    """The image processor and the tokenizer that a config names; the backbone's own where it names none.
+
+    Raises:
+        ObservationError: one of them is not there; a missing backbone folder is named as such.
+    """
     data, backbone = config.data, config.model.vlm_config.model_name_or_path
+    if backbone.startswith(("/", "./", "../", "~")) and not Path(backbone).is_dir():
+        raise ObservationError(
+            f"model.vlm_config.model_name_or_path: no folder {backbone!r}; download PaliGemma there (hf download "
+            f"google/paligemma-3b-pt-224 --local-dir {backbone}), or write a small untrained one: "
+            f"python scripts/make_tiny_paligemma.py --output_dir {backbone}"
+        )
     image_source = data.image_processor_name_or_path or data.siglip_model_name or backbone
     return (
         VLAImageProcessor.from_pretrained(image_source),

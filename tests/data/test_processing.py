@@ -76,6 +76,12 @@ def test_processors_come_from_the_backbone_unless_named(tiny_paligemma_dir, tiny
     assert processors_from_config(config_from_dict(named))[1].max_len == 7
 
 
+def test_a_missing_backbone_folder_is_named_as_such(tmp_path):
+    config = config_from_dict({"model": {"vlm_config": {"model_name_or_path": str(tmp_path / "none")}}})
+    with pytest.raises(ObservationError, match="model_name_or_path: no folder .*make_tiny_paligemma.py --output_dir"):
+        processors_from_config(config)
+
+
 def test_image_inputs_agree(tmp_path, processor):
     encoded = png(np.random.default_rng(0), 40)
     path = tmp_path / "frame.png"
