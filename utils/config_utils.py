@@ -8,20 +8,15 @@ exist fail with the nearest name that does; values are checked here, before any 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
-T = TypeVar("T")
+from utils.config_reader import ConfigError, build, read_tree, set_dotted
 
-
-class ConfigError(ValueError):
-    """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+__all__ = ["Config", "ConfigError", "config_from_dict", "config_to_dict", "load_config", "save_config"]
 
 
 @dataclass(frozen=True)
@@ -403,15 +398,15 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, set_a
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, value out of range, contradiction.
     """
-    tree = _read_tree(Path(path))
+    tree = read_tree(Path(path))
     for item in set_args or []:
         key, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item}: no '='; write --set section.key=value")
-        _set_dotted(tree, key.strip(), yaml.safe_load(text), f"--set {item}")
+        set_dotted(tree, key.strip(), yaml.safe_load(text), f"--set {item}")
     for key, value in (overrides or {}).items():
         if value is not None:
-            _set_dotted(tree, key, value, key)
+            set_dotted(tree, key, value, key)
     return config_from_dict(tree, source=str(path))
 
 
@@ -422,7 +417,7 @@ def config_from_dict(tree: dict[str, Any], source: str = "config") -> Config:
         ConfigError: naming `source`, the dotted key, the value found and what is wanted.
     """
     try:
-        return _build(Config, tree, "")
+        return build(Config, tree, "")
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
@@ -447,85 +442,3 @@ def _positive(section: Any, place: str, *names: str) -> None:
     for name in names:
         if getattr(section, name) <= 0:
             raise ConfigError(f"{place}.{name} is {getattr(section, name)}; it must be positive")
-
-
-def _read_tree(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give --config_path one of configs/*.yaml or your own")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}; wanted sections such as 'data:' and 'model:'")
-    base = tree.pop("base", None)
-    return tree if base is None else _merge(_read_tree(path.parent / base), tree)
-
-
-def _merge(base: dict[str, Any], difference: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in difference.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _set_dotted(tree: dict[str, Any], dotted: str, value: Any, place: str) -> None:
-    *sections, last = dotted.split(".")
-    for name in sections:
-        if tree.get(name) is None:
-            tree[name] = {}
-        tree = tree[name]
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{place}: {name} is a value, not a section")
-    tree[last] = value
-
-
-def _build(cls: type[T], tree: Any, place: str) -> T:
-    if tree is None:
-        return cls()
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{place or 'the file'} is {tree!r}; wanted a section with keys")
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        dotted = f"{place}.{key}" if place else str(key)
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown key {dotted}; did you mean {place + '.' if place else ''}{near}?")
-        values[key] = _coerce(hints[key], value, dotted)
-    return cls(**values)
-
-
-def _coerce(hint: Any, value: Any, place: str) -> Any:
-    """`value` as the type that `hint` asks for; YAML 1.1 reads 1e-4 as text, so numbers in text are accepted."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, place)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _coerce(next(arg for arg in args if arg is not type(None)), value, place)
-    if origin is Literal:
-        by_lower = {arg.lower(): arg for arg in args}
-        if str(value).lower() not in by_lower:
-            near = difflib.get_close_matches(str(value).lower(), by_lower, n=1)
-            hint_text = f"; did you mean {by_lower[near[0]]}?" if near else ""
-            raise ConfigError(f"{place} is {value!r}; choose from {', '.join(args)}{hint_text}")
-        return by_lower[str(value).lower()]
-    if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        if args[-1] is not Ellipsis and len(items) != len(args):
-            raise ConfigError(f"{place} is {value!r}; wanted a list of {len(args)} values")
-        return tuple(_coerce(args[0], item, f"{place}[{i}]") for i, item in enumerate(items))
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, str):
-        return value
-    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            number = None
-        if number is not None and (hint is float or number.is_integer()):
-            return hint(number)
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
-    raise ConfigError(f"{place} is {value!r} ({type(value).__name__}); wanted {wanted}")

@@ -1,0 +1,103 @@
+"""From YAML to frozen dataclasses: reading, merging, and checking every key and type against the annotations."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML file as nested dicts, over the file that its top-level `base:` names; ConfigError where it is none."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give --config_path one of configs/*.yaml or your own")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}; wanted sections such as 'data:' and 'model:'")
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(read_tree(path.parent / base), tree)
+
+
+def _merge(base: dict[str, Any], difference: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in difference.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def set_dotted(tree: dict[str, Any], dotted: str, value: Any, place: str) -> None:
+    """Set `a.b.c` in nested dicts; ConfigError, naming `place`, where a section on the way is a value."""
+    *sections, last = dotted.split(".")
+    for name in sections:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{place}: {name} is a value, not a section")
+    tree[last] = value
+
+
+def build(cls: type[T], tree: Any, place: str) -> T:
+    """A dataclass from nested dicts, every key known and every value of its field's type, else ConfigError."""
+    if tree is None:
+        return cls()
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{place or 'the file'} is {tree!r}; wanted a section with keys")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        dotted = f"{place}.{key}" if place else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown key {dotted}; did you mean {place + '.' if place else ''}{near}?")
+        values[key] = _coerce(hints[key], value, dotted)
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, place: str) -> Any:
+    """`value` as the type that `hint` asks for; YAML 1.1 reads 1e-4 as text, so numbers in text are accepted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, place)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerce(next(arg for arg in args if arg is not type(None)), value, place)
+    if origin is Literal:
+        by_lower = {arg.lower(): arg for arg in args}
+        if str(value).lower() not in by_lower:
+            near = difflib.get_close_matches(str(value).lower(), by_lower, n=1)
+            hint_text = f"; did you mean {by_lower[near[0]]}?" if near else ""
+            raise ConfigError(f"{place} is {value!r}; choose from {', '.join(args)}{hint_text}")
+        return by_lower[str(value).lower()]
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise ConfigError(f"{place} is {value!r}; wanted a list of {len(args)} values")
+        return tuple(_coerce(args[0], item, f"{place}[{i}]") for i, item in enumerate(items))
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+        if number is not None and (hint is float or number.is_integer()):
+            return hint(number)
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
+    raise ConfigError(f"{place} is {value!r} ({type(value).__name__}); wanted {wanted}")
