@@ -140,6 +140,9 @@ class PaliGemmaVLM(nn.Module):
         frame_mask_BS: Tensor,
         input_ids_BL: Tensor,
         prompt_mask_BL: Tensor,
+        *,
+        text_BLE: Tensor | None = None,
+        image_slots_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Fuse images and prompt.
 
@@ -149,6 +152,9 @@ class PaliGemmaVLM(nn.Module):
             frame_mask_BS: bool, False for frames before the episode's start.
             input_ids_BL: int64, text tokens only (`<bos>` prompt newline), padded on the right.
             prompt_mask_BL: bool, True for text tokens that exist.
+            text_BLE: `embed_prompt(input_ids_BL)` where the caller has kept it; `input_ids_BL` is then not read.
+            image_slots_N: int64, which of the flattened B·S·V slots hold an image, ascending, at least one, where
+                the caller knows it; None: found from the masks, for which a GPU must be waited for.
 
         Returns:
             tokens_BLE: the backbone's last hidden states. The images come first (frames outer, cameras inner,
@@ -162,8 +168,9 @@ class PaliGemmaVLM(nn.Module):
         self._check_images(images)
         assert len(images) == image_mask_BV.shape[1], f"{len(images)} cameras, mask {tuple(image_mask_BV.shape)}"
         slot_mask_BSV = frame_mask_BS[:, :, None] & image_mask_BV[:, None, :]
-        features_BLE = self._encode_images(images, slot_mask_BSV)
-        text_BLE = self.backbone.get_input_embeddings()(input_ids_BL)
+        features_BLE = self._encode_images(images, slot_mask_BSV, image_slots_N)
+        if text_BLE is None:
+            text_BLE = self.embed_prompt(input_ids_BL)
         # PaliGemmaModel.forward puts image features among the text embeddings as they are: only text embeddings are
         # scaled by sqrt(E), and in transformers 5 the embedding does that by itself.
         embeds_BLE = torch.cat([features_BLE.to(text_BLE.dtype), text_BLE], dim=1)
@@ -184,11 +191,17 @@ class PaliGemmaVLM(nn.Module):
         )
         return outputs.last_hidden_state, mask_BL
 
-    def _encode_images(self, images: Sequence[Tensor], slot_mask_BSV: Tensor) -> Tensor:
+    def embed_prompt(self, input_ids_BL: Tensor) -> Tensor:
+        """Text tokens as the language model takes them, (B, L, E); they depend on the instruction alone."""
+        return self.backbone.get_input_embeddings()(input_ids_BL)
+
+    def _encode_images(
+        self, images: Sequence[Tensor], slot_mask_BSV: Tensor, image_slots_N: Tensor | None = None
+    ) -> Tensor:
         """One vision pass over the images that exist; (B, S·V·n, E) with zeros in the other slots."""
         batch, slots = slot_mask_BSV.shape[0], slot_mask_BSV[0].numel()
         pixels_N3HW = torch.stack(tuple(images), dim=2).flatten(0, 2)
-        valid_N = slot_mask_BSV.flatten().nonzero().squeeze(1)
+        valid_N = slot_mask_BSV.flatten().nonzero().squeeze(1) if image_slots_N is None else image_slots_N
         all_valid = valid_N.numel() == slot_mask_BSV.numel()
         if valid_N.numel() == 0:
             # One image in vain: DDP waits for the vision tower's gradients on every rank.

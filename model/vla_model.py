@@ -146,7 +146,9 @@ class VLAModel(nn.Module):
     def encode(self, batch: dict[str, Any]) -> Context:
         """The fused observation that the head sees; the same for training, evaluation and serving.
 
-        In training mode images are augmented; in evaluation mode they get the matching centre crop.
+        In training mode images are augmented; in evaluation mode they get the matching centre crop. A predictor may
+        add what it knows beforehand: `prompt_embeds` (`backbone.embed_prompt` of the same tokens) and `image_slots`
+        (see the backbone's forward).
         """
         tokens_BLE, mask_BL = self.backbone(
             self.augmentation([batch[camera] for camera in self.cameras]),
@@ -154,6 +156,8 @@ class VLAModel(nn.Module):
             batch["vlm_attention_mask"],
             batch["input_ids"],
             batch["prompt_mask"],
+            text_BLE=batch.get("prompt_embeds"),
+            image_slots_N=batch.get("image_slots"),
         )
         state_BS = self.normalizer.normalize_state(batch["state"], batch["dataset_index"])
         return Context(tokens_BLE, mask_BL, state_BS, self.normalizer.action_dim_mask(batch["dataset_index"]))

@@ -440,3 +440,18 @@ def test_images_of_another_size(tiny_paligemma_dir: Path) -> None:
     inputs["images"][1] = torch.zeros(2, 1, 3, 48, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"image_2 is 48 x 32 pixels, but the backbone takes 32 x 32.*resize"):
         load(tiny_paligemma_dir)(**inputs)
+
+
+# --- what a predictor knows beforehand
+
+
+def test_embedded_prompts_and_known_slots_change_nothing(directory: Path) -> None:
+    model = load(directory)
+    inputs = observation(frames=2, cameras=2)
+    inputs["image_mask_BV"][1, 1] = inputs["frame_mask_BS"][0, 0] = False
+    slots_N = (inputs["frame_mask_BS"][:, :, None] & inputs["image_mask_BV"][:, None, :]).flatten().nonzero().squeeze(1)
+    text_BLE = model.embed_prompt(inputs["input_ids_BL"])
+    given = {**inputs, "input_ids_BL": None, "text_BLE": text_BLE, "image_slots_N": slots_N}
+    assert torch.equal(valid(model, given), valid(model, inputs))
+    given["image_slots_N"] = slots_N[:-1]  # and it is the slots given that are looked at
+    assert not torch.allclose(valid(model, given), valid(model, inputs))
