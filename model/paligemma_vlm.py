@@ -9,23 +9,22 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PaliGemmaConfig, PaliGemmaModel
 from transformers.initialization import no_init_weights
 
+from model.backbone import Backbone, freeze
+from model.pretrained import attention_of, load_weights, read_model_config
 from model.vision_encoder_module import build_vision_resampler
 from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
 
 
-class PaliGemmaVLM(nn.Module):
+class PaliGemmaVLM(Backbone):
     """PaliGemma (1 or 2) as an encoder of observations (Beyer et al. 2024, Steiner et al. 2024).
 
     Attention is bidirectional over the whole prefix, as in PaliGemma's pretraining; nothing is decoded and no
@@ -43,17 +42,15 @@ class PaliGemmaVLM(nn.Module):
         image_std: Sequence[float],
     ) -> None:
         """Use `from_pretrained` or `from_config`: they check the configuration before any weights are made."""
-        super().__init__()
+        super().__init__(image_mean, image_std)
         self.backbone = backbone
         self.resampler = resampler
-        self.register_buffer("image_mean", torch.tensor(image_mean, dtype=torch.float32).view(-1, 1, 1))
-        self.register_buffer("image_std", torch.tensor(image_std, dtype=torch.float32).view(-1, 1, 1))
 
         frozen_dtype = getattr(torch, vlm_config.dtype)
         if vlm_config.freeze_vision_tower:
-            _freeze(backbone.vision_tower, frozen_dtype)
+            freeze(backbone.vision_tower, frozen_dtype)
         if vlm_config.freeze_language_model:
-            _freeze(backbone.language_model, frozen_dtype)
+            freeze(backbone.language_model, frozen_dtype)
         if vlm_config.gradient_checkpointing:
             # Not the public gradient_checkpointing_enable: that also makes embedding outputs require gradients, which
             # sends the backward pass through frozen layers, and it goes by another name from transformers 5.23 on.
@@ -165,10 +162,8 @@ class PaliGemmaVLM(nn.Module):
         Raises:
             ValueError: images of another size than `image_size`.
         """
-        self._check_images(images)
-        assert len(images) == image_mask_BV.shape[1], f"{len(images)} cameras, mask {tuple(image_mask_BV.shape)}"
         slot_mask_BSV = frame_mask_BS[:, :, None] & image_mask_BV[:, None, :]
-        features_BLE = self._encode_images(images, slot_mask_BSV, image_slots_N)
+        features_BLE = self.encode_images(images, slot_mask_BSV, image_slots_N)
         if text_BLE is None:
             text_BLE = self.embed_prompt(input_ids_BL)
         # PaliGemmaModel.forward puts image features among the text embeddings as they are: only text embeddings are
@@ -195,46 +190,12 @@ class PaliGemmaVLM(nn.Module):
         """Text tokens as the language model takes them, (B, L, E); they depend on the instruction alone."""
         return self.backbone.get_input_embeddings()(input_ids_BL)
 
-    def _encode_images(
-        self, images: Sequence[Tensor], slot_mask_BSV: Tensor, image_slots_N: Tensor | None = None
-    ) -> Tensor:
-        """One vision pass over the images that exist; (B, S·V·n, E) with zeros in the other slots."""
-        batch, slots = slot_mask_BSV.shape[0], slot_mask_BSV[0].numel()
-        pixels_N3HW = torch.stack(tuple(images), dim=2).flatten(0, 2)
-        valid_N = slot_mask_BSV.flatten().nonzero().squeeze(1) if image_slots_N is None else image_slots_N
-        all_valid = valid_N.numel() == slot_mask_BSV.numel()
-        if valid_N.numel() == 0:
-            # One image in vain: DDP waits for the vision tower's gradients on every rank.
-            valid_N = valid_N.new_zeros(1)
-        if not all_valid:
-            pixels_N3HW = pixels_N3HW[valid_N]
-        pixels_N3HW = (pixels_N3HW.float() / 255 - self.image_mean) / self.image_std
+    def image_features(self, pixels_N3HW: Tensor) -> Tensor:
+        """Tokens (N, n, E) of normalized images, as the language model gets them."""
         features_NnE = self.backbone.vision_tower(pixels_N3HW).last_hidden_state
         # Not get_image_features: a frozen tower gives bfloat16, which the float32 projector refuses outside autocast.
         projector = self.backbone.multi_modal_projector
-        features_NnE = self.resampler(projector(features_NnE.to(projector.linear.weight.dtype)))
-        if not all_valid:
-            empty_NnE = features_NnE.new_zeros(batch * slots, *features_NnE.shape[1:])
-            features_NnE = empty_NnE.index_copy(0, valid_N, features_NnE)
-        return features_NnE.view(batch, slots * self.tokens_per_image, self.embed_dim)
-
-    def _check_images(self, images: Sequence[Tensor]) -> None:
-        for camera, image_BS3HW in enumerate(images, start=1):
-            assert image_BS3HW.ndim == 5 and image_BS3HW.dtype == torch.uint8, (image_BS3HW.shape, image_BS3HW.dtype)
-            height, width = image_BS3HW.shape[-2:]
-            if (height, width) != (self.image_size, self.image_size):
-                raise ValueError(
-                    f"image_{camera} is {height} x {width} pixels, but the backbone takes {self.image_size} x "
-                    f"{self.image_size}; resize with the backbone's own image processor "
-                    "(data.image_processor_name_or_path), or choose a backbone for that size"
-                )
-
-
-def _freeze(module: nn.Module, dtype: torch.dtype) -> None:
-    # Parameters only: rotary frequencies are buffers, and rounding them to bfloat16 would move positions.
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(dtype)
+        return self.resampler(projector(features_NnE.to(projector.linear.weight.dtype)))
 
 
 def _num_image_tokens(config: PaliGemmaConfig) -> int:
@@ -252,17 +213,7 @@ def _check_num_image_tokens(vlm_config: VLMConfig, config: PaliGemmaConfig) -> N
 
 def _attn_implementation(vlm_config: VLMConfig, config: PaliGemmaConfig) -> dict[str, str]:
     """Attention of each sub-model. Only the text model's is a choice: SigLIP caps nothing and runs on SDPA."""
-    softcap = getattr(config.text_config, "attn_logit_softcapping", None)
-    choice = vlm_config.attn_implementation
-    if choice == "auto":
-        choice = "sdpa" if softcap is None else "eager"
-    if choice == "sdpa" and softcap is not None:
-        # torch's scaled_dot_product_attention has no cap. Newer transformers (5.23) refuse the combination, older ones
-        # (5.17) run it without the cap and without a word.
-        raise ConfigError(
-            f"model.vlm_config.attn_implementation is sdpa, but this backbone caps attention logits at {softcap} "
-            "(attn_logit_softcapping), which SDPA cannot do; give auto or eager"
-        )
+    choice = attention_of(config.text_config, vlm_config.attn_implementation)
     return {"": choice, "text_config": choice, "vision_config": "sdpa"}
 
 
@@ -275,51 +226,20 @@ def _read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
         "download a PaliGemma (accept its license, then: hf download google/paligemma-3b-pt-224 --local-dir "
         "weight/paligemma-3b-pt-224), or make a small untrained one (python scripts/make_tiny_paligemma.py)"
     )
-    is_dir = Path(name_or_path).is_dir()
-    found = "no config.json with a model_type in it" if is_dir else "no such directory, nor such a model on the hub"
-    try:
-        values, _ = PaliGemmaConfig.get_config_dict(name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{_place(name_or_path)}: {found} ({reason}); {remedy}") from error
-    if "model_type" not in values:
-        raise ConfigError(f"{_place(name_or_path)}: {found}; {remedy}")
-    if values["model_type"] != "paligemma":
-        raise ConfigError(
-            f"{_place(name_or_path)}: its config.json says model_type {values['model_type']!r}, wanted 'paligemma' "
-            f"(PaliGemma 1 or 2); {remedy}"
-        )
+    values = read_model_config(name_or_path, _place(name_or_path), ["paligemma"], remedy)
     config = PaliGemmaConfig.from_dict(values)
     config.vision_config.vision_use_head = False  # SigLIP's pooling head: nothing here reads it, it could not train
     return config
 
 
 def _load_backbone(name_or_path: str, config: PaliGemmaConfig, attn_implementation: dict[str, str]) -> PaliGemmaModel:
-    """The weights as float32, or an error: nothing may be left at its random initialisation."""
-    try:
-        backbone, report = PaliGemmaModel.from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=attn_implementation,
-            ignore_mismatched_sizes=True,  # so that they are reported below
-            output_loading_info=True,
-        )
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{_place(name_or_path)}: its weights cannot be read ({reason}); download it again or write it anew"
-        ) from error
     # The published checkpoints are PaliGemmaForConditionalGeneration: an lm_head may be left over, nothing else.
-    unused = re.compile(r"(^|\.)lm_head\.|vision_tower\.(vision_model\.)?head\.")
-    for problem, tensors in (
-        ("lack", report["missing_keys"]),
-        ("have another size for", [key for key, *_ in report["mismatched_keys"]]),
-        ("have the unknown", [key for key in report["unexpected_keys"] if not unused.search(key)]),
-    ):
-        if tensors:
-            raise ConfigError(
-                f"{_place(name_or_path)}: its weights {problem} {sorted(tensors)[0]} ({len(tensors)} such tensors), "
-                "so they do not belong to its config.json; download it again or write it anew"
-            )
-    return backbone
+    unused = r"(^|\.)lm_head\.|vision_tower\.(vision_model\.)?head\."
+    return load_weights(
+        PaliGemmaModel,
+        name_or_path,
+        _place(name_or_path),
+        config,
+        unused,
+        attn_implementation=attn_implementation,
+    )
