@@ -54,15 +54,15 @@ class VLATrainer:
         """
         Args:
             config: the whole configuration: the trainer writes it into checkpoints.
-            model: the policy; moved to `device`.
+            model: the policy; `wrap` moves it to `device`.
             train_loader: endless, over a batch sampler with `num_samples` and `start_step`.
             val_loader: one pass over held-out samples, or None.
             device: where to train.
             processors: `image_processor` and `tokenizer_files`, as checkpoints carry them.
         """
         self.config, self.device, self.processors = config, device, processors
-        self.policy = model.to(device)
-        self.model = self.wrap(self.policy)
+        self.policy = model
+        self.model = self.wrap(model)
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.num_samples = train_loader.batch_sampler.num_samples
@@ -208,8 +208,8 @@ class VLATrainer:
             "step": self.step,
             "best": self.best,
             "config": config_to_dict(self.config),
-            "model": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.gather_state(self.policy.state_dict()),
+            "optimizer": self.gather_state(self.optimizer.state_dict()),
             "statistics": self.policy.statistics,
             "cameras": list(self.policy.cameras),
             "backbone_config": self.policy.backbone.backbone_config_dict(),
@@ -233,7 +233,7 @@ class VLATrainer:
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.load_optimizer_state(checkpoint["optimizer"])
         except ValueError as error:
             raise ConfigError(
                 f"{path}: the optimizer state does not fit ({error}): another optimizer.type or other frozen parts; "
@@ -267,16 +267,35 @@ class VLATrainer:
     # Hooks: what a distributed trainer overrides.
 
     def wrap(self, model: VLAModel) -> nn.Module:
-        """The module that training calls."""
-        return model
+        """Move the policy to the device; the module that training calls."""
+        return model.to(self.device)
 
     def sync(self, *, last: bool) -> AbstractContextManager:
         """Context of one micro-batch; a distributed trainer holds back gradient exchange until the last."""
         return contextlib.nullcontext()
 
     def reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks."""
+        """The sum of a tensor over all ranks, a collective: every rank must call it."""
         return value
+
+    def reduce_any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks get the same answer, so that they act at the same step."""
+        return bool(self.reduce_sum(torch.tensor(float(flag), device=self.device)))
+
+    def gather_lists(self, items: list[str]) -> list[str]:
+        """The items of every rank in rank order, the same list on all of them; a collective."""
+        return items
+
+    def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state dict (nested dicts, lists, tensors) with whole tensors where ranks hold parts; a collective.
+
+        The first rank gets what one process would hold; what others get has no meaning.
+        """
+        return state
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Load an optimizer state of whole tensors, as checkpoints hold it."""
+        self.optimizer.load_state_dict(state)
 
     def clip_gradients(self) -> float:
         """Clip to `grad_clip_norm` and return the norm before clipping."""
@@ -310,6 +329,7 @@ class VLATrainer:
             keys = [batch[key].tolist() for key in ("dataset_index", "episode_index", "frame_index")]
             finite = torch.isfinite(loss_BT).all(dim=-1).tolist()
             worst += [f"dataset {d} episode {e} step {f}" for d, e, f, ok in zip(*keys, finite, strict=True) if not ok]
+        worst = self.gather_lists(worst[:8])
         named = "; ".join(worst[:8]) or "none alone: the gradient overflowed"
         return (
             f"step {self.step}: loss is {total}, gradient norm {grad_norm}; samples with a non-finite loss: {named}. "

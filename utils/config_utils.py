@@ -246,10 +246,13 @@ class TrainingConfig:
     val_every_n_epochs: int = 1
     val_max_batches: int | None = None  # None: the whole validation set
     num_threads: int | None = None  # CPU threads of the training process; None: torch's choice
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # main_train_ddp.py: whole model on every rank, or sharded over them
+    distributed_timeout_s: float = 1800.0  # seconds that a rank waits for the others before it gives up
 
     def __post_init__(self) -> None:
         _positive(self, "training", "epochs", "gradient_accumulation_steps", "log_interval")
         _positive(self, "training", "save_every_n_epochs", "val_every_n_epochs")
+        _positive(self, "training", "distributed_timeout_s")
         for name in ("max_steps", "val_max_batches", "num_threads", "grad_clip_norm"):
             if getattr(self, name) is not None:
                 _positive(self, "training", name)
