@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 if __name__ == "__main__":  # so that "python data/loader.py" finds the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.batching import PackedBatches
 from data.episode_store import EpisodeStore
 from data.processing import (
     Batch,
@@ -39,7 +40,7 @@ from data.processing import (
     collate_fn,
 )
 from data.sampler import StepBatchSampler
-from data.transport import ImageBlock, PackedBatch, SlotPool, use_pool
+from data.transport import PackedBatch, SlotPool, use_pool
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
 from utils.parquet_utils import DataError, Source, open_parquet, resolve_parquet_files
@@ -108,8 +109,11 @@ class VLADataset(Dataset):
         for camera in cameras:
             if not self.store.has_camera(camera):
                 logger.warning("no file has %s: its slot is masked in every sample", camera)
-        for prompt in self.store.prompts:
-            prompt_tokenizer(prompt)
+        tokens = [prompt_tokenizer(prompt) for prompt in self.store.prompts]
+        lengths = np.array([len(ids) for ids in tokens])
+        self.prompt_mask = np.arange(lengths.max()) < lengths[:, None]  # of every prompt, padded to the longest
+        self.prompt_ids = np.zeros(self.prompt_mask.shape, dtype=np.int64)
+        self.prompt_ids[self.prompt_mask] = np.concatenate(tokens)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -118,21 +122,12 @@ class VLADataset(Dataset):
         """The store's row of a sample; the same number unless a split left episodes out."""
         return int(self._rows[index])
 
-    @property
-    def frame_shape(self) -> tuple[int, int, int, int]:
-        """(max_seq_len, H, W, 3) of a sample's frames of one camera."""
-        return self.max_seq_len, self.image_processor.height, self.image_processor.width, 3
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """The store's rows of several samples, int64 (n,)."""
+        return indices if isinstance(self._rows, range) else self._rows[indices]
 
     def __getitem__(self, index: int) -> Sample:
-        """One sample; see `sample`."""
-        return self.sample(index)
-
-    def sample(self, index: int, out: dict[str, np.ndarray] | None = None) -> Sample:
-        """One sample.
-
-        Args:
-            index: 0 to len - 1.
-            out: per camera uint8 (max_seq_len, H, W, 3) to decode its frames into; None: they are in the sample.
+        """One sample; batches are made by `data/batching.py`, with the same values.
 
         Returns:
             The keys of `build_observation`, and `action` float32 (T, A), `action_is_pad` bool (T,),
@@ -148,14 +143,13 @@ class VLADataset(Dataset):
         rows = range(max(begin, index - self.max_seq_len + 1), index + 1)
         try:
             sample = build_observation(
-                {camera: self._frames(camera, rows) for camera in self.cameras},
+                {camera: self.frames(camera, rows) for camera in self.cameras},
                 store.prompt(index),
                 _pad(store.state[index], self.state_dim),
                 cameras=self.cameras,
                 max_seq_len=self.max_seq_len,
                 image_processor=self.image_processor,
                 prompt_tokenizer=self.prompt_tokenizer,
-                out=out,
             )
         except ObservationError as error:
             raise DataError(f"{self.describe(index)}: {error}; drop or mend that episode") from None
@@ -190,7 +184,8 @@ class VLADataset(Dataset):
         _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
         return 1.0 / (len(counts) * counts[inverse])
 
-    def _frames(self, camera: str, rows: range) -> list[memoryview] | None:
+    def frames(self, camera: str, rows: range) -> list[memoryview] | None:
+        """Encoded frames of rows of the store; None where the camera is absent from one of them."""
         frames = [self.store.image(camera, row) for row in rows]
         return None if any(frame is None for frame in frames) else frames
 
@@ -206,22 +201,8 @@ class MixtureDataset(Dataset):
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        return self.sample(index)
-
-    def sample(self, index: int, out: dict[str, np.ndarray] | None = None) -> Sample:
-        """See `VLADataset.sample`."""
         dataset, local = self._locate(index)
-        return dataset.sample(local, out)
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Cameras of every sample."""
-        return self.datasets[0].cameras
-
-    @property
-    def frame_shape(self) -> tuple[int, int, int, int]:
-        """(max_seq_len, H, W, 3) of a sample's frames of one camera."""
-        return self.datasets[0].frame_shape
+        return dataset[local]
 
     def describe(self, index: int) -> str:
         """Where a sample comes from: dataset, file, row, episode and step."""
@@ -267,14 +248,16 @@ def make_loader(
         seed: of the workers.
     """
     pool, options = None, {}
+    batches = PackedBatches(dataset.datasets if isinstance(dataset, MixtureDataset) else [dataset])
     if num_workers:
         largest = batch_size if batch_sampler is None else batch_sampler.micro_batch_size
-        batch_bytes = len(dataset.cameras) * largest * math.prod(dataset.frame_shape)
-        pool = SlotPool(num_workers, PREFETCH + 3, batch_bytes)  # besides those prefetched: one made, two in use
+        pool = SlotPool(
+            num_workers, PREFETCH + 3, math.prod(batches.image_shape(largest))
+        )  # besides those prefetched: one made, two in use
         options = {"persistent_workers": True, "prefetch_factor": PREFETCH}
     order = {"batch_sampler": batch_sampler} if batch_sampler is not None else {"batch_size": batch_size}
     loader = DataLoader(
-        _PackedBatches(dataset),
+        batches,
         num_workers=num_workers,
         collate_fn=_as_it_is,
         generator=torch.Generator().manual_seed(derive_seed("loader", seed)),
@@ -283,25 +266,6 @@ def make_loader(
         **options,
     )
     return BatchLoader(dataset, loader, pool)
-
-
-class _PackedBatches(Dataset):
-    """What workers run: a whole batch at a time, its frames decoded side by side into one block."""
-
-    def __init__(self, dataset: VLADataset | MixtureDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: Sequence[int]) -> PackedBatch:
-        cameras = self.dataset.cameras
-        block = ImageBlock((len(cameras), len(indices), *self.dataset.frame_shape))
-        samples = [
-            self.dataset.sample(index, dict(zip(cameras, frames, strict=True)))
-            for index, frames in zip(indices, block.by_sample(), strict=True)
-        ]
-        return PackedBatch(collate_fn(samples), cameras, block)
 
 
 def _as_it_is(packed: PackedBatch) -> PackedBatch:

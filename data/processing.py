@@ -6,7 +6,6 @@ and the same frame seen by the robot give the same tensors.
 
 from __future__ import annotations
 
-import functools
 import io
 import logging
 import tempfile
@@ -244,7 +243,6 @@ def build_observation(
     max_seq_len: int,
     image_processor: VLAImageProcessor,
     prompt_tokenizer: PromptTokenizer,
-    out: dict[str, np.ndarray] | None = None,
 ) -> Sample:
     """One sample of the batch contract, without actions.
 
@@ -256,11 +254,9 @@ def build_observation(
         cameras: the cameras that the model reads, in slot order.
         max_seq_len: frames per sample; earlier ones that do not exist are zeros and masked.
         image_processor, prompt_tokenizer: as the checkpoint or the config gives them.
-        out: per camera uint8 (max_seq_len, H, W, 3) to decode into, which then holds the images instead of the
-            sample; None: new memory.
 
     Returns:
-        `image_*` uint8 (max_seq_len, 3, H, W) unless `out` is given, `image_mask` bool (V,),
+        `image_*` uint8 (max_seq_len, 3, H, W), `image_mask` bool (V,),
         `vlm_attention_mask` bool (max_seq_len,), `raw_prompt_text`, `input_ids` int64 (L,), `state` float32
         (state_dim,).
 
@@ -277,35 +273,24 @@ def build_observation(
     first = max_seq_len - num_frames
     shape = (max_seq_len, image_processor.height, image_processor.width, 3)
     for camera in cameras:
-        frames = np.empty(shape, dtype=np.uint8) if out is None else out[camera]
+        frames = np.zeros(shape, dtype=np.uint8)
         if camera in present:
             if len(images[camera]) != num_frames:
                 raise ObservationError(
                     f"{camera}: {len(images[camera])} frames but {present[0]} has {num_frames}; give as many of each"
                 )
-            if first:
-                frames[:first] = 0
             for slot, frame in enumerate(images[camera], start=first):
                 try:
                     image_processor.decode_into(frame, frames[slot])
                 except ObservationError as error:
                     raise ObservationError(f"{camera}: {error}") from None
-        else:
-            frames[:] = 0
-        if out is None:
-            sample[camera] = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    sample["image_mask"] = _mask(tuple([camera in present for camera in cameras]))
-    sample["vlm_attention_mask"] = _mask((False,) * first + (True,) * num_frames)
+        sample[camera] = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    sample["image_mask"] = torch.tensor([camera in present for camera in cameras])
+    sample["vlm_attention_mask"] = torch.arange(max_seq_len) >= first
     sample["raw_prompt_text"] = prompt
     sample["input_ids"] = prompt_tokenizer.tensor(prompt)
     sample["state"] = torch.from_numpy(np.array(state, dtype=np.float32))
     return sample
-
-
-@functools.lru_cache(maxsize=4096)
-def _mask(values: tuple[bool, ...]) -> Tensor:
-    """A bool tensor, made once for all samples that share it; batches hold copies."""
-    return torch.tensor(values)
 
 
 def collate_fn(samples: Sequence[Sample]) -> Batch:

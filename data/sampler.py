@@ -74,7 +74,7 @@ class StepBatchSampler(Sampler[list[int]]):
         while True:
             for part in range(self.accumulation):
                 begin = position + (part * self.world_size + self.rank) * micro
-                yield [stream[p] for p in range(begin, begin + micro)]
+                yield stream.take(begin, micro).tolist()
             position += self.batch_size
 
     @property
@@ -101,7 +101,7 @@ class StepBatchSampler(Sampler[list[int]]):
 
 
 class _Stream:
-    """Global sample index at a position; keeps the orders that were used last."""
+    """Global sample indices at positions; keeps the orders that were used last."""
 
     def __init__(self, sampler: StepBatchSampler) -> None:
         self.sampler = sampler
@@ -110,13 +110,21 @@ class _Stream:
         self.block = -1
         self.taken = np.zeros(len(sampler.sizes), dtype=np.int64)  # samples of each dataset before the block
 
-    def __getitem__(self, position: int) -> int:
+    def take(self, begin: int, count: int) -> np.ndarray:
+        """The samples at positions begin to begin + count, int64 (count,)."""
+        positions = np.arange(begin, begin + count)
         if len(self.sampler.sizes) == 1:
-            return self._sample(0, position)
-        block, i = divmod(position, BLOCK)
-        if block != self.block:
-            self._enter(block)
-        return self._sample(int(self.datasets[i]), int(self.ranks[i]))
+            return self._samples(0, positions)
+        found = np.empty(count, dtype=np.int64)
+        for block in np.unique(positions // BLOCK).tolist():
+            if block != self.block:
+                self._enter(block)
+            here = np.flatnonzero(positions // BLOCK == block)
+            within = positions[here] % BLOCK
+            for dataset in np.unique(self.datasets[within]).tolist():
+                chosen = self.datasets[within] == dataset
+                found[here[chosen]] = self._samples(dataset, self.ranks[within[chosen]])
+        return found
 
     def _enter(self, block: int) -> None:
         if block < self.block:
@@ -129,8 +137,12 @@ class _Stream:
             here = self.datasets == dataset
             self.ranks[here] = self.taken[dataset] + np.arange(here.sum())
 
-    def _sample(self, dataset: int, rank: int) -> int:
-        epoch, i = divmod(rank, self.sampler.sizes[dataset])
-        if self.orders.get(dataset, (-1,))[0] != epoch:
-            self.orders[dataset] = epoch, self.sampler.epoch_order(dataset, epoch)
-        return int(self.offsets[dataset] + self.orders[dataset][1][i])
+    def _samples(self, dataset: int, ranks: np.ndarray) -> np.ndarray:
+        """A dataset's samples number `ranks` of its own endless stream, in ascending order."""
+        epochs, places = np.divmod(ranks, self.sampler.sizes[dataset])
+        parts = []
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            if self.orders.get(dataset, (-1,))[0] != epoch:
+                self.orders[dataset] = epoch, self.sampler.epoch_order(dataset, epoch)
+            parts.append(self.orders[dataset][1][places[epochs == epoch]])
+        return self.offsets[dataset] + np.concatenate(parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,18 +62,20 @@ class ImageBlock:
         found = _pool.take(worker.id, shape) if _pool is not None and worker is not None else None
         self.slot, self.images = found if found is not None else (None, np.empty(tuple(shape), np.uint8))
 
-    def by_sample(self) -> Iterator[tuple[np.ndarray, ...]]:
-        """Per sample its cameras' memory, each (S, H, W, 3)."""
-        return zip(*self.images, strict=True)
-
 
 class PackedBatch:
     """A batch on its way: images by slot, everything else by value."""
 
     def __init__(self, rest: dict[str, Any], cameras: Sequence[str], block: ImageBlock) -> None:
+        """
+        Args:
+            rest: every other key: numpy arrays, and lists as they are.
+            cameras: names of the block's first dimension.
+            block: the images.
+        """
         self.cameras, self.slot, self.shape = list(cameras), block.slot, block.images.shape
         self.images = torch.from_numpy(block.images) if block.slot is None else None
-        self.rest = {key: value.numpy() if isinstance(value, Tensor) else value for key, value in rest.items()}
+        self.rest = rest
 
     def unpack(self, pool: SlotPool | None) -> dict[str, Any]:
         """The batch as `collate_fn` made it."""
