@@ -115,6 +115,15 @@ class PaliGemmaVLM(Backbone):
         values.pop("_name_or_path", None)  # where it came from, on the machine that loaded it
         return values
 
+    def components(self) -> dict[str, nn.Module]:
+        """The parts of this module by the names that reports use; every parameter is in exactly one of them."""
+        return {
+            "vision tower": self.backbone.vision_tower,
+            "projector": self.backbone.multi_modal_projector,
+            "resampler": self.resampler,
+            "language model": self.backbone.language_model,
+        }
+
     @property
     def embed_dim(self) -> int:
         """E, width of the fused tokens."""

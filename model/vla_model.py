@@ -162,6 +162,20 @@ class VLAModel(nn.Module):
         state_BS = self.normalizer.normalize_state(batch["state"], batch["dataset_index"])
         return Context(tokens_BLE, mask_BL, state_BS, self.normalizer.action_dim_mask(batch["dataset_index"]))
 
+    def components(self) -> dict[str, nn.Module]:
+        """The policy's parts by name, as reports show them; every parameter is in exactly one."""
+        return {**self.backbone.components(), "action head": self.action_head}
+
+    def parameter_kinds(self) -> dict[str, str]:
+        """Per parameter name the learning rate that it goes by: vision, language or head (what is not pretrained)."""
+        kinds = {"vision tower": "vision", "projector": "vision", "language model": "language"}
+        kind_of = {
+            id(parameter): kinds.get(component, "head")
+            for component, module in self.components().items()
+            for parameter in module.parameters()
+        }
+        return {name: kind_of[id(parameter)] for name, parameter in self.named_parameters()}
+
     def _autocast(self) -> AbstractContextManager:
         device = self.normalizer.state_center.device
         enabled = self.compute_dtype != torch.float32

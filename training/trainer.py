@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from model.vla_model import VLAModel
+from training.optimizer import build_optimizer
 from training.run_log import RunLog
 from training.schedule import learning_rate
 from utils.checkpoint import save_checkpoint
-from utils.config_utils import Config, ConfigError, OptimizerConfig, config_to_dict
+from utils.config_utils import Config, ConfigError, config_to_dict
 from utils.misc import count_parameters, derive_seed
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class VLATrainer:
             self.step, self.config.optimizer.lr, self.config.lr_scheduler, self.total_steps, self.epoch_steps
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         total = torch.zeros((), device=self.device)
         losses = []
         for i, batch in enumerate(micro_batches):
@@ -239,10 +240,8 @@ class VLATrainer:
                 f"{path}: the optimizer state does not fit ({error}): another optimizer.type or other frozen parts; "
                 "start from the weights alone with --init_checkpoint"
             ) from None
-        for group, fresh in zip(
-            self.optimizer.param_groups, build_optimizer(self.policy, self.config.optimizer).param_groups, strict=True
-        ):
-            group.update({key: value for key, value in fresh.items() if key != "params"})
+        for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.update(values)  # the new config's rates and decay, not the checkpoint's
         changed = [
             f"{section}.{key} {old[section].get(key)!r} -> {value!r}"
             for section in ("data", "training", "optimizer", "lr_scheduler")
@@ -336,21 +335,6 @@ class VLATrainer:
             "The optimizer was not stepped and no checkpoint was written; look at those samples with "
             "inspect_parquet.py, or lower optimizer.lr"
         )
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over what trains; no weight decay on norms, biases and other vectors."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ConfigError("nothing trains: every parameter is frozen; check the freeze_* keys of model.vlm_config")
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if config.type == "SGD":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    fused = all(parameter.is_cuda for parameter in trained)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

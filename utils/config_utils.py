@@ -264,8 +264,11 @@ class TrainingConfig:
 class OptimizerConfig:
     """The optimizer over every parameter that trains."""
 
-    type: Literal["AdamW", "SGD"] = "AdamW"
-    lr: float = 5e-5
+    type: Literal["AdamW", "AdamW8bit", "SGD"] = "AdamW"  # AdamW8bit: bitsandbytes, a byte per moment
+    lr: float = 5e-5  # peak; of every parameter without a rate of its own
+    vision_lr: float | None = None  # peak of the vision tower and its projector; None: lr
+    language_lr: float | None = None  # peak of the language model; None: lr
+    head_lr: float | None = None  # peak of the action head and the vision resampler; None: lr
     weight_decay: float = 0.01  # not applied to norms and biases
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     eps: float = 1e-8  # AdamW
@@ -273,6 +276,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "optimizer", "lr", "eps")
+        for name in ("vision_lr", "language_lr", "head_lr"):
+            if getattr(self, name) is not None:
+                _positive(self, "optimizer", name)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas is {list(self.betas)}; give two numbers in [0, 1)")
         if self.weight_decay < 0:

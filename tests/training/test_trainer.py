@@ -16,7 +16,7 @@ from data.processing import processors_from_checkpoint, processors_from_config
 from model.vla_model import VLAModel, require_same_architecture
 from tests.helpers import write_episodes
 from training.run_log import read_metrics
-from training.trainer import NonFiniteLossError, VLATrainer, build_optimizer
+from training.trainer import NonFiniteLossError, VLATrainer
 from utils.calculate_normalization_stats import calculate_statistics
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import Config, ConfigError, config_from_dict
@@ -270,17 +270,6 @@ def test_checkpoint_is_plain_and_self_contained(make_config):
     save_checkpoint({k: v for k, v in checkpoint.items() if k != "format"}, path)
     with pytest.raises(CheckpointError, match="is missing"):
         VLAModel.from_checkpoint(load_checkpoint(path))
-
-
-def test_optimizer_groups_and_nothing_to_train(make_config):
-    model = make_trainer(make_config()).policy
-    decayed, plain = build_optimizer(model, make_config().optimizer).param_groups
-    assert plain["weight_decay"] == 0 and all(p.ndim < 2 for p in plain["params"])
-    assert decayed["weight_decay"] > 0 and all(p.ndim >= 2 for p in decayed["params"])
-    assert isinstance(build_optimizer(model, make_config(optimizer={"type": "SGD"}).optimizer), torch.optim.SGD)
-    model.requires_grad_(False)
-    with pytest.raises(ConfigError, match="nothing trains"):
-        build_optimizer(model, make_config().optimizer)
 
 
 def test_float16_training_is_refused(make_config):
