@@ -153,22 +153,31 @@ def _read(path: Path) -> bytes:
 
 
 class PromptTokenizer:
-    """Turns an instruction into PaliGemma's text tokens: `<bos>`, the instruction, a closing newline.
+    """Turns an instruction into text tokens: a prefix, the instruction, a closing newline.
 
-    Image tokens are not part of it: the backbone puts them in front, one run per camera and frame.
+    The prefix is what the backbone was pretrained with: `<bos>` for PaliGemma; for other language models whatever
+    their tokenizer itself puts in front of a text (`<s>` for Llama, nothing for Qwen). No padding token is needed,
+    for padding is masked. Image tokens are not part of it: they are the backbone's affair.
     """
 
-    def __init__(self, tokenizer: Any, max_len: int) -> None:
+    def __init__(self, tokenizer: Any, max_len: int, backbone: str = "paligemma") -> None:
+        """
+        Args:
+            tokenizer: of transformers.
+            max_len: tokens, the prefix and the newline included.
+            backbone: `model.vlm_config.type`.
+        """
         self.tokenizer, self.max_len = tokenizer, max_len
+        self.prefix = [tokenizer.bos_token_id] if backbone == "paligemma" else _own_prefix(tokenizer)
         self._known: dict[str, Tensor] = {}
         self._warned = False
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, max_len: int) -> PromptTokenizer:
+    def from_pretrained(cls, name_or_path: str, max_len: int, backbone: str = "paligemma") -> PromptTokenizer:
         """Load the tokenizer of a Hugging Face directory or hub id.
 
         Raises:
-            ObservationError: no tokenizer there, or one without a `<bos>` token.
+            ObservationError: no tokenizer there, or for PaliGemma one without a `<bos>` token.
         """
         from transformers import AutoTokenizer
 
@@ -180,17 +189,17 @@ class PromptTokenizer:
                 f"tokenizer: none at {name_or_path!r} ({reason}); set data.tokenizer_name_or_path to a directory or "
                 "hub id that has one"
             ) from None
-        if tokenizer.bos_token_id is None:
+        if backbone == "paligemma" and tokenizer.bos_token_id is None:
             raise ObservationError(f"tokenizer at {name_or_path!r} has no <bos> token, which PaliGemma's prompt needs")
-        return cls(tokenizer, max_len)
+        return cls(tokenizer, max_len, backbone)
 
     @classmethod
-    def from_files(cls, files: dict[str, Tensor], max_len: int) -> PromptTokenizer:
+    def from_files(cls, files: dict[str, Tensor], max_len: int, backbone: str = "paligemma") -> PromptTokenizer:
         """Load from the tokenizer files that a checkpoint carries (name -> uint8 content)."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
-            return cls.from_pretrained(folder, max_len)
+            return cls.from_pretrained(folder, max_len, backbone)
 
     def to_files(self) -> dict[str, Tensor]:
         """The tokenizer's files as a checkpoint carries them (name -> uint8 content)."""
@@ -220,7 +229,7 @@ class PromptTokenizer:
         text = " ".join(prompt.split())
         if not text:
             raise ObservationError(f"prompt is {prompt!r}; a policy needs an instruction")
-        ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(text + "\n", add_special_tokens=False)]
+        ids = [*self.prefix, *self.tokenizer.encode(text + "\n", add_special_tokens=False)]
         if len(ids) <= self.max_len:
             return ids
         if not self._warned:
@@ -232,6 +241,13 @@ class PromptTokenizer:
                 text,
             )
         return [*ids[: self.max_len - 1], ids[-1]]
+
+
+def _own_prefix(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text."""
+    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+    return whole[: starts[0]] if starts else []
 
 
 def build_observation(
@@ -322,8 +338,27 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
 def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProcessor, PromptTokenizer]:
     """The image processor and the tokenizer that a checkpoint was trained with, from the checkpoint alone."""
     image_processor = VLAImageProcessor.from_settings(checkpoint["image_processor"], "checkpoint")
-    prompt_max_len = checkpoint["config"]["data"]["prompt_max_len"]
-    return image_processor, PromptTokenizer.from_files(checkpoint["tokenizer_files"], prompt_max_len)
+    config = checkpoint["config"]
+    tokenizer = PromptTokenizer.from_files(
+        checkpoint["tokenizer_files"], config["data"]["prompt_max_len"], config["model"]["vlm_config"]["type"]
+    )
+    return image_processor, tokenizer
+
+
+# Per backbone the config keys of the directories that hold the image processor and the tokenizer, what to download to
+# them, and the script that writes small untrained ones.
+PROCESSOR_SOURCES = {
+    "paligemma": (
+        ("model_name_or_path", "google/paligemma-3b-pt-224"),
+        ("model_name_or_path", "google/paligemma-3b-pt-224"),
+        "scripts/make_tiny_paligemma.py",
+    ),
+    "siglip_llm": (
+        ("vision_model_name_or_path", "google/siglip-base-patch16-224"),
+        ("language_model_name_or_path", "Qwen/Qwen2.5-0.5B"),
+        "scripts/make_tiny_siglip_llm.py",
+    ),
+}
 
 
 def processors_from_config(config: Config) -> tuple[VLAImageProcessor, PromptTokenizer]:
@@ -332,15 +367,18 @@ def processors_from_config(config: Config) -> tuple[VLAImageProcessor, PromptTok
     Raises:
         ObservationError: one of them is not there; a missing backbone folder is named as such.
     """
-    data, backbone = config.data, config.model.vlm_config.model_name_or_path
-    if backbone.startswith(("/", "./", "../", "~")) and not Path(backbone).is_dir():
-        raise ObservationError(
-            f"model.vlm_config.model_name_or_path: no folder {backbone!r}; download PaliGemma there (hf download "
-            f"google/paligemma-3b-pt-224 --local-dir {backbone}), or write a small untrained one: "
-            f"python scripts/make_tiny_paligemma.py --output_dir {backbone}"
-        )
-    image_source = data.image_processor_name_or_path or data.siglip_model_name or backbone
+    data, vlm = config.data, config.model.vlm_config
+    *sources, script = PROCESSOR_SOURCES[vlm.type]
+    for key, hub_id in sources:
+        folder = getattr(vlm, key)
+        if folder.startswith(("/", "./", "../", "~")) and not Path(folder).is_dir():
+            raise ObservationError(
+                f"model.vlm_config.{key}: no folder {folder!r}; download the model there (hf download {hub_id} "
+                f"--local-dir {folder}), or write a small untrained one: python {script} --output_dir {folder}"
+            )
+    vision, language = (getattr(vlm, key) for key, _ in sources)
+    image_source = data.image_processor_name_or_path or data.siglip_model_name or vision
     return (
         VLAImageProcessor.from_pretrained(image_source),
-        PromptTokenizer.from_pretrained(data.tokenizer_name_or_path or backbone, data.prompt_max_len),
+        PromptTokenizer.from_pretrained(data.tokenizer_name_or_path or language, data.prompt_max_len, vlm.type),
     )

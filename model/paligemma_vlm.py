@@ -7,21 +7,26 @@ n tokens per image, L context tokens (S·V·n of images, then text), E embedding
 from __future__ import annotations
 
 import copy
-import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PaliGemmaConfig, PaliGemmaModel
 from transformers.initialization import no_init_weights
 
 from model.backbone import Backbone, freeze
-from model.pretrained import attention_of, load_weights, read_model_config
+from model.pretrained import (
+    attention_of,
+    check_num_image_tokens,
+    config_values,
+    enable_checkpointing,
+    load_weights,
+    num_image_tokens,
+    read_model_config,
+)
 from model.vision_encoder_module import build_vision_resampler
-from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
+from utils.config_utils import VisionResamplerConfig, VLMConfig
 
 
 class PaliGemmaVLM(Backbone):
@@ -52,9 +57,7 @@ class PaliGemmaVLM(Backbone):
         if vlm_config.freeze_language_model:
             freeze(backbone.language_model, frozen_dtype)
         if vlm_config.gradient_checkpointing:
-            # Not the public gradient_checkpointing_enable: that also makes embedding outputs require gradients, which
-            # sends the backward pass through frozen layers, and it goes by another name from transformers 5.23 on.
-            backbone._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=False))
+            enable_checkpointing(backbone)
         self.train()  # transformers hands out loaded models in evaluation mode, built ones in training mode
 
     @classmethod
@@ -77,7 +80,7 @@ class PaliGemmaVLM(Backbone):
                 or a setting contradicts the model.
         """
         config = _read_backbone_config(vlm_config.model_name_or_path)
-        _check_num_image_tokens(vlm_config, config)
+        check_num_image_tokens(vlm_config, config.vision_config)
         resampler = build_vision_resampler(resampler_config, config.text_config.hidden_size)
         backbone = _load_backbone(vlm_config.model_name_or_path, config, _attn_implementation(vlm_config, config))
         return cls(backbone, resampler, vlm_config, image_mean, image_std)
@@ -102,7 +105,7 @@ class PaliGemmaVLM(Backbone):
             ConfigError: a setting contradicts the model.
         """
         config = PaliGemmaConfig.from_dict(copy.deepcopy(backbone_config))
-        _check_num_image_tokens(vlm_config, config)
+        check_num_image_tokens(vlm_config, config.vision_config)
         resampler = build_vision_resampler(resampler_config, config.text_config.hidden_size)
         config._attn_implementation = _attn_implementation(vlm_config, config)
         with no_init_weights():  # minutes of random numbers for a 3B model, all overwritten by the state dict
@@ -111,9 +114,7 @@ class PaliGemmaVLM(Backbone):
 
     def backbone_config_dict(self) -> dict[str, Any]:
         """The backbone's architecture as plain values, for JSON, for checkpoints and for `from_config`."""
-        values = json.loads(self.backbone.config.to_json_string(use_diff=False))
-        values.pop("_name_or_path", None)  # where it came from, on the machine that loaded it
-        return values
+        return config_values(self.backbone.config)
 
     def components(self) -> dict[str, nn.Module]:
         """The parts of this module by the names that reports use; every parameter is in exactly one of them."""
@@ -137,7 +138,7 @@ class PaliGemmaVLM(Backbone):
     @property
     def tokens_per_image(self) -> int:
         """n, context tokens that one image takes, after the resampler."""
-        return self.resampler.tokens_per_image(_num_image_tokens(self.backbone.config))
+        return self.resampler.tokens_per_image(num_image_tokens(self.backbone.config.vision_config))
 
     def forward(
         self,
@@ -205,19 +206,6 @@ class PaliGemmaVLM(Backbone):
         # Not get_image_features: a frozen tower gives bfloat16, which the float32 projector refuses outside autocast.
         projector = self.backbone.multi_modal_projector
         return self.resampler(projector(features_NnE.to(projector.linear.weight.dtype)))
-
-
-def _num_image_tokens(config: PaliGemmaConfig) -> int:
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-
-
-def _check_num_image_tokens(vlm_config: VLMConfig, config: PaliGemmaConfig) -> None:
-    if vlm_config.num_image_tokens not in (None, _num_image_tokens(config)):
-        raise ConfigError(
-            f"model.vlm_config.num_image_tokens is {vlm_config.num_image_tokens}, but the backbone makes "
-            f"{_num_image_tokens(config)} tokens of an image ({config.vision_config.image_size} px, patches of "
-            f"{config.vision_config.patch_size} px); remove num_image_tokens or choose another backbone"
-        )
 
 
 def _attn_implementation(vlm_config: VLMConfig, config: PaliGemmaConfig) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel, SiglipVisionConfig
+from transformers.utils import logging
 
-from utils.config_utils import ConfigError
+from utils.config_utils import ConfigError, VLMConfig
 
 
 def read_model_config(name_or_path: str, place: str, wanted: Sequence[str] | None, remedy: str) -> dict[str, Any]:
@@ -59,6 +63,8 @@ def load_weights(
     Raises:
         ConfigError: no weights, damaged ones, or others than the architecture's.
     """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of the tensors left over: what matters of it is an error below
     try:
         model, report = model_class.from_pretrained(
             name_or_path,
@@ -73,6 +79,8 @@ def load_weights(
         raise ConfigError(
             f"{place}: its weights cannot be read ({reason}); download it again or write it anew"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     for problem, tensors in (
         ("lack", report["missing_keys"]),
         ("have another size for", [key for key, *_ in report["mismatched_keys"]]),
@@ -103,3 +111,32 @@ def attention_of(text_config: PretrainedConfig, choice: str) -> str:
             "(attn_logit_softcapping), which SDPA cannot do; give auto or eager"
         )
     return choice
+
+
+def num_image_tokens(vision_config: SiglipVisionConfig) -> int:
+    """Tokens that a SigLIP tower makes of one image."""
+    return (vision_config.image_size // vision_config.patch_size) ** 2
+
+
+def check_num_image_tokens(vlm_config: VLMConfig, vision_config: SiglipVisionConfig) -> None:
+    """Raise a ConfigError where `num_image_tokens` is given and is another number than the tower's."""
+    if vlm_config.num_image_tokens not in (None, num_image_tokens(vision_config)):
+        raise ConfigError(
+            f"model.vlm_config.num_image_tokens is {vlm_config.num_image_tokens}, but the backbone makes "
+            f"{num_image_tokens(vision_config)} tokens of an image ({vision_config.image_size} px, patches of "
+            f"{vision_config.patch_size} px); remove num_image_tokens or choose another backbone"
+        )
+
+
+def config_values(config: PretrainedConfig) -> dict[str, Any]:
+    """An architecture as plain values."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)  # where it came from, on the machine that loaded it
+    return values
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each layer's activations in the backward pass."""
+    # Not the public gradient_checkpointing_enable: that also makes embedding outputs require gradients, which
+    # sends the backward pass through frozen layers, and it goes by another name from transformers 5.23 on.
+    model._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=False))

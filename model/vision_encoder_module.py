@@ -66,7 +66,7 @@ class PerceiverResampler(nn.Module):
                 f"model's width {dim}; choose a divisor"
             )
         self.latents_qE = nn.Parameter(torch.randn(config.num_latents, dim))
-        self.layers = nn.ModuleList(_PerceiverBlock(dim, config.num_heads) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(PerceiverBlock(dim, config.num_heads) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(dim)
 
     def tokens_per_image(self, num_image_tokens: int) -> int:
@@ -92,7 +92,9 @@ class _MLPBlock(nn.Module):
         return tokens + self.down(F.gelu(self.up(self.norm(tokens))))
 
 
-class _PerceiverBlock(nn.Module):
+class PerceiverBlock(nn.Module):
+    """Latents read features, and each other, by one attention; then an MLP."""
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -103,12 +105,20 @@ class _PerceiverBlock(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
         self.mlp = _MLPBlock(dim)
 
-    def forward(self, latents_NqE: Tensor, features_NnE: Tensor) -> Tensor:
+    def forward(self, latents_NqE: Tensor, features_NnE: Tensor, mask_Nn: Tensor | None = None) -> Tensor:
+        """Latents after one reading of the features.
+
+        Args:
+            latents_NqE, features_NnE: of the same width.
+            mask_Nn: bool, False for features that are not to be read; None: all exist.
+        """
         normed_NqE = self.norm_latents(latents_NqE)
         memory = torch.cat([self.norm_features(features_NnE), normed_NqE], dim=1)
         key, value = self.key_value(memory).chunk(2, dim=-1)
+        if mask_Nn is not None:
+            mask_Nn = F.pad(mask_Nn, (0, normed_NqE.shape[1]), value=True)[:, None, None, :]
         attended = F.scaled_dot_product_attention(
-            self._split_heads(self.query(normed_NqE)), self._split_heads(key), self._split_heads(value)
+            self._split_heads(self.query(normed_NqE)), self._split_heads(key), self._split_heads(value), mask_Nn
         )
         return self.mlp(latents_NqE + self.out(attended.transpose(1, 2).flatten(2)))
 

@@ -15,18 +15,25 @@ from torch import Tensor, nn
 from model.action_head import build_action_head
 from model.action_head.base import Generators
 from model.augmentation import ImageAugmentation
+from model.backbone import Backbone
 from model.context import Context
 from model.normalizer import Normalizer
 from model.paligemma_vlm import PaliGemmaVLM
+from model.siglip_llm import SiglipLLM
 from utils.calculate_normalization_stats import StatisticsError, check_statistics
 from utils.checkpoint import CheckpointError
 from utils.config_utils import Config, ConfigError, config_from_dict
+
+BACKBONES: dict[str, type[Backbone]] = {
+    "paligemma": PaliGemmaVLM,
+    "siglip_llm": SiglipLLM,
+}
 
 
 class VLAModel(nn.Module):
     """A batch of the data contract in, a loss per action step or actions in physical units out."""
 
-    def __init__(self, config: Config, backbone: PaliGemmaVLM, statistics: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, config: Config, backbone: Backbone, statistics: Sequence[dict[str, Any]]) -> None:
         """Assemble a policy; use `from_pretrained` or `from_checkpoint` instead.
 
         Args:
@@ -59,14 +66,14 @@ class VLAModel(nn.Module):
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> VLAModel:
-        """A new policy on the pretrained backbone of `model.vlm_config.model_name_or_path`.
+        """A new policy on the pretrained backbone that `model.vlm_config` names.
 
         Raises:
             ConfigError: the backbone's directory is missing or does not fit the config.
             StatisticsError: statistics of another size.
         """
-        model = config.model
-        backbone = PaliGemmaVLM.from_pretrained(model.vlm_config, model.vision_resampler_config, image_mean, image_std)
+        vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
+        backbone = BACKBONES[vlm.type].from_pretrained(vlm, resampler, image_mean, image_std)
         return cls(config, backbone, statistics)
 
     @classmethod
@@ -89,7 +96,7 @@ class VLAModel(nn.Module):
         config = config or config_from_dict(checkpoint["config"], source="checkpoint")
         vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
         mean, std = checkpoint["image_processor"]["image_mean"], checkpoint["image_processor"]["image_std"]
-        backbone = PaliGemmaVLM.from_config(checkpoint["backbone_config"], vlm, resampler, mean, std)
+        backbone = BACKBONES[vlm.type].from_config(checkpoint["backbone_config"], vlm, resampler, mean, std)
         model = cls(config, backbone, checkpoint["statistics"] if statistics is None else statistics)
         weights = checkpoint["model"]
         if statistics is not None:
@@ -185,6 +192,8 @@ class VLAModel(nn.Module):
 # Settings that a run may change between a checkpoint and its continuation: they alter no weight's meaning.
 FREE_SETTINGS = {
     "model_name_or_path",
+    "vision_model_name_or_path",
+    "language_model_name_or_path",
     "dtype",
     "freeze_vision_tower",
     "freeze_language_model",

@@ -130,22 +130,30 @@ def make_tiny_paligemma(
         torch.nn.init.normal_(model.model.multi_modal_projector.linear.weight, std=vision_width**-0.5)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    image_processor = {
+    write_image_processor(
+        output_dir, image_size, image_seq_length=(image_size // patch_size) ** 2, processor_class="PaliGemmaProcessor"
+    )
+    return model.num_parameters()
+
+
+def write_image_processor(output_dir: pathlib.Path, image_size: int, **more: object) -> None:
+    """Write the `preprocessor_config.json` of published SigLIPs and PaliGemmas, for another image size."""
+    # Not by save_pretrained: SiglipImageProcessor asks for torchvision, which nothing else here needs.
+    settings = {
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
         "image_mean": [0.5, 0.5, 0.5],
         "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": (image_size // patch_size) ** 2,
         "image_std": [0.5, 0.5, 0.5],
-        "processor_class": "PaliGemmaProcessor",
         "resample": 3,  # bicubic
         "rescale_factor": 1 / 255,
         "size": {"height": image_size, "width": image_size},
+        **more,
     }
-    (output_dir / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2) + "\n", encoding="utf-8")
-    return model.num_parameters()
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (output_dir / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
 def _text_config(version: int, sliding_window: int, **sizes: object) -> GemmaConfig | Gemma2Config:
@@ -183,7 +191,7 @@ def _train_tokenizer(prompts: Sequence[str], vocab_size: int) -> GemmaTokenizer:
     return tokenizer
 
 
-def _read_prompts(paths: Sequence[str]) -> list[str]:
+def read_prompts(paths: Sequence[str]) -> list[str]:
     """The distinct prompts of Parquet files, or of all Parquet files below a folder."""
     import pyarrow.parquet as pq
 
@@ -218,7 +226,7 @@ def main() -> None:
     parser.add_argument("--sliding_window", type=int, default=4096, help="version 2 only")
     parser.add_argument("--seed", type=int, default=0)
     args = vars(parser.parse_args())
-    prompts = args.pop("prompts") + _read_prompts(args.pop("prompts_from"))
+    prompts = args.pop("prompts") + read_prompts(args.pop("prompts_from"))
     if not prompts:
         prompts = [task.instruction for task in metaworld_tasks.TASKS.values()]
     parameters = make_tiny_paligemma(prompts=prompts, **args)

@@ -130,11 +130,33 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class FusionConfig:
+    """How a siglip_llm backbone fuses image and text features: learnable latents read both by cross-attention."""
+
+    hidden_dim: int = 512  # width of features, latents and context
+    num_latents: int = 64  # context tokens
+    num_layers: int = 2
+    num_heads: int = 8
+
+    def __post_init__(self) -> None:
+        place = "model.vlm_config.fusion"
+        _positive(self, place, "hidden_dim", "num_latents", "num_layers", "num_heads")
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
+            raise ConfigError(
+                f"{place}: hidden_dim is {self.hidden_dim} and num_heads {self.num_heads}; give a width that is a "
+                "multiple of the heads and of 4 (sines and cosines of two coordinates)"
+            )
+
+
+@dataclass(frozen=True)
 class VLMConfig:
     """The pretrained backbone."""
 
-    type: Literal["paligemma"] = "paligemma"
-    model_name_or_path: str = "./weight/paligemma-3b-pt-224"  # Hugging Face directory or hub id
+    type: Literal["paligemma", "siglip_llm"] = "paligemma"
+    model_name_or_path: str = "./weight/paligemma-3b-pt-224"  # paligemma: Hugging Face directory or hub id
+    vision_model_name_or_path: str = "./weight/siglip-base-patch16-224"  # siglip_llm: directory or hub id of a SigLIP
+    language_model_name_or_path: str = "./weight/Qwen2.5-0.5B"  # siglip_llm: of a causal language model
+    fusion: FusionConfig = field(default_factory=FusionConfig)  # siglip_llm
     use_aux_camera: bool = False  # read image_2 as well
     freeze_vision_tower: bool = False
     freeze_language_model: bool = False
