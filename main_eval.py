@@ -53,7 +53,7 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
         dataset = open_dataset(predictor, spec, "--eval_data_path")
         logger.info("%s: %d episodes, %d samples", spec, dataset.store.num_episodes, len(dataset))
         data[spec] = dataset, make_loader(dataset, num_workers=workers, batch_size=args.batch_size or 16)
-    result, predictions = evaluate_offline(predictor, data, seed=args.seed or 0)
+    result, predictions = evaluate_offline(predictor, data, seed=args.seed or 0, num_samples=args.num_samples or 1)
     result = {"checkpoint": args.checkpoint_path, **result}
     paths = [output / "metrics.json"]
     write_json(paths[0], result)

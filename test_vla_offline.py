@@ -68,7 +68,7 @@ def share_in_range(predictor: VLAPredictor, predictions: Predictions) -> float:
     statistics = predictor.model.statistics[0]["action"]
     low, high = np.array(statistics["min"]), np.array(statistics["max"])
     margin = RANGE_MARGIN * (high - low) + 1e-6
-    predicted = predictions.predicted_NTA[~predictions.is_pad_NT]
+    predicted = predictions.predicted_KNTA[0][~predictions.is_pad_NT]
     return float(((predicted >= low - margin) & (predicted <= high + margin)).mean())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import yaml
 
 MODE_FLAGS = {  # the flag that chooses a mode, and those that only that mode reads
-    "eval_data_path": ("batch_size", "num_workers", "num_plots"),
+    "eval_data_path": ("batch_size", "num_workers", "num_plots", "num_samples"),
     "image1_paths": ("image2_paths", "prompt", "state_vector"),
     "env": (
         "tasks",
@@ -24,7 +24,15 @@ MODE_FLAGS = {  # the flag that chooses a mode, and those that only that mode re
         "env_options",
     ),
 }
-POSITIVE_FLAGS = ("num_threads", "num_inference_steps", "batch_size", "episodes", "n_action_steps", "image_size")
+POSITIVE_FLAGS = (
+    "num_threads",
+    "num_inference_steps",
+    "batch_size",
+    "num_samples",
+    "episodes",
+    "n_action_steps",
+    "image_size",
+)
 POLICY_FLAGS = ("checkpoint_path", "blind", "prompt_override", "swap_prompts", "n_action_steps", "num_inference_steps")
 
 
@@ -50,6 +58,7 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
     batch("--eval_data_path", nargs="+", metavar="P", help="Parquet files, folders or globs; one dataset each")
     batch("--batch_size", type=int, help="default 16")
     batch("--num_workers", type=int, help="loader processes; default: the checkpoint's data.num_workers")
+    batch("--num_samples", type=int, help="draws per observation, for spread and best-of-k; default 1: neither")
     batch("--num_plots", type=int, help="episodes per dataset to plot; default 3")
     single = parser.add_argument_group("a single observation").add_argument
     single("--image1_paths", nargs="+", metavar="IMAGE", help="frames of camera 1, oldest first")

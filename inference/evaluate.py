@@ -28,13 +28,14 @@ class Predictions:
     """The samples of one dataset that were predicted.
 
     Attributes:
-        predicted_NTA, true_NTA: float32, physical units; true actions are zeros where `is_pad_NT`.
+        predicted_KNTA: float32, physical units, K draws; the first is the prediction.
+        true_NTA: float32, physical units, zeros where `is_pad_NT`.
         is_pad_NT: bool, True past the episode's end.
         episode_N, frame_N: int64, where each sample comes from.
         file_N: the Parquet file of each sample.
     """
 
-    predicted_NTA: np.ndarray
+    predicted_KNTA: np.ndarray
     true_NTA: np.ndarray
     is_pad_NT: np.ndarray
     episode_N: np.ndarray
@@ -43,7 +44,10 @@ class Predictions:
 
 
 def evaluate_offline(
-    predictor: VLAPredictor, data: dict[str, tuple[Dataset, Iterable[dict[str, Any]]]], seed: int = 0
+    predictor: VLAPredictor,
+    data: dict[str, tuple[Dataset, Iterable[dict[str, Any]]]],
+    seed: int = 0,
+    num_samples: int = 1,
 ) -> tuple[dict[str, Any], dict[str, Predictions]]:
     """Predict at every time step of every dataset and compare with what was done there.
 
@@ -52,28 +56,29 @@ def evaluate_offline(
         data: per name a VLADataset and one pass over batches of its samples, all or some, in any order.
         seed: of the sampling noise; a sample's noise depends on this, the dataset's name and the sample's
             place in it, not on the batch size.
+        num_samples: draws per observation. Errors are those of the first, which stays the same whatever this
+            is; spread and best-of-k are over all of them and need two or more.
 
     Returns:
         A JSON-able dict and the predictions per dataset. The dict has `settings`, `seconds_per_sample` (model
-        time alone) and, under `predictors`, the `MetricAccumulator.result` of `policy`, `mean_action` (the
+        time alone, all draws) and, under `predictors`, the `MetricAccumulator.result` of `policy`, `mean_action` (the
         mean of the training data) and `repeat_last_action` (the action executed just before; at an episode's
         first step, where there is none, the mean action).
 
     Raises:
         NonFiniteError: the policy predicted NaN or infinity.
     """
-    head, inference = predictor.config.model.action_head_config, predictor.config.inference
-    settings = MetricSettings(head.num_action_bins, predictor.config.data.action_bounds, inference.accuracy_threshold)
+    settings = MetricSettings.from_config(predictor.config)
     horizon, width = predictor.horizon, predictor.per_action_dim
     accumulators = {name: MetricAccumulator(list(data), horizon, width, settings) for name in PREDICTORS}
     predictions, seconds = {}, 0.0
     for number, (name, (dataset, batches)) in enumerate(data.items()):
-        seen = []
+        seen, drawn = [], []
         for batch in tqdm(batches, desc=name, unit="batch", disable=None):
             rows = dataset.store.episode_starts[batch["episode_index"].numpy()] + batch["frame_index"].numpy()
-            seeds = [derive_seed("offline", seed, name, int(row)) for row in rows]
+            seeds = [[_noise_seed(seed, name, int(row), draw) for row in rows] for draw in range(num_samples)]
             started = time.perf_counter()
-            predicted = predictor.predict_batch(batch, seeds)
+            predicted = predictor.predict_draws(batch, seeds)
             seconds += time.perf_counter() - started
             true = batch["action"].numpy()[:, :horizon, :width]
             is_pad = batch["action_is_pad"].numpy()[:, :horizon]
@@ -83,21 +88,25 @@ def evaluate_offline(
             previous = [None if action is None else action[:width] for action in previous]
             candidates = {
                 "policy": predicted,
-                "mean_action": mean_action_prediction(mean_NA, horizon),
-                "repeat_last_action": repeat_last_action_prediction(previous, mean_NA, horizon),
+                "mean_action": mean_action_prediction(mean_NA, horizon)[None],
+                "repeat_last_action": repeat_last_action_prediction(previous, mean_NA, horizon)[None],
             }
             true_normalized, index = predictor.normalize_action(true, state), np.full(len(rows), number)
             for which, candidate in candidates.items():
-                normalized = predictor.normalize_action(candidate, state)
+                normalized = np.stack([predictor.normalize_action(draw, state) for draw in candidate])
                 accumulators[which].update(candidate, true, is_pad, normalized, true_normalized, index)
-            seen.append((predicted, true, is_pad, batch["episode_index"].numpy(), batch["frame_index"].numpy(), rows))
+            seen.append((true, is_pad, batch["episode_index"].numpy(), batch["frame_index"].numpy(), rows))
+            drawn.append(predicted)
         *arrays, rows = map(np.concatenate, zip(*seen, strict=True))
         files = np.searchsorted(dataset.store.file_starts, rows, side="right") - 1
-        predictions[name] = Predictions(*arrays, file_N=[str(dataset.store.files[i]) for i in files])
-    samples = sum(len(p.predicted_NTA) for p in predictions.values())
+        predictions[name] = Predictions(
+            np.concatenate(drawn, axis=1), *arrays, file_N=[str(dataset.store.files[i]) for i in files]
+        )
+    samples = sum(len(p.true_NTA) for p in predictions.values())
     result = {
         "settings": {
             "num_inference_steps": predictor.num_inference_steps,
+            "num_samples": num_samples,
             "seed": seed,
             "num_action_bins": settings.num_action_bins,
             "action_bounds": list(settings.action_bounds),
@@ -109,3 +118,9 @@ def evaluate_offline(
         "predictors": {name: accumulator.result() for name, accumulator in accumulators.items()},
     }
     return result, predictions
+
+
+def _noise_seed(seed: int, name: str, row: int, draw: int) -> int:
+    """The first draw's seed does not depend on how many follow."""
+    place = (row,) if draw == 0 else (row, draw)
+    return derive_seed("offline", seed, name, *place)

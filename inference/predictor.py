@@ -157,7 +157,7 @@ class VLAPredictor:
         generator = seed
         if seed is not None and not isinstance(seed, torch.Generator):
             generator = torch.Generator().manual_seed(int(seed))
-        return self._sample(batch, generator, num_inference_steps)[0]
+        return self._sample(batch, [generator], num_inference_steps)[0, 0]
 
     def predict_batch(
         self, batch: Batch, seeds: Sequence[int] | None = None, num_inference_steps: int | None = None
@@ -173,7 +173,23 @@ class VLAPredictor:
         Returns:
             float32 (B, horizon, per_action_dim), physical units.
         """
-        generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+        return self.predict_draws(batch, [seeds], num_inference_steps)[0]
+
+    def predict_draws(
+        self, batch: Batch, seeds: Sequence[Sequence[int] | None], num_inference_steps: int | None = None
+    ) -> np.ndarray:
+        """Several draws for each observation of a batch, which is encoded once.
+
+        Args:
+            batch, num_inference_steps: as `predict_batch` takes them.
+            seeds: one entry per draw, each as `predict_batch` takes it.
+
+        Returns:
+            float32 (draws, B, horizon, per_action_dim), physical units.
+        """
+        generators = [
+            None if draw is None else [torch.Generator().manual_seed(seed) for seed in draw] for draw in seeds
+        ]
         return self._sample(batch, generators, num_inference_steps)
 
     def observe(
@@ -234,10 +250,10 @@ class VLAPredictor:
         tensors = (torch.as_tensor(np.asarray(x, np.float32), device=self.device) for x in (action, state))
         return self.model.normalizer.normalize_action(*tensors, index)[..., : self.per_action_dim].cpu().numpy()
 
-    def _sample(self, batch: Batch, generator: Any, num_inference_steps: int | None) -> np.ndarray:
+    def _sample(self, batch: Batch, generators: Sequence[Any], num_inference_steps: int | None) -> np.ndarray:
         steps = _given(num_inference_steps, self.num_inference_steps)
-        action_BTA = self.model.predict(self._on_device(batch), generator, steps)
-        return action_BTA[:, : self.horizon, : self.per_action_dim].cpu().numpy()
+        action_KBTA = self.model.predict_draws(self._on_device(batch), generators, steps)
+        return action_KBTA[..., : self.horizon, : self.per_action_dim].cpu().numpy()
 
     def _on_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}

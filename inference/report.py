@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inference.evaluate import Predictions
+from utils.metrics import METRICS
 from utils.misc import atomic_path
-
-TABLE_METRICS = ("mse", "mae", "mse_normalized", "binned_accuracy", "binned_accuracy_within_1", "threshold_accuracy")
+from utils.trajectory_plot import draw_trajectory
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -33,16 +33,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def metrics_table(result: dict[str, Any]) -> str:
-    """The result of `evaluate_offline`: one line per predictor, overall and per dataset where there are several."""
-    rows = []
-    for predictor, summary in result["predictors"].items():
-        parts = {"all": summary}
-        if len(summary["per_dataset"]) > 1:
-            parts |= summary["per_dataset"]
-        rows += [
-            [predictor, name, *(part["overall"][metric] for metric in TABLE_METRICS)] for name, part in parts.items()
-        ]
-    return table(["predictor", "data", *TABLE_METRICS], rows)
+    """The result of `evaluate_offline`: a line per metric, a column per predictor; several datasets one by one too."""
+    predictors = result["predictors"]
+    datasets = list(next(iter(predictors.values()))["per_dataset"])
+    tables = [_metrics_table("all data", predictors)]
+    if len(datasets) > 1:
+        for dataset in datasets:
+            parts = {name: summary["per_dataset"][dataset] for name, summary in predictors.items()}
+            tables.append(_metrics_table(dataset, parts))
+    return "\n\n".join(tables)
+
+
+def _metrics_table(title: str, parts: dict[str, dict[str, Any]]) -> str:
+    rows = [[metric, *(part["overall"][metric] for part in parts.values())] for metric in METRICS]
+    return table([title, *parts], [row for row in rows if any(value is not None for value in row[1:])])
 
 
 def rollout_table(result: dict[str, Any]) -> str:
@@ -74,18 +78,18 @@ def write_actions(output_dir: Path, action_TA: np.ndarray, inputs: dict[str, Any
 
 
 def write_predictions(path: str | Path, predictions: dict[str, Predictions]) -> None:
-    """One CSV row per sample and horizon step, physical units.
+    """One CSV row per sample and horizon step, physical units; the first draw where there are several.
 
     Columns: dataset, file, episode (within the dataset), frame (within the episode), step, pred_0 .., true_0 ..,
     is_pad. Where is_pad is 1 there is no truth, and its columns are empty.
     """
-    dims = range(next(iter(predictions.values())).predicted_NTA.shape[2])
+    dims = range(next(iter(predictions.values())).true_NTA.shape[2])
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = [f"pred_{a}" for a in dims] + [f"true_{a}" for a in dims]
         writer.writerow(["dataset", "file", "episode", "frame", "step", *names, "is_pad"])
         for name, part in predictions.items():
-            for n, (predicted_TA, true_TA) in enumerate(zip(part.predicted_NTA, part.true_NTA, strict=True)):
+            for n, (predicted_TA, true_TA) in enumerate(zip(part.predicted_KNTA[0], part.true_NTA, strict=True)):
                 place = [name, part.file_N[n], part.episode_N[n], part.frame_N[n]]
                 for t, is_pad in enumerate(part.is_pad_NT[n]):
                     truth = [""] * len(dims) if is_pad else map(_digits, true_TA[t])
@@ -95,8 +99,8 @@ def write_predictions(path: str | Path, predictions: dict[str, Predictions]) -> 
 def plot_trajectories(output_dir: str | Path, predictions: dict[str, Predictions], episodes: int = 3) -> list[Path]:
     """Predicted against true actions over an episode, one panel per dimension, as PNG; returns the paths.
 
-    At every step of the episode the first action of the prediction made there is drawn. The episodes are
-    spread evenly over each dataset.
+    At every step of the episode the first action of the prediction made there is drawn, with a band where there
+    are several draws. The episodes are spread evenly over each dataset.
     """
     paths = []
     for name, part in predictions.items():
@@ -125,16 +129,14 @@ def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str) -
         if a >= dims:
             axis.axis("off")
             continue
-        axis.plot(steps, part.true_NTA[rows, 0, a], color="black", linewidth=1.2, label="true")
-        axis.plot(steps, part.predicted_NTA[rows, 0, a], color="tab:orange", linewidth=1.2, label="predicted")
+        draw_trajectory(axis, steps, part.predicted_KNTA[:, rows, 0, a], part.true_NTA[rows, 0, a])
         axis.set_ylabel(f"action[{a}]")
-        axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
     figure.suptitle(f"First action of each prediction: {title}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def _cell(value: Any) -> str:

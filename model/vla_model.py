@@ -145,10 +145,24 @@ class VLAModel(nn.Module):
             generator: see `ActionHeadBase.sample`.
             num_inference_steps: integration steps of heads that iterate.
         """
+        return self.predict_draws(batch, [generator], num_inference_steps)[0]
+
+    @torch.no_grad()
+    def predict_draws(
+        self, batch: dict[str, Any], generators: Sequence[Generators], num_inference_steps: int = 10
+    ) -> Tensor:
+        """Several draws for each observation, which is encoded once: float32 (K, B, T, A), physical units.
+
+        Args:
+            batch: the data contract; actions are not needed.
+            generators: one entry per draw, each as `ActionHeadBase.sample` takes it.
+            num_inference_steps: integration steps of heads that iterate.
+        """
         with self._autocast():
             context = self.encode(batch)
-            action_BTA = self.action_head.sample(context, generator, num_inference_steps)
-        return self.normalizer.denormalize_action(action_BTA.float(), batch["state"], batch["dataset_index"])
+            draws = [self.action_head.sample(context, generator, num_inference_steps) for generator in generators]
+        place = batch["state"], batch["dataset_index"]
+        return torch.stack([self.normalizer.denormalize_action(action.float(), *place) for action in draws])
 
     def encode(self, batch: dict[str, Any]) -> Context:
         """The fused observation that the head sees; the same for training, evaluation and serving.

@@ -106,6 +106,19 @@ def test_batch_size_changes_nothing(checkpoint, demos, tmp_path):
     assert reseeded["predictors"]["policy"]["overall"]["mse"] != pytest.approx(policies[0]["mse"], rel=1e-5)
 
 
+def test_several_draws(checkpoint, demos, tmp_path, capsys):
+    one, _ = evaluate(checkpoint, demos, tmp_path / "one", "--num_plots", "0")
+    several, _ = evaluate(checkpoint, demos, tmp_path / "several", "--num_plots", "1", "--num_samples", "3")
+    single, policy = (result["predictors"]["policy"]["overall"] for result in (one, several))
+    assert policy["mse"] == pytest.approx(single["mse"], rel=1e-6), "the first draw does not depend on the others"
+    assert single["spread"] is None and policy["spread"] > 0
+    assert policy["best_of_k_mse_normalized"] < policy["mse_normalized"]
+    assert several["settings"]["num_samples"] == 3
+    assert several["predictors"]["mean_action"]["overall"]["spread"] is None
+    assert "best_of_k_mse" in capsys.readouterr().out
+    assert len(list((tmp_path / "several" / "plots").iterdir())) == 2
+
+
 def test_single_item(checkpoint, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "now.png")
@@ -138,6 +151,8 @@ def test_single_item(checkpoint, tmp_path, capsys):
         ("--eval_data_path d", "--checkpoint_path is missing"),
         ("--checkpoint_path c --eval_data_path d --blind", "--blind belongs to --env, not to --eval_data_path"),
         ("--checkpoint_path c --env metaworld --tasks t --batch_size 4", "--batch_size belongs to --eval_data_path"),
+        ("--checkpoint_path c --eval_data_path d --num_samples 0", "--num_samples is 0; give 1 or more"),
+        ("--checkpoint_path c --env e --tasks t --num_samples 2", "--num_samples belongs to --eval_data_path"),
         ("--checkpoint_path c --eval_data_path d d", "--eval_data_path names a path twice"),
         ("--checkpoint_path c --image1_paths i", "--prompt is missing"),
         ("--checkpoint_path c --env metaworld", "--tasks is missing"),

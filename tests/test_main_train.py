@@ -96,6 +96,8 @@ def test_wandb_offline(project):
     result = run(project, "--use_wandb", "--set", "training.max_steps=1")
     assert result.returncode == 0, result.stderr
     assert list((project / "experiments/a/wandb").glob("offline-run-*/*.wandb"))
+    pictures = list((project / "experiments/a/wandb").glob("offline-run-*/files/media/images/val/trajectories_*.png"))
+    assert len(pictures) == 1
 
 
 @pytest.mark.slow

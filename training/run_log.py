@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints: metrics.jsonl, the loss curve, and W&B when asked for."""
+"""What a run writes besides checkpoints: metrics, pictures, and W&B when asked for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from training.validation import Validation
 from utils.config_utils import Config, config_to_dict, save_config
 from utils.misc import atomic_path
+from utils.trajectory_plot import plot_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,7 @@ class RunLog:
     def __init__(self, config: Config, *, is_main: bool) -> None:
         self.directory = config.experiment_dir
         self.metrics_path = self.directory / "logs" / "metrics.jsonl"
+        self.validation_path = self.directory / "logs" / "validation.jsonl"
         self.is_main = is_main
         self._wandb = None
         if not is_main:
@@ -30,11 +33,14 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Drop lines past `step`: the steps between a checkpoint and the crash after it are trained again."""
-        if not self.is_main or not self.metrics_path.is_file():
+        if not self.is_main:
             return
-        kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= step]
-        with atomic_path(self.metrics_path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        for path in (self.metrics_path, self.validation_path):
+            if not path.is_file():
+                continue
+            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; `values` holds `step`."""
@@ -44,6 +50,25 @@ class RunLog:
             file.write(json.dumps(values) + "\n")
         if self._wandb is not None:
             self._wandb.log(values, step=values["step"])
+
+    def write_validation(self, step: int, found: Validation) -> None:
+        """Append the metrics per step, dimension and dataset to validation.jsonl, and draw the fixed samples to
+        plots/validation_step_{step}.png and W&B.
+        """
+        if not self.is_main:
+            return
+        with open(self.validation_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **found.details}) + "\n")
+        if found.plotted is None:
+            return
+        path = self.directory / "plots" / f"validation_step_{step:06d}.png"
+        part = found.plotted
+        title = f"Action chunks of held-out samples after {step} steps, physical units"
+        plot_chunks(path, part.drawn_KNTA, part.true_NTA, part.is_pad_NT, part.captions, title)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"val/trajectories": wandb.Image(str(path))}, step=step)
 
     def plot(self) -> None:
         """Draw the loss curves of metrics.jsonl to plots/loss_curve.png."""

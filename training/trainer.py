@@ -24,6 +24,7 @@ from model.vla_model import VLAModel
 from training.optimizer import build_optimizer
 from training.run_log import RunLog
 from training.schedule import learning_rate
+from training.validation import validate
 from utils.checkpoint import save_checkpoint
 from utils.config_utils import Config, ConfigError, config_to_dict
 from utils.misc import count_parameters, derive_seed
@@ -162,37 +163,33 @@ class VLATrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Validation loss and sampled action errors over the held-out samples, under the padding mask.
+        """Validation loss and errors of sampled actions over the held-out samples, under the padding mask.
+
+        Writes the errors per step and dimension, and pictures of the same few samples each time (see `RunLog`).
 
         Returns:
-            `val_loss`, `val_action_mse` (normalized units) and `val_action_mae` (physical units).
+            `Validation.values`.
         """
         self.model.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for i, batch in enumerate(self._validation_batches()):
-            batch = to_device(batch, self.device)
-            torch.manual_seed(derive_seed("validation", self.config.training.seed, i, self.rank))
-            valid_BT = ~batch["action_is_pad"]
-            loss = self.policy(batch).sum()
-            predicted_BTA = self.policy.predict(batch, num_inference_steps=self.config.inference.num_inference_steps)
-            normalizer, index_B = self.policy.normalizer, batch["dataset_index"]
-            normalized = (
-                normalizer.normalize_action(a, batch["state"], index_B) for a in (predicted_BTA, batch["action"])
-            )
-            error_BTA = next(normalized) - next(normalized)
-            exists_B1A = normalizer.action_dim_mask(index_B)[:, None].float()
-            weight_B1A = exists_B1A / exists_B1A.sum(dim=-1, keepdim=True)
-            mse = (error_BTA.square() * weight_B1A).sum(dim=-1)[valid_BT].sum()
-            mae = ((predicted_BTA - batch["action"]).abs() * weight_B1A).sum(dim=-1)[valid_BT].sum()
-            sums += torch.stack([loss, mse, mae, valid_BT.sum()]).double()
-        loss, mse, mae, count = self.reduce_sum(sums).tolist()
-        return {"val_loss": loss / count, "val_action_mse": mse / count, "val_action_mae": mae / count}
+        limit = self.config.training.val_max_batches
+        found = validate(
+            self.policy,
+            self._validation_batches(),
+            min(len(self.val_loader), limit or len(self.val_loader)),
+            self.config,
+            self.device,
+            rank=self.rank,
+            reduce_sum=self.reduce_sum,
+        )
+        self.run_log.write_validation(self.step, found)
+        return found.values
 
     def log(self, values: dict[str, float]) -> None:
-        """One line in the log and in metrics.jsonl."""
+        """One line in metrics.jsonl, and one in the log, which leaves out the many `val/` metrics."""
         values = {"step": self.step, "epoch": round(self.epoch, 4), **values}
         self.run_log.write(values)
-        logger.info(" ".join(f"{name} {_short(value)}" for name, value in values.items()))
+        shown = {name: value for name, value in values.items() if not name.startswith("val/")}
+        logger.info(" ".join(f"{name} {_short(value)}" for name, value in shown.items()))
 
     def log_validation(self, values: dict[str, float]) -> None:
         """Log a validation and keep the best model so far."""

@@ -267,13 +267,17 @@ class TrainingConfig:
     save_every_n_epochs: int = 1
     val_every_n_epochs: int = 1
     val_max_batches: int | None = None  # None: the whole validation set
+    val_num_samples: int = 1  # draws per held-out sample; 2 or more add the spread and the best of them
+    val_num_plots: int = 4  # held-out samples whose predictions are drawn at every validation; 0: none
     num_threads: int | None = None  # CPU threads of the training process; None: torch's choice
     strategy: Literal["ddp", "fsdp"] = "ddp"  # main_train_ddp.py: whole model on every rank, or sharded over them
     distributed_timeout_s: float = 1800.0  # seconds that a rank waits for the others before it gives up
 
     def __post_init__(self) -> None:
         _positive(self, "training", "epochs", "gradient_accumulation_steps", "log_interval")
-        _positive(self, "training", "save_every_n_epochs", "val_every_n_epochs")
+        _positive(self, "training", "save_every_n_epochs", "val_every_n_epochs", "val_num_samples")
+        if self.val_num_plots < 0:
+            raise ConfigError(f"training.val_num_plots is {self.val_num_plots}; give 0 (no plots) or more")
         _positive(self, "training", "distributed_timeout_s")
         for name in ("max_steps", "val_max_batches", "num_threads", "grad_clip_norm"):
             if getattr(self, name) is not None:

@@ -17,13 +17,22 @@ from inference.metrics import (
 SETTINGS = MetricSettings(num_action_bins=4, action_bounds=(-1.0, 1.0), accuracy_threshold=0.1)
 
 
-def accumulate(predicted, true, is_pad, scale=10.0, index=None, names=("demos",)):
-    """Metrics of one batch whose physical units are `scale` times the normalized ones."""
+def accumulate(predicted, true, is_pad, scale=10.0, index=None, names=("demos",), exists=None):
+    """Metrics of one batch whose physical units are `scale` times the normalized ones.
+
+    `predicted` is (N, T, A), or (K, N, T, A) with several draws.
+    """
+    accumulator = accumulator_of(predicted, true, is_pad, scale, index, names, exists)
+    return accumulator.result()
+
+
+def accumulator_of(predicted, true, is_pad, scale=10.0, index=None, names=("demos",), exists=None):
     predicted, true, is_pad = np.asarray(predicted, float), np.asarray(true, float), np.asarray(is_pad)
+    predicted = predicted if predicted.ndim == 4 else predicted[None]
     accumulator = MetricAccumulator(names, *true.shape[1:], SETTINGS)
     index = np.zeros(len(true), int) if index is None else np.asarray(index)
-    accumulator.update(predicted * scale, true * scale, is_pad, predicted, true, index)
-    return accumulator.result()
+    accumulator.update(predicted * scale, true * scale, is_pad, predicted, true, index, exists)
+    return accumulator
 
 
 def test_hand_computed():
@@ -42,6 +51,79 @@ def test_hand_computed():
     assert result["per_step"]["mae_normalized"] == pytest.approx([0.275, 0.55])
     assert result["per_dimension"]["mae_normalized"] == pytest.approx([0.25, 0.575])
     assert (result["samples"], result["valid_steps"]) == (1, 2)
+
+
+def test_steps_and_endpoints_by_hand():
+    true = [[[0.0], [0.1], [0.2], [0.3]], [[0.5], [0.5], [0.0], [0.0]]]
+    predicted = [[[0.1], [0.1], [0.4], [0.0]], [[0.1], [0.7], [9.0], [9.0]]]
+    is_pad = [[False] * 4, [False, False, True, True]]
+    result = accumulate(predicted, true, is_pad)
+    overall = result["overall"]
+    assert overall["first_step_error_normalized"] == pytest.approx((0.1 + 0.4) / 2)
+    assert overall["endpoint_error_normalized"] == pytest.approx((0.3 + 0.2) / 2)  # of the last valid steps
+    chunks = (0.01 + 0 + 0.04 + 0.09) / 4, (0.16 + 0.04) / 2
+    assert overall["trajectory_mse_normalized"] == pytest.approx(sum(chunks) / 2)  # the short chunk counts in full
+    assert result["per_step"]["trajectory_mse_normalized"] == [
+        None,
+        pytest.approx(chunks[1]),
+        None,
+        pytest.approx(chunks[0]),
+    ]
+    # second differences 0.4 - 0.2 + 0.1 and 0.0 - 0.8 + 0.1; the second chunk has only two steps
+    assert overall["smoothness_normalized"] == pytest.approx((0.3 + 0.7) / 2)
+    assert result["per_step"]["smoothness_normalized"] == [None, None, pytest.approx(0.3), pytest.approx(0.7)]
+    assert overall["smoothness_true_normalized"] == pytest.approx(0.0)
+    assert overall["spread"] is None and overall["best_of_k_mse"] is None  # one draw has neither
+    for name in ("first_step_error", "endpoint_error", "smoothness"):
+        assert overall[name] == pytest.approx(10 * overall[f"{name}_normalized"])
+    assert overall["trajectory_mse"] == pytest.approx(100 * overall["trajectory_mse_normalized"])
+
+
+def test_draws_by_hand():
+    true = [[[0.0, 0.0], [0.2, 0.0]]]
+    draws = [[[[0.3, 0.0], [0.2, 0.0]]], [[[0.1, 0.0], [0.4, 0.0]]], [[[0.2, 0.0], [-9.0, 0.0]]]]
+    result = accumulate(draws, true, [[False, False]])
+    overall = result["overall"]
+    assert overall["mse_normalized"] == pytest.approx(0.09 / 4)  # of the first draw
+    # the second draw is nearest as a whole chunk, although the first one hits the second step
+    assert overall["best_of_k_mse_normalized"] == pytest.approx((0.01 + 0.04) / 4)
+    assert overall["best_of_k_mse"] == pytest.approx(100 * overall["best_of_k_mse_normalized"])
+    assert result["per_step"]["spread_normalized"][0] == pytest.approx(0.1 / 2)  # of 0.3, 0.1, 0.2; and of zeros
+    assert result["per_dimension"]["spread"][1] == 0.0
+
+    padded = accumulate(draws, true, [[False, True]])["overall"]
+    assert padded["best_of_k_mse_normalized"] == pytest.approx(0.01 / 2)  # -9 is past the end and disqualifies none
+    assert padded["spread_normalized"] == pytest.approx(0.1 / 2)
+
+
+def test_missing_dimensions_are_left_out():
+    true, predicted = [[[0.1, 0.0], [0.2, 0.0]]], [[[0.2, 7.0], [0.4, np.nan]]]
+    result = accumulate(predicted, true, [[False, False]], exists=[[True, False]])
+    assert result["overall"]["mae_normalized"] == pytest.approx(0.15)
+    assert result["per_dimension"]["endpoint_error_normalized"] == [pytest.approx(0.2), None]
+    assert result["overall"]["trajectory_mse_normalized"] == pytest.approx((0.01 + 0.04) / 2)
+
+
+def test_sums_of_ranks_equal_the_whole():
+    rng = np.random.default_rng(3)
+    predicted, true = rng.uniform(-1, 1, (3, 9, 4, 2)), rng.uniform(-1, 1, (9, 4, 2))
+    is_pad, index = np.arange(4) >= rng.integers(1, 5, (9, 1)), rng.integers(0, 2, 9)
+    whole = accumulate(predicted, true, is_pad, index=index, names=("a", "b"))
+    ranks = [
+        accumulator_of(predicted[:, rows], true[rows], is_pad[rows], index=index[rows], names=("a", "b"))
+        for rows in (slice(0, 2), slice(2, 9), slice(9, 9))
+    ]
+    vectors = []
+    for rank in ranks:
+        rank.reduce(lambda values: (vectors.append(values), values)[1])
+    for rank in ranks:
+        rank.reduce(lambda values: np.sum(vectors, axis=0))
+        reduced = rank.result()
+        assert (reduced["samples"], reduced["valid_steps"]) == (whole["samples"], whole["valid_steps"])
+        for part in ("overall", "per_step", "per_dimension"):
+            for name in METRICS:
+                assert reduced[part][name] == pytest.approx(whole[part][name]), (part, name)
+        assert reduced["per_dataset"]["b"]["overall"] == pytest.approx(whole["per_dataset"]["b"]["overall"])
 
 
 def test_padding_is_left_out():
@@ -67,11 +149,14 @@ def test_padded_values_change_nothing(garbage):
 
 def test_perfect_prediction():
     true = np.random.default_rng(1).uniform(-1, 1, (8, 4, 3))
-    result = accumulate(true, true, np.zeros((8, 4), bool))
-    for name in METRICS:
+    result = accumulate([true, true], true, np.zeros((8, 4), bool))
+    smoothness = {name for name in METRICS if "smoothness" in name}
+    for name in smoothness:
+        assert result["overall"][name] == result["overall"][name.replace("_true", "")] > 0
+    for name in set(METRICS) - smoothness:
         wanted = 1.0 if "accuracy" in name else 0.0
         assert result["overall"][name] == wanted
-        assert result["per_step"][name] == [wanted] * 4
+        assert set(result["per_step"][name]) - {None} == {wanted}
         assert result["per_dimension"][name] == [wanted] * 3
 
 
@@ -86,34 +171,20 @@ def test_per_dataset_and_batch_split():
     assert whole["per_dataset"]["b"] == alone
     parts = MetricAccumulator(("a", "b"), 4, 2, SETTINGS)
     for rows in (slice(0, 5), slice(5, 5), slice(5, 10)):
-        args = predicted[rows] * 10, true[rows] * 10, is_pad[rows], predicted[rows], true[rows], index[rows]
-        parts.update(*args)
+        here = predicted[None, rows]
+        parts.update(here * 10, true[rows] * 10, is_pad[rows], here, true[rows], index[rows])
     assert parts.result()["overall"] == pytest.approx(whole["overall"])
-
-
-def test_a_metric_may_be_undefined_somewhere(monkeypatch):
-    def endpoint(errors):
-        """|error| at the last valid step only."""
-        value = np.abs(errors.predicted_NTA - errors.true_NTA)
-        last = errors.valid_NT.sum(1) - 1
-        value[np.arange(value.shape[1]) != last[:, None]] = np.nan
-        return value
-
-    monkeypatch.setitem(METRICS, "endpoint", endpoint)
-    result = accumulate([[[0.1], [0.3], [9.0]]], [[[0.0], [0.0], [0.0]]], [[False, False, True]], scale=1.0)
-    assert result["overall"]["endpoint"] == pytest.approx(0.3)
-    assert result["per_step"]["endpoint"] == [None, pytest.approx(0.3), None]
 
 
 def test_bad_batches():
     accumulator = MetricAccumulator(("a",), 2, 1, SETTINGS)
-    ok, pad, index = np.zeros((1, 2, 1)), np.zeros((1, 2), bool), np.zeros(1, int)
+    drawn, ok, pad, index = np.zeros((1, 1, 2, 1)), np.zeros((1, 2, 1)), np.zeros((1, 2), bool), np.zeros(1, int)
     with pytest.raises(ValueError, match=r"true_NTA has shape \(1, 3, 1\).*wanted \(1, 2, 1\)"):
-        accumulator.update(ok, np.zeros((1, 3, 1)), pad, ok, ok, index)
-    with pytest.raises(ValueError, match="predicted_NTA: sample 0 of the batch, step 1, dimension 0 is nan"):
-        accumulator.update(np.array([[[0.0], [np.nan]]]), ok, pad, ok, ok, index)
+        accumulator.update(drawn, np.zeros((1, 3, 1)), pad, drawn, ok, index)
+    with pytest.raises(ValueError, match="predicted_KNTA: sample 0 of the batch, step 1, dimension 0 is nan"):
+        accumulator.update(np.array([[[[0.0], [np.nan]]]]), ok, pad, drawn, ok, index)
     with pytest.raises(ValueError, match="dataset_index holds 1; there are 1 names"):
-        accumulator.update(ok, ok, pad, ok, ok, index + 1)
+        accumulator.update(drawn, ok, pad, drawn, ok, index + 1)
     assert accumulator.result()["samples"] == 0
 
 

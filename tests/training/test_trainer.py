@@ -135,7 +135,10 @@ def test_fit_writes_what_it_promises(make_config, caplog):
     assert names == {
         "config.yaml",
         "logs/metrics.jsonl",
+        "logs/validation.jsonl",
         "plots/loss_curve.png",
+        "plots/validation_step_000011.png",
+        "plots/validation_step_000012.png",
         "checkpoints/model_best.pth.tar",
         "checkpoints/checkpoint_epoch_1.pth.tar",
         "checkpoints/checkpoint_epoch_2.pth.tar",
@@ -145,7 +148,8 @@ def test_fit_writes_what_it_promises(make_config, caplog):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     validations = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in validations] == [11, 12]  # 22 samples, batch 4: two epochs end at step 11
-    assert {"val_loss", "val_action_mse", "val_action_mae"} <= validations[0].keys()
+    assert {"val_loss", "val_action_mse", "val_action_mae", "val/endpoint_error"} <= validations[0].keys()
+    assert "val_action_mse" in caplog.text and "val/" not in caplog.text
     best = load_checkpoint(root / "checkpoints/model_best.pth.tar")
     assert best["best"] == min(line["val_loss"] for line in validations)
     assert "steps 0 to 12, 22 samples" in caplog.text
