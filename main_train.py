@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -22,8 +23,8 @@ from utils.misc import derive_seed, pick_device, set_up_logging, user_message
 logger = logging.getLogger(__name__)
 
 
-def main() -> None:
-    args = train_parser(__doc__).parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = train_parser(__doc__).parse_args(argv)
     config = config_from_args(args)
     start = args.resume_checkpoint or args.init_checkpoint
     checkpoint = load_checkpoint(start) if start else None
