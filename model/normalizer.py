@@ -6,7 +6,7 @@ Shape letters: B batch, T horizon, A per_action_dim, S state_dim, D datasets.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,19 @@ from torch import Tensor, nn
 
 from utils.calculate_normalization_stats import STATISTICS
 from utils.config_utils import Config
+
+
+class ActionRange(NamedTuple):
+    """Where normalized actions lie, each float32 (2, A): row 0 the lowest, row 1 the highest value.
+
+    Attributes:
+        covered_2A: what a head should resolve: the bounds that `min_max` and `quantile` map onto; for `mean_std`,
+            which has none, the extremes. A bin or a clip outside of it serves outliers only.
+        extremes_2A: of all training actions (the bounds for `min_max`; beyond them for `quantile`).
+    """
+
+    covered_2A: Tensor
+    extremes_2A: Tensor
 
 
 class Normalizer(nn.Module):
@@ -59,6 +72,7 @@ class Normalizer(nn.Module):
         delta_A = torch.zeros(per_action_dim, dtype=torch.bool)
         delta_A[list(delta_dims)] = True
         self.register_buffer("action_is_delta_A", delta_A)
+        self.action_range = self._action_range([one["action"] for one in statistics], kind, bounds)
 
     @classmethod
     def from_config(cls, config: Config, statistics: Sequence[dict[str, Any]]) -> Normalizer:
@@ -92,6 +106,22 @@ class Normalizer(nn.Module):
     def action_dim_mask(self, dataset_index_B: Tensor) -> Tensor:
         """bool (B, A), True for action dimensions that a sample's dataset has."""
         return self.action_exists[dataset_index_B]
+
+    def _action_range(
+        self, statistics: list[dict[str, list[float]]], kind: str, bounds: tuple[float, float]
+    ) -> ActionRange:
+        bounds_2A = torch.tensor(bounds)[:, None].repeat(1, self.action_exists.shape[1])
+        extremes = []
+        for row, (part, worst) in enumerate((("min", torch.inf), ("max", -torch.inf))):
+            width = self.action_exists.shape[1]
+            value_DA = torch.tensor([one[part] + [0.0] * (width - len(one[part])) for one in statistics])
+            value_DA = (value_DA - self.action_center) * self.action_slope + self.action_target
+            value_DA = value_DA.masked_fill(~self.action_exists | self.action_constant, worst)
+            extremes.append(value_DA.amin(dim=0) if row == 0 else value_DA.amax(dim=0))
+        extremes_2A = torch.stack(extremes)
+        varies_A = extremes_2A[0] < extremes_2A[1]  # in one dataset at least
+        extremes_2A = torch.where(varies_A, extremes_2A, bounds_2A)
+        return ActionRange(extremes_2A if kind == "mean_std" else bounds_2A, extremes_2A)
 
     def _origin(self, state_BS: Tensor) -> Tensor:
         """What delta actions are relative to, (B, 1, A): the state in delta dimensions, 0 elsewhere."""

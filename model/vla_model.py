@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.action_head import build_action_head
+from model.action_head import build_action_head, head_class
 from model.action_head.base import Generators
 from model.augmentation import ImageAugmentation
 from model.backbone import Backbone
@@ -56,7 +56,7 @@ class VLAModel(nn.Module):
         self.normalizer = Normalizer.from_config(config, statistics)
         self.augmentation = ImageAugmentation(data.augmentation)
         self.backbone = backbone
-        self.action_head = build_action_head(head, backbone.embed_dim, data.state_dim)
+        self.action_head = build_action_head(head, backbone.embed_dim, data.state_dim, self.normalizer.action_range)
 
     @classmethod
     def from_pretrained(
@@ -72,6 +72,7 @@ class VLAModel(nn.Module):
             ConfigError: the backbone's directory is missing or does not fit the config.
             StatisticsError: statistics of another size.
         """
+        head_class(config.model.action_head_config.type)  # a misspelt head is named before the weights are read
         vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
         backbone = BACKBONES[vlm.type].from_pretrained(vlm, resampler, image_mean, image_std)
         return cls(config, backbone, statistics)
@@ -220,6 +221,11 @@ FREE_SETTINGS = {
     "time_distribution",
     "time_beta",
     "time_clamp",
+    "integrator",
+    "decoding",
+    "scheduler",
+    "inference_steps",
+    "clip_sample_range",
 }
 
 

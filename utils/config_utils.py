@@ -194,23 +194,34 @@ class VisionResamplerConfig:
 class ActionHeadConfig:
     """The action head: what it predicts, and its size."""
 
-    type: Literal["flow_matching"] = "flow_matching"
+    type: str = "flow_matching"  # a key of ACTION_HEADS (model/action_head): also regression, discrete, diffusion
     use_state_input: bool = True
     horizon: int = 8  # T, action steps per prediction
     per_action_dim: int = 7  # A, values per action step
     action_dim: int | None = None  # horizon x per_action_dim; derived, checked when given
     num_action_dims: int | None = None  # older spelling of per_action_dim
-    num_action_bins: int = 256  # bins per dimension of binned accuracy (and of a discrete head)
-    mlp_hidden_dims: tuple[int, ...] = (1024, 512)  # hidden widths of MLP heads
+    num_action_bins: int = 256  # bins per dimension, of the discrete head and of binned accuracy
+    mlp_hidden_dims: tuple[int, ...] = (1024, 512)  # discrete: hidden widths of the MLP
+    decoding: Literal["argmax", "expectation", "sample"] = "argmax"  # discrete: from bin probabilities to actions
     dropout_prob: float = 0.0
-    hidden_dim: int = 1024  # width of the action-token transformer
+    hidden_dim: int = 1024  # width of the action-token transformer, and of the state encoder
     num_layers: int = 8
     num_heads: int = 8
     noise_draws_per_sample: int = 1  # (noise, time) draws per backbone pass in training
-    noise_distribution: Literal["gaussian", "uniform"] = "gaussian"  # uniform is in [-1, 1]
-    time_distribution: Literal["uniform", "beta"] = "beta"
-    time_beta: tuple[float, float] = (1.0, 1.5)  # Beta(a, b) of t in [0, 1], t = 0 is pure noise
-    time_clamp: tuple[float, float] = (0.0, 1.0)  # t is mapped linearly into this range
+    noise_distribution: Literal["gaussian", "uniform"] = "gaussian"  # flow_matching: uniform is in [-1, 1]
+    time_distribution: Literal["uniform", "beta"] = "beta"  # flow_matching
+    time_beta: tuple[float, float] = (1.0, 1.5)  # flow_matching: Beta(a, b) of t in [0, 1], t = 0 is pure noise
+    time_clamp: tuple[float, float] = (0.0, 1.0)  # flow_matching: t is mapped linearly into this range
+    integrator: Literal["euler", "midpoint", "heun"] = "euler"  # flow_matching: the last two take two velocities a step
+    denoiser: Literal["unet", "transformer"] = "unet"  # diffusion: 1-D U-Net over time, or the flow head's transformer
+    unet_width: int = 256  # diffusion: channels of the U-Net's first level, doubled at each further one
+    unet_levels: int = 3  # diffusion: levels of the U-Net, each half as long in time as the one before
+    num_train_timesteps: int = 100  # diffusion: noise levels in training
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"  # diffusion
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # diffusion: what the denoiser predicts
+    scheduler: Literal["ddim", "ddpm"] = "ddim"  # diffusion: sampler; ddim's only noise is the start's
+    inference_steps: int | None = None  # older spelling of inference.num_inference_steps
+    clip_sample_range: float | None = None  # diffusion: |denoised action| at most; None: the largest of the statistics
 
     def __post_init__(self) -> None:
         place = "model.action_head_config"
@@ -223,7 +234,16 @@ class ActionHeadConfig:
                 )
             object.__setattr__(self, "per_action_dim", self.num_action_dims)
         _positive(self, place, "horizon", "per_action_dim", "num_action_bins", "hidden_dim", "num_layers", "num_heads")
-        _positive(self, place, "noise_draws_per_sample")
+        _positive(self, place, "noise_draws_per_sample", "unet_width", "unet_levels", "num_train_timesteps")
+        for name in ("inference_steps", "clip_sample_range"):
+            if getattr(self, name) is not None:
+                _positive(self, place, name)
+        object.__setattr__(self, "type", self.type.lower())
+        if self.num_action_bins < 2 or any(width < 1 for width in self.mlp_hidden_dims):
+            raise ConfigError(
+                f"{place}: num_action_bins is {self.num_action_bins} and mlp_hidden_dims {list(self.mlp_hidden_dims)}; "
+                "give at least 2 bins and positive widths"
+            )
         flat = self.horizon * self.per_action_dim
         if self.action_dim is not None and self.action_dim != flat:
             raise ConfigError(
@@ -335,7 +355,7 @@ class LRSchedulerConfig:
 class InferenceConfig:
     """How actions are sampled and executed."""
 
-    num_inference_steps: int = 10  # Euler steps from noise to action
+    num_inference_steps: int = 10  # steps from noise to action, of heads that iterate (flow_matching, diffusion)
     n_action_steps: int | None = None  # executed before replanning; None: the whole horizon
     accuracy_threshold: float = 0.1  # threshold accuracy: |error| below this, in normalized units
 
@@ -367,6 +387,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
+        self._take_older_inference_steps()
         horizon, executed = self.model.action_head_config.horizon, self.inference.n_action_steps
         if executed is not None and executed > horizon:
             raise ConfigError(
@@ -393,6 +414,25 @@ class Config:
             raise ConfigError(
                 f"data.absolute_action_dims is {list(data.absolute_action_dims)}; actions have dimensions 0 to "
                 f"{head.per_action_dim - 1}"
+            )
+
+    def _take_older_inference_steps(self) -> None:
+        """`action_head_config.inference_steps` says the same as `inference.num_inference_steps`; the latter is read."""
+        head, default = self.model.action_head_config, InferenceConfig().num_inference_steps
+        if head.inference_steps is not None:
+            if self.inference.num_inference_steps not in (default, head.inference_steps):
+                raise ConfigError(
+                    f"model.action_head_config.inference_steps is {head.inference_steps} but "
+                    f"inference.num_inference_steps is {self.inference.num_inference_steps}; they are the same number, "
+                    "so give one of them (inference.num_inference_steps)"
+                )
+            inference = dataclasses.replace(self.inference, num_inference_steps=head.inference_steps)
+            object.__setattr__(self, "inference", inference)
+        if head.type == "diffusion" and self.inference.num_inference_steps > head.num_train_timesteps:
+            raise ConfigError(
+                f"inference.num_inference_steps is {self.inference.num_inference_steps} but "
+                f"model.action_head_config.num_train_timesteps is {head.num_train_timesteps}; "
+                "diffusion can visit each noise level once, so give at most that many"
             )
 
     @property

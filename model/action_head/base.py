@@ -18,12 +18,27 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class ActionHeadBase(nn.Module, ABC):
-    """A head sees the context and normalized actions; never pixels, text or physical units."""
+    """A head sees the context and normalized actions; never pixels, text or physical units.
 
-    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.horizon, self.per_action_dim = config.horizon, config.per_action_dim
+    Made by `build_action_head` as `Head(config, context_dim, state_dim, action_range)`; see there.
+
+    Attributes:
+        config: its section of the configuration.
+        is_stochastic: whether two samples of one context differ, so that a spread and a best of k mean something.
+    """
+
+    config: ActionHeadConfig
+    is_stochastic: bool = False
+
+    @property
+    def horizon(self) -> int:
+        """T, action steps per prediction."""
+        return self.config.horizon
+
+    @property
+    def per_action_dim(self) -> int:
+        """A, values per action step."""
+        return self.config.per_action_dim
 
     @abstractmethod
     def loss(
@@ -47,6 +62,26 @@ class ActionHeadBase(nn.Module, ABC):
                 in the batch), or None for torch's global one.
             num_inference_steps: integration or denoising steps, for heads that iterate.
         """
+
+
+def existing_dims(context: Context, per_action_dim: int) -> Tensor:
+    """1.0 for action dimensions that a sample's dataset has, 0.0 for the others, float32 (B, 1, A)."""
+    if context.action_dim_mask_BA is None:
+        return torch.ones(len(context.tokens_BLE), 1, per_action_dim, device=context.tokens_BLE.device)
+    return context.action_dim_mask_BA[:, None].float()
+
+
+def step_mean(error_NTA: Tensor, exists_B1A: Tensor, action_is_pad_BT: Tensor) -> Tensor:
+    """Mean error per action step, (B, T), over existing dimensions and draws; zero where `action_is_pad_BT`.
+
+    Args:
+        error_NTA: one row per sample, or several consecutive ones (draws).
+        exists_B1A: from `existing_dims`.
+        action_is_pad_BT: bool.
+    """
+    weight_B1A = exists_B1A / exists_B1A.sum(dim=-1, keepdim=True)
+    error_BKTA = error_NTA.unflatten(0, (len(weight_B1A), -1)) * weight_B1A[:, None]
+    return error_BKTA.sum(dim=-1).mean(dim=1).masked_fill(action_is_pad_BT, 0.0)
 
 
 def randn(shape: Sequence[int], generator: Generators, device: torch.device) -> Tensor:

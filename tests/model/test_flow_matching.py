@@ -5,33 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.action_head import build_action_head
 from model.action_head.flow_matching import flow_interpolate
 from model.context import Context
-from utils.config_utils import ActionHeadConfig
-
-WIDTH, STATE = 12, 3
-
-
-def make_head(seed: int = 0, **options):
-    torch.manual_seed(seed)
-    config = ActionHeadConfig(
-        **({"horizon": 4, "per_action_dim": 2, "hidden_dim": 32, "num_layers": 2, "num_heads": 4} | options)
-    )
-    head = build_action_head(config, WIDTH, STATE)
-    for parameter in head.parameters():  # gates start at zero: give every path a voice
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
-    return head.eval()
+from tests.model import heads
+from tests.model.heads import WIDTH, make_context
 
 
-def make_context(batch: int = 3, length: int = 6, seed: int = 1) -> Context:
-    generator = torch.Generator().manual_seed(seed)
-    return Context(
-        torch.randn(batch, length, WIDTH, generator=generator),
-        torch.ones(batch, length, dtype=torch.bool),
-        torch.randn(batch, STATE, generator=generator),
-    )
+def make_head(**options):
+    return heads.make_head("flow_matching", **options)
 
 
 def test_velocity_target_by_finite_difference():

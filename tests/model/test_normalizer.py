@@ -141,3 +141,21 @@ def test_the_configuration_decides(values):
     built = Normalizer.from_config(config, [statistics])
     expected = make([statistics], "quantile", delta_dims=(0, 1, 2, 4), clip=1.5)
     assert built.clip == 1.5 and all(torch.equal(v, expected.state_dict()[k]) for k, v in built.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["min_max", "quantile", "mean_std"])
+def test_action_range(kind):
+    """Where training actions lie after normalization: what bins cover, and what no clip may cut off."""
+    action = np.random.default_rng(0).normal(size=(500, 3)) * [1, 10, 0] + [0, 5, 2]
+    action[7] = [9, -80, 2]  # outliers; the last dimension never changes
+    found = statistics_of(action)
+    normalizer = make([{"state": found, "action": found}], kind, state_dim=3, per_action_dim=4)
+    values = torch.tensor(action, dtype=torch.float32)[None]
+    padded = torch.nn.functional.pad(values, (0, 1))
+    normal = normalizer.normalize_action(padded, torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))[0]
+    covered, extremes = normalizer.action_range
+    torch.testing.assert_close(extremes[:, :2], torch.stack([normal.amin(0), normal.amax(0)])[:, :2])
+    unit = torch.tensor([[-1.0], [1.0]]).expand(2, 2)
+    assert torch.equal(extremes[:, 2:], unit), "constant and missing dimensions"
+    torch.testing.assert_close(covered, extremes if kind == "mean_std" else unit.repeat(1, 2))
+    assert (extremes.abs().max() > 2) == (kind != "min_max")

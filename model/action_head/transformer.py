@@ -1,0 +1,170 @@
+"""The transformer over action tokens that heads share: self-attention among the T tokens of a chunk,
+cross-attention to the context, and adaptive layer norm with zero-initialised gates where there is a time
+(Peebles & Xie 2023, "DiT", sec. 3.2).
+
+Shape letters: B batch, K draws per sample, N = B K rows, L context tokens (a state token included), T horizon,
+A per_action_dim, E context width, D head width, H attention heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.action_head.layers import required_state, sinusoid, state_encoder, zero_init
+from model.context import Context
+from utils.config_utils import ActionHeadConfig
+
+
+@dataclass(frozen=True)
+class ContextKeysValues:
+    """Per block the context's (keys, values), each (B, H, L, D/H), and the key mask (B, L)."""
+
+    layers_BHLD: list[tuple[Tensor, Tensor]]
+    mask_BL: Tensor
+
+
+class ActionTransformer(nn.Module):
+    """Noised actions, their time and the context in, one vector per action step out.
+
+    Without time (`timed=False`) the tokens are learned queries alone, all answered in parallel.
+    """
+
+    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int, *, timed: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_dim
+        self.context_norm = nn.LayerNorm(context_dim)
+        self.context_proj = nn.Linear(context_dim, width)
+        if config.use_state_input:
+            self.state_proj = state_encoder(state_dim, width)
+        if timed:
+            self.action_in = nn.Linear(config.per_action_dim, width)
+        self.position = nn.Parameter(torch.randn(config.horizon, width) * 0.02)
+        if timed:
+            self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.blocks = nn.ModuleList(
+            ActionBlock(width, config.num_heads, config.dropout_prob, timed=timed) for _ in range(config.num_layers)
+        )
+        self.out_norm = nn.LayerNorm(width, elementwise_affine=not timed)
+        if timed:
+            self.out_modulation = zero_init(nn.Linear(width, 2 * width))
+        self.action_out = zero_init(nn.Linear(width, config.per_action_dim))
+
+    def encode_context(self, context: Context) -> ContextKeysValues:
+        """Keys and values of the context for every block: once per prediction, reused by every step of it."""
+        tokens_BLD = self.context_proj(self.context_norm(context.tokens_BLE.float()))
+        mask_BL = context.mask_BL
+        if self.config.use_state_input:
+            state_BD = self.state_proj(required_state(context))
+            tokens_BLD = torch.cat([tokens_BLD, state_BD[:, None].to(tokens_BLD)], dim=1)
+            mask_BL = F.pad(mask_BL, (0, 1), value=True)
+        return ContextKeysValues([block.context_keys_values(tokens_BLD) for block in self.blocks], mask_BL)
+
+    def denoise(
+        self, x_NTA: Tensor, time_N: Tensor, context: ContextKeysValues, action_is_pad_NT: Tensor | None = None
+    ) -> Tensor:
+        """One vector per action token: a velocity, the noise, the action, whatever the head trains it to be.
+
+        Args:
+            x_NTA: float32, partly noised normalized actions; N is the context's batch or a multiple of it.
+            time_N: float32 in [0, 1].
+            context: from `encode_context`.
+            action_is_pad_NT: bool, tokens that others must not attend to; None: all exist.
+
+        Returns:
+            (N, T, A), in the compute precision.
+        """
+        condition_ND = self.time_mlp(sinusoid(time_N, self.config.hidden_dim))
+        tokens_NTD = self.action_in(x_NTA) + self.position
+        self_mask = None
+        if action_is_pad_NT is not None:  # the diagonal stays, so that no row is without a key
+            itself_TT = torch.eye(x_NTA.shape[1], dtype=torch.bool, device=x_NTA.device)
+            self_mask = (~action_is_pad_NT[:, None, None, :]) | itself_TT
+        tokens_NTD = self._attend(tokens_NTD, condition_ND, context, self_mask)
+        shift_ND, scale_ND = self.out_modulation(condition_ND).chunk(2, dim=-1)
+        return self.action_out(_modulate(self.out_norm(tokens_NTD), shift_ND[:, None], scale_ND[:, None]))
+
+    def decode(self, context: ContextKeysValues) -> Tensor:
+        """One vector per learned query, (B, T, A), in the compute precision; for `timed=False`."""
+        queries_BTD = self.position.expand(len(context.mask_BL), -1, -1)
+        return self.action_out(self.out_norm(self._attend(queries_BTD, None, context, None)))
+
+    def _attend(
+        self, tokens_NTD: Tensor, condition_ND: Tensor | None, context: ContextKeysValues, self_mask: Tensor | None
+    ) -> Tensor:
+        for block, keys_values in zip(self.blocks, context.layers_BHLD, strict=True):
+            tokens_NTD = block(tokens_NTD, condition_ND, keys_values, context.mask_BL, self_mask)
+        return tokens_NTD
+
+
+class ActionBlock(nn.Module):
+    """Self-attention among action tokens, cross-attention to the context, MLP; each modulated and gated by time."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float, *, timed: bool = True) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=not timed) for _ in range(3))
+        self.modulation = zero_init(nn.Linear(width, 9 * width)) if timed else None
+        self.self_qkv = nn.Linear(width, 3 * width)
+        self.self_out = nn.Linear(width, width)
+        self.context_norm = nn.LayerNorm(width)
+        self.cross_q = nn.Linear(width, width)
+        self.cross_kv = nn.Linear(width, 2 * width)
+        self.cross_out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+
+    def context_keys_values(self, tokens_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys, values) of the context, each (B, H, L, D/H)."""
+        keys_BLD, values_BLD = self.cross_kv(self.context_norm(tokens_BLD)).chunk(2, dim=-1)
+        return self._split(keys_BLD), self._split(values_BLD)
+
+    def forward(
+        self,
+        x_NTD: Tensor,
+        condition_ND: Tensor | None,
+        context_BHLD: tuple[Tensor, Tensor],
+        mask_BL: Tensor,
+        self_mask: Tensor | None,
+    ) -> Tensor:
+        """The tokens after this block, (N, T, D); arguments as `ActionTransformer.denoise` makes them."""
+        (shift_1, scale_1, gate_1), (shift_2, scale_2, gate_2), (shift_3, scale_3, gate_3) = self._modulations(
+            condition_ND
+        )
+        dropout = self.dropout if self.training else 0.0
+
+        qkv = self.self_qkv(_modulate(self.norms[0](x_NTD), shift_1, scale_1)).chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(*map(self._split, qkv), attn_mask=self_mask, dropout_p=dropout)
+        x_NTD = x_NTD + gate_1 * self.self_out(self._join(attended))
+
+        # Draws of one sample share its keys and values: they become more queries of one row.
+        batch, rows = len(mask_BL), len(x_NTD)
+        query = self.cross_q(_modulate(self.norms[1](x_NTD), shift_2, scale_2)).reshape(batch, -1, x_NTD.shape[-1])
+        attended = F.scaled_dot_product_attention(
+            self._split(query), *context_BHLD, attn_mask=mask_BL[:, None, None, :], dropout_p=dropout
+        )
+        x_NTD = x_NTD + gate_2 * self.cross_out(self._join(attended).reshape(rows, -1, x_NTD.shape[-1]))
+
+        return x_NTD + gate_3 * self.mlp(_modulate(self.norms[2](x_NTD), shift_3, scale_3))
+
+    def _modulations(self, condition_ND: Tensor | None) -> list[tuple[Tensor, ...]] | list[tuple[float, ...]]:
+        """(shift, scale, gate) of the three sub-layers, each (N, 1, D), or neutral numbers without a time."""
+        if self.modulation is None:
+            return [(0.0, 0.0, 1.0)] * 3
+        parts = self.modulation(condition_ND)[:, None].chunk(9, dim=-1)
+        return [parts[0:3], parts[3:6], parts[6:9]]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _join(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+
+def _modulate(x_NTD: Tensor, shift: Tensor | float, scale: Tensor | float) -> Tensor:
+    return x_NTD * (1 + scale) + shift

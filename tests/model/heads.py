@@ -1,0 +1,55 @@
+"""Small heads and contexts that the tests of the action heads share.
+
+Shape letters: B batch, L context tokens, E context width, T horizon, A per_action_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from model.action_head import build_action_head
+from model.action_head.base import ActionHeadBase
+from model.context import Context
+from utils.config_utils import ActionHeadConfig
+
+WIDTH, STATE = 12, 3
+SMALL = {"horizon": 4, "per_action_dim": 2, "hidden_dim": 32, "num_layers": 2, "num_heads": 4}
+SMALL |= {"mlp_hidden_dims": (64,), "num_action_bins": 32, "unet_width": 16, "unet_levels": 2}
+
+
+def make_head(type: str, *, seed: int = 0, voice: bool = True, **options: Any) -> ActionHeadBase:
+    """A head in evaluation mode.
+
+    Args:
+        type: a key of ACTION_HEADS.
+        voice: give parameters that start at zero (gates, last layers) random values, so that every path is heard.
+        options: differences from SMALL.
+    """
+    torch.manual_seed(seed)
+    head = build_action_head(ActionHeadConfig(**(SMALL | options | {"type": type})), WIDTH, STATE)
+    for parameter in head.parameters() if voice else ():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return head.eval()
+
+
+def make_context(batch: int = 3, length: int = 6, seed: int = 1) -> Context:
+    """A random context in which every token exists."""
+    generator = torch.Generator().manual_seed(seed)
+    return Context(
+        torch.randn(batch, length, WIDTH, generator=generator),
+        torch.ones(batch, length, dtype=torch.bool),
+        torch.randn(batch, STATE, generator=generator),
+    )
+
+
+def no_pad(batch: int, horizon: int = 4) -> torch.Tensor:
+    """`action_is_pad` of a batch without padding."""
+    return torch.zeros(batch, horizon, dtype=torch.bool)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator."""
+    return torch.Generator().manual_seed(seed)

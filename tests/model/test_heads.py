@@ -1,0 +1,171 @@
+"""What every action head promises, whatever it is inside; parametrised over ACTION_HEADS."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from model.action_head import ACTION_HEADS, build_action_head
+from model.context import Context
+from tests.model.heads import SMALL, STATE, WIDTH, make_context, make_head, no_pad, seeded
+from utils.config_utils import ActionHeadConfig, ConfigError
+
+# Each head, and each choice within a head that changes its network, its loss or its way to sample.
+VARIANTS = {
+    "flow_matching": {},
+    "flow_matching heun": {"integrator": "heun"},
+    "regression": {},
+    "discrete": {},
+    "discrete expectation": {"decoding": "expectation"},
+    "discrete sample": {"decoding": "sample"},
+}
+DRAWN = ["flow_matching", "flow_matching heun", "discrete sample"]
+
+
+def variant(name: str, **options):
+    return make_head(name.split()[0], **VARIANTS[name], **options)
+
+
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def test_every_head_is_tested():
+    assert {name.split()[0] for name in VARIANTS} == set(ACTION_HEADS)
+
+
+@every_variant
+def test_shapes_and_precision(name):
+    head, context = variant(name), make_context()
+    action = torch.rand(3, 4, 2) * 2 - 1
+    loss = head.loss(context, action, no_pad(3), seeded(0))
+    sample = head.sample(context, seeded(0), 4)
+    assert loss.shape == (3, 4) and loss.dtype == torch.float32 and loss.requires_grad
+    assert sample.shape == (3, 4, 2) and sample.dtype == torch.float32
+    assert (head.horizon, head.per_action_dim) == (4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head.loss(context, action, no_pad(3), seeded(0)).dtype == torch.float32
+        assert head.sample(context, seeded(0), 4).dtype == torch.float32
+
+
+@every_variant
+def test_one_batch_overfits(name):
+    head, context = variant(name, voice=False, noise_draws_per_sample=8), make_context(batch=4)
+    action = torch.rand(4, 4, 2, generator=seeded(3)) * 1.8 - 0.9
+    optimizer = torch.optim.AdamW(head.train().parameters(), lr=3e-3, weight_decay=0.0)
+    torch.manual_seed(0)
+    for _ in range(300):
+        optimizer.zero_grad()
+        head.loss(context, action, no_pad(4)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        error = (head.eval().sample(context, seeded(0), 10) - action).abs().mean()
+    assert error < 0.08, f"mean error {error:.3f} after 300 steps on four samples, actions in [-0.9, 0.9]"
+
+
+@every_variant
+def test_padded_steps_have_no_influence_and_no_gradient(name):
+    head, context = variant(name), make_context()
+    pad = torch.tensor([[False, False, True, True]] * 3)
+    action = (torch.rand(3, 4, 2) * 2 - 1).requires_grad_()
+    loss = head.loss(context, action, pad, seeded(0))
+    assert (loss[pad] == 0).all() and (loss[~pad] > 0).all()
+    loss.sum().backward()
+    gradients = [p.grad.clone() for p in head.parameters() if p.grad is not None]
+    if action.grad is not None:  # classes have no gradient
+        assert (action.grad[pad] == 0).all() and action.grad[~pad].abs().sum() > 0
+    spoiled = action.detach().clone()
+    spoiled[pad] = float("nan")
+    head.zero_grad(set_to_none=True)
+    again = head.loss(context, spoiled, pad, seeded(0))
+    assert torch.equal(again, loss)
+    again.sum().backward()
+    assert all(map(torch.equal, gradients, (p.grad for p in head.parameters() if p.grad is not None)))
+
+
+@every_variant
+def test_missing_dimensions_are_neither_seen_nor_predicted(name):
+    head, context = variant(name), make_context()
+    context.action_dim_mask_BA = torch.tensor([[True, False]] * 3)
+    action = torch.rand(3, 4, 2) * 2 - 1
+    other = action.clone()
+    other[..., 1] = 0.7
+    a, b = (head.loss(context, one, no_pad(3), seeded(0)) for one in (action, other))
+    assert torch.equal(a, b)
+    a.sum().backward()
+    rows = [p for n, p in head.named_parameters() if n.endswith(("action_out.bias", "action_out.weight"))]
+    assert all((p.grad[1] == 0).all() for p in rows), "the output of a missing dimension has no gradient"
+    sample = head.sample(context, seeded(0), 4)
+    assert (sample[..., 1] == 0).all() and sample[..., 0].abs().sum() > 0
+
+
+@every_variant
+def test_masked_context_is_inert(name):
+    head, context = variant(name), make_context()
+    longer = Context(
+        torch.cat([context.tokens_BLE, 100 * torch.randn(3, 5, WIDTH)], dim=1),
+        torch.cat([context.mask_BL, torch.zeros(3, 5, dtype=torch.bool)], dim=1),
+        context.state_BS,
+    )
+    a, b = (head.sample(c, seeded(0), 4) for c in (context, longer))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    action = torch.rand(3, 4, 2)
+    a, b = (head.loss(c, action, no_pad(3), seeded(0)) for c in (context, longer))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@every_variant
+def test_every_input_matters(name):
+    head, context, action = variant(name), make_context(), torch.rand(3, 4, 2)
+    loss = lambda c, **options: variant(name, **options).loss(c, action, no_pad(3), seeded(0))  # noqa: E731
+    base = loss(context)
+    assert not torch.allclose(base, loss(Context(context.tokens_BLE.flip(2), context.mask_BL, context.state_BS)))
+    assert not torch.allclose(base, loss(Context(context.tokens_BLE, context.mask_BL, context.state_BS + 1)))
+    stateless = Context(context.tokens_BLE, context.mask_BL, None)
+    assert loss(stateless, use_state_input=False).isfinite().all()
+    with pytest.raises(AssertionError, match="use_state_input needs a state"):
+        head.loss(stateless, action, no_pad(3))
+
+
+@every_variant
+def test_the_seed_decides(name):
+    head, context = variant(name), make_context(batch=8)
+    a, b, other = (head.sample(context, seeded(seed), 4) for seed in (5, 5, 6))
+    assert torch.equal(a, b)
+    assert torch.equal(a, other) != head.is_stochastic, "another seed: another sample, of a stochastic head alone"
+    assert head.is_stochastic == (name in DRAWN)
+    action = torch.rand(8, 4, 2)
+    assert torch.equal(*(head.loss(context, action, no_pad(8), seeded(5)) for _ in range(2)))
+    state = torch.random.get_rng_state()
+    head.sample(context, seeded(5), 4)
+    head.loss(context, action, no_pad(8), seeded(5))
+    assert torch.equal(torch.random.get_rng_state(), state), "a given generator is the only source of randomness"
+
+
+@every_variant
+def test_a_generator_per_sample_is_independent_of_the_batch(name):
+    head, context = variant(name), make_context()
+    together = head.sample(context, [seeded(seed) for seed in (1, 2, 3)], 3)
+    for i in range(3):
+        alone = Context(context.tokens_BLE[i : i + 1], context.mask_BL[i : i + 1], context.state_BS[i : i + 1])
+        torch.testing.assert_close(head.sample(alone, [seeded(i + 1)], 3)[0], together[i], atol=1e-5, rtol=1e-5)
+
+
+@every_variant
+def test_state_dict_round_trip(name):
+    head, other, context = variant(name), variant(name, seed=1), make_context()
+    action = torch.rand(3, 4, 2)
+    sample, loss = head.sample(context, seeded(0), 3), head.loss(context, action, no_pad(3), seeded(0))
+    assert not torch.equal(other.loss(context, action, no_pad(3), seeded(0)), loss)
+    other.load_state_dict(head.state_dict(), strict=True)
+    assert torch.equal(other.sample(context, seeded(0), 3), sample)
+    assert torch.equal(other.loss(context, action, no_pad(3), seeded(0)), loss)
+
+
+def test_unknown_heads_are_named():
+    message = "model.action_head_config.type is 'flow'; choose from flow_matching, regression, discrete"
+    with pytest.raises(ConfigError, match=re.escape(message) + ".*did you mean flow_matching"):
+        build_action_head(ActionHeadConfig(**SMALL, type="flow"), WIDTH, STATE)
+    assert isinstance(make_head("Regression"), ACTION_HEADS["regression"]), "as every choice, in any case of letters"
