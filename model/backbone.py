@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.adapters import adapt
+from utils.config_utils import VLMConfig
+
 
 class Backbone(nn.Module, ABC):
     """Images and a prompt in, context tokens out. `model.vla_model.BACKBONES` maps the config's `type` to a class.
@@ -41,6 +44,18 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def tokens_per_image(self) -> int:
         """n, tokens that one image becomes before they are fused with the prompt."""
+
+    @abstractmethod
+    def components(self) -> dict[str, nn.Module]:
+        """The parts by the names that reports use; every parameter is in exactly one.
+
+        The pretrained ones are called `vision tower`, `projector` and `language model`.
+        """
+
+    def adapt(self, vlm_config: VLMConfig) -> None:
+        """Freeze, quantize and add LoRA to the pretrained parts, as the config asks; see `model.adapters.adapt`."""
+        parts = self.components()
+        adapt({"vision": parts["vision tower"], "language": parts["language model"]}, vlm_config)
 
     @abstractmethod
     def backbone_config_dict(self) -> dict[str, Any]:
@@ -128,11 +143,3 @@ class Backbone(nn.Module, ABC):
                     f"{self.image_size}; resize with the backbone's own image processor "
                     "(data.image_processor_name_or_path), or choose a backbone for that size"
                 )
-
-
-def freeze(module: nn.Module, dtype: torch.dtype) -> None:
-    """Stop a pretrained module from training, and store it in `dtype`."""
-    # Parameters only: rotary frequencies are buffers, and rounding them to bfloat16 would move positions.
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PaliGemmaConfig, PaliGemmaModel
 from transformers.initialization import no_init_weights
 
-from model.backbone import Backbone, freeze
+from model.backbone import Backbone
 from model.pretrained import (
     attention_of,
     check_num_image_tokens,
@@ -24,6 +24,7 @@ from model.pretrained import (
     load_weights,
     num_image_tokens,
     read_model_config,
+    truncate_layers,
 )
 from model.vision_encoder_module import build_vision_resampler
 from utils.config_utils import VisionResamplerConfig, VLMConfig
@@ -34,7 +35,8 @@ class PaliGemmaVLM(Backbone):
 
     Attention is bidirectional over the whole prefix, as in PaliGemma's pretraining; nothing is decoded and no
     logits are computed. Parameters that train are float32; those frozen by `freeze_vision_tower` (the SigLIP
-    tower; the projector after it always trains) and `freeze_language_model` are stored in `vlm_config.dtype`.
+    tower; the projector after it always trains), `freeze_language_model` or LoRA are stored in `vlm_config.dtype`,
+    or quantized (see `model.adapters.adapt`).
     The module works inside and outside of `torch.autocast` and never enters it by itself.
     """
 
@@ -51,11 +53,7 @@ class PaliGemmaVLM(Backbone):
         self.backbone = backbone
         self.resampler = resampler
 
-        frozen_dtype = getattr(torch, vlm_config.dtype)
-        if vlm_config.freeze_vision_tower:
-            freeze(backbone.vision_tower, frozen_dtype)
-        if vlm_config.freeze_language_model:
-            freeze(backbone.language_model, frozen_dtype)
+        self.adapt(vlm_config)
         if vlm_config.gradient_checkpointing:
             enable_checkpointing(backbone)
         self.train()  # transformers hands out loaded models in evaluation mode, built ones in training mode
@@ -79,10 +77,10 @@ class PaliGemmaVLM(Backbone):
             ConfigError: nothing loadable is there, it is no PaliGemma, weights are missing from it or left over,
                 or a setting contradicts the model.
         """
-        config = _read_backbone_config(vlm_config.model_name_or_path)
+        config = read_backbone_config(vlm_config.model_name_or_path)
         check_num_image_tokens(vlm_config, config.vision_config)
         resampler = build_vision_resampler(resampler_config, config.text_config.hidden_size)
-        backbone = _load_backbone(vlm_config.model_name_or_path, config, _attn_implementation(vlm_config, config))
+        backbone = _load_backbone(vlm_config, config)
         return cls(backbone, resampler, vlm_config, image_mean, image_std)
 
     @classmethod
@@ -105,6 +103,7 @@ class PaliGemmaVLM(Backbone):
             ConfigError: a setting contradicts the model.
         """
         config = PaliGemmaConfig.from_dict(copy.deepcopy(backbone_config))
+        truncate_layers(config.text_config, vlm_config.num_language_layers)
         check_num_image_tokens(vlm_config, config.vision_config)
         resampler = build_vision_resampler(resampler_config, config.text_config.hidden_size)
         config._attn_implementation = _attn_implementation(vlm_config, config)
@@ -117,7 +116,7 @@ class PaliGemmaVLM(Backbone):
         return config_values(self.backbone.config)
 
     def components(self) -> dict[str, nn.Module]:
-        """The parts of this module by the names that reports use; every parameter is in exactly one of them."""
+        """See `Backbone.components`."""
         return {
             "vision tower": self.backbone.vision_tower,
             "projector": self.backbone.multi_modal_projector,
@@ -218,7 +217,8 @@ def _place(name_or_path: str) -> str:
     return f"model.vlm_config.model_name_or_path is {name_or_path!r}"
 
 
-def _read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
+def read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
+    """The architecture in a PaliGemma's config.json; ConfigError where there is none."""
     remedy = (
         "download a PaliGemma (accept its license, then: hf download google/paligemma-3b-pt-224 --local-dir "
         "weight/paligemma-3b-pt-224), or make a small untrained one (python scripts/make_tiny_paligemma.py)"
@@ -229,14 +229,12 @@ def _read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
     return config
 
 
-def _load_backbone(name_or_path: str, config: PaliGemmaConfig, attn_implementation: dict[str, str]) -> PaliGemmaModel:
+def _load_backbone(vlm_config: VLMConfig, config: PaliGemmaConfig) -> PaliGemmaModel:
+    name_or_path = vlm_config.model_name_or_path
+    left_over = truncate_layers(config.text_config, vlm_config.num_language_layers)
     # The published checkpoints are PaliGemmaForConditionalGeneration: an lm_head may be left over, nothing else.
-    unused = r"(^|\.)lm_head\.|vision_tower\.(vision_model\.)?head\."
+    unused = rf"(^|\.)lm_head\.|vision_tower\.(vision_model\.)?head\.|language_model\.(model\.)?layers{left_over}"
+    attention = _attn_implementation(vlm_config, config)
     return load_weights(
-        PaliGemmaModel,
-        name_or_path,
-        _place(name_or_path),
-        config,
-        unused,
-        attn_implementation=attn_implementation,
+        PaliGemmaModel, name_or_path, _place(name_or_path), config, unused, attn_implementation=attention
     )

@@ -140,3 +140,30 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     # Not the public gradient_checkpointing_enable: that also makes embedding outputs require gradients, which
     # sends the backward pass through frozen layers, and it goes by another name from transformers 5.23 on.
     model._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=False))
+
+
+def truncate_layers(text_config: PretrainedConfig, num_layers: int | None) -> str:
+    """Let a language model be built from its first `num_layers` layers alone (None: all of them).
+
+    Args:
+        text_config: changed in place, so that it describes the truncated model from then on.
+        num_layers: `model.vlm_config.num_language_layers`.
+
+    Returns:
+        Pattern of the layer numbers that are left over, with dots around them; it matches nothing when all are kept.
+
+    Raises:
+        ConfigError: the model has fewer layers.
+    """
+    existing = text_config.num_hidden_layers
+    if num_layers is None or num_layers == existing:
+        return r"(?!)"
+    if num_layers > existing:
+        raise ConfigError(
+            f"model.vlm_config.num_language_layers is {num_layers}, but the language model has {existing} layers; "
+            f"give 1 to {existing}, or remove it to keep them all"
+        )
+    text_config.num_hidden_layers = num_layers
+    if getattr(text_config, "layer_types", None) is not None:  # which layers attend in windows, one entry each
+        text_config.layer_types = text_config.layer_types[:num_layers]
+    return rf"\.({'|'.join(map(str, range(num_layers, existing)))})\."

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from model.backbone import Backbone, freeze
+from model.backbone import Backbone
 from model.perceiver_fusion import PerceiverFusion
 from model.pretrained import (
     attention_of,
@@ -33,6 +33,7 @@ from model.pretrained import (
     load_weights,
     num_image_tokens,
     read_model_config,
+    truncate_layers,
 )
 from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
 
@@ -42,8 +43,9 @@ class SiglipLLM(Backbone):
 
     The language model is a text encoder: its last hidden states are used, nothing is decoded, no logits are computed.
     It reads each different prompt of a batch once. The state is not fused here: the action head has it.
-    Parameters that train are float32; those frozen by `freeze_vision_tower` and `freeze_language_model` are stored in
-    `vlm_config.dtype`. The fusion always trains. The module works inside and outside of `torch.autocast`.
+    Parameters that train are float32; those frozen by `freeze_vision_tower`, `freeze_language_model` or LoRA are
+    stored in `vlm_config.dtype`, or quantized (see `model.adapters.adapt`). The fusion always trains. The module works
+    inside and outside of `torch.autocast`.
     """
 
     def __init__(
@@ -65,11 +67,7 @@ class SiglipLLM(Backbone):
             num_cameras=2 if vlm_config.use_aux_camera else 1,
             num_image_tokens=num_image_tokens(vision_tower.config),
         )
-        frozen_dtype = getattr(torch, vlm_config.dtype)
-        if vlm_config.freeze_vision_tower:
-            freeze(vision_tower, frozen_dtype)
-        if vlm_config.freeze_language_model:
-            freeze(language_model, frozen_dtype)
+        self.adapt(vlm_config)
         if vlm_config.gradient_checkpointing:
             enable_checkpointing(vision_tower)
             enable_checkpointing(language_model)
@@ -98,6 +96,7 @@ class SiglipLLM(Backbone):
         vision_config = _read_vision_config(vision_name)
         language_config = _read_language_config(language_name)
         _check(vlm_config, resampler_config, vision_config)
+        left_over = truncate_layers(language_config, vlm_config.num_language_layers)
         attention = attention_of(language_config, vlm_config.attn_implementation)
         # Published SigLIPs hold a text tower and the pooling head as well, published language models an lm_head.
         vision_tower = load_weights(
@@ -113,7 +112,7 @@ class SiglipLLM(Backbone):
             language_name,
             _place("language", language_name),
             language_config,
-            unused=r"(^|\.)(lm_head|embed_out)\.",
+            unused=rf"(^|\.)(lm_head|embed_out)\.|(^|\.)layers{left_over}",
             attn_implementation=attention,
         )
         _require_causal(language_model, language_name)
@@ -142,6 +141,7 @@ class SiglipLLM(Backbone):
         vision_config = SiglipVisionConfig.from_dict(values["vision"])
         language_config = CONFIG_MAPPING[values["language"]["model_type"]].from_dict(values["language"])
         _check(vlm_config, resampler_config, vision_config)
+        truncate_layers(language_config, vlm_config.num_language_layers)
         attention = attention_of(language_config, vlm_config.attn_implementation)
         with no_init_weights():  # random numbers that the state dict would overwrite
             vision_tower = SiglipVisionModel._from_config(vision_config, attn_implementation="sdpa")
@@ -154,6 +154,10 @@ class SiglipLLM(Backbone):
             "vision": config_values(self.vision_tower.config),
             "language": config_values(self.language_model.config),
         }
+
+    def components(self) -> dict[str, nn.Module]:
+        """See `Backbone.components`."""
+        return {"vision tower": self.vision_tower, "language model": self.language_model, "fusion": self.fusion}
 
     @property
     def embed_dim(self) -> int:

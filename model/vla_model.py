@@ -5,6 +5,7 @@ Shape letters: B batch, V cameras, L context tokens, E embedding width, T horizo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from model.action_head import build_action_head, head_class
 from model.action_head.base import Generators
+from model.adapters import base_fingerprint, load_state, trained_state
 from model.augmentation import ImageAugmentation
 from model.backbone import Backbone
 from model.context import Context
@@ -52,6 +54,7 @@ class VLAModel(nn.Module):
             check_statistics(one, dataset.state_dim, dataset.per_action_dim, place, remedy)
         self.cameras = config.cameras
         self.statistics = list(statistics)
+        self.base: dict[str, Any] | None = None  # which pretrained weights are frozen beneath, see `state_to_save`
         self.compute_dtype = getattr(torch, config.model.vlm_config.dtype)
         self.normalizer = Normalizer.from_config(config, statistics)
         self.augmentation = ImageAugmentation(data.augmentation)
@@ -75,7 +78,9 @@ class VLAModel(nn.Module):
         head_class(config.model.action_head_config.type)  # a misspelt head is named before the weights are read
         vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
         backbone = BACKBONES[vlm.type].from_pretrained(vlm, resampler, image_mean, image_std)
-        return cls(config, backbone, statistics)
+        policy = cls(config, backbone, statistics)
+        policy.base = _base_of(backbone, vlm.pretrained_names)
+        return policy
 
     @classmethod
     def from_checkpoint(
@@ -97,14 +102,65 @@ class VLAModel(nn.Module):
         config = config or config_from_dict(checkpoint["config"], source="checkpoint")
         vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
         mean, std = checkpoint["image_processor"]["image_mean"], checkpoint["image_processor"]["image_std"]
-        backbone = BACKBONES[vlm.type].from_config(checkpoint["backbone_config"], vlm, resampler, mean, std)
+        weights, base = checkpoint["model"], checkpoint.get("base")
+        base_name = None if base is None else base["name_or_path"]
+        adapted_later = _is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
+        if base is not None and not base["included"]:
+            backbone = BACKBONES[vlm.type].from_pretrained(vlm, resampler, mean, std)
+        else:
+            built = dataclasses.replace(vlm, lora=None, quantization="none") if adapted_later else vlm
+            backbone = BACKBONES[vlm.type].from_config(checkpoint["backbone_config"], built, resampler, mean, std)
         model = cls(config, backbone, checkpoint["statistics"] if statistics is None else statistics)
-        weights = checkpoint["model"]
+        if base is not None and not base["included"]:
+            weights, base_name = model.with_base(weights, base), vlm.pretrained_names
         if statistics is not None:
             fresh = {f"normalizer.{name}": value for name, value in model.normalizer.state_dict().items()}
             weights = {**weights, **fresh}
         model.load_weights(weights)
+        if adapted_later:
+            model.backbone.adapt(vlm)
+        model.base = _base_of(backbone, base_name)
+        if config.training.save_adapters_only and model.base is not None and model.base["name_or_path"] is None:
+            raise ConfigError(
+                "training.save_adapters_only needs frozen weights that a later run can read again, but these come from "
+                "a checkpoint; set training.save_adapters_only: false"
+            )
         return model
+
+    def state_to_save(self, adapters_only: bool = False) -> dict[str, Any]:
+        """What a checkpoint holds of the policy.
+
+        Args:
+            adapters_only: leave out what is frozen, which `from_checkpoint` then reads from the pretrained weights.
+
+        Returns:
+            `model` (weights), `base` (which pretrained weights lie beneath; None where nothing is frozen),
+            `statistics`, `cameras` and `backbone_config`.
+        """
+        left_out = adapters_only and self.base is not None
+        return {
+            "model": trained_state(self) if left_out else self.state_dict(),
+            "base": None if self.base is None else {**self.base, "included": not left_out},
+            "statistics": self.statistics,
+            "cameras": list(self.cameras),
+            "backbone_config": self.backbone.backbone_config_dict(),
+        }
+
+    def with_base(self, trained: dict[str, Tensor], base: dict[str, Any]) -> dict[str, Tensor]:
+        """The weights of an adapter checkpoint, completed by this model's frozen ones.
+
+        Raises:
+            CheckpointError: the adapters were trained on another base.
+        """
+        found = base_fingerprint(self.backbone)
+        if found != base["fingerprint"]:
+            raise CheckpointError(
+                f"adapters trained on {base['name_or_path']} (fingerprint {base['fingerprint'][:12]}), but the frozen "
+                f"weights found have fingerprint {found[:12]}; name the right base as "
+                "model.vlm_config.model_name_or_path (--model_name_or_path)"
+            )
+        own = trained_state(self).keys()
+        return {key: value for key, value in self.state_dict().items() if key not in own} | trained
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Strictly load weights.
@@ -124,7 +180,7 @@ class VLAModel(nn.Module):
                 f"{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}; "
                 "use the config that the checkpoint was trained with, or start anew without it"
             )
-        self.load_state_dict(weights, strict=True)
+        load_state(self, weights)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Training loss per action step, float32 (B, T), zero where `action_is_pad`.
@@ -226,6 +282,7 @@ FREE_SETTINGS = {
     "scheduler",
     "inference_steps",
     "clip_sample_range",
+    "lora.dropout",
 }
 
 
@@ -240,11 +297,11 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
     old = config_from_dict(saved, source=path)
     differences = []
     for section in ("vlm_config", "vision_resampler_config", "action_head_config"):
-        before, now = vars(getattr(old.model, section)), vars(getattr(config.model, section))
+        before, now = _settings(getattr(old.model, section)), _settings(getattr(config.model, section))
         differences += [
-            f"model.{section}.{key}: checkpoint {before[key]!r}, config {now[key]!r}"
-            for key in before
-            if key not in FREE_SETTINGS and before[key] != now[key]
+            f"model.{section}.{key}: checkpoint {before.get(key)!r}, config {now.get(key)!r}"
+            for key in before | now
+            if key not in FREE_SETTINGS and before.get(key) != now.get(key) and not _may_be_added(key, saved)
         ]
     for key in ("state_dim", "action_mode", "absolute_action_dims", "normalization_type", "action_bounds"):
         before, now = getattr(old.data, key), getattr(config.data, key)
@@ -252,3 +309,30 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
             differences.append(f"data.{key}: checkpoint {before!r}, config {now!r}")
     if differences:
         raise ConfigError(f"{path}: a checkpoint of another architecture: {'; '.join(differences)}; make them agree")
+
+
+def _base_of(backbone: Backbone, name_or_path: str | None) -> dict[str, Any] | None:
+    """Which weights lie frozen in a backbone, and where they came from (None: a checkpoint); None where all train."""
+    if all(parameter.requires_grad for parameter in backbone.parameters()):
+        return None
+    return {"name_or_path": name_or_path, "fingerprint": base_fingerprint(backbone)}
+
+
+def _settings(section: Any) -> dict[str, Any]:
+    """A section's values by name; those of a section within it as `lora.rank`."""
+    found = {}
+    for key, value in vars(section).items():
+        inner = _settings(value) if dataclasses.is_dataclass(value) else None
+        found |= {key: value} if inner is None else {f"{key}.{name}": one for name, one in inner.items()}
+    return found
+
+
+def _may_be_added(key: str, saved: dict[str, Any]) -> bool:
+    """Adapters and quantization go on top of the weights of a plain checkpoint."""
+    return key.split(".")[0] in ("lora", "quantization") and _is_plain(saved)
+
+
+def _is_plain(saved: dict[str, Any]) -> bool:
+    """Whether a checkpoint's resolved config has neither adapters nor quantized weights."""
+    vlm = saved["model"]["vlm_config"]
+    return vlm.get("lora") is None and vlm.get("quantization", "none") == "none"

@@ -206,11 +206,8 @@ class VLATrainer:
             "step": self.step,
             "best": self.best,
             "config": config_to_dict(self.config),
-            "model": self.gather_state(self.policy.state_dict()),
+            **self.gather_state(self.policy.state_to_save(self.config.training.save_adapters_only)),
             "optimizer": self.gather_state(self.optimizer.state_dict()),
-            "statistics": self.policy.statistics,
-            "cameras": list(self.policy.cameras),
-            "backbone_config": self.policy.backbone.backbone_config_dict(),
             "num_samples": self.num_samples,
             **self.processors,
         }

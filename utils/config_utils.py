@@ -149,6 +149,26 @@ class FusionConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters around linear layers of frozen pretrained parts; the adapters train, and the head."""
+
+    rank: int = 16  # columns of the one and rows of the other matrix
+    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapter's input, in training
+    targets: tuple[str, ...] = ()  # last part of the layers' names, as in [q_proj, v_proj]; empty: every linear layer
+    language: bool = True  # adapt (and freeze) the language model
+    vision: bool = False  # adapt (and freeze) the vision tower
+
+    def __post_init__(self) -> None:
+        place = "model.vlm_config.lora"
+        _positive(self, place, "rank", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{place}.dropout is {self.dropout}; give a number in [0, 1)")
+        if not (self.language or self.vision):
+            raise ConfigError(f"{place}: neither language nor vision; set one of them, or lora: null for no adapters")
+
+
+@dataclass(frozen=True)
 class VLMConfig:
     """The pretrained backbone."""
 
@@ -164,6 +184,9 @@ class VLMConfig:
     num_image_tokens: int | None = None  # per image, before the resampler; derived, checked when given
     attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"  # auto: SDPA unless the model caps its logits
     gradient_checkpointing: bool = False
+    lora: LoRAConfig | None = None  # a section (which may be empty: {}) turns adapters on
+    quantization: Literal["none", "8bit", "4bit"] = "none"  # storage of frozen linear layers, by bitsandbytes
+    num_language_layers: int | None = None  # keep the first k layers of the language model; None: all
 
     def __post_init__(self) -> None:
         name = self.dtype.removeprefix("torch.")
@@ -174,6 +197,15 @@ class VLMConfig:
                 f"model.vlm_config.dtype is {self.dtype!r}; give bfloat16, float16 or float32 (torch.bfloat16, ... too)"
             )
         object.__setattr__(self, "dtype", name)
+        if self.num_language_layers is not None:
+            _positive(self, "model.vlm_config", "num_language_layers")
+
+    @property
+    def pretrained_names(self) -> str:
+        """Directories or hub ids that the weights come from."""
+        if self.type == "paligemma":
+            return self.model_name_or_path
+        return f"{self.vision_model_name_or_path} and {self.language_model_name_or_path}"
 
 
 @dataclass(frozen=True)
@@ -289,6 +321,7 @@ class TrainingConfig:
     val_max_batches: int | None = None  # None: the whole validation set
     val_num_samples: int = 1  # draws per held-out sample; 2 or more add the spread and the best of them
     val_num_plots: int = 4  # held-out samples whose predictions are drawn at every validation; 0: none
+    save_adapters_only: bool = False  # leave frozen weights out of checkpoints: they are read from the backbone again
     num_threads: int | None = None  # CPU threads of the training process; None: torch's choice
     strategy: Literal["ddp", "fsdp"] = "ddp"  # main_train_ddp.py: whole model on every rank, or sharded over them
     distributed_timeout_s: float = 1800.0  # seconds that a rank waits for the others before it gives up
