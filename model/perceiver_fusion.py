@@ -41,8 +41,8 @@ class PerceiverFusion(nn.Module):
         assert side**2 == num_image_tokens, f"{num_image_tokens} image tokens are no square grid"
         self.image_proj = nn.Sequential(nn.LayerNorm(vision_dim), nn.Linear(vision_dim, dim))
         self.text_proj = nn.Sequential(nn.LayerNorm(language_dim), nn.Linear(language_dim, dim))
-        self.camera_VD = nn.Parameter(torch.randn(num_cameras, dim) * 0.02)
-        self.text_D = nn.Parameter(torch.randn(dim) * 0.02)
+        self.camera_VD = nn.Parameter(torch.randn(num_cameras, dim) * 0.5)
+        self.text_D = nn.Parameter(torch.randn(dim) * 0.5)
         self.latents_qD = nn.Parameter(place_embedding(_grid(config.num_latents), dim, side))
         self.register_buffer("place_nD", place_embedding(_grid(num_image_tokens), dim, side), persistent=False)
         self.layers = nn.ModuleList(PerceiverBlock(dim, config.num_heads) for _ in range(config.num_layers))

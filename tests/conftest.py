@@ -1,4 +1,4 @@
-"""Shared fixtures: small real PaliGemma directories, written once per session."""
+"""Shared fixtures: small real PaliGemma, SigLIP and Qwen2 directories, written once per session."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scripts.make_tiny_paligemma import make_tiny_paligemma
+from scripts.make_tiny_siglip_llm import make_tiny_siglip_llm
 
 TINY = {
     "prompts": ("press the button from the top", "open the window"),
@@ -43,4 +44,12 @@ def tiny_paligemma2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PaliGemma 2: the same sizes, soft-capped logits, a sliding window shorter than one image's tokens."""
     directory = tmp_path_factory.mktemp("tiny_paligemma2")
     make_tiny_paligemma(directory, **TINY, version=2, sliding_window=8)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip_llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """siglip (32 px images, 16 tokens each, width 32) and qwen2 (width 32)."""
+    directory = tmp_path_factory.mktemp("tiny_siglip_llm")
+    make_tiny_siglip_llm(directory, **TINY)
     return directory

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from data.processing import (
@@ -37,6 +38,30 @@ def test_prompt_format_is_paligemmas(tiny_paligemma_dir, tokenizer):
     expected = reference.encode("<bos>press the button\n", add_special_tokens=False)
     assert tokenizer("press the button") == expected
     assert tokenizer("  press  the\nbutton ") == expected, "white space is folded; the only newline is the last token"
+
+
+def test_prompt_format_of_other_language_models(tiny_siglip_llm_dir, tiny_paligemma_dir):
+    qwen2 = str(tiny_siglip_llm_dir / "qwen2")
+    reference = AutoTokenizer.from_pretrained(qwen2)
+    assert reference.bos_token_id is None
+    plain = PromptTokenizer.from_pretrained(qwen2, 48, "siglip_llm")
+    assert plain("press  the button") == reference("press the button\n").input_ids, "nothing in front"
+    assert reference.decode(plain("press the button")) == "press the button\n"
+    # A tokenizer that puts <bos> in front of a text by itself, as Llama's does, goes on doing so.
+    gemma = PromptTokenizer.from_pretrained(str(tiny_paligemma_dir), 48, "siglip_llm")
+    expected = AutoTokenizer.from_pretrained(tiny_paligemma_dir)("press the button\n").input_ids
+    assert gemma("press the button") == expected and expected[0] == 2
+    with pytest.raises(ObservationError, match="has no <bos> token, which PaliGemma's prompt needs"):
+        PromptTokenizer.from_pretrained(qwen2, 48)
+    again = PromptTokenizer.from_files(plain.to_files(), 48, "siglip_llm")
+    assert again("äöü 火") == plain("äöü 火")
+
+
+def test_special_tokens_after_a_text_are_not_in_front_of_it(tiny_paligemma_dir):
+    ending = AutoTokenizer.from_pretrained(tiny_paligemma_dir, add_eos_token=True)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    assert ending("press").input_ids[-1] == 1
+    assert PromptTokenizer(ending, 48, "siglip_llm").prefix == []
 
 
 def test_long_prompt_is_cut_with_one_warning(tiny_paligemma_dir, caplog):
@@ -80,6 +105,22 @@ def test_a_missing_backbone_folder_is_named_as_such(tmp_path):
     config = config_from_dict({"model": {"vlm_config": {"model_name_or_path": str(tmp_path / "none")}}})
     with pytest.raises(ObservationError, match="model_name_or_path: no folder .*make_tiny_paligemma.py --output_dir"):
         processors_from_config(config)
+
+
+def test_processors_of_siglip_llm(tiny_siglip_llm_dir, tmp_path):
+    vlm = {
+        "type": "siglip_llm",
+        "vision_model_name_or_path": str(tiny_siglip_llm_dir / "siglip"),
+        "language_model_name_or_path": str(tiny_siglip_llm_dir / "qwen2"),
+    }
+    image_processor, tokenizer = processors_from_config(config_from_dict({"model": {"vlm_config": vlm}}))
+    assert (image_processor.height, image_processor.width, image_processor.mean) == (32, 32, (0.5,) * 3)
+    assert tokenizer.prefix == [] and len(tokenizer("press the button")) == 4
+    for key, hub_id in (("vision", "google/siglip-base-patch16-224"), ("language", "Qwen/Qwen2.5-0.5B")):
+        key = f"{key}_model_name_or_path"
+        config = config_from_dict({"model": {"vlm_config": vlm | {key: str(tmp_path / "none")}}})
+        with pytest.raises(ObservationError, match=f"{key}: no folder .*{hub_id}.*make_tiny_siglip_llm.py"):
+            processors_from_config(config)
 
 
 def test_image_inputs_agree(tmp_path, processor):
