@@ -62,10 +62,6 @@ class Backbone(nn.Module, ABC):
         """The pretrained parts' architecture as plain values, for JSON, for checkpoints and for `from_config`."""
 
     @abstractmethod
-    def components(self) -> dict[str, nn.Module]:
-        """The parts by the names that reports use; every parameter is in exactly one of them."""
-
-    @abstractmethod
     def forward(
         self,
         images: Sequence[Tensor],
