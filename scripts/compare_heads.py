@@ -1,0 +1,410 @@
+"""Which head, which backbone? Trains each combination alike, judges it alike, and writes one table.
+
+    python scripts/compare_heads.py --config configs/compare_heads.yaml \\
+        --heads flow_matching discrete diffusion regression --backbones paligemma siglip_llm --seeds 0 1 2
+
+Every cell (backbone, head, seed) has the same data, split, steps, data order and, per backbone and seed, the same
+initial backbone. It is trained, evaluated over the held-out episodes and rolled out in closed loop, with its images and
+with blank ones, on episodes that depend on the seed alone. Cells run side by side, one per core; latency is measured
+at the end, with nothing else running. Demonstrations, statistics and small backbones (folders called tiny-...) that
+the config names are made where they are missing.
+
+Output in --output_dir: compare_heads.md, compare_heads.json, compare_heads.png, and one folder per cell with its log.
+The same command continues a comparison that was interrupted; finished stages are not repeated, and more heads,
+backbones or seeds may be added.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that "python scripts/x.py" finds the repository
+
+import argparse
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import main_eval
+import main_train
+from envs import FIRST_EVALUATION_SEED
+from inference.predictor import VLAPredictor
+from inference.report import write_json
+from model.action_head import ACTION_HEADS
+from scripts.compare_heads_report import markdown, plot, summarize
+from test_vla_offline import latency
+from training.run_log import read_metrics
+from utils.config_utils import Config, ConfigError, config_to_dict, load_config
+from utils.misc import atomic_path, count_parameters, set_up_logging, user_message
+from utils.parquet_utils import DataError
+
+logger = logging.getLogger("compare_heads")
+
+# How the data of the config is made where it is missing: the quickstart's recipe. Folder -> episodes, first seed.
+DEMONSTRATIONS = {"train_parquet_files": (60, 0), "val_parquet_files": (4, 5000)}
+# Backbone -> the vlm_config keys of its folders.
+BACKBONES = {
+    "paligemma": ("model_name_or_path",),
+    "siglip_llm": ("vision_model_name_or_path", "language_model_name_or_path"),
+}
+LATENCY_REPEATS = 200
+
+
+class CellError(RuntimeError):
+    """A cell of the comparison failed; its log says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all cells share.
+
+    Attributes:
+        config_path, set_args: the configuration, as main_train.py takes it.
+        output_dir: gets the table and a folder per cell.
+        env, tasks: of the closed loop.
+        episodes: per task, cell and column; 0: no closed loop.
+        num_samples: draws per observation of the offline metrics.
+        device: of evaluation, as main_eval.py takes it.
+    """
+
+    config_path: str
+    set_args: tuple[str, ...]
+    output_dir: Path
+    env: str
+    tasks: tuple[str, ...]
+    episodes: int
+    num_samples: int
+    device: str
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.config_path, set_args=list(self.set_args))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy; `first_episode` is the seed of its first rollout, the same for every head and backbone."""
+
+    backbone: str
+    head: str
+    seed: int
+    first_episode: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.backbone}-{self.head}-seed{self.seed}"
+
+
+def run_cell(plan: Plan, cell: Cell) -> None:
+    """Train, evaluate and roll out one policy, in a process of its own; each stage that left its result is skipped."""
+    folder = plan.output_dir / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    log = (folder / "log.txt").open("a")
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log.fileno(), stream.fileno())
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"error: {folder} is in use by another comparison; wait for it, or end it")
+        checkpoint = train(plan, cell)
+        evaluate(plan, cell, checkpoint)
+
+
+def train(plan: Plan, cell: Cell) -> Path:
+    """Train a cell's policy, from its newest checkpoint if it was interrupted, and return the last checkpoint."""
+    folder = plan.output_dir / cell.name
+    done, checkpoints = folder / "trained.json", folder / "checkpoints"
+    if not done.is_file():
+        settings = (
+            f"model.vlm_config.type={cell.backbone}",
+            f"model.action_head_config.type={cell.head}",
+            f"training.seed={cell.seed}",
+            f"training.checkpoint_dir={plan.output_dir}",
+            f"training.experiment_name={cell.name}",
+        )
+        started = newest_checkpoint(checkpoints)
+        if started is None and checkpoints.is_dir():
+            shutil.rmtree(checkpoints)
+        resume = ["--resume_checkpoint", str(started)] if started else []
+        main_train.main(["--config_path", plan.config_path, *resume, "--set", *plan.set_args, *settings])
+        lines = [line for line in read_metrics(folder / "logs" / "metrics.jsonl") if "samples_per_second" in line]
+        speeds = [line["samples_per_second"] for line in lines]
+        rate = statistics.median(speeds[1:] or speeds)  # the first window warms up
+        checkpoint = newest_checkpoint(checkpoints).name
+        write_json(done, {"checkpoint": checkpoint, "steps": lines[-1]["step"], "samples_per_second": rate})
+    return checkpoints / json.loads(done.read_text(encoding="utf-8"))["checkpoint"]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint written last, or None."""
+    found = sorted(folder.glob("*.pth.tar"), key=lambda path: path.stat().st_mtime_ns)
+    return found[-1] if found else None
+
+
+def evaluate(plan: Plan, cell: Cell, checkpoint: Path) -> None:
+    """Offline metrics, and rollouts with and without images."""
+    folder = plan.output_dir / cell.name
+    common = ["--checkpoint_path", str(checkpoint), "--device", plan.device]
+    offline = ["--eval_data_path", *plan.config.data.val_parquet_files, "--num_samples", str(plan.num_samples)]
+    rollouts = ["--env", plan.env, "--tasks", *plan.tasks, "--episodes", str(plan.episodes)]
+    rollouts += ["--seed", str(cell.first_episode), "--num_videos", "0"]
+    stages = {"offline": (offline, "metrics.json")}
+    if plan.episodes:
+        stages |= {"closed_loop": (rollouts, "rollouts.json"), "blind": ([*rollouts, "--blind"], "rollouts.json")}
+    for name, (arguments, result) in stages.items():
+        if not (folder / name / result).is_file():
+            main_eval.main([*common, *arguments, "--output_dir", str(folder / name)])
+
+
+def is_finished(plan: Plan, cell: Cell) -> bool:
+    """Whether every stage of a cell has left its result."""
+    wanted = ["trained.json", "offline/metrics.json"]
+    wanted += ["closed_loop/rollouts.json", "blind/rollouts.json"] if plan.episodes else []
+    return all((plan.output_dir / cell.name / path).is_file() for path in wanted)
+
+
+def run_cells(plan: Plan, cells: Sequence[Cell], num_processes: int) -> list[str]:
+    """Run what is not finished, `num_processes` cells at a time, and return the names of those that failed."""
+    context = multiprocessing.get_context("spawn")
+    pending = [cell for cell in cells if not is_finished(plan, cell)]
+    failed, finished, started = [], 0, time.monotonic()
+    logger.info("%d cells, %d of them finished before", len(cells), len(cells) - len(pending))
+    waiting, running = list(pending), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_processes:
+                cell = waiting.pop(0)
+                process = context.Process(target=run_cell, args=(plan, cell), name=cell.name)
+                process.start()
+                running[process.sentinel] = (process, cell)
+            for sentinel in wait(list(running)):
+                process, cell = running.pop(sentinel)
+                process.join()
+                finished += 1
+                seconds = time.monotonic() - started
+                left = seconds / finished * (len(pending) - finished) / 60
+                progress = f"{finished} of {len(pending)}, {seconds / 60:.0f} min, about {left:.0f} more"
+                if process.exitcode:
+                    failed.append(cell.name)
+                    log = plan.output_dir / cell.name / "log.txt"
+                    logger.error("%s failed (exit code %s): see %s [%s]", cell.name, process.exitcode, log, progress)
+                else:
+                    logger.info("%s: %s [%s]", cell.name, describe(plan, cell), progress)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.join()
+    return failed
+
+
+def describe(plan: Plan, cell: Cell) -> str:
+    """A finished cell in a few words."""
+    found = results_of(plan, cell)
+    text = f"MSE {found['offline']['predictors']['policy']['overall']['mse_normalized']:.4f}"
+    if plan.episodes:
+        counts = ["{successes}/{episodes}".format(**found[name]["summary"]) for name in ("closed_loop", "blind")]
+        text += f", success {counts[0]}, with blank images {counts[1]}"
+    return text
+
+
+def results_of(plan: Plan, cell: Cell) -> dict[str, Any]:
+    """What the stages of a finished cell wrote."""
+    folder = plan.output_dir / cell.name
+    paths = {"training": "trained.json", "offline": "offline/metrics.json", "speed": "speed.json"}
+    paths |= {"closed_loop": "closed_loop/rollouts.json", "blind": "blind/rollouts.json"}
+    found = {name: folder / path for name, path in paths.items()}
+    read = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
+    return {**asdict(cell), **read}
+
+
+def measure_speed(plan: Plan, cell: Cell) -> None:
+    """Parameters of a policy and the latency of one prediction, from a collated observation to actions."""
+    folder = plan.output_dir / cell.name
+    if (folder / "speed.json").is_file():
+        return
+    predictor = VLAPredictor.from_checkpoint(train(plan, cell), plan.device)
+    dataset = main_eval.open_dataset(predictor, plan.config.data.val_parquet_files[0], "data.val_parquet_files")
+    parameters, trained = count_parameters(predictor.model)
+    speed = {
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "head_parameters": count_parameters(predictor.model.action_head)[0],
+        "latency": latency(predictor, dataset, LATENCY_REPEATS),
+        "device": str(predictor.device),
+        "threads": torch.get_num_threads(),
+    }
+    write_json(folder / "speed.json", speed)
+
+
+def prepare(plan: Plan, backbones: Sequence[str]) -> None:
+    """Make demonstrations, statistics and small backbones where the config's folders are missing.
+
+    Raises:
+        ConfigError: a path is missing that can't be made here.
+    """
+    config = plan.config
+    for key, (episodes, seed) in DEMONSTRATIONS.items():
+        missing = [path for path in getattr(config.data, key) if "*" not in path and not Path(path).exists()]
+        if missing and len(getattr(config.data, key)) > 1:
+            raise ConfigError(f"data.{key}: {missing[0]} does not exist; correct the config or bring the data")
+        for path in missing:
+            flags = ["--env", plan.env, "--tasks", *plan.tasks, "--episodes", str(episodes), "--seed", str(seed)]
+            run_script("scripts/record_demos.py", *flags, "--output_dir", path)
+    if not Path(config.data.normalization_stats_path).is_file():
+        settings = ["--set", *plan.set_args] if plan.set_args else []
+        run_script("utils/calculate_normalization_stats.py", "--config_path", plan.config_path, *settings)
+    for backbone in backbones:
+        folders = [Path(getattr(config.model.vlm_config, key)) for key in BACKBONES[backbone]]
+        folder = folders[0] if len(folders) == 1 else folders[0].parent
+        if folder.name.startswith("tiny-") and not all(path.is_dir() for path in folders):
+            run_script(f"scripts/make_tiny_{backbone}.py", "--output_dir", str(folder))
+
+
+def run_script(*command: str) -> None:
+    """Run one of the repository's scripts, showing the command."""
+    logger.info("python %s", " ".join(command))
+    subprocess.run([sys.executable, *command], check=True)
+
+
+def check_settings(plan: Plan) -> None:
+    """Write what the cells share, or compare with what an earlier call wrote.
+
+    Raises:
+        ConfigError: nothing is held out, or the output folder holds a comparison of other settings.
+    """
+    config = plan.config
+    if not config.data.val_parquet_files or not config.data.normalization_stats_path:
+        raise ConfigError(
+            f"{plan.config_path}: a comparison needs data.val_parquet_files and data.normalization_stats_path; "
+            "see configs/quickstart.yaml"
+        )
+    tree = config_to_dict(config)
+    settings = {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
+    settings |= {"--tasks": list(plan.tasks), "--episodes": plan.episodes, "--num_samples": plan.num_samples}
+    path = plan.output_dir / "settings.json"
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"{key} {old.get(key)!r} -> {settings.get(key)!r}" for key in settings if old.get(key) != settings[key]]
+    if changed:
+        raise ConfigError(
+            f"{plan.output_dir} holds a comparison with other settings: {'; '.join(changed)}. "
+            "Give another --output_dir, or remove that folder"
+        )
+
+
+def write_report(plan: Plan, cells: Sequence[Cell]) -> str:
+    """compare_heads.json, .md and .png from the finished cells; returns the Markdown."""
+    found = [results_of(plan, cell) for cell in cells if is_finished(plan, cell)]
+    data, training = plan.config.data, plan.config.training
+    settings = {
+        "config": plan.config_path,
+        "steps": training.max_steps,
+        "batch_size": data.batch_size,
+        "tasks": list(plan.tasks),
+        "episodes": plan.episodes,
+        "num_samples": plan.num_samples,
+        "torch": torch.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    result = {"settings": settings, "rows": summarize(found), "cells": found}
+    write_json(plan.output_dir / "compare_heads.json", result)
+    text = markdown(result)
+    with atomic_path(plan.output_dir / "compare_heads.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    plot(plan.output_dir / "compare_heads.png", result)
+    return text
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML that all cells share")
+    parser.add_argument("--heads", nargs="+", required=True, choices=sorted(ACTION_HEADS))
+    parser.add_argument("--backbones", nargs="+", default=["paligemma"], choices=sorted(BACKBONES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds, one cell each")
+    parser.add_argument("--env", default="metaworld", help="simulator of the closed loop (default %(default)s)")
+    parser.add_argument("--tasks", nargs="+", default=["button-press-topdown-v3", "window-open-v3"])
+    parser.add_argument("--episodes", type=int, default=10, help="per task, seed and column; 0: no closed loop")
+    parser.add_argument("--num_samples", type=int, default=8, help="draws per observation offline (default 8)")
+    parser.add_argument("--output_dir", type=Path, default=Path("experiments/compare_heads"))
+    parser.add_argument("--num_processes", type=int, help="cells at a time; default: one per core, with a GPU one")
+    parser.add_argument("--device", default="auto", help="of evaluation: auto, cpu, cuda, ...")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="set_args")
+    args = parser.parse_args(argv)
+    for name, least in (("episodes", 0), ("num_samples", 1), ("num_processes", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; give {least} or more")
+    if min(args.seeds) < 0:
+        parser.error(f"--seeds are {args.seeds}; give 0 or more")
+    for name in ("heads", "backbones", "seeds"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"--{name} names one twice: {getattr(args, name)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    began = time.monotonic()
+    plan = Plan(
+        args.config,
+        tuple(args.set_args),
+        args.output_dir,
+        args.env,
+        tuple(args.tasks),
+        args.episodes,
+        args.num_samples,
+        args.device,
+    )
+    set_up_logging(args.output_dir / "log.txt")
+    check_settings(plan)
+    prepare(plan, args.backbones)
+    threads = plan.config.training.num_threads
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    cores = max(1, len(os.sched_getaffinity(0)) // (threads or len(os.sched_getaffinity(0))))
+    cells = [
+        Cell(backbone, head, seed, FIRST_EVALUATION_SEED + seed * args.episodes)
+        for seed in args.seeds
+        for backbone in args.backbones
+        for head in args.heads
+    ]
+    failed = run_cells(plan, cells, args.num_processes or (1 if torch.cuda.is_available() else cores))
+    measured = [cell for cell in cells if cell.seed == args.seeds[0] and is_finished(plan, cell)]
+    for cell in measured:
+        measure_speed(plan, cell)
+    if measured:
+        print(f"\n{write_report(plan, cells)}\n\nwrote {args.output_dir}/compare_heads.md, .json and .png")
+    logger.info("%.1f minutes", (time.monotonic() - began) / 60)
+    if failed:
+        raise CellError(
+            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; see log.txt in their folders"
+        )
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cells end as well
+    try:
+        main()
+    except (ValueError, DataError, CellError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: {user_message(error)}")
