@@ -297,20 +297,27 @@ def check_settings(plan: Plan) -> None:
             f"{plan.config_path}: a comparison needs data.val_parquet_files and data.normalization_stats_path; "
             "see configs/quickstart.yaml"
         )
-    tree = config_to_dict(config)
-    settings = {f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()}
+    settings = _dotted(config_to_dict(config))
     settings |= {"--tasks": list(plan.tasks), "--episodes": plan.episodes, "--num_samples": plan.num_samples}
     path = plan.output_dir / "settings.json"
     if not path.is_file():
         write_json(path, settings)
         return
     old = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{key} {old.get(key)!r} -> {settings.get(key)!r}" for key in settings if old.get(key) != settings[key]]
+    changed = [f"{key} {old[key]!r} -> {value!r}" for key, value in settings.items() if old.get(key, value) != value]
     if changed:
         raise ConfigError(
             f"{plan.output_dir} holds a comparison with other settings: {'; '.join(changed)}. "
             "Give another --output_dir, or remove that folder"
         )
+
+
+def _dotted(tree: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Nested sections as one level of `section.key`."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= _dotted(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
+    return flat
 
 
 def write_report(plan: Plan, cells: Sequence[Cell]) -> str:
