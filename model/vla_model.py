@@ -308,7 +308,10 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
         if before != now:
             differences.append(f"data.{key}: checkpoint {before!r}, config {now!r}")
     if differences:
-        raise ConfigError(f"{path}: a checkpoint of another architecture: {'; '.join(differences)}; make them agree")
+        remedy = "make them agree"
+        if not _is_plain(saved):
+            remedy += ", or turn it into a plain checkpoint first: python scripts/merge_lora.py --checkpoint_path"
+        raise ConfigError(f"{path}: a checkpoint of another architecture: {'; '.join(differences)}; {remedy}")
 
 
 def _base_of(backbone: Backbone, name_or_path: str | None) -> dict[str, Any] | None:
