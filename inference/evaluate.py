@@ -57,7 +57,7 @@ def evaluate_offline(
         seed: of the sampling noise; a sample's noise depends on this, the dataset's name and the sample's
             place in it, not on the batch size.
         num_samples: draws per observation. Errors are those of the first, which stays the same whatever this
-            is; spread and best-of-k are over all of them and need two or more.
+            is; spread and best-of-k are over all of them and need two or more. A head that does not sample gives one.
 
     Returns:
         A JSON-able dict and the predictions per dataset. The dict has `settings`, `seconds_per_sample` (model
@@ -71,6 +71,7 @@ def evaluate_offline(
     settings = MetricSettings.from_config(predictor.config)
     horizon, width = predictor.horizon, predictor.per_action_dim
     accumulators = {name: MetricAccumulator(list(data), horizon, width, settings) for name in PREDICTORS}
+    num_samples = num_samples if predictor.model.action_head.is_stochastic else 1
     predictions, seconds = {}, 0.0
     for number, (name, (dataset, batches)) in enumerate(data.items()):
         seen, drawn = [], []

@@ -112,7 +112,11 @@ def _add_errors(accumulator: MetricAccumulator, policy: VLAModel, batch: Batch, 
 
 
 def _draw(policy: VLAModel, batch: Batch, config: Config, draws: int) -> Tensor:
-    """Actions in physical units, (K, B, T, A); a draw's noise depends on the sample's place in the data."""
+    """Actions in physical units, (K, B, T, A); a draw's noise depends on the sample's place in the data.
+
+    A head that does not sample gives one draw, whatever is asked.
+    """
+    draws = draws if policy.action_head.is_stochastic else 1
     places = [batch[key].tolist() for key in ("dataset_index", "episode_index", "frame_index")]
     seeds = [
         [derive_seed("validation", config.training.seed, *place, k) for place in zip(*places, strict=True)]

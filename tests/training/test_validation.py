@@ -52,11 +52,14 @@ def setting(tmp_path_factory, tiny_paligemma_dir):
         image_processor=processors[0],
         prompt_tokenizer=processors[1],
     )
+    return config, policy_of(config, dataset), dataset
+
+
+def policy_of(config, dataset):
     torch.manual_seed(0)
-    model = VLAModel.from_pretrained(
-        config, [calculate_statistics(files, 4, 4)], processors[0].mean, processors[0].std
-    ).eval()
-    return config, model, dataset
+    statistics = [calculate_statistics(dataset.store.files, 4, 4)]
+    mean, std = dataset.image_processor.mean, dataset.image_processor.std
+    return VLAModel.from_pretrained(config, statistics, mean, std).eval()
 
 
 def batches_of(dataset, size):
@@ -132,6 +135,16 @@ def test_pictures_show_the_same_samples_every_time(setting):
     assert line["step"] == 7 and len(line["per_step"]["mse"]) == len(line["per_dimension"]["spread"]) == 4
     log.rewind(6)
     assert (config.experiment_dir / "logs/validation.jsonl").read_text() == ""
+
+
+def test_a_head_that_does_not_sample_has_no_spread(setting):
+    config, _, dataset = setting
+    tree = config_to_dict(config)
+    tree["model"]["action_head_config"]["type"] = "regression"
+    config = config_from_dict(tree)
+    found = run((config, policy_of(config, dataset), dataset), batches_of(dataset, 5))
+    assert "val/mse" in found.values and not {"val/spread", "val/best_of_k_mse"} & found.values.keys()
+    assert found.plotted.drawn_KNTA.shape == (1, 4, 4, 4)
 
 
 def test_no_pictures_and_bad_settings(setting):
