@@ -127,7 +127,7 @@ def evaluate_closed_loop(args: argparse.Namespace, predictor: VLAPredictor | Non
             "env": args.env,
             "env_settings": settings,
             "seed": first,
-            "n_action_steps": policy.n_action_steps,
+            "execution": vars(policy.execution),
             "num_inference_steps": predictor.num_inference_steps if predictor else None,
             "demos_path": args.demos_path,
         },
@@ -159,7 +159,8 @@ def _policy(args: argparse.Namespace, predictor: VLAPredictor | None, env: Any) 
         return ExpertPolicy()
     if args.control == "replay":
         return ReplayPolicy(_demonstrations(args.demos_path, env))
-    return ModelPolicy(predictor, n_action_steps=args.n_action_steps, blind=bool(args.blind))
+    execution = predictor.execution_settings(args.execution, args.latency_steps, args.n_action_steps)
+    return ModelPolicy(predictor, execution, blind=bool(args.blind))
 
 
 def _demonstrations(specs: Sequence[str], env: Any) -> list[np.ndarray]:

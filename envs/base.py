@@ -40,6 +40,18 @@ class RobotEnv(gymnasium.Env):
         """
         raise NotImplementedError
 
+    def hold_action(self, previous: np.ndarray | None) -> np.ndarray:
+        """The action that keeps the robot where it is, for steps that no plan covers.
+
+        Args:
+            previous: the last action executed, float32 (per_action_dim,), whose gripper command is kept; None at
+                the episode's start.
+
+        Returns:
+            float32 (per_action_dim,).
+        """
+        raise NotImplementedError
+
     def settings(self) -> dict[str, Any]:
         """What else a recording must know to be repeated: camera names, image size, and the like.
 

@@ -176,6 +176,11 @@ class MetaWorldEnv(RobotEnv):
             action = self._expert.get_action(self._raw_observation)
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
+    def hold_action(self, previous: np.ndarray | None) -> np.ndarray:
+        """No displacement, the gripper's effort as before (0 at the start)."""
+        gripper = 0.0 if previous is None else previous[3]
+        return np.array([0.0, 0.0, 0.0, gripper], np.float32)
+
     def render(self) -> np.ndarray:
         """The current ``image_1``, uint8 (image_size, image_size, 3)."""
         return self._renderer.render(self._sim.data, self.camera)

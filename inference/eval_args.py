@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import yaml
 
+from inference.execution import EXECUTION_STRATEGIES
+
 MODE_FLAGS = {  # the flag that chooses a mode, and those that only that mode reads
     "eval_data_path": ("batch_size", "num_workers", "num_plots", "num_samples"),
     "image1_paths": ("image2_paths", "prompt", "state_vector"),
@@ -17,6 +19,8 @@ MODE_FLAGS = {  # the flag that chooses a mode, and those that only that mode re
         "control",
         "demos_path",
         "n_action_steps",
+        "execution",
+        "latency_steps",
         "image_size",
         "num_videos",
         "prompt_override",
@@ -33,7 +37,16 @@ POSITIVE_FLAGS = (
     "n_action_steps",
     "image_size",
 )
-POLICY_FLAGS = ("checkpoint_path", "blind", "prompt_override", "swap_prompts", "n_action_steps", "num_inference_steps")
+POLICY_FLAGS = (
+    "checkpoint_path",
+    "blind",
+    "prompt_override",
+    "swap_prompts",
+    "n_action_steps",
+    "num_inference_steps",
+    "execution",
+    "latency_steps",
+)
 
 
 def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
@@ -77,6 +90,8 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
     )
     loop("--demos_path", nargs="+", metavar="P", help="training demonstrations for --control replay")
     loop("--n_action_steps", type=int, help="actions executed per prediction; default: the checkpoint's")
+    loop("--execution", choices=tuple(EXECUTION_STRATEGIES), help="how chunks are executed; default: the checkpoint's")
+    loop("--latency_steps", type=int, help="control steps that every prediction takes; default: the checkpoint's")
     loop("--image_size", type=int, help="pixels; default: what the policy was trained on")
     loop("--num_videos", type=int, help="episodes per task to film; default 3")
     loop("--prompt_override", metavar="TEXT", help="give every task this instruction")
@@ -100,6 +115,8 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
     for flag in POSITIVE_FLAGS:
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} is {getattr(args, flag)}; give 1 or more")
+    if args.latency_steps is not None and args.latency_steps < 0:
+        parser.error(f"--latency_steps is {args.latency_steps}; give 0 or more control steps")
     if args.mode == "image1_paths" and args.prompt is None:
         parser.error("--prompt is missing; a policy needs an instruction")
     if args.mode == "env":
@@ -111,15 +128,8 @@ def _check_closed_loop(args: argparse.Namespace, parser: argparse.ArgumentParser
     if not args.tasks:
         parser.error("--tasks is missing; name at least one task of the simulator")
     if args.control is not None:
-        for flag in (
-            "checkpoint_path",
-            "blind",
-            "prompt_override",
-            "swap_prompts",
-            "n_action_steps",
-            "num_inference_steps",
-        ):
-            if getattr(args, flag):
+        for flag in POLICY_FLAGS:
+            if getattr(args, flag) is not None:
                 parser.error(f"--{flag} has no meaning with --control {args.control}, which runs no policy")
     if (args.control == "replay") != bool(args.demos_path):
         parser.error("--control replay and --demos_path go together: the demonstrations to play back")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.processing import (
     Batch,
@@ -24,6 +26,8 @@ from data.processing import (
     collate_fn,
     processors_from_checkpoint,
 )
+from inference.execution import ExecutionSettings
+from model.action_head.guidance import ActionPrefix
 from model.context import Context
 from model.vla_model import VLAModel
 from utils.checkpoint import load_checkpoint
@@ -132,6 +136,7 @@ class VLAPredictor:
         state: Sequence[float] | np.ndarray | None = None,
         seed: int | torch.Generator | None = None,
         num_inference_steps: int | None = None,
+        prefix: ActionPrefix | None = None,
     ) -> np.ndarray:
         """The next actions.
 
@@ -145,6 +150,7 @@ class VLAPredictor:
             state: (state_dim,), physical units; may be None only for a policy that takes no state.
             seed: of the sampling noise; the same seed gives the same actions. None: torch's global generator.
             num_inference_steps: sampling steps; None: the predictor's default.
+            prefix: what the actions have to continue (physical units, B = 1); see `inference.execution`.
 
         Returns:
             float32 (horizon, per_action_dim), physical units.
@@ -157,10 +163,14 @@ class VLAPredictor:
         generator = seed
         if seed is not None and not isinstance(seed, torch.Generator):
             generator = torch.Generator().manual_seed(int(seed))
-        return self._sample(batch, [generator], num_inference_steps)[0, 0]
+        return self._sample(batch, [generator], num_inference_steps, prefix)[0, 0]
 
     def predict_batch(
-        self, batch: Batch, seeds: Sequence[int] | None = None, num_inference_steps: int | None = None
+        self,
+        batch: Batch,
+        seeds: Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        prefix: ActionPrefix | None = None,
     ) -> np.ndarray:
         """The next actions of a collated batch (`observe`, or dataset samples through `collate_fn`).
 
@@ -169,19 +179,24 @@ class VLAPredictor:
             seeds: one per sample, so that a sample's noise does not depend on what else is in the batch; None:
                 torch's global generator.
             num_inference_steps: sampling steps; None: the predictor's default.
+            prefix: what the actions have to continue, physical units; weights 0 for a sample that continues nothing.
 
         Returns:
             float32 (B, horizon, per_action_dim), physical units.
         """
-        return self.predict_draws(batch, [seeds], num_inference_steps)[0]
+        return self.predict_draws(batch, [seeds], num_inference_steps, prefix)[0]
 
     def predict_draws(
-        self, batch: Batch, seeds: Sequence[Sequence[int] | None], num_inference_steps: int | None = None
+        self,
+        batch: Batch,
+        seeds: Sequence[Sequence[int] | None],
+        num_inference_steps: int | None = None,
+        prefix: ActionPrefix | None = None,
     ) -> np.ndarray:
         """Several draws for each observation of a batch, which is encoded once.
 
         Args:
-            batch, num_inference_steps: as `predict_batch` takes them.
+            batch, num_inference_steps, prefix: as `predict_batch` takes them.
             seeds: one entry per draw, each as `predict_batch` takes it.
 
         Returns:
@@ -190,7 +205,7 @@ class VLAPredictor:
         generators = [
             None if draw is None else [torch.Generator().manual_seed(seed) for seed in draw] for draw in seeds
         ]
-        return self._sample(batch, generators, num_inference_steps)
+        return self._sample(batch, generators, num_inference_steps, prefix)
 
     def observe(
         self,
@@ -218,6 +233,36 @@ class VLAPredictor:
         )
         sample["dataset_index"] = self.dataset_index
         return collate_fn([sample])
+
+    def execution_settings(
+        self,
+        strategy: str | None = None,
+        latency_steps: int | None = None,
+        n_action_steps: int | None = None,
+        max_guidance_weight: float | None = None,
+    ) -> ExecutionSettings:
+        """How a rollout or a robot executes this policy's chunks; None: as the checkpoint's `inference` section says.
+
+        Raises:
+            ValueError: numbers out of range, a horizon too short for the latency, or a strategy that the policy
+                was not trained for.
+        """
+        config = self.config.inference
+        settings = ExecutionSettings(
+            self.horizon,
+            _given(n_action_steps, self.n_action_steps),
+            _given(strategy, config.execution),
+            _given(latency_steps, config.latency_steps),
+            config.ensemble_decay,
+            _given(max_guidance_weight, config.max_guidance_weight),
+        )
+        trained = self.config.model.action_head_config.max_clean_prefix
+        if settings.strategy == "clean_prefix" and settings.latency_steps > trained:
+            raise ValueError(
+                f"clean_prefix execution commits latency_steps {settings.latency_steps} actions, but the policy was "
+                f"trained with max_clean_prefix {trained}; train with a longer one, or use rtc"
+            )
+        return settings
 
     @torch.no_grad()
     def context(self, batch: Batch) -> Context:
@@ -250,10 +295,25 @@ class VLAPredictor:
         tensors = (torch.as_tensor(np.asarray(x, np.float32), device=self.device) for x in (action, state))
         return self.model.normalizer.normalize_action(*tensors, index)[..., : self.per_action_dim].cpu().numpy()
 
-    def _sample(self, batch: Batch, generators: Sequence[Any], num_inference_steps: int | None) -> np.ndarray:
+    def _sample(
+        self,
+        batch: Batch,
+        generators: Sequence[Any],
+        num_inference_steps: int | None,
+        prefix: ActionPrefix | None,
+    ) -> np.ndarray:
         steps = _given(num_inference_steps, self.num_inference_steps)
-        action_KBTA = self.model.predict_draws(self._on_device(batch), generators, steps)
+        prefix = None if prefix is None else self._widened(prefix)
+        action_KBTA = self.model.predict_draws(self._on_device(batch), generators, steps, prefix)
         return action_KBTA[..., : self.horizon, : self.per_action_dim].cpu().numpy()
+
+    def _widened(self, prefix: ActionPrefix) -> ActionPrefix:
+        """A prefix of the dataset's widths in the model's, on its device: what it lacks is free."""
+        head = self.config.model.action_head_config
+        missing = head.horizon - prefix.action_BTA.shape[1]
+        action_BTA = F.pad(prefix.action_BTA, (0, head.per_action_dim - prefix.action_BTA.shape[2], 0, missing))
+        weight_BT = F.pad(prefix.weight_BT, (0, missing))
+        return replace(prefix, action_BTA=action_BTA.to(self.device), weight_BT=weight_BT.to(self.device))
 
     def _on_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}

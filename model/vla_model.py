@@ -6,6 +6,7 @@ Shape letters: B batch, V cameras, L context tokens, E embedding width, T horizo
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from model.action_head import build_action_head, head_class
 from model.action_head.base import Generators
+from model.action_head.guidance import ActionPrefix
 from model.adapters import base_fingerprint, load_state, trained_state
 from model.augmentation import ImageAugmentation
 from model.backbone import Backbone
@@ -194,19 +196,34 @@ class VLAModel(nn.Module):
             return self.action_head.loss(context, action_BTA, batch["action_is_pad"])
 
     @torch.no_grad()
-    def predict(self, batch: dict[str, Any], generator: Generators = None, num_inference_steps: int = 10) -> Tensor:
+    def predict(
+        self,
+        batch: dict[str, Any],
+        generator: Generators = None,
+        num_inference_steps: int = 10,
+        prefix: ActionPrefix | None = None,
+    ) -> Tensor:
         """Sampled actions, float32 (B, T, A), physical units.
 
         Args:
             batch: the data contract; actions are not needed.
             generator: see `ActionHeadBase.sample`.
             num_inference_steps: integration steps of heads that iterate.
+            prefix: what the actions have to continue, physical units; it is normalized for this batch's state, so
+                delta actions stay where they are in the world.
+
+        Raises:
+            ValueError: the head cannot continue such a prefix.
         """
-        return self.predict_draws(batch, [generator], num_inference_steps)[0]
+        return self.predict_draws(batch, [generator], num_inference_steps, prefix)[0]
 
     @torch.no_grad()
     def predict_draws(
-        self, batch: dict[str, Any], generators: Sequence[Generators], num_inference_steps: int = 10
+        self,
+        batch: dict[str, Any],
+        generators: Sequence[Generators],
+        num_inference_steps: int = 10,
+        prefix: ActionPrefix | None = None,
     ) -> Tensor:
         """Several draws for each observation, which is encoded once: float32 (K, B, T, A), physical units.
 
@@ -214,12 +231,25 @@ class VLAModel(nn.Module):
             batch: the data contract; actions are not needed.
             generators: one entry per draw, each as `ActionHeadBase.sample` takes it.
             num_inference_steps: integration steps of heads that iterate.
+            prefix: as for `predict`.
         """
+        place = batch["state"], batch["dataset_index"]
         with self._autocast():
             context = self.encode(batch)
-            draws = [self.action_head.sample(context, generator, num_inference_steps) for generator in generators]
-        place = batch["state"], batch["dataset_index"]
+            sample = self.action_head.sample
+            if prefix is not None:
+                sample = functools.partial(sample, prefix=self._normalized(prefix, *place))
+            draws = [sample(context, generator, num_inference_steps) for generator in generators]
         return torch.stack([self.normalizer.denormalize_action(action.float(), *place) for action in draws])
+
+    def _normalized(self, prefix: ActionPrefix, state_BS: Tensor, dataset_index_B: Tensor) -> ActionPrefix:
+        if not self.action_head.continues_chunks:
+            raise ValueError(
+                f"{type(self.action_head).__name__} cannot continue a chunk; execute synchronous, naive_async or "
+                "ensemble, or train a flow_matching head"
+            )
+        action_BTA = self.normalizer.normalize_action(prefix.action_BTA, state_BS, dataset_index_B)
+        return dataclasses.replace(prefix, action_BTA=action_BTA)
 
     def encode(self, batch: dict[str, Any]) -> Context:
         """The fused observation that the head sees; the same for training, evaluation and serving.
@@ -283,6 +313,7 @@ FREE_SETTINGS = {
     "inference_steps",
     "clip_sample_range",
     "lora.dropout",
+    "max_clean_prefix",
 }
 
 

@@ -240,7 +240,7 @@ def test_closed_loop(checkpoint, tmp_path, capsys):
     main_eval.main([*common, "--output_dir", str(tmp_path / "own"), "--num_videos", "1"])
     own = json.loads((tmp_path / "own" / "rollouts.json").read_text())
     assert own["settings"]["env_settings"]["image_size"] == 32  # what the policy was trained on
-    assert own["settings"]["control"] == "policy" and own["settings"]["n_action_steps"] == 2
+    assert own["settings"]["control"] == "policy" and own["settings"]["execution"]["n_action_steps"] == 2
     assert own["summary"]["episodes"] == 4 and list(own["tasks"]) == tasks
     for task in own["tasks"].values():
         assert task["seeds"] == [10000, 10001] and task["steps"] == [4, 4] and task["prompt"] == task["instruction"]

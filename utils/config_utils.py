@@ -254,6 +254,7 @@ class ActionHeadConfig:
     scheduler: Literal["ddim", "ddpm"] = "ddim"  # diffusion: sampler; ddim's only noise is the start's
     inference_steps: int | None = None  # older spelling of inference.num_inference_steps
     clip_sample_range: float | None = None  # diffusion: |denoised action| at most; None: the largest of the statistics
+    max_clean_prefix: int = 0  # flow_matching: train with up to so many leading actions given, without loss; 0: none
 
     def __post_init__(self) -> None:
         place = "model.action_head_config"
@@ -291,6 +292,11 @@ class ActionHeadConfig:
             raise ConfigError(f"{place}: dropout_prob is {self.dropout_prob}; give a number in [0, 1)")
         if not 0 <= self.time_clamp[0] < self.time_clamp[1] <= 1:
             raise ConfigError(f"{place}: time_clamp is {list(self.time_clamp)}; give [low, high] within [0, 1]")
+        if not 0 <= self.max_clean_prefix < self.horizon:
+            raise ConfigError(
+                f"{place}: max_clean_prefix is {self.max_clean_prefix}; give 0 to {self.horizon - 1}, so that at least "
+                f"one of the {self.horizon} actions is left to predict"
+            )
         if min(self.time_beta) <= 0:
             raise ConfigError(f"{place}: time_beta is {list(self.time_beta)}; both parameters must be positive")
 
@@ -390,12 +396,19 @@ class InferenceConfig:
 
     num_inference_steps: int = 10  # steps from noise to action, of heads that iterate (flow_matching, diffusion)
     n_action_steps: int | None = None  # executed before replanning; None: the whole horizon
+    execution: Literal["synchronous", "naive_async", "ensemble", "rtc", "clean_prefix"] = "synchronous"  # of chunks
+    latency_steps: int = 0  # control steps from an observation to the arrival of its plan, as execution assumes
+    ensemble_decay: float = 0.01  # ensemble: predictions for one step weigh exp(-decay i), i = 0 the oldest
+    max_guidance_weight: float = 5.0  # rtc: clip of the guidance weight (beta)
     accuracy_threshold: float = 0.1  # threshold accuracy: |error| below this, in normalized units
 
     def __post_init__(self) -> None:
         _positive(self, "inference", "num_inference_steps", "accuracy_threshold")
+        _positive(self, "inference", "max_guidance_weight")
         if self.n_action_steps is not None:
             _positive(self, "inference", "n_action_steps")
+        if self.latency_steps < 0:
+            raise ConfigError(f"inference.latency_steps is {self.latency_steps}; give 0 or more control steps")
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,13 @@ class ActionHeadBase(nn.Module, ABC):
     Attributes:
         config: its section of the configuration.
         is_stochastic: whether two samples of one context differ, so that a spread and a best of k mean something.
+        continues_chunks: whether `sample` takes a `prefix` (`model.action_head.guidance.ActionPrefix`, normalized)
+            that the chunk is to continue.
     """
 
     config: ActionHeadConfig
     is_stochastic: bool = False
+    continues_chunks: bool = False
 
     @property
     def horizon(self) -> int:

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from model.action_head.base import ActionHeadBase, Generators, existing_dims, rand, randn, step_mean
+from model.action_head.guidance import ActionPrefix, Velocity, guided
 from model.action_head.transformer import ActionTransformer, ContextKeysValues
 from model.context import Context
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
-
-Velocity = Callable[[Tensor, float], Tensor]
 
 
 class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
     """The action transformer, trained to predict velocities; samples by integrating them from noise to action."""
 
     is_stochastic = True
+    continues_chunks = True
 
     def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int, action_range: ActionRange) -> None:
         super().__init__(config, context_dim, state_dim)
@@ -46,16 +46,32 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         action_NTA = action_BTA.float().masked_fill(action_is_pad_BT[..., None], 0.0).repeat_interleave(draws, dim=0)
         noise_NTA = self._noise(action_NTA.shape, generator, action_NTA.device) * exists_N1A
         action_NTA = action_NTA * exists_N1A
-        time_N = self._time(len(action_NTA), generator, action_NTA.device)
-        x_NTA, target_NTA = flow_interpolate(noise_NTA, action_NTA, time_N)
+        time = self._time(len(action_NTA), generator, action_NTA.device)
+        clean_NT = self._clean_steps(len(action_NTA), generator, action_NTA.device)
+        if self.config.max_clean_prefix:
+            time = torch.where(clean_NT, 1.0, time[:, None])
+        x_NTA, target_NTA = flow_interpolate(noise_NTA, action_NTA, time)
         # Padded action tokens are hidden from the others, so that what they hold can't reach the loss.
         velocity_NTA = self.velocity(
-            x_NTA, time_N, self.encode_context(context), action_is_pad_BT.repeat_interleave(draws, dim=0)
+            x_NTA, time, self.encode_context(context), action_is_pad_BT.repeat_interleave(draws, dim=0)
         )
-        return step_mean((velocity_NTA.float() - target_NTA).square(), exists_B1A, action_is_pad_BT)
+        error_NTA = (velocity_NTA.float() - target_NTA).square().masked_fill(clean_NT[..., None], 0.0)
+        return step_mean(error_NTA, exists_B1A, action_is_pad_BT)
 
-    def sample(self, context: Context, generator: Generators = None, num_inference_steps: int = 10) -> Tensor:
-        """The learned velocity integrated from t = 0 to 1 by `integrator`, float32 (B, T, A), normalized."""
+    def sample(
+        self,
+        context: Context,
+        generator: Generators = None,
+        num_inference_steps: int = 10,
+        prefix: ActionPrefix | None = None,
+    ) -> Tensor:
+        """The learned velocity integrated from t = 0 to 1 by `integrator`, float32 (B, T, A), normalized.
+
+        `prefix` is what the chunk has to continue: by guidance, or, where it is clean, as given tokens.
+
+        Raises:
+            ValueError: a clean prefix commits more actions than `max_clean_prefix`.
+        """
         keys_values = self.encode_context(context)
         batch, device = len(context.tokens_BLE), context.tokens_BLE.device
         exists_B1A = existing_dims(context, self.per_action_dim)
@@ -65,13 +81,42 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
             time_B = torch.full((batch,), time, device=device)
             return self.velocity(x_BTA, time_B, keys_values).float() * exists_B1A
 
-        return integrate(velocity, x_BTA, num_inference_steps, self.config.integrator)
+        def velocity_of_free_steps(x_BTA: Tensor, time: float) -> Tensor:
+            time_BT = torch.where(clean_BT, 1.0, torch.full((batch, 1), time, device=device))
+            velocity_BTA = self.velocity(x_BTA, time_BT, keys_values).float() * exists_B1A
+            return velocity_BTA.masked_fill(clean_BT[..., None], 0.0)
+
+        if prefix is not None and prefix.clean:
+            clean_BT = self._committed(prefix)
+            x_BTA = torch.where(clean_BT[..., None], prefix.target_BTA(), x_BTA)
+            field = velocity_of_free_steps
+        else:
+            field = velocity if prefix is None else guided(velocity, prefix)
+        return integrate(field, x_BTA, num_inference_steps, self.config.integrator)
 
     def velocity(
-        self, x_NTA: Tensor, time_N: Tensor, context: ContextKeysValues, action_is_pad_NT: Tensor | None = None
+        self, x_NTA: Tensor, time: Tensor, context: ContextKeysValues, action_is_pad_NT: Tensor | None = None
     ) -> Tensor:
         """The velocity field at x_t, (N, T, A), in the compute precision; arguments as in `denoise`."""
-        return self.denoise(x_NTA, time_N, context, action_is_pad_NT)
+        return self.denoise(x_NTA, time, context, action_is_pad_NT)
+
+    def _clean_steps(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Leading steps that training gives clean, bool (N, T): 0 to `max_clean_prefix` of them, uniformly."""
+        longest = self.config.max_clean_prefix
+        if longest == 0:
+            return torch.zeros(count, self.horizon, dtype=torch.bool, device=device)
+        length_N1 = (rand((count, 1), generator, device) * (longest + 1)).floor()
+        return torch.arange(self.horizon, device=device) < length_N1
+
+    def _committed(self, prefix: ActionPrefix) -> Tensor:
+        """The steps that a clean prefix fixes, bool (B, T)."""
+        longest = int(prefix.committed_BT.sum(dim=1).max())
+        if longest > self.config.max_clean_prefix:
+            raise ValueError(
+                f"the prefix commits {longest} actions, but this policy was trained with max_clean_prefix "
+                f"{self.config.max_clean_prefix}; train with a longer one, or guide instead (rtc)"
+            )
+        return prefix.committed_BT
 
     def _noise(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
         if self.config.noise_distribution == "gaussian":
@@ -90,14 +135,14 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         return low + (high - low) * time_N
 
 
-def flow_interpolate(noise_NTA: Tensor, action_NTA: Tensor, time_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The straight path between noise and action, and its velocity.
+def flow_interpolate(noise_NTA: Tensor, action_NTA: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """The straight path between noise and action, and its velocity; `time` is (N,), or (N, T): one per step.
 
     Returns:
         x_t = (1 - t) noise + t action, and d x_t / d t = action - noise, both (N, T, A).
     """
-    time_N11 = time_N[:, None, None]
-    return (1 - time_N11) * noise_NTA + time_N11 * action_NTA, action_NTA - noise_NTA
+    time_NT1 = time.reshape(len(time), -1, 1)
+    return (1 - time_NT1) * noise_NTA + time_NT1 * action_NTA, action_NTA - noise_NTA
 
 
 def _euler(velocity: Velocity, x: Tensor, time: float, step: float) -> Tensor:

@@ -26,12 +26,12 @@ def required_state(context: Context) -> Tensor:
     return context.state_BS
 
 
-def sinusoid(time_N: Tensor, width: int) -> Tensor:
-    """Sinusoidal embedding of t in [0, 1], periods from about 0.004 to 4 (as pi0), (N, width)."""
+def sinusoid(time: Tensor, width: int) -> Tensor:
+    """Sinusoidal embedding of t in [0, 1], periods from about 0.004 to 4 (as pi0), of any shape: (..., width)."""
     half = width // 2
-    periods = torch.logspace(math.log10(4e-3), math.log10(4.0), half, device=time_N.device)
-    angles_ND = 2 * math.pi * time_N[:, None] / periods
-    embedding = torch.cat([angles_ND.sin(), angles_ND.cos()], dim=-1)
+    periods = torch.logspace(math.log10(4e-3), math.log10(4.0), half, device=time.device)
+    angles = 2 * math.pi * time[..., None] / periods
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)
     return F.pad(embedding, (0, width - 2 * half))
 
 

@@ -65,28 +65,28 @@ class ActionTransformer(nn.Module):
         return ContextKeysValues([block.context_keys_values(tokens_BLD) for block in self.blocks], mask_BL)
 
     def denoise(
-        self, x_NTA: Tensor, time_N: Tensor, context: ContextKeysValues, action_is_pad_NT: Tensor | None = None
+        self, x_NTA: Tensor, time: Tensor, context: ContextKeysValues, action_is_pad_NT: Tensor | None = None
     ) -> Tensor:
         """One vector per action token: a velocity, the noise, the action, whatever the head trains it to be.
 
         Args:
             x_NTA: float32, partly noised normalized actions; N is the context's batch or a multiple of it.
-            time_N: float32 in [0, 1].
+            time: float32 in [0, 1], (N,), or (N, T): one per action token.
             context: from `encode_context`.
             action_is_pad_NT: bool, tokens that others must not attend to; None: all exist.
 
         Returns:
             (N, T, A), in the compute precision.
         """
-        condition_ND = self.time_mlp(sinusoid(time_N, self.config.hidden_dim))
+        condition_NTD = self.time_mlp(sinusoid(time.reshape(len(time), -1), self.config.hidden_dim))
         tokens_NTD = self.action_in(x_NTA) + self.position
         self_mask = None
         if action_is_pad_NT is not None:  # the diagonal stays, so that no row is without a key
             itself_TT = torch.eye(x_NTA.shape[1], dtype=torch.bool, device=x_NTA.device)
             self_mask = (~action_is_pad_NT[:, None, None, :]) | itself_TT
-        tokens_NTD = self._attend(tokens_NTD, condition_ND, context, self_mask)
-        shift_ND, scale_ND = self.out_modulation(condition_ND).chunk(2, dim=-1)
-        return self.action_out(_modulate(self.out_norm(tokens_NTD), shift_ND[:, None], scale_ND[:, None]))
+        tokens_NTD = self._attend(tokens_NTD, condition_NTD, context, self_mask)
+        shift_NTD, scale_NTD = self.out_modulation(condition_NTD).chunk(2, dim=-1)
+        return self.action_out(_modulate(self.out_norm(tokens_NTD), shift_NTD, scale_NTD))
 
     def decode(self, context: ContextKeysValues) -> Tensor:
         """One vector per learned query, (B, T, A), in the compute precision; for `timed=False`."""
@@ -94,10 +94,10 @@ class ActionTransformer(nn.Module):
         return self.action_out(self.out_norm(self._attend(queries_BTD, None, context, None)))
 
     def _attend(
-        self, tokens_NTD: Tensor, condition_ND: Tensor | None, context: ContextKeysValues, self_mask: Tensor | None
+        self, tokens_NTD: Tensor, condition_NTD: Tensor | None, context: ContextKeysValues, self_mask: Tensor | None
     ) -> Tensor:
         for block, keys_values in zip(self.blocks, context.layers_BHLD, strict=True):
-            tokens_NTD = block(tokens_NTD, condition_ND, keys_values, context.mask_BL, self_mask)
+            tokens_NTD = block(tokens_NTD, condition_NTD, keys_values, context.mask_BL, self_mask)
         return tokens_NTD
 
 
@@ -127,14 +127,14 @@ class ActionBlock(nn.Module):
     def forward(
         self,
         x_NTD: Tensor,
-        condition_ND: Tensor | None,
+        condition_NTD: Tensor | None,
         context_BHLD: tuple[Tensor, Tensor],
         mask_BL: Tensor,
         self_mask: Tensor | None,
     ) -> Tensor:
         """The tokens after this block, (N, T, D); arguments as `ActionTransformer.denoise` makes them."""
         (shift_1, scale_1, gate_1), (shift_2, scale_2, gate_2), (shift_3, scale_3, gate_3) = self._modulations(
-            condition_ND
+            condition_NTD
         )
         dropout = self.dropout if self.training else 0.0
 
@@ -152,11 +152,11 @@ class ActionBlock(nn.Module):
 
         return x_NTD + gate_3 * self.mlp(_modulate(self.norms[2](x_NTD), shift_3, scale_3))
 
-    def _modulations(self, condition_ND: Tensor | None) -> list[tuple[Tensor, ...]] | list[tuple[float, ...]]:
-        """(shift, scale, gate) of the three sub-layers, each (N, 1, D), or neutral numbers without a time."""
+    def _modulations(self, condition_NTD: Tensor | None) -> list[tuple[Tensor, ...]] | list[tuple[float, ...]]:
+        """(shift, scale, gate) of the three sub-layers, each (N, 1 or T, D), or neutral numbers without a time."""
         if self.modulation is None:
             return [(0.0, 0.0, 1.0)] * 3
-        parts = self.modulation(condition_ND)[:, None].chunk(9, dim=-1)
+        parts = self.modulation(condition_NTD).chunk(9, dim=-1)
         return [parts[0:3], parts[3:6], parts[6:9]]
 
     def _split(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from inference.execution import ExecutionSettings
 from inference.predictor import VLAPredictor
 from inference.rollout import (
     GREY,
@@ -60,13 +61,14 @@ class Scripted:
     """Plans `chunk` again and again, and keeps what it was shown."""
 
     def __init__(self, chunk, n_action_steps, max_seq_len=1):
-        self.chunk, self.n_action_steps, self.max_seq_len = np.asarray(chunk, np.float32), n_action_steps, max_seq_len
+        self.chunk, self.max_seq_len = np.asarray(chunk, np.float32), max_seq_len
+        self.execution = ExecutionSettings(max(n_action_steps, len(chunk)), n_action_steps)
         self.seen = []
 
     def reset(self, env, seed):
         self.seen.clear()
 
-    def plan(self, history, prompt):
+    def plan(self, history, prompt, prefix=None):
         self.seen.append(([int(o["image_1"][0, 0, 0]) for o in history], prompt))
         return self.chunk
 
@@ -201,9 +203,10 @@ def test_blind_policy_sees_grey_and_everything_else(predictor):
 
 
 def test_model_policy_settings(predictor):
-    assert ModelPolicy(predictor, n_action_steps=3).n_action_steps == 3
+    assert ModelPolicy(predictor).execution == ExecutionSettings(horizon=4, n_action_steps=2)  # the checkpoint's
+    assert ModelPolicy(predictor, predictor.execution_settings(n_action_steps=3)).execution.n_action_steps == 3
     with pytest.raises(ValueError, match="n_action_steps is 5, but the policy predicts a horizon of 4"):
-        ModelPolicy(predictor, n_action_steps=5)
+        predictor.execution_settings(n_action_steps=5)
     env = CountingEnv()
     env.state_dim = 7
     with pytest.raises(ValueError, match="the policy has state_dim 4, the environment 7"):
