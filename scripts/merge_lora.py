@@ -1,0 +1,79 @@
+"""Merge LoRA adapters into their base weights: a normal checkpoint, of which peft and bitsandbytes know nothing.
+
+    python scripts/merge_lora.py --checkpoint_path experiments/R/checkpoints/model_best.pth.tar --output merged.pth.tar
+
+Takes whole checkpoints and those of training.save_adapters_only, whose base is read from where the run had it or from
+--model_name_or_path. Quantized weights become plain ones. The result evaluates, serves and starts other runs
+(--init_checkpoint); it has no optimizer state, since what trained is no longer there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+import torch
+
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that "python scripts/x.py" finds the repository
+
+from model.adapters import merge_adapters  # noqa: E402
+from model.vla_model import VLAModel  # noqa: E402
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint  # noqa: E402
+from utils.config_utils import config_from_dict, config_to_dict  # noqa: E402
+
+DROPPED = ("format", "optimizer", "base")
+
+
+def merge_checkpoint(checkpoint: dict[str, Any], dtype: torch.dtype, name_or_path: str | None) -> dict[str, Any]:
+    """The same policy without adapters and quantized weights.
+
+    Args:
+        checkpoint: as loaded, with LoRA, quantized weights or both.
+        dtype: of the merged weights. float32 predicts as before; bfloat16 takes half the space and rounds the sum.
+        name_or_path: where the base is, if not where the run had it; for checkpoints without their frozen weights.
+
+    Raises:
+        CheckpointError: nothing to merge, or another base than the adapters were trained on.
+    """
+    settings = config_to_dict(config_from_dict(checkpoint["config"], source="checkpoint"))
+    vlm = settings["model"]["vlm_config"]
+    lora, quantization = vlm["lora"], vlm["quantization"]
+    if lora is None and quantization == "none":
+        raise CheckpointError("nothing to merge: the checkpoint has neither LoRA adapters nor quantized weights")
+    if name_or_path is not None:
+        vlm["model_name_or_path"] = name_or_path
+    policy = VLAModel.from_checkpoint(checkpoint, config_from_dict(settings))
+    merge_adapters(policy, dtype)
+    for part, freeze in (("vision", "freeze_vision_tower"), ("language", "freeze_language_model")):
+        # Frozen parts are stored in vlm_config.dtype, which would round what float32 was asked for.
+        if (lora is not None and lora[part]) or (quantization != "none" and vlm[freeze]):
+            vlm[freeze] = dtype == torch.bfloat16
+    vlm["lora"], vlm["quantization"] = None, "none"
+    settings["training"]["save_adapters_only"] = False
+    kept = {key: value for key, value in checkpoint.items() if key not in DROPPED}
+    return {**kept, "config": settings, "model": policy.state_dict()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint_path", required=True)
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="file to write, such as merged.pth.tar")
+    parser.add_argument("--model_name_or_path", help="base of a checkpoint that does not hold its frozen weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the merged weights")
+    args = parser.parse_args(arguments)
+    checkpoint = load_checkpoint(args.checkpoint_path)
+    if args.output.exists():
+        raise CheckpointError(f"{args.output} exists; choose another --output")
+    save_checkpoint(merge_checkpoint(checkpoint, getattr(torch, args.dtype), args.model_name_or_path), args.output)
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:,.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")

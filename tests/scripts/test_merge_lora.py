@@ -1,0 +1,107 @@
+"""scripts/merge_lora.py: one plain file that predicts as the adapters did."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.vla_model import VLAModel
+from scripts.make_tiny_paligemma import make_tiny_paligemma
+from scripts.merge_lora import main
+from tests.conftest import TINY
+from tests.policies import checkpoint_of, make_batch, make_policy, policy_config
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.config_utils import ConfigError
+
+
+def run(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def predict(policy: VLAModel) -> torch.Tensor:
+    return policy.eval().predict(make_batch(), torch.Generator().manual_seed(0), 3)
+
+
+@pytest.fixture
+def make(tmp_path, tiny_paligemma_dir):
+    """A checkpoint file with trained adapters, and what its policy predicts."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_paligemma_dir, base)
+
+    def checkpoint(adapters_only: bool = False, **vlm) -> tuple[Path, torch.Tensor]:
+        config = policy_config(base, tmp_path, model={"vlm_config": {"lora": {"rank": 4, "vision": True}, **vlm}})
+        policy = make_policy(config)
+        with torch.no_grad():  # as after training: no zero left that would hide an adapter
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.05 * torch.randn_like(parameter)
+        path = tmp_path / "lora.pth.tar"
+        content = {**checkpoint_of(policy, config), **policy.state_to_save(adapters_only), "optimizer": {}}
+        save_checkpoint(content, path)
+        return path, predict(policy)
+
+    return checkpoint
+
+
+@pytest.mark.parametrize("adapters_only", [False, True])
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_merged_predicts_alike_without_peft(make, tmp_path, capsys, monkeypatch, adapters_only, quantization):
+    path, wanted = make(adapters_only, quantization=quantization)
+    output = tmp_path / "merged.pth.tar"
+    arguments = ["--checkpoint_path", path, "--output", output]
+    if adapters_only:  # the base has moved since
+        (tmp_path / "base").rename(tmp_path / "moved")
+        with pytest.raises(ConfigError, match="base"):
+            run(*arguments)
+        arguments += ["--model_name_or_path", tmp_path / "moved"]
+    run(*arguments)
+    assert f"{output}: " in capsys.readouterr().out
+    merged = load_checkpoint(output)
+    assert "optimizer" not in merged and not any("lora" in key or "base_layer" in key for key in merged["model"])
+    assert merged["config"]["model"]["vlm_config"]["lora"] is None
+    for package in ("peft", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, package, None)
+    torch.testing.assert_close(predict(VLAModel.from_checkpoint(merged)), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_halves_the_merged_weights(make, tmp_path):
+    path, wanted = make()
+    run("--checkpoint_path", path, "--output", tmp_path / "m.pth.tar", "--dtype", "bfloat16")
+    merged = load_checkpoint(tmp_path / "m.pth.tar")
+    name = "backbone.backbone.language_model.layers.0.mlp.up_proj.weight"
+    assert merged["model"][name].dtype == torch.bfloat16
+    policy = VLAModel.from_checkpoint(merged)
+    assert policy.state_dict()[name].dtype == torch.float32, "vlm_config.dtype of the tests: what frozen weights are in"
+    torch.testing.assert_close(predict(policy), wanted, atol=0.05, rtol=0.05)
+
+
+def test_refusals(make, tmp_path, tiny_paligemma_dir):
+    path, _ = make(adapters_only=True)
+    make_tiny_paligemma(tmp_path / "other", **TINY, seed=3)
+    arguments = ["--checkpoint_path", path, "--output", tmp_path / "m.pth.tar"]
+    with pytest.raises(CheckpointError, match="name the right base"):
+        run(*arguments, "--model_name_or_path", tmp_path / "other")
+
+    config = policy_config(tiny_paligemma_dir, tmp_path)
+    save_checkpoint(checkpoint_of(make_policy(config), config), tmp_path / "plain.pth.tar")
+    with pytest.raises(CheckpointError, match="nothing to merge"):
+        run("--checkpoint_path", tmp_path / "plain.pth.tar", "--output", tmp_path / "m.pth.tar")
+
+    (tmp_path / "m.pth.tar").touch()
+    with pytest.raises(CheckpointError, match="exists; choose another --output"):
+        run(*arguments)
+
+
+@pytest.mark.slow
+def test_as_a_script(make, tmp_path):
+    path, _ = make()
+    command = [sys.executable, "scripts/merge_lora.py", "--output", str(tmp_path / "m.pth.tar"), "--checkpoint_path"]
+    assert subprocess.run([*command, str(path)], capture_output=True, check=False).returncode == 0
+    result = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
