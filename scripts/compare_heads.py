@@ -51,6 +51,7 @@ from model.action_head import ACTION_HEADS
 from scripts.compare_heads_report import markdown, plot, summarize
 from test_vla_offline import latency
 from training.run_log import read_metrics
+from utils.calculate_normalization_stats import load_statistics
 from utils.config_utils import Config, ConfigError, config_to_dict, load_config
 from utils.misc import atomic_path, count_parameters, set_up_logging, user_message
 from utils.parquet_utils import DataError
@@ -260,6 +261,7 @@ def prepare(plan: Plan, backbones: Sequence[str]) -> None:
 
     Raises:
         ConfigError: a path is missing that can't be made here.
+        StatisticsError: statistics of other data or widths.
     """
     config = plan.config
     for key, (episodes, seed) in DEMONSTRATIONS.items():
@@ -272,6 +274,7 @@ def prepare(plan: Plan, backbones: Sequence[str]) -> None:
     if not Path(config.data.normalization_stats_path).is_file():
         settings = ["--set", *plan.set_args] if plan.set_args else []
         run_script("utils/calculate_normalization_stats.py", "--config_path", plan.config_path, *settings)
+    load_statistics(config.data.normalization_stats_path, config, plan.config_path)
     for backbone in backbones:
         folders = [Path(getattr(config.model.vlm_config, key)) for key in BACKBONES[backbone]]
         folder = folders[0] if len(folders) == 1 else folders[0].parent
