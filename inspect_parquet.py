@@ -91,7 +91,13 @@ def wanted_by(config: Config, entry: MixtureEntry | None, has_val: bool) -> Want
         widths["state"] = (f"{prefix}state_dim" if prefix else "data.state_dim", entry.state_dim)
         widths["action"] = (f"{prefix}per_action_dim", entry.per_action_dim)
         if data.val_fraction and not has_val:
-            held_out = partial(validation_episodes, entry.name, fraction=data.val_fraction, seed=data.split_seed)
+            held_out = partial(
+                validation_episodes,
+                entry.name,
+                fraction=data.val_fraction,
+                seed=data.split_seed,
+                max_episodes=data.max_episodes,
+            )
     return Wanted(
         widths=widths,
         horizon=entry.horizon if entry else config.model.action_head_config.horizon,
@@ -104,11 +110,12 @@ def wanted_by(config: Config, entry: MixtureEntry | None, has_val: bool) -> Want
 
 def token_counter(config: Config) -> Callable[[str], int] | None:
     """Counts a prompt's tokens, uncut; None, with a warning, where the config's tokenizer is not there."""
-    from data.processing import ObservationError, PromptTokenizer
+    from data.processing import ObservationError, PromptTokenizer, processor_sources
 
-    name = config.data.tokenizer_name_or_path or config.model.vlm_config.model_name_or_path
     try:
-        tokenizer = PromptTokenizer.from_pretrained(name, sys.maxsize)
+        tokenizer = PromptTokenizer.from_pretrained(
+            processor_sources(config)[1], sys.maxsize, config.model.vlm_config.type
+        )
     except ObservationError as error:
         logger.warning("lengths of prompts are not checked: %s", error)
         return None

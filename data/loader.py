@@ -44,7 +44,7 @@ from data.transport import PackedBatch, SlotPool, use_pool
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
 from utils.parquet_utils import DataError, Source, open_parquet, resolve_parquet_files
-from utils.splits import validation_episodes
+from utils.splits import used_episodes, validation_episodes
 
 __all__ = ["VLADataset", "VLAImageProcessor", "build_datasets", "build_sampler", "collate_fn", "make_loader"]
 
@@ -81,7 +81,8 @@ class VLADataset(Dataset):
             image_processor, prompt_tokenizer: the same objects that serving uses.
             own: name and own widths of a mixture's dataset; samples are padded to the model's. None: the model's.
             dataset_index: which statistics the model uses for these samples.
-            split: all episodes, or those that `val_fraction` leaves for training, or those that it holds out.
+            split: all episodes, or those that `max_episodes` and `val_fraction` leave for training, or those that
+                `val_fraction` holds out.
 
         Raises:
             DataError: the files break the schema.
@@ -99,8 +100,9 @@ class VLADataset(Dataset):
         self.own_horizon = (own and own.horizon) or horizon
         self._pad_masks = torch.arange(horizon) >= torch.arange(horizon + 1)[:, None]  # by number of valid steps
         self.state_dim, self.per_action_dim, self.dataset_index = config.state_dim, per_action_dim, dataset_index
-        held_out = validation_episodes(self.name, self.store.num_episodes, config.val_fraction, config.split_seed)
-        chosen = {"all": held_out | True, "train": ~held_out, "val": held_out}[split]
+        of, seed, limit = (self.name, self.store.num_episodes), config.split_seed, config.max_episodes
+        held_out, used = validation_episodes(*of, config.val_fraction, seed, limit), used_episodes(*of, seed, limit)
+        chosen = {"all": np.ones_like(used), "train": used & ~held_out, "val": held_out}[split]
         self.episodes = np.flatnonzero(chosen)  # of the store, in order
         self._rows: np.ndarray | range = range(len(self.store))
         if not chosen.all():

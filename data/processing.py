@@ -345,40 +345,46 @@ def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProc
     return image_processor, tokenizer
 
 
-# Per backbone the config keys of the directories that hold the image processor and the tokenizer, what to download to
-# them, and the script that writes small untrained ones.
-PROCESSOR_SOURCES = {
-    "paligemma": (
-        ("model_name_or_path", "google/paligemma-3b-pt-224"),
-        ("model_name_or_path", "google/paligemma-3b-pt-224"),
-        "scripts/make_tiny_paligemma.py",
-    ),
-    "siglip_llm": (
-        ("vision_model_name_or_path", "google/siglip-base-patch16-224"),
-        ("language_model_name_or_path", "Qwen/Qwen2.5-0.5B"),
-        "scripts/make_tiny_siglip_llm.py",
-    ),
-}
-
-
 def processors_from_config(config: Config) -> tuple[VLAImageProcessor, PromptTokenizer]:
     """The image processor and the tokenizer that a config names; the backbone's own where it names none.
 
     Raises:
         ObservationError: one of them is not there; a missing backbone folder is named as such.
     """
-    data, vlm = config.data, config.model.vlm_config
-    *sources, script = PROCESSOR_SOURCES[vlm.type]
-    for key, hub_id in sources:
+    vlm = config.model.vlm_config
+    image_source, tokenizer_source = processor_sources(config)
+    for key, hub_id, tiny in _PARTS[vlm.type]:
         folder = getattr(vlm, key)
         if folder.startswith(("/", "./", "../", "~")) and not Path(folder).is_dir():
             raise ObservationError(
                 f"model.vlm_config.{key}: no folder {folder!r}; download the model there (hf download {hub_id} "
-                f"--local-dir {folder}), or write a small untrained one: python {script} --output_dir {folder}"
+                f"--local-dir {folder}), or write a small untrained one: {tiny}"
             )
-    vision, language = (getattr(vlm, key) for key, _ in sources)
-    image_source = data.image_processor_name_or_path or data.siglip_model_name or vision
     return (
         VLAImageProcessor.from_pretrained(image_source),
-        PromptTokenizer.from_pretrained(data.tokenizer_name_or_path or language, data.prompt_max_len, vlm.type),
+        PromptTokenizer.from_pretrained(tokenizer_source, config.data.prompt_max_len, vlm.type),
     )
+
+
+def processor_sources(config: Config) -> tuple[str, str]:
+    """Directories or hub ids of the image processor and of the tokenizer."""
+    data, parts = (
+        config.data,
+        [getattr(config.model.vlm_config, key) for key, *_ in _PARTS[config.model.vlm_config.type]],
+    )
+    image_source = data.image_processor_name_or_path or data.siglip_model_name or parts[0]
+    return image_source, data.tokenizer_name_or_path or parts[-1]
+
+
+# Per backbone its parts, the one that sees first and the one that reads last: config key, what to download, and how to
+# write a small untrained one.
+_TINY_SIGLIP_LLM = "python scripts/make_tiny_siglip_llm.py --output_dir DIR, and give DIR/"
+_PARTS = {
+    "paligemma": (
+        ("model_name_or_path", "google/paligemma-3b-pt-224", "python scripts/make_tiny_paligemma.py --output_dir DIR"),
+    ),
+    "siglip_llm": (
+        ("vision_model_name_or_path", "google/siglip-base-patch16-224", f"{_TINY_SIGLIP_LLM}siglip"),
+        ("language_model_name_or_path", "Qwen/Qwen2.5-0.5B", f"{_TINY_SIGLIP_LLM}qwen2"),
+    ),
+}

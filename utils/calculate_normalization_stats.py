@@ -40,7 +40,7 @@ from utils.parquet_utils import (
     resolve_parquet_files,
     vectors,
 )
-from utils.splits import validation_episodes
+from utils.splits import used_episodes, validation_episodes
 from utils.streaming_statistics import STATISTICS, StepStatistics
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def calculate_statistics(
     name: str = "default",
     val_fraction: float = 0.0,
     split_seed: int = 0,
+    max_episodes: int | None = None,
     action_mode: str = "absolute",
     absolute_action_dims: Sequence[int] = (),
     horizon: int = 1,
@@ -82,7 +83,7 @@ def calculate_statistics(
         files: Parquet files in order; an episode may go on from one into the next.
         state_dim, per_action_dim: widths of the columns.
         name: of the dataset; its held-out episodes depend on it, see `validation_episodes`.
-        val_fraction, split_seed: which episodes are held out and left out here.
+        val_fraction, split_seed, max_episodes: which episodes are held out or unused, and left out here.
         action_mode: `absolute`, or `delta` for actions relative to the current state's same dimension.
         absolute_action_dims: dimensions that stay absolute in delta mode; those past `per_action_dim` are ignored.
         horizon: actions per sample, for delta mode.
@@ -109,7 +110,7 @@ def calculate_statistics(
         per_action_dim,
         delta_dims=[d for d in range(per_action_dim) if delta and d not in absolute_action_dims],
         horizon=horizon if delta else 1,
-        needs_episodes=delta or val_fraction > 0,
+        needs_episodes=delta or val_fraction > 0 or max_episodes is not None,
     )
     unmatched = [d for d in spec.delta_dims if d >= state_dim]
     if unmatched:
@@ -125,7 +126,8 @@ def calculate_statistics(
         counts = list(_in_order(_count_episodes, tasks, num_workers))
         flag_bytes = sum(size for _, size in counts)
         *episodes_before, episodes = np.cumsum([0, *(number for number, _ in counts)]).tolist()
-        held_out = validation_episodes(name, episodes, val_fraction, split_seed)
+        used = used_episodes(name, episodes, split_seed, max_episodes)
+        held_out = ~used | validation_episodes(name, episodes, val_fraction, split_seed, max_episodes)
     parts = _in_order(
         partial(_read, spec=spec, held_out=held_out), zip(tasks, episodes_before, strict=True), num_workers
     )
@@ -158,6 +160,7 @@ def calculate_for_config(config: Config, num_workers: int | None = None) -> dict
             name=entry.name,
             val_fraction=data.val_fraction,
             split_seed=data.split_seed,
+            max_episodes=data.max_episodes,
             action_mode=data.action_mode,
             absolute_action_dims=data.absolute_action_dims,
             horizon=entry.horizon,
@@ -350,6 +353,7 @@ def _settings(data: DataConfig) -> dict[str, Any]:
         "absolute_action_dims": sorted(data.absolute_action_dims),
         "val_fraction": data.val_fraction,
         "split_seed": data.split_seed,
+        "max_episodes": data.max_episodes,
     }
 
 
@@ -357,13 +361,13 @@ def _check_settings(content: dict[str, Any], config: Config, path: str, command:
     wanted = _settings(config.data)
     if config.data.action_mode == "absolute":
         del wanted["absolute_action_dims"]
-    if config.data.val_fraction == 0:
+    if config.data.val_fraction == 0 and config.data.max_episodes is None:
         del wanted["split_seed"]
     others = {key: value for key, value in wanted.items() if content.get(key) != value}
     if others:
         found = ", ".join(f"{key} {content.get(key)}" for key in others)
         needed = ", ".join(f"data.{key} {value}" for key, value in others.items())
-        flags = " ".join(f"'data.{key}={value}'" for key, value in others.items())
+        flags = " ".join(f"'data.{key}={'null' if value is None else value}'" for key, value in others.items())
         raise StatisticsError(
             f"{path}: made with {found}, config wants {needed}; make it again with: {command} --set {flags}"
         )

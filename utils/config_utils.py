@@ -70,7 +70,8 @@ class DataConfig:
     train_parquet_files: tuple[str, ...] = ()  # each entry a file, a folder or a glob
     val_parquet_files: tuple[str, ...] = ()  # held-out episodes; empty: none, or val_fraction of the training files
     val_fraction: float = 0.0  # share of the training files' episodes that is held out instead of trained on
-    split_seed: int = 0  # which episodes val_fraction holds out
+    split_seed: int = 0  # which episodes val_fraction holds out, and which max_episodes leaves
+    max_episodes: int | None = None  # per dataset, of the training files, those held out included; None: all
     mixture: tuple[MixtureEntry, ...] = ()  # several datasets at once, instead of train_parquet_files
     sample_weighting: Literal["step", "episode", "task"] = "step"  # what is drawn uniformly within a dataset
     tokenizer_name_or_path: str | None = None  # directory or hub id; None: the backbone's own
@@ -101,8 +102,9 @@ class DataConfig:
             )
         if self.mixture and self.train_parquet_files:
             raise ConfigError("data.mixture and data.train_parquet_files both name training data; give one of them")
-        if self.clip_normalized is not None:
-            _positive(self, "data", "clip_normalized")
+        for name in ("clip_normalized", "max_episodes"):
+            if getattr(self, name) is not None:
+                _positive(self, "data", name)
         self._check_mixture()
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers is {self.num_workers}; give 0 (load in this process) or more")

@@ -1,4 +1,4 @@
-"""Which episodes are held out for validation: a function of (name, number of episodes, fraction, seed) alone."""
+"""Which episodes are trained on and which are held out: a function of (name, number of episodes, settings) alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import numpy as np
 from utils.misc import derive_seed
 
 
-def validation_episodes(name: str, num_episodes: int, fraction: float, seed: int) -> np.ndarray:
+def validation_episodes(
+    name: str, num_episodes: int, fraction: float, seed: int, max_episodes: int | None = None
+) -> np.ndarray:
     """Which episodes `data.val_fraction` holds out.
 
     Args:
@@ -15,13 +17,27 @@ def validation_episodes(name: str, num_episodes: int, fraction: float, seed: int
         num_episodes: episodes in file order.
         fraction: share to hold out; more than 0 holds out at least one episode, and at least one stays.
         seed: `data.split_seed`.
+        max_episodes: `data.max_episodes`; the share is of those that it leaves.
 
     Returns:
         bool (num_episodes,), True for held-out episodes. Training, validation and statistics all ask here, so
         an episode is never on both sides.
     """
+    used = np.flatnonzero(used_episodes(name, num_episodes, seed, max_episodes))
     held_out = np.zeros(num_episodes, dtype=bool)
-    if fraction > 0 and num_episodes > 1:
-        count = min(num_episodes - 1, max(1, round(fraction * num_episodes)))
-        held_out[np.random.default_rng(derive_seed("split", name, seed)).permutation(num_episodes)[:count]] = True
+    if fraction > 0 and len(used) > 1:
+        count = min(len(used) - 1, max(1, round(fraction * len(used))))
+        drawn = np.random.default_rng(derive_seed("split", name, seed)).permutation(len(used))[:count]
+        held_out[used[drawn]] = True
     return held_out
+
+
+def used_episodes(name: str, num_episodes: int, seed: int, max_episodes: int | None) -> np.ndarray:
+    """Which episodes `data.max_episodes` leaves, bool (num_episodes,); a larger limit adds to those of a smaller.
+
+    They are drawn at random: files often hold one task after the other.
+    """
+    used = np.zeros(num_episodes, dtype=bool)
+    order = np.random.default_rng(derive_seed("limit", name, seed)).permutation(num_episodes)
+    used[order[:max_episodes]] = True
+    return used

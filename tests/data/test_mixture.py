@@ -16,7 +16,7 @@ from tests.helpers import episode_rows, write_episodes, write_rows
 from utils.calculate_normalization_stats import calculate_statistics
 from utils.config_utils import config_from_dict
 from utils.parquet_utils import DataError
-from utils.splits import validation_episodes
+from utils.splits import used_episodes, validation_episodes
 
 
 @pytest.fixture
@@ -216,6 +216,27 @@ def test_split_function():
     assert validation_episodes("a", 2, 0.99, 0).sum() == 1, "at least one is left"
     assert (validation_episodes("a", 50, 0.3, 0) != validation_episodes("a", 50, 0.3, 1)).any()
     assert (validation_episodes("a", 50, 0.3, 0) != validation_episodes("b", 50, 0.3, 0)).any()
+
+
+def test_limit_on_episodes(mixture):
+    everything, _ = build_datasets(config := mixture(val_fraction=0.4), *processors_from_config(config))
+    config = mixture(val_fraction=0.4, max_episodes=3)
+    train, val = build_datasets(config, *processors_from_config(config))
+    for a, b, whole in zip(train.datasets, val.datasets, everything.datasets, strict=True):
+        used = np.flatnonzero(used_episodes(a.name, whole.store.num_episodes, 0, 3))
+        assert sorted([*a.episodes, *b.episodes]) == used.tolist() and len(b.episodes) == 1
+        assert len(a) == np.diff(a.store.episode_starts)[a.episodes].sum()
+
+
+def test_limit_function():
+    held = validation_episodes("a", 40, 0.25, 1, max_episodes=20)
+    used = [used_episodes("a", 40, 1, limit) for limit in (5, 20, 40, 99, None)]
+    assert [mask.sum() for mask in used] == [5, 20, 40, 40, 40] and held.sum() == 5
+    assert all((small <= large).all() for small, large in itertools.pairwise(used)), "a larger limit adds to a smaller one"
+    assert (held <= used[1]).all() and not used[1][:20].all(), "drawn from all over the files"
+    assert (used_episodes("a", 40, 2, 20) != used[1]).any()
+    no_limit = validation_episodes("a", 40, 0.25, 1)
+    assert (validation_episodes("a", 40, 0.25, 1, max_episodes=40) == no_limit).all()
 
 
 def test_validation_files_and_a_mixture_contradict(mixture):

@@ -26,7 +26,7 @@ from utils.calculate_normalization_stats import (
 )
 from utils.config_utils import Config, config_from_dict
 from utils.parquet_utils import DataError
-from utils.splits import validation_episodes
+from utils.splits import used_episodes, validation_episodes
 from utils.streaming_statistics import STATISTICS, StepStatistics
 
 COMMAND = "python utils/calculate_normalization_stats.py --config_path c.yaml --output_path"
@@ -194,6 +194,10 @@ def test_held_out_episodes_never_enter(tmp_path, monkeypatch):
     keep = ~held_out[episode]
     options = {"val_fraction": 0.3, "split_seed": 5, "name": "arm"}
     statistics = calculate_statistics(files, 3, 4, **options)
+    limited = calculate_statistics(files, 3, 4, **options, max_episodes=4)
+    used = used_episodes("arm", len(lengths), 5, 4) & ~validation_episodes("arm", len(lengths), 0.3, 5, 4)
+    assert used.sum() == 3
+    check(limited["state"], state[used[episode]])
     check(statistics["state"], state[keep])
     check(statistics["action"], action[keep])
     assert 0 < keep.sum() < len(keep) == statistics["rows"]
@@ -313,6 +317,8 @@ def test_loading_refuses_statistics_of_another_treatment(mixture, tmp_path):
         change(mixture, action_mode="absolute")
     )
     assert "made with split_seed 0, config wants data.split_seed 1" in refusal(change(mixture, split_seed=1))
+    limited = refusal(change(mixture, max_episodes=3))
+    assert "made with max_episodes None, config wants data.max_episodes 3; " in limited and "max_episodes=3'" in limited
     assert "made with val_fraction 0.25, config wants data.val_fraction 0.0" in refusal(
         change(mixture, val_fraction=0.0)
     )
