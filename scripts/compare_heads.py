@@ -270,7 +270,9 @@ def prepare(plan: Plan, backbones: Sequence[str]) -> None:
             raise ConfigError(f"data.{key}: {missing[0]} does not exist; correct the config or bring the data")
         for path in missing:
             flags = ["--env", plan.env, "--tasks", *plan.tasks, "--episodes", str(episodes), "--seed", str(seed)]
-            run_script("scripts/record_demos.py", *flags, "--output_dir", path)
+            unfinished = f"{path.rstrip('/')}.part"  # so that half a recording is never taken for the whole
+            run_script("scripts/record_demos.py", *flags, "--overwrite", "--output_dir", unfinished)
+            os.rename(unfinished, path)
     if not Path(config.data.normalization_stats_path).is_file():
         settings = ["--set", *plan.set_args] if plan.set_args else []
         run_script("utils/calculate_normalization_stats.py", "--config_path", plan.config_path, *settings)
