@@ -5,6 +5,7 @@ python main_train.py --config_path configs/vla_config.yaml
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -13,24 +14,38 @@ import torch
 
 from data.loader import build_datasets, build_sampler, make_loader
 from data.processing import processors_from_checkpoint, processors_from_config
+from data.sampler import PassBatchSampler
 from model.vla_model import VLAModel, require_same_architecture
 from training.trainer import NonFiniteLossError, VLATrainer
 from utils.calculate_normalization_stats import load_statistics
 from utils.checkpoint import load_checkpoint
 from utils.cli import config_from_args, refuse_to_overwrite, train_parser
+from utils.config_utils import Config
 from utils.misc import derive_seed, pick_device, set_up_logging, user_message
 
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = train_parser(__doc__).parse_args(argv)
-    config = config_from_args(args)
+def train(
+    args: argparse.Namespace,
+    config: Config,
+    device: torch.device,
+    trainer_class: type[VLATrainer] = VLATrainer,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """The whole run, as one process or as one rank of several.
+
+    Args:
+        args: of `train_parser`.
+        config: of `config_from_args(args)`.
+        device: where this process trains.
+        trainer_class, rank, world_size: how the run is spread over processes.
+    """
     start = args.resume_checkpoint or args.init_checkpoint
     checkpoint = load_checkpoint(start) if start else None
     refuse_to_overwrite(config, checkpoint if args.resume_checkpoint else None)
-    set_up_logging(config.experiment_dir / "logs" / "train.log")
-    device = pick_device()
+    set_up_logging(config.experiment_dir / "logs" / "train.log", is_main=rank == 0)
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
 
@@ -42,11 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     train_set, val_set = build_datasets(config, image_processor, tokenizer)
     data, training = config.data, config.training
-    sampler = build_sampler(config, train_set)
+    sampler = build_sampler(config, train_set, rank=rank, world_size=world_size)
     train_loader = make_loader(train_set, num_workers=data.num_workers, batch_sampler=sampler, seed=training.seed)
     val_loader = None
     if val_set is not None:
-        val_loader = make_loader(val_set, num_workers=data.num_workers, batch_size=data.batch_size)
+        share = PassBatchSampler(len(val_set), data.batch_size // world_size, rank=rank, world_size=world_size)
+        val_loader = make_loader(val_set, num_workers=data.num_workers, batch_sampler=share)
 
     torch.manual_seed(derive_seed("init", training.seed))
     if args.resume_checkpoint:
@@ -59,10 +75,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = VLAModel.from_pretrained(config, statistics, image_processor.mean, image_processor.std)
 
     processors = {"image_processor": image_processor.to_settings(), "tokenizer_files": tokenizer.to_files()}
-    trainer = VLATrainer(config, model, train_loader, val_loader, device, processors)
+    trainer = trainer_class(config, model, train_loader, val_loader, device, processors)
     if args.resume_checkpoint:
         trainer.resume(checkpoint, args.resume_checkpoint)
     trainer.fit()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = train_parser(__doc__).parse_args(argv)
+    train(args, config_from_args(args), pick_device())
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from data.processing import (
     build_observation,
     collate_fn,
 )
-from data.sampler import StepBatchSampler
+from data.sampler import PassBatchSampler, StepBatchSampler
 from data.transport import PackedBatch, SlotPool, use_pool
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
@@ -236,7 +236,7 @@ def make_loader(
     dataset: VLADataset | MixtureDataset,
     *,
     num_workers: int,
-    batch_sampler: StepBatchSampler | None = None,
+    batch_sampler: StepBatchSampler | PassBatchSampler | None = None,
     batch_size: int = 1,
     seed: int = 0,
 ) -> BatchLoader:
@@ -245,7 +245,7 @@ def make_loader(
     Args:
         dataset: what to load.
         num_workers: processes; 0 loads in this one.
-        batch_sampler: an endless, shuffled stream; None: one pass in order.
+        batch_sampler: an endless, shuffled stream, or a rank's share of one pass; None: one pass in order.
         batch_size: samples per batch of a pass in order.
         seed: of the workers.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -98,6 +99,37 @@ class StepBatchSampler(Sampler[list[int]]):
     def _block_counts(self, block: int) -> tuple[np.random.Generator, np.ndarray]:
         generator = np.random.default_rng(derive_seed("mixture", self.seed, block))
         return generator, generator.multinomial(BLOCK, self.weights)
+
+
+class PassBatchSampler(Sampler[list[int]]):
+    """One pass in order over a dataset that ranks share: batch i of the pass goes to rank i modulo world_size.
+
+    Every rank yields the same number of batches, so that its collectives stay in step with the others'. The first
+    `num_own` are its share of the pass, each sample of which comes exactly once; what follows only fills up.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        """
+        Args:
+            size: samples of the dataset.
+            batch_size: samples per batch; the last of the pass may be shorter.
+            rank, world_size: whose share.
+        """
+        self.size, self.micro_batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+        batches = math.ceil(size / batch_size)
+        self.num_own = len(range(rank, batches, world_size))
+        self.length = math.ceil(batches / world_size)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for i in range(self.length):
+            if i >= self.num_own:
+                yield [0]
+                continue
+            begin = (i * self.world_size + self.rank) * self.micro_batch_size
+            yield list(range(begin, min(begin + self.micro_batch_size, self.size)))
 
 
 class _Stream:

@@ -1,0 +1,235 @@
+"""Processes of a distributed run: starting one per GPU, watching over them, and what the user sees of a failure.
+
+`torchrun` starts and watches the ranks of several machines; `launch` does the same on one machine and shows less.
+Either way a rank lives inside `member_of_group`, which joins the others and reports errors: the first one of the
+machine, once. A rank that dies ends the job within `GRACE_S`; one that hangs, after `training.distributed_timeout_s`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from utils.config_utils import ConfigError
+from utils.misc import user_message
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 10.0  # from the first failure to the end of ranks that do not stop by themselves
+LAUNCHED = "PALIGEMMA_VLA_LAUNCHED"  # set in ranks that `launch` started: the file that takes the first error
+# How gloo and NCCL word the loss of another rank.
+LOST = re.compile(r"Connection (closed|reset|refused)|Timed out|timed out|Broken pipe|remote process|Socket Timeout")
+
+
+def is_rank() -> bool:
+    """Whether this process is a rank already, started by torchrun or by `launch`."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def launch(command: list[str], nproc: int | None, grace_s: float = GRACE_S) -> int:
+    """Run `command` as `nproc` ranks of this machine and wait for them.
+
+    SIGTERM and SIGINT are passed on, and the ranks get the time that they need to stop in order. Should this process
+    be killed, the ranks end as well.
+
+    Args:
+        command: of each rank; it finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment.
+        nproc: ranks; None: one per GPU, or one on the CPU.
+        grace_s: from the first failure to SIGKILL for the other ranks.
+
+    Returns:
+        The exit status: 0 when all ranks succeeded.
+
+    Raises:
+        ConfigError: more ranks than GPUs, or MASTER_PORT is in use.
+    """
+    gpus = torch.cuda.device_count()
+    nproc = nproc or max(1, gpus)
+    if gpus and nproc > gpus:
+        raise ConfigError(f"--nproc is {nproc}, but {gpus} GPUs are visible; give at most {gpus}")
+    store = _host_store()
+    with tempfile.TemporaryDirectory(prefix="paligemma_vla_") as folder:
+        error_file = Path(folder) / "first_error"
+        shared = {
+            "WORLD_SIZE": str(nproc),
+            "LOCAL_WORLD_SIZE": str(nproc),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store above, which outlives any rank; torchrun does the same
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
+            LAUNCHED: str(error_file),
+        }
+        # A session of their own: Ctrl-C reaches them through this process alone. Their standard input closes with it.
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+            for rank in range(nproc)
+        ]
+        with _pass_on_signals(ranks) as stopped:
+            try:
+                failed = _wait(ranks)
+            finally:
+                forced = _stop(ranks, grace_s)
+        if failed is None:
+            return 0
+        code = ranks[failed].returncode
+        if stopped and code == -stopped[0]:
+            return 128 + stopped[0]  # before the ranks could stop in order
+        print(_verdict(failed, code, error_file, [rank for rank in forced if rank != failed]), file=sys.stderr)
+        return code if code > 0 else 128 - code
+
+
+@contextlib.contextmanager
+def member_of_group(timeout_s: float) -> Iterator[torch.device]:
+    """Join the process group as the rank that the environment names; gives the device to train on.
+
+    An error inside ends the process with status 1, after the first rank of this machine to fail has reported it.
+
+    Args:
+        timeout_s: how long a collective waits for the other ranks.
+    """
+    rank = int(os.environ["RANK"])
+    if LAUNCHED in os.environ:
+        threading.Thread(target=_die_with_launcher, daemon=True).start()
+    try:
+        yield _join(timeout_s)
+        dist.barrier()  # the last checkpoint is written
+        dist.destroy_process_group()
+    except Exception as error:
+        _report(rank, error)
+        sys.exit(1)
+
+
+def _join(timeout_s: float) -> torch.device:
+    local_rank, timeout = int(os.environ.get("LOCAL_RANK", 0)), datetime.timedelta(seconds=timeout_s)
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", timeout=timeout)
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start one process per GPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    return device
+
+
+def _host_store() -> dist.TCPStore:
+    port = int(os.environ.get("MASTER_PORT", 0))  # 0: any that is free
+    try:
+        return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"MASTER_PORT is {port}, which can't be opened ({reason}); unset it or choose another"
+        ) from None
+
+
+def _die_with_launcher() -> None:
+    # Blocks until the launcher ends, however it ends. Not sys.stdin.read: forked loader workers would find it locked.
+    os.read(0, 1)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _pass_on_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Send SIGTERM and SIGINT on to the ranks; gives the list of those that came."""
+    came: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        came.append(number)
+        for rank in ranks:
+            rank.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Until all have succeeded (None) or one has failed: its number. A killed rank is blamed before its mourners."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed:
+            return min(failed, key=lambda rank: (codes[rank] > 0, rank))
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.1)
+
+
+def _stop(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> list[int]:
+    """End what still runs; gives the ranks that did not react."""
+    deadline, forced = time.monotonic() + grace_s, []
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.terminate()
+    for number, rank in enumerate(ranks):
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            forced.append(number)
+            rank.kill()
+            rank.wait()
+    return forced
+
+
+def _verdict(failed: int, code: int, error_file: Path, forced: list[int]) -> str:
+    text = error_file.read_text(encoding="utf-8") if error_file.is_file() else ""
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (the kernel does that when memory runs out)" if name == "SIGKILL" else ""
+        text = f"error: rank {failed} was ended by {name}{hint}; the other ranks were stopped"
+    elif not text:
+        text = f"error: rank {failed} ended with status {code} and no message; the other ranks were stopped"
+    if forced:
+        text += f"\nerror: rank {', '.join(map(str, forced))} did not react and had to be killed"
+    return text
+
+
+def _report(rank: int, error: Exception) -> None:
+    """Hand the message to the launcher, or print it; only the first rank of a machine that fails does either."""
+    if isinstance(error, ValueError | ImportError) or type(error).__module__.startswith("training."):
+        text = f"error: {user_message(error)}"
+    elif LOST.search(str(error)):
+        text = (
+            f"error: rank {rank} lost another rank ({str(error).splitlines()[0]}); that rank died or hangs. If it only "
+            "needs longer, raise training.distributed_timeout_s"
+        )
+    else:
+        text = "".join(traceback.format_exception(error)) + f"error: rank {rank} failed with the traceback above"
+    logger.debug("rank %d", rank, exc_info=error)
+    path = os.environ.get(LAUNCHED)
+    if path is None and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        path = str(Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "first_error")
+    if path is not None:
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return
+    if LAUNCHED not in os.environ:
+        print(text, file=sys.stderr, flush=True)

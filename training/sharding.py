@@ -1,0 +1,78 @@
+"""FSDP2 on a VLAModel: what is sharded as a unit, in which precision, and whole tensors back from the parts.
+
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; the units follow torchtitan's: one per
+transformer block, so that a block's weights are gathered while the one before it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model.vla_model import VLAModel
+from utils.config_utils import ConfigError
+
+
+def shard_model(model: VLAModel, device: torch.device, world_size: int) -> VLAModel:
+    """Shard a policy in place over all ranks and move it to the device.
+
+    Every transformer block of the backbone is a unit, the action head is one, and the rest (embeddings, projector,
+    resampler) is the last. Blocks are gathered in the compute precision, in which autocast would use their matrices
+    anyway; masters, gradient reduction and everything outside of the blocks stay float32.
+
+    Raises:
+        ConfigError: the model computes in float16, whose loss scaling is not built for shards.
+    """
+    if model.compute_dtype == torch.float16:
+        raise ConfigError(
+            "training.strategy fsdp does not train in float16; set model.vlm_config.dtype to bfloat16, or take ddp"
+        )
+    mesh = init_device_mesh(device.type, (world_size,))
+    low = model.compute_dtype if model.compute_dtype != torch.float32 else None
+    blocks = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in transformer_blocks(model.backbone):
+        fully_shard(block, mesh=mesh, mp_policy=blocks)
+    fully_shard(model.action_head, mesh=mesh, mp_policy=exact)
+    fully_shard(model, mesh=mesh, mp_policy=exact)
+    for module, method in ((model.action_head, "loss"), (model.action_head, "sample"), (model, "predict")):
+        register_fsdp_forward_method(module, method)
+    return model.to(device)
+
+
+def transformer_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of every stack (`layers`) of transformers inside a module, outermost stacks first."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and name.rpartition(".")[2] == "layers":
+            yield from child
+
+
+def whole(value: Any, *, keep: bool) -> Any:
+    """A state dict with every sharded tensor gathered onto the CPU, one at a time; a collective.
+
+    Args:
+        value: nested dicts, lists and tensors, of the same structure on all ranks.
+        keep: False on ranks that only take part; their tensors are dropped as soon as they are whole.
+    """
+    if isinstance(value, DTensor):
+        tensor = value.detach().full_tensor()
+        return tensor.cpu() if keep else None
+    if isinstance(value, dict):
+        return {key: whole(item, keep=keep) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole(item, keep=keep) for item in value)
+    return value
+
+
+def shard_like(value: Any, parameter: Tensor) -> Any:
+    """This rank's part of a whole tensor (an optimizer moment) that is as large as its sharded parameter."""
+    if not (torch.is_tensor(value) and isinstance(parameter, DTensor) and value.shape == parameter.shape):
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
