@@ -16,10 +16,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.vla_model import VLAModel
-from utils.config_utils import ConfigError
+from utils.config_utils import Config, ConfigError
 
 
-def shard_model(model: VLAModel, device: torch.device, world_size: int) -> VLAModel:
+def shard_model(model: VLAModel, config: Config, device: torch.device, world_size: int) -> VLAModel:
     """Shard a policy in place over all ranks and move it to the device.
 
     Every transformer block of the backbone is a unit, the action head is one, and the rest (embeddings, projector,
@@ -27,12 +27,15 @@ def shard_model(model: VLAModel, device: torch.device, world_size: int) -> VLAMo
     anyway; masters, gradient reduction and everything outside of the blocks stay float32.
 
     Raises:
-        ConfigError: the model computes in float16, whose loss scaling is not built for shards.
+        ConfigError: float16 (its loss scaling), quantized weights and 8-bit moments are not built for shards.
     """
-    if model.compute_dtype == torch.float16:
-        raise ConfigError(
-            "training.strategy fsdp does not train in float16; set model.vlm_config.dtype to bfloat16, or take ddp"
-        )
+    for key, value, refused in (
+        ("model.vlm_config.dtype", config.model.vlm_config.dtype, ("float16",)),
+        ("model.vlm_config.quantization", config.model.vlm_config.quantization, ("4bit", "8bit")),
+        ("optimizer.type", config.optimizer.type, ("AdamW8bit",)),
+    ):
+        if value in refused:
+            raise ConfigError(f"training.strategy is fsdp and {key} {value}, which it cannot shard; change one of them")
     mesh = init_device_mesh(device.type, (world_size,))
     low = model.compute_dtype if model.compute_dtype != torch.float32 else None
     blocks = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -41,8 +44,9 @@ def shard_model(model: VLAModel, device: torch.device, world_size: int) -> VLAMo
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     fully_shard(model.action_head, mesh=mesh, mp_policy=exact)
     fully_shard(model, mesh=mesh, mp_policy=exact)
-    for module, method in ((model.action_head, "loss"), (model.action_head, "sample"), (model, "predict")):
-        register_fsdp_forward_method(module, method)
+    for module, methods in ((model.action_head, ("loss", "sample")), (model, ("predict", "predict_draws"))):
+        for method in methods:
+            register_fsdp_forward_method(module, method)
     return model.to(device)
 
 

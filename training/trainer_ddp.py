@@ -44,7 +44,7 @@ class VLATrainerDDP(VLATrainer):
 
     def wrap(self, model: VLAModel) -> nn.Module:
         if self.sharded:
-            return shard_model(model, self.device, self.world_size)
+            return shard_model(model, self.config, self.device, self.world_size)
         model = model.to(self.device)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model  # the optimizer says so
