@@ -21,16 +21,17 @@ from data.processing import (
     Frame,
     ObservationError,
     PromptTokenizer,
+    Sample,
     VLAImageProcessor,
     build_observation,
     collate_fn,
     processors_from_checkpoint,
 )
 from inference.execution import ExecutionSettings
+from inference.export import read_policy
 from model.action_head.guidance import ActionPrefix
 from model.context import Context
 from model.vla_model import VLAModel
-from utils.checkpoint import load_checkpoint
 from utils.config_utils import Config, MixtureEntry, config_from_dict
 from utils.misc import pick_device
 
@@ -98,10 +99,10 @@ class VLAPredictor:
         n_action_steps: int | None = None,
         dataset: str | None = None,
     ) -> VLAPredictor:
-        """Load a policy from a checkpoint file alone: no data, no Hugging Face directory, no config file.
+        """Load a policy from a checkpoint alone: no data, no pretrained directory, no config file.
 
         Args:
-            path: `*.pth.tar` written by training.
+            path: `*.pth.tar` written by training, a folder that scripts/export_policy.py wrote, or the hub id of one.
             device: `auto` (GPU when there is one), `cpu`, `cuda:1`, ...
             use_amp: True: bfloat16 autocast, also on a CPU. False: float32. None: the precision that the policy
                 was trained in (`model.vlm_config.dtype`).
@@ -114,7 +115,7 @@ class VLAPredictor:
             CheckpointError: missing, truncated, unsafe or foreign file.
             ValueError: steps out of range.
         """
-        checkpoint = load_checkpoint(path)
+        checkpoint = read_policy(path)
         config = config_from_dict(checkpoint["config"], source=str(path))
         return cls(
             VLAModel.from_checkpoint(checkpoint),
@@ -126,6 +127,11 @@ class VLAPredictor:
             n_action_steps=n_action_steps,
             dataset=dataset,
         )
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> VLAPredictor:
+        """Load a shared policy: an exported folder or its hub id; the same as `from_checkpoint`, options included."""
+        return cls.from_checkpoint(name_or_path, **options)
 
     def predict(
         self,
@@ -216,6 +222,17 @@ class VLAPredictor:
         state: Sequence[float] | np.ndarray | None = None,
     ) -> Batch:
         """The batch of one that `predict` gives the model; arguments and errors as there."""
+        return collate_fn([self.observation(images_1, images_2, prompt=prompt, state=state)])
+
+    def observation(
+        self,
+        images_1: Frame | Sequence[Frame],
+        images_2: Frame | Sequence[Frame] | None = None,
+        *,
+        prompt: str,
+        state: Sequence[float] | np.ndarray | None = None,
+    ) -> Sample:
+        """The sample that `observe` makes a batch of; `collate_fn` joins several for `predict_batch`."""
         if images_1 is None:
             raise ObservationError("image_1 is missing; every policy needs it")
         if images_2 is not None and "image_2" not in self.cameras:
@@ -232,7 +249,7 @@ class VLAPredictor:
             prompt_tokenizer=self.prompt_tokenizer,
         )
         sample["dataset_index"] = self.dataset_index
-        return collate_fn([sample])
+        return sample
 
     def execution_settings(
         self,

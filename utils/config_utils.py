@@ -414,6 +414,41 @@ class InferenceConfig:
 
 
 @dataclass(frozen=True)
+class ServingConfig:
+    """What the policy server reads from a request, and its limits. Keys have openpi's names by default."""
+
+    image_1_key: str = "observation/image"  # key of each camera's frames in a request; "image_1" is read as well
+    image_2_key: str = "observation/wrist_image"
+    state_key: str = "observation/state"
+    prompt_key: str = "prompt"
+    batch_window_ms: float = 2.0  # how long a request waits for others to be predicted with, once clients are several
+    max_batch_size: int = 8  # requests predicted in one pass
+    max_waiting: int = 64  # requests that wait for the model; further ones are refused
+    max_clients: int = 64  # connections at once
+    max_message_bytes: int = 32_000_000  # of one request
+    max_image_pixels: int = 16_000_000  # height x width of one frame, also of an encoded one
+    timeout_s: float = 20.0  # for a handshake, a prediction, a client that answers no ping, and the end of a connection
+
+    def __post_init__(self) -> None:
+        _positive(self, "serving", "max_batch_size", "max_waiting", "max_clients", "max_message_bytes")
+        _positive(self, "serving", "max_image_pixels", "timeout_s")
+        if self.batch_window_ms < 0:
+            raise ConfigError(f"serving.batch_window_ms is {self.batch_window_ms}; give 0 or more")
+        if len(set(self.keys.values())) < len(self.keys) or "seed" in self.keys.values():
+            raise ConfigError(f"serving: keys {list(self.keys.values())} are not distinct, or one is 'seed'")
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The request's key for each part of an observation."""
+        return {
+            "image_1": self.image_1_key,
+            "image_2": self.image_2_key,
+            "state": self.state_key,
+            "prompt": self.prompt_key,
+        }
+
+
+@dataclass(frozen=True)
 class WandbConfig:
     """Weights & Biases; used only with `enabled` (or --use_wandb)."""
 
@@ -432,6 +467,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
@@ -522,11 +558,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, set_a
         ConfigError: unreadable file, unknown key, wrong type, value out of range, contradiction.
     """
     tree = read_tree(Path(path))
-    for item in set_args or []:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item}: no '='; write --set section.key=value")
-        set_dotted(tree, key.strip(), yaml.safe_load(text), f"--set {item}")
+    _apply(tree, set_args or [])
     for key, value in (overrides or {}).items():
         if value is not None:
             set_dotted(tree, key, value, key)
@@ -545,6 +577,13 @@ def config_from_dict(tree: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError(f"{source}: {error}") from None
 
 
+def override_config(config: Config, set_args: list[str]) -> Config:
+    """The configuration with `--set section.key=value` applied; errors as `load_config`."""
+    tree = config_to_dict(config)
+    _apply(tree, set_args)
+    return config_from_dict(tree, source="--set")
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
     """The configuration as nested dicts, lists and plain values: what checkpoints and logs store."""
     return _plain(dataclasses.asdict(config))
@@ -553,6 +592,14 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
     Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _apply(tree: dict[str, Any], set_args: list[str]) -> None:
+    for item in set_args:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: no '='; write --set section.key=value")
+        set_dotted(tree, key.strip(), yaml.safe_load(text), f"--set {item}")
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,67 @@
+"""What the policy server counts and times, for Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+RECENT = 1024  # answers that the latency percentiles are taken over
+PERCENTILES = (50, 95, 99)
+
+
+class ServerMetrics:
+    """Counters of one server; `waiting` tells the length of its queue."""
+
+    def __init__(self, waiting: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        self.num_clients = 0
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self._requests = Counter("vla_requests", "Requests by outcome", ["outcome"], registry=self.registry)
+        self._seconds = Histogram(
+            "vla_request_seconds", "Time from message to reply", registry=self.registry, buckets=_BUCKETS
+        )
+        self._batch = Histogram(
+            "vla_batch_size", "Requests predicted in one pass", registry=self.registry, buckets=(1, 2, 4, 8, 16, 32)
+        )
+        Gauge("vla_clients", "Connected clients", registry=self.registry).set_function(lambda: self.num_clients)
+        Gauge("vla_queue", "Requests that wait for the model", registry=self.registry).set_function(waiting)
+        percentiles = Gauge(
+            "vla_request_seconds_recent", f"Percentiles of the last {RECENT}", ["percentile"], registry=self.registry
+        )
+        for percent in PERCENTILES:
+            percentiles.labels(str(percent)).set_function(lambda percent=percent: self.percentile(percent))
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[None]:
+        """Count a client while it is connected."""
+        self.num_clients += 1
+        try:
+            yield
+        finally:
+            self.num_clients -= 1
+
+    def answered(self, seconds: float, batch_size: int) -> None:
+        """A request got its actions."""
+        self._requests.labels("ok").inc()
+        self._seconds.observe(seconds)
+        self._batch.observe(batch_size)
+        self.recent.append(seconds)
+
+    def refused(self, reason: str) -> None:
+        """A request, or a client, was turned away."""
+        self._requests.labels(reason).inc()
+
+    def percentile(self, percent: float) -> float:
+        """Seconds, over the last answers; NaN before the first."""
+        return float(np.percentile(self.recent, percent)) if self.recent else float("nan")
+
+    def render(self) -> str:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry).decode()
+
+
+_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

@@ -1,0 +1,40 @@
+"""Write a checkpoint's policy as a folder to share: safetensors weights, readable files, a model card.
+
+    python scripts/export_policy.py --checkpoint_path C --output_dir my-policy \\
+        --metrics results/metrics.json results/rollouts.json
+
+The folder loads with `VLAPredictor.from_pretrained`, and everywhere a --checkpoint_path is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that "python scripts/x.py" finds the repository
+
+from inference.export import export_policy  # noqa: E402
+from utils.checkpoint import load_checkpoint  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint_path", required=True, help="*.pth.tar written by training")
+    parser.add_argument("--output_dir", required=True, help="a new folder")
+    parser.add_argument("--metrics", nargs="+", default=[], help="metrics.json, rollouts.json of main_eval.py")
+    args = parser.parse_args()
+    folder = export_policy(load_checkpoint(args.checkpoint_path), args.output_dir, args.metrics)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(f"{path.stat().st_size:>14,} bytes  {path.relative_to(folder)}")
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,97 @@
+"""Serve a policy to robots over a websocket, in the protocol of openpi's client.
+
+    python scripts/serve_policy.py --checkpoint_path C --port 8000
+    python scripts/serve_policy.py --checkpoint_path C --host 0.0.0.0 --token_env POLICY_TOKEN \\
+        --set serving.image_1_key=observation/front serving.image_2_key=observation/wrist
+
+Clients: the openpi-client package, or scripts/client_example.py. SIGTERM or Ctrl-C finishes what is in flight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__":  # so that "python scripts/serve_policy.py" finds the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inference.predictor import VLAPredictor
+from inference.server import PolicyServer
+from utils.config_utils import ConfigError, override_config
+from utils.misc import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint_path", required=True, help="*.pth.tar, an exported folder, or a hub id of one")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and logs it")
+    parser.add_argument("--token_env", help="environment variable with the token that clients must send")
+    parser.add_argument("--dataset", help="for a policy trained on a mixture: the dataset whose robot is driven")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as trained")
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--num_threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise of requests that carry no seed")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="serving.key=value", dest="set_args")
+    return parser.parse_args()
+
+
+def read_token(name: str | None, host: str) -> str | None:
+    """The token in an environment variable.
+
+    Raises:
+        ConfigError: the variable is not set, or empty.
+    """
+    if name is None:
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            logger.warning("no --token_env: whoever reaches %s may use this policy", host)
+        return None
+    if not os.environ.get(name):
+        raise ConfigError(f"--token_env {name}: no such environment variable, or it is empty; export {name}=...")
+    return os.environ[name]
+
+
+async def serve(server: PolicyServer, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    await server.run(host, port, stopping)
+
+
+def main() -> None:
+    args = parse_args()
+    set_up_logging()
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    token = read_token(args.token_env, args.host)
+    predictor = VLAPredictor.from_checkpoint(
+        args.checkpoint_path,
+        args.device,
+        args.use_amp,
+        num_inference_steps=args.num_inference_steps,
+        dataset=args.dataset,
+    )
+    serving = override_config(predictor.config, args.set_args).serving
+    asyncio.run(serve(PolicyServer(predictor, serving, token, args.seed), args.host, args.port))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: can't listen there ({error}); choose another --port, or stop what uses it")
