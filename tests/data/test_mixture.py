@@ -232,7 +232,9 @@ def test_limit_function():
     held = validation_episodes("a", 40, 0.25, 1, max_episodes=20)
     used = [used_episodes("a", 40, 1, limit) for limit in (5, 20, 40, 99, None)]
     assert [mask.sum() for mask in used] == [5, 20, 40, 40, 40] and held.sum() == 5
-    assert all((small <= large).all() for small, large in itertools.pairwise(used)), "a larger limit adds to a smaller one"
+    assert all((small <= large).all() for small, large in itertools.pairwise(used)), (
+        "a larger limit adds to a smaller one"
+    )
     assert (held <= used[1]).all() and not used[1][:20].all(), "drawn from all over the files"
     assert (used_episodes("a", 40, 2, 20) != used[1]).any()
     no_limit = validation_episodes("a", 40, 0.25, 1)

@@ -1,0 +1,175 @@
+"""What serving costs beside predicting in the same process, and whether it holds under load.
+
+    python benchmarks/bench_serving.py --checkpoint_path C [--seconds 60] [--clients 8] [--quick] [--json serving.json]
+
+Latency: the same observations through `VLAPredictor.predict` and through a server process on loopback, in turns;
+overhead is the difference of the medians. Load: several clients ask as fast as they can; every answer is compared
+with the one of the same process, and the server's resident memory is read at the start and at the end.
+
+JSON keys: in_process_ms, served_ms, overhead_ms, wrong_answers (wanted 0), memory_growth (wanted below 1.05).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+
+from inference.predictor import VLAPredictor  # noqa: E402
+from scripts.client_example import PolicyClient  # noqa: E402
+
+LIMITS = {"wrong_answers": 0, "memory_growth": 1.05}
+TOLERANCE = 1e-4  # a batch of several rounds differently than one alone
+
+
+def start_server(checkpoint: str) -> tuple[subprocess.Popen, int]:
+    """A server process on a free port, and the port."""
+    command = [sys.executable, "scripts/serve_policy.py", "--checkpoint_path", checkpoint, "--port", "0"]
+    root = pathlib.Path(__file__).resolve().parents[1]
+    server = subprocess.Popen([*command, "--num_threads", "1"], stderr=subprocess.PIPE, text=True, cwd=root)
+    for line in server.stderr:
+        if found := re.search(r"serving on \S+ port (\d+)", line):
+            threading.Thread(target=server.stderr.read, daemon=True).start()  # so that its log never blocks it
+            return server, int(found[1])
+    raise RuntimeError("the server did not start")
+
+
+def observations(predictor: VLAPredictor, count: int) -> list[dict[str, object]]:
+    """Random frames and states, each with the seed of its noise."""
+    random = np.random.default_rng(0)
+    size = (predictor.image_processor.height, predictor.image_processor.width, 3)
+    return [
+        {
+            **{camera: random.integers(0, 256, size, dtype=np.uint8) for camera in predictor.cameras},
+            "state": random.normal(size=predictor.state_dim).astype(np.float32),
+            "prompt": "open the window",
+            "seed": seed,
+        }
+        for seed in range(count)
+    ]
+
+
+def predict(predictor: VLAPredictor, observation: dict[str, object]) -> np.ndarray:
+    """The actions of an observation in this process."""
+    images = [observation.get("image_1"), observation.get("image_2")]
+    named = {key: observation[key] for key in ("prompt", "state", "seed")}
+    return predictor.predict(*images, **named)
+
+
+def measure_latency(predictor: VLAPredictor, client: PolicyClient, asked: list, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each prediction, in process and served, in turns."""
+    times: dict[str, list[float]] = {"in_process": [], "served": []}
+    for i in range(rounds + 5):
+        observation = asked[i % len(asked)]
+        for name, call in (("in_process", lambda o: predict(predictor, o)), ("served", client.predict)):
+            started = time.perf_counter()
+            call(observation)
+            if i >= 5:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def load(port: int, asked: list, expected: list, seconds: float, results: list[tuple[int, int]]) -> None:
+    """One client: ask until the time is over; appends (answers, wrong answers)."""
+    client, answers, wrong = PolicyClient(port=port), 0, 0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        i = (answers * 7 + threading.get_ident()) % len(asked)
+        wrong += not np.allclose(client.predict(asked[i]), expected[i], atol=TOLERANCE)
+        answers += 1
+    client.close()
+    results.append((answers, wrong))
+
+
+def resident_mb(pid: int) -> float:
+    """Resident memory of a process."""
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no VmRSS in /proc/{pid}/status")
+
+
+def run_clients(port: int, clients: int, asked: list, expected: list, seconds: float) -> tuple[int, int]:
+    """(answers, wrong answers) of several clients at once."""
+    results: list[tuple[int, int]] = []
+    arguments = (port, asked, expected, seconds, results)
+    threads = [threading.Thread(target=load, args=arguments) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(results) < clients:
+        raise RuntimeError(f"{clients - len(results)} of {clients} clients failed; see above")
+    return sum(answers for answers, _ in results), sum(wrong for _, wrong in results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint_path", required=True)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the load")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--quick", action="store_true", help="3 seconds of load")
+    parser.add_argument("--json", type=pathlib.Path, help="write the results here")
+    args = parser.parse_args()
+    seconds, rounds = (3.0, 20) if args.quick else (args.seconds, 200)
+    torch.set_num_threads(1)
+    predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, use_amp=None)
+    asked = observations(predictor, 16)
+    expected = [predict(predictor, observation) for observation in asked]
+    server, port = start_server(args.checkpoint_path)
+    try:
+        client = PolicyClient(port=port)
+        times = measure_latency(predictor, client, asked, rounds)
+        client.close()
+        run_clients(
+            port, args.clients, asked, expected, min(5.0, seconds)
+        )  # buffers of every client exist from here on
+        before = resident_mb(server.pid)
+        answers, wrong = run_clients(port, args.clients, asked, expected, seconds)
+        after = resident_mb(server.pid)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        status = server.wait(timeout=30)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    result = {
+        "in_process_ms": medians["in_process"],
+        "served_ms": medians["served"],
+        "overhead_ms": medians["served"] - medians["in_process"],
+        "clients": args.clients,
+        "seconds": seconds,
+        "answers": answers,
+        "answers_per_second": answers / seconds,
+        "wrong_answers": wrong,
+        "memory_mb": [before, after],
+        "memory_growth": after / before,
+        "exit_status": status,
+    }
+    print(f"{'':<22}{'p50 ms':>10}{'p95 ms':>10}")
+    for name, values in times.items():
+        print(f"{name:<22}{medians[name]:>10.2f}{np.percentile(values, 95):>10.2f}")
+    print(f"overhead of serving: {result['overhead_ms']:.2f} ms (median)")
+    print(
+        f"\n{args.clients} clients, {seconds:.0f} s: {answers} answers ({result['answers_per_second']:.0f} per second)"
+    )
+    print(f"{'wrong answers':<22}{wrong:>10}{LIMITS['wrong_answers']:>10} wanted")
+    print(f"{'memory growth':<22}{after / before:>10.3f}{LIMITS['memory_growth']:>10} at most ({after:.0f} MB)")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if wrong or after / before > LIMITS["memory_growth"] or status:
+        sys.exit("error: a limit was missed")
+
+
+if __name__ == "__main__":
+    main()
