@@ -110,6 +110,7 @@ class Episode:
             ValueError: a plan is too short or not finite.
         """
         while not self._ended:
+            self._deliver()
             if self._execution.wants_plan():
                 self._asked = time.perf_counter()
                 return PlanRequest(tuple(self._history), self.prompt, self._execution.request())
@@ -123,14 +124,18 @@ class Episode:
         self.result.plans += 1
         self._under_way = self._execution.step + self.settings.latency_steps, action_TA
 
+    def _deliver(self) -> None:
+        """Take in the plan under way, if it arrives at this step."""
+        if self._under_way is None or self._execution.step < self._under_way[0]:
+            return
+        try:
+            self._execution.deliver(self._under_way[1])
+        except ValueError as error:
+            raise ValueError(f"seed {self.result.seed} step {self.result.steps}: {error}") from None
+        self._under_way = None
+
     def _step(self) -> None:
         result = self.result
-        if self._under_way is not None and self._under_way[0] <= self._execution.step:
-            try:
-                self._execution.deliver(self._under_way[1])
-            except ValueError as error:
-                raise ValueError(f"seed {result.seed} step {result.steps}: {error}") from None
-            self._under_way = None
         action = self._execution.act()
         if action is None:
             action = self.env.unwrapped.hold_action(result.actions[-1] if result.actions else None)

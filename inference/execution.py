@@ -79,9 +79,9 @@ class Execution(ABC):
 
     Every control step:
 
+        execution.deliver(action_TA)            # if the requested plan has arrived
         if execution.wants_plan():
             prefix = execution.request()        # and start planning from this step's observation
-        execution.deliver(action_TA)            # if the requested plan has arrived
         action = execution.act()                # None: nothing is planned for this step; hold still
 
     Attributes:
