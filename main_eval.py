@@ -12,7 +12,8 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import torch
 
 from data.episode_store import EpisodeStore
 from data.loader import VLADataset, make_loader
-from data.processing import ObservationError
+from data.processing import Batch, ObservationError
 from envs import FIRST_EVALUATION_SEED, make_env
 from inference.eval_args import parse_args
-from inference.evaluate import evaluate_offline
+from inference.evaluate import difference_between, evaluate_offline
 from inference.predictor import VLAPredictor
 from inference.report import (
     action_table,
@@ -55,6 +56,9 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
         data[spec] = dataset, make_loader(dataset, num_workers=workers, batch_size=args.batch_size or 16)
     result, predictions = evaluate_offline(predictor, data, seed=args.seed or 0, num_samples=args.num_samples or 1)
     result = {"checkpoint": args.checkpoint_path, **result}
+    if predictor.quantization != "none":
+        few = (batch for _, batches in data.values() for batch in islice(batches, 4))
+        result["quantization_error"] = quantization_error(args, predictor, few)
     paths = [output / "metrics.json"]
     write_json(paths[0], result)
     if args.save_predictions:
@@ -63,6 +67,14 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     paths += plot_trajectories(output / "plots", predictions, 3 if args.num_plots is None else args.num_plots)
     logger.info("%.1f ms per sample", 1000 * result["seconds_per_sample"])
     _finish(metrics_table(result), paths, output / LOG_NAME)
+
+
+def quantization_error(args: argparse.Namespace, predictor: VLAPredictor, batches: Iterable[Batch]) -> dict[str, Any]:
+    """The actions' distance from those of the same policy with whole matrices, logged and returned."""
+    error = difference_between(predictor, load_predictor(args, quantization="none"), batches, args.seed or 0)
+    text = "%s moves normalized actions by %.4f on average, at most %.4f (%d predictions)"
+    logger.info(text, predictor.quantization, error["mean"], error["max"], error["samples"])
+    return {"quantization": predictor.quantization, **error}
 
 
 def open_dataset(predictor: VLAPredictor, spec: str, flag: str) -> VLADataset:
@@ -91,6 +103,9 @@ def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     action_TA = predictor.predict(
         args.image1_paths, args.image2_paths, prompt=args.prompt, state=state, seed=args.seed or 0
     )
+    if predictor.quantization != "none":
+        observation = predictor.observe(args.image1_paths, args.image2_paths, prompt=args.prompt, state=state)
+        quantization_error(args, predictor, [observation])
     inputs = {name: getattr(args, name) for name in ("checkpoint_path", "image1_paths", "image2_paths", "prompt")}
     inputs |= {"state": state, "seed": args.seed or 0, "num_inference_steps": predictor.num_inference_steps}
     paths = write_actions(Path(args.output_dir), action_TA, inputs) if args.save_predictions else []
@@ -129,6 +144,7 @@ def evaluate_closed_loop(args: argparse.Namespace, predictor: VLAPredictor | Non
             "seed": first,
             "execution": vars(policy.execution),
             "num_inference_steps": predictor.num_inference_steps if predictor else None,
+            "quantization": predictor.quantization if predictor else None,
             "demos_path": args.demos_path,
         },
         "tasks": tasks,
@@ -186,18 +202,25 @@ def _finish(text: str, paths: Sequence[str | Path], log_file: Path | None = None
         print(f"wrote {path}")
 
 
+def load_predictor(args: argparse.Namespace, quantization: str | None = None) -> VLAPredictor:
+    """The policy that the flags describe; `quantization` overrules its flag."""
+    return VLAPredictor.from_checkpoint(
+        args.checkpoint_path,
+        args.device,
+        args.use_amp,
+        num_inference_steps=args.num_inference_steps,
+        dataset=args.dataset,
+        compile=args.compile,
+        quantization=quantization or args.quantization,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv, __doc__)
     set_up_logging(Path(args.output_dir) / LOG_NAME if args.mode != "image1_paths" else None)
     predictor, num_threads = None, args.num_threads
     if args.checkpoint_path is not None:
-        predictor = VLAPredictor.from_checkpoint(
-            args.checkpoint_path,
-            args.device,
-            args.use_amp,
-            num_inference_steps=args.num_inference_steps,
-            dataset=args.dataset,
-        )
+        predictor = load_predictor(args)
         num_threads = num_threads or predictor.config.training.num_threads
         logger.info("%s on %s, computing in %s", args.checkpoint_path, predictor.device, predictor.model.compute_dtype)
     if num_threads is not None:

@@ -24,6 +24,7 @@ from utils.config_utils import Config
 logger = logging.getLogger(__name__)
 
 JPEG_START = b"\xff\xd8"
+MAX_KNOWN_PROMPTS = 4096  # tokenized instructions that are kept; a server may be sent any number of them
 Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
 Sample = dict[str, Any]
 Batch = dict[str, Any]
@@ -222,6 +223,8 @@ class PromptTokenizer:
     def tensor(self, prompt: str) -> Tensor:
         """The same as int64 (L,), made once per instruction and not to be changed; errors as above."""
         if prompt not in self._known:
+            if len(self._known) >= MAX_KNOWN_PROMPTS:
+                del self._known[next(iter(self._known))]  # the oldest
             self._known[prompt] = torch.tensor(self._encode(prompt), dtype=torch.int64)
         return self._known[prompt]
 

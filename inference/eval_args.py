@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import yaml
 
 from inference.execution import EXECUTION_STRATEGIES
+from utils.config_reader import choices
+from utils.config_utils import InferenceConfig
 
 MODE_FLAGS = {  # the flag that chooses a mode, and those that only that mode reads
     "eval_data_path": ("batch_size", "num_workers", "num_plots", "num_samples"),
@@ -44,6 +46,8 @@ POLICY_FLAGS = (
     "swap_prompts",
     "n_action_steps",
     "num_inference_steps",
+    "compile",
+    "quantization",
     "execution",
     "latency_steps",
 )
@@ -64,6 +68,8 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--use_amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; default: as trained")
     add("--num_inference_steps", type=int, help="sampling steps; default: the checkpoint's")
+    add("--compile", choices=choices(InferenceConfig, "compile"), help="how predictions run; default: the checkpoint's")
+    add("--quantization", choices=choices(InferenceConfig, "quantization"), help="storage of the backbone's matrices")
     add("--seed", type=int, help="of the noise (default 0), or of the first episode (default 10000)")
     add("--dataset", help="for a policy trained on a mixture: the dataset whose statistics and widths apply")
     add("--num_threads", type=int, help="CPU threads of torch; default: the checkpoint's training.num_threads")

@@ -125,3 +125,22 @@ def _noise_seed(seed: int, name: str, row: int, draw: int) -> int:
     """The first draw's seed does not depend on how many follow."""
     place = (row,) if draw == 0 else (row, draw)
     return derive_seed("offline", seed, name, *place)
+
+
+def difference_between(
+    predictor: VLAPredictor, reference: VLAPredictor, batches: Iterable[dict[str, Any]], seed: int = 0
+) -> dict[str, float]:
+    """How far two policies' actions are apart for the same observations and noise, as quantization moves them.
+
+    Returns:
+        `max` and `mean` of the absolute difference in normalized units, and `samples`, how many were compared.
+    """
+    differences = []
+    for number, batch in enumerate(batches):
+        state = batch["state"].numpy()
+        seeds = [derive_seed("difference", seed, number, row) for row in range(len(state))]
+        both = [one.predict_batch(batch, seeds, predictor.num_inference_steps) for one in (predictor, reference)]
+        here, there = (reference.normalize_action(action, state) for action in both)
+        differences.append(np.abs(here - there))
+    stacked = np.concatenate(differences)
+    return {"max": float(stacked.max()), "mean": float(stacked.mean()), "samples": len(stacked)}

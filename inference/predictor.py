@@ -7,6 +7,7 @@ batches, and through the model that the checkpoint describes: there is no second
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,11 @@ from data.processing import (
     collate_fn,
     processors_from_checkpoint,
 )
+from inference.acceleration import store_weights
 from inference.execution import ExecutionSettings
 from inference.export import read_policy
+from inference.quantization import quantize
+from inference.sampler import Sampler
 from model.action_head.guidance import ActionPrefix
 from model.context import Context
 from model.vla_model import VLAModel
@@ -47,6 +51,7 @@ class VLAPredictor:
         max_seq_len: observation frames that it takes, the current one included.
         state_dim, horizon, per_action_dim: widths of the state and of the predicted action chunk.
         num_inference_steps, n_action_steps: defaults of sampling and of execution.
+        compile, quantization, weight_dtype: how it computes; see `inference` in utils/config_utils.py.
     """
 
     def __init__(
@@ -61,16 +66,34 @@ class VLAPredictor:
         num_inference_steps: int | None = None,
         n_action_steps: int | None = None,
         dataset: str | None = None,
+        compile: str | None = None,
+        quantization: str | None = None,
+        weight_dtype: str | None = None,
     ) -> None:
-        """Use `from_checkpoint`, unless the model is already in memory.
+        """Use `from_checkpoint`, unless the model is already in memory; it is changed in place.
 
         Raises:
-            ValueError: num_inference_steps below 1, n_action_steps outside 1 to horizon, or an unknown dataset.
+            ValueError: num_inference_steps below 1, n_action_steps outside 1 to horizon, an unknown dataset, a CUDA
+                graph on another device, or weights rounded below the compute precision.
         """
         self.device = pick_device(str(device))
-        self.model = model.to(self.device).eval()
         if use_amp is not None:
-            self.model.compute_dtype = torch.bfloat16 if use_amp else torch.float32
+            model.compute_dtype = torch.bfloat16 if use_amp else torch.float32
+        self.compile = _given(compile, config.inference.compile)
+        self.quantization = _given(quantization, config.inference.quantization)
+        wanted = _given(weight_dtype, config.inference.weight_dtype)
+        self.weight_dtype = _weight_dtype(wanted, model.compute_dtype, self.device)
+        if self.weight_dtype != torch.float32:
+            store_weights(model, self.weight_dtype)
+        if self.quantization != "none":
+            trained_in = config.model.vlm_config.quantization
+            if trained_in != "none":
+                raise ValueError(
+                    f"inference.quantization is {self.quantization}, but the policy was trained with its backbone in "
+                    f"{trained_in} (model.vlm_config.quantization) and keeps it so; give none"
+                )
+            quantize(model.backbone, self.quantization)
+        self.model = model.to(self.device).eval().requires_grad_(False)
         self.config = config
         self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
         self.cameras, self.max_seq_len = config.cameras, config.data.max_seq_len
@@ -87,6 +110,7 @@ class VLAPredictor:
                 f"actions; give 1 to {self.horizon}"
             )
         self._warned: set[str] = set()
+        self.sampler = Sampler(model, self.compile, config.data.prompt_max_len, self.device)
 
     @classmethod
     def from_checkpoint(
@@ -98,6 +122,9 @@ class VLAPredictor:
         num_inference_steps: int | None = None,
         n_action_steps: int | None = None,
         dataset: str | None = None,
+        compile: str | None = None,
+        quantization: str | None = None,
+        weight_dtype: str | None = None,
     ) -> VLAPredictor:
         """Load a policy from a checkpoint alone: no data, no pretrained directory, no config file.
 
@@ -110,14 +137,17 @@ class VLAPredictor:
             n_action_steps: actions of each prediction that a rollout executes; None: the checkpoint's.
             dataset: for a policy trained on a mixture, the name of the dataset whose robot it drives: it decides
                 statistics and widths. None: the only one.
+            compile, quantization, weight_dtype: see `inference` in utils/config_utils.py; None: the checkpoint's.
+                The first prediction of a compiled policy, or of one on a GPU, is made here.
 
         Raises:
             CheckpointError: missing, truncated, unsafe or foreign file.
-            ValueError: steps out of range.
+            ValueError: steps out of range, or a setting that the device or the precision does not allow.
+            ImportError: the library of that quantization is missing.
         """
         checkpoint = read_policy(path)
         config = config_from_dict(checkpoint["config"], source=str(path))
-        return cls(
+        predictor = cls(
             VLAModel.from_checkpoint(checkpoint),
             config,
             *processors_from_checkpoint(checkpoint),
@@ -126,12 +156,26 @@ class VLAPredictor:
             num_inference_steps=num_inference_steps,
             n_action_steps=n_action_steps,
             dataset=dataset,
+            compile=compile,
+            quantization=quantization,
+            weight_dtype=weight_dtype,
         )
+        if predictor.compile != "none" or predictor.device.type == "cuda":
+            predictor.warm_up()
+        return predictor
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> VLAPredictor:
         """Load a shared policy: an exported folder or its hub id; the same as `from_checkpoint`, options included."""
         return cls.from_checkpoint(name_or_path, **options)
+
+    def warm_up(self) -> None:
+        """Predict once on blank images, so that compilation, graph capture and the GPU's own start are over."""
+        shape = (self.max_seq_len, self.image_processor.height, self.image_processor.width, 3)
+        images = {camera: np.zeros(shape, np.uint8) for camera in self.cameras}
+        started = time.perf_counter()
+        self.predict(images["image_1"], images.get("image_2"), prompt="wait", state=np.zeros(self.state_dim), seed=0)
+        logger.info("first prediction, compile %s: %.1f s", self.compile, time.perf_counter() - started)
 
     def predict(
         self,
@@ -284,9 +328,8 @@ class VLAPredictor:
     @torch.no_grad()
     def context(self, batch: Batch) -> Context:
         """What the action head sees of a batch, in the precision of `predict`."""
-        dtype = self.model.compute_dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.model.encode(self._on_device(batch))
+        with self.model.autocast():
+            return self.model.encode(self.sampler.prepared(batch))
 
     def mean_action(self, state_NS: np.ndarray) -> np.ndarray:
         """The training data's mean action for each state, float32 (N, A), physical units.
@@ -321,7 +364,7 @@ class VLAPredictor:
     ) -> np.ndarray:
         steps = _given(num_inference_steps, self.num_inference_steps)
         prefix = None if prefix is None else self._widened(prefix)
-        action_KBTA = self.model.predict_draws(self._on_device(batch), generators, steps, prefix)
+        action_KBTA = self.sampler(batch, generators, steps, prefix)
         return action_KBTA[..., : self.horizon, : self.per_action_dim].cpu().numpy()
 
     def _widened(self, prefix: ActionPrefix) -> ActionPrefix:
@@ -331,9 +374,6 @@ class VLAPredictor:
         action_BTA = F.pad(prefix.action_BTA, (0, head.per_action_dim - prefix.action_BTA.shape[2], 0, missing))
         weight_BT = F.pad(prefix.weight_BT, (0, missing))
         return replace(prefix, action_BTA=action_BTA.to(self.device), weight_BT=weight_BT.to(self.device))
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
     def _checked_state(self, state: Sequence[float] | np.ndarray | None) -> np.ndarray:
         if state is None:
@@ -364,8 +404,21 @@ def _frames(images: Frame | Sequence[Frame] | None) -> list[Frame] | None:
     return list(images) if several else [images]
 
 
-def _given(value: int | None, default: int) -> int:
+def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def _weight_dtype(wanted: str, compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`inference.weight_dtype` on this device."""
+    if wanted == "auto":
+        return compute_dtype if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, wanted)
+    if dtype not in (torch.float32, compute_dtype):
+        raise ValueError(
+            f"inference.weight_dtype is {wanted}, but the policy computes in {str(compute_dtype)[6:]}; give auto or "
+            "float32, or compute in bfloat16 (--use_amp)"
+        )
+    return dtype
 
 
 def _choose_dataset(config: Config, name: str | None) -> tuple[int, MixtureEntry]:

@@ -49,7 +49,7 @@ def adapt(towers: dict[str, nn.Module], config: VLMConfig) -> None:
             )
         for name, tower in towers.items():
             if frozen[name]:
-                _quantize_linears(tower, config.quantization)
+                quantize_linears(tower, config.quantization)
     if lora is not None:
         _add_lora({name: tower for name, tower in towers.items() if getattr(lora, name)}, lora, config.quantization)
 
@@ -158,15 +158,22 @@ def _dequantized(linear: nn.Linear) -> Tensor:
     return functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).float()
 
 
-def _quantize_linears(module: nn.Module, quantization: str) -> None:
+def quantize_linears(module: nn.Module, quantization: str, setting: str = "model.vlm_config.quantization") -> None:
     """Put bitsandbytes' layers in place of the linear ones (LLM.int8, Dettmers et al. 2022; NF4, Dettmers et al.
-    2023, "QLoRA"). The scales of NF4 are kept in float32: quantizing them too would save 0.4 bits a weight."""
+    2023, "QLoRA"). The scales of NF4 are kept in float32: quantizing them too would save 0.4 bits a weight.
+
+    Args:
+        module: changed in place.
+        quantization: `8bit` or `4bit`.
+        setting: what asks for it, for the error.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
     try:
         from bitsandbytes import nn as bnb
     except ImportError:
-        raise ImportError(
-            "model.vlm_config.quantization needs the bitsandbytes package: pip install bitsandbytes"
-        ) from None
+        raise ImportError(f"{setting} needs the bitsandbytes package: pip install bitsandbytes") from None
     # It warns at every call that 8-bit layers read their inputs as float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for parent in list(module.modules()):

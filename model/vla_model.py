@@ -6,7 +6,6 @@ Shape letters: B batch, V cameras, L context tokens, E embedding width, T horizo
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -190,7 +189,7 @@ class VLAModel(nn.Module):
         Args:
             batch: the data contract, on the model's device, `action` in physical units.
         """
-        with self._autocast():
+        with self.autocast():
             context = self.encode(batch)
             action_BTA = self.normalizer.normalize_action(batch["action"], batch["state"], batch["dataset_index"])
             return self.action_head.loss(context, action_BTA, batch["action_is_pad"])
@@ -233,13 +232,38 @@ class VLAModel(nn.Module):
             num_inference_steps: integration steps of heads that iterate.
             prefix: as for `predict`.
         """
+        noise = self.draw_noise(len(batch["state"]), generators, num_inference_steps)
+        batch = batch if noise is None else {**batch, "noise": noise}
+        return self.act(batch, len(generators), num_inference_steps, prefix=prefix)
+
+    def draw_noise(self, batch_size: int, generators: Sequence[Generators], num_inference_steps: int) -> Tensor | None:
+        """All that chance decides in K draws, (K, B, ...) on the model's device; None where it decides nothing."""
+        device, draw = self.normalizer.state_center.device, self.action_head.draw_noise
+        noise = [draw(batch_size, generator, device, num_inference_steps) for generator in generators]
+        return None if noise[0] is None else torch.stack(noise)
+
+    @torch.no_grad()
+    def act(
+        self,
+        batch: dict[str, Any],
+        num_draws: int,
+        num_inference_steps: int,
+        schedule: Any = None,
+        prefix: ActionPrefix | None = None,
+    ) -> Tensor:
+        """`predict_draws` from noise that is already drawn: without a prefix a function fit for compilers and graphs.
+
+        Args:
+            batch: the data contract, what `encode` may find there, and as `noise` what `draw_noise` returned.
+            num_draws, num_inference_steps, prefix: as for `predict_draws`.
+            schedule: `action_head.schedule(num_inference_steps)`, where the caller has kept it.
+        """
         place = batch["state"], batch["dataset_index"]
-        with self._autocast():
+        noise_K = batch.get("noise", (None,) * num_draws)
+        prefix = None if prefix is None else self._normalized(prefix, *place)
+        with self.autocast():
             context = self.encode(batch)
-            sample = self.action_head.sample
-            if prefix is not None:
-                sample = functools.partial(sample, prefix=self._normalized(prefix, *place))
-            draws = [sample(context, generator, num_inference_steps) for generator in generators]
+            draws = [self.action_head.sample_from(context, x, num_inference_steps, schedule, prefix) for x in noise_K]
         return torch.stack([self.normalizer.denormalize_action(action.float(), *place) for action in draws])
 
     def _normalized(self, prefix: ActionPrefix, state_BS: Tensor, dataset_index_B: Tensor) -> ActionPrefix:
@@ -262,7 +286,7 @@ class VLAModel(nn.Module):
             self.augmentation([batch[camera] for camera in self.cameras]),
             batch["image_mask"],
             batch["vlm_attention_mask"],
-            batch["input_ids"],
+            batch.get("input_ids"),
             batch["prompt_mask"],
             text_BLE=batch.get("prompt_embeds"),
             image_slots_N=batch.get("image_slots"),
@@ -284,7 +308,8 @@ class VLAModel(nn.Module):
         }
         return {name: kind_of[id(parameter)] for name, parameter in self.named_parameters()}
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """The compute precision, as a context."""
         device = self.normalizer.state_center.device
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)

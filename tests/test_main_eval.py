@@ -119,6 +119,14 @@ def test_several_draws(checkpoint, demos, tmp_path, capsys):
     assert len(list((tmp_path / "several" / "plots").iterdir())) == 2
 
 
+def test_quantization_reports_its_error(checkpoint, demos, tmp_path):
+    pytest.importorskip("torchao")
+    result, _ = evaluate(checkpoint, demos, tmp_path, "--quantization", "int8", "--num_plots", "0", "--batch_size", "4")
+    error = result["quantization_error"]
+    assert error["quantization"] == "int8" and error["samples"] == 18 and 0 < error["mean"] <= error["max"] < 0.1
+    assert "int8 moves normalized actions by" in (tmp_path / "inference_log.txt").read_text()
+
+
 def test_single_item(checkpoint, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "now.png")
@@ -162,6 +170,8 @@ def test_single_item(checkpoint, tmp_path, capsys):
         ("--env metaworld --tasks t --control expert --blind", "--blind has no meaning with --control expert"),
         ("--checkpoint_path c --env e --tasks t --control expert", "--checkpoint_path has no meaning with --control"),
         ("--checkpoint_path c --env e --tasks t --swap_prompts", "--swap_prompts needs at least two --tasks"),
+        ("--env e --tasks t --control expert --compile default", "--compile has no meaning with --control expert"),
+        ("--checkpoint_path c --eval_data_path d --compile fast", "argument --compile: invalid choice: 'fast'"),
         ("--checkpoint_path c --env e --tasks t --episodes 0", "--episodes is 0; give 1 or more"),
         (
             "--checkpoint_path c --env e --tasks t u --swap_prompts --prompt_override x",

@@ -69,6 +69,11 @@ def build(cls: type[T], tree: Any, place: str) -> T:
     return cls(**values)
 
 
+def choices(cls: type, name: str) -> tuple[str, ...]:
+    """What a field annotated as a Literal may hold, in order."""
+    return typing.get_args(typing.get_type_hints(cls)[name])
+
+
 def _coerce(hint: Any, value: Any, place: str) -> Any:
     """`value` as the type that `hint` asks for; YAML 1.1 reads 1e-4 as text, so numbers in text are accepted."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

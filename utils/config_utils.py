@@ -402,6 +402,9 @@ class InferenceConfig:
     latency_steps: int = 0  # control steps from an observation to the arrival of its plan, as execution assumes
     ensemble_decay: float = 0.01  # ensemble: predictions for one step weigh exp(-decay i), i = 0 the oldest
     max_guidance_weight: float = 5.0  # rtc: clip of the guidance weight (beta)
+    compile: Literal["none", "default", "max-autotune", "cuda_graph"] = "none"  # torch.compile's modes, or a CUDA graph
+    quantization: Literal["none", "int8", "int4"] = "none"  # storage of the backbone's matrices; the head stays whole
+    weight_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the compute precision on a GPU, else float32
     accuracy_threshold: float = 0.1  # threshold accuracy: |error| below this, in normalized units
 
     def __post_init__(self) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.action_head.guidance import ActionPrefix
 from model.context import Context
 from utils.config_utils import ActionHeadConfig
 
@@ -56,14 +58,50 @@ class ActionHeadBase(nn.Module, ABC):
             generator: source of noise; None: torch's global one.
         """
 
-    @abstractmethod
-    def sample(self, context: Context, generator: Generators = None, num_inference_steps: int = 10) -> Tensor:
+    def sample(
+        self,
+        context: Context,
+        generator: Generators = None,
+        num_inference_steps: int = 10,
+        prefix: ActionPrefix | None = None,
+    ) -> Tensor:
         """Actions for a context, float32 (B, T, A), normalized.
 
         Args:
             generator: one for the batch, one per sample (then a sample's noise does not depend on what else is
                 in the batch), or None for torch's global one.
             num_inference_steps: integration or denoising steps, for heads that iterate.
+            prefix: what the chunk has to continue, normalized; only for heads that `continues_chunks`.
+        """
+        batch, device = len(context.tokens_BLE), context.tokens_BLE.device
+        noise = self.draw_noise(batch, generator, device, num_inference_steps)
+        return self.sample_from(context, noise, num_inference_steps, prefix=prefix)
+
+    def draw_noise(
+        self, batch_size: int, generator: Generators, device: torch.device, num_inference_steps: int
+    ) -> Tensor | None:
+        """All that chance decides in one `sample`, float32 (B, ...); None for heads that leave nothing to it."""
+        return None
+
+    def schedule(self, num_inference_steps: int, device: torch.device) -> Any:
+        """What `sample_from` computes from the number of steps alone, so that it can be kept; None: nothing."""
+        return None
+
+    @abstractmethod
+    def sample_from(
+        self,
+        context: Context,
+        noise: Tensor | None,
+        num_inference_steps: int,
+        schedule: Any = None,
+        prefix: ActionPrefix | None = None,
+    ) -> Tensor:
+        """`sample` without chance: a function of tensors, which, without a prefix, never waits for the GPU.
+
+        Args:
+            noise: from `draw_noise`.
+            schedule: from `schedule`, for the same steps and weights; None: computed here.
+            prefix: as for `sample`.
         """
 
 

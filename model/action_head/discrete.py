@@ -8,11 +8,14 @@ Shape letters: B batch, T horizon, A per_action_dim, S state_dim, K bins.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.action_head.base import ActionHeadBase, Generators, existing_dims, rand, step_mean
+from model.action_head.guidance import ActionPrefix
 from model.action_head.layers import PooledContext
 from model.context import Context
 from model.normalizer import ActionRange
@@ -48,8 +51,21 @@ class ActionHead(ActionHeadBase):
         entropy_BTA = F.cross_entropy(self.logits(context).movedim(-1, 1), bins_BTA, reduction="none")
         return step_mean(entropy_BTA, existing_dims(context, self.per_action_dim), action_is_pad_BT)
 
-    def sample(self, context: Context, generator: Generators = None, num_inference_steps: int = 10) -> Tensor:
-        """The decoded bins, float32 (B, T, A), normalized; `num_inference_steps` has no effect."""
+    def draw_noise(
+        self, batch_size: int, generator: Generators, device: torch.device, num_inference_steps: int
+    ) -> Tensor | None:
+        """With decoding `sample` a uniform draw per value, (B, T, A)."""
+        return rand((batch_size, self.horizon, self.per_action_dim), generator, device) if self.is_stochastic else None
+
+    def sample_from(
+        self,
+        context: Context,
+        noise: Tensor | None,
+        num_inference_steps: int,
+        schedule: Any = None,
+        prefix: ActionPrefix | None = None,
+    ) -> Tensor:
+        """The decoded bins, float32 (B, T, A), normalized; the number of steps has no effect."""
         logits_BTAK = self.logits(context)
         if self.config.decoding == "expectation":
             action_BTA = (logits_BTAK.softmax(dim=-1) * self._centers_AK()).sum(dim=-1)
@@ -57,8 +73,7 @@ class ActionHead(ActionHeadBase):
             action_BTA = self._values(logits_BTAK.argmax(dim=-1))
         else:  # the inverse of the distribution function at a uniform draw: one draw per value, for any generators
             cumulative_BTAK = logits_BTAK.softmax(dim=-1).cumsum(dim=-1)
-            draw_BTA1 = rand(logits_BTAK.shape[:-1], generator, logits_BTAK.device)[..., None]
-            bins_BTA = (draw_BTA1 * cumulative_BTAK[..., -1:] >= cumulative_BTAK).sum(dim=-1)
+            bins_BTA = (noise[..., None] * cumulative_BTAK[..., -1:] >= cumulative_BTAK).sum(dim=-1)
             action_BTA = self._values(bins_BTA.clamp(max=self.config.num_action_bins - 1))
         return action_BTA * existing_dims(context, self.per_action_dim)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.action_head.base import ActionHeadBase, Generators, existing_dims, rand, randn, step_mean
 from model.action_head.guidance import ActionPrefix, Velocity, guided
-from model.action_head.transformer import ActionTransformer, ContextKeysValues
+from model.action_head.transformer import ActionTransformer, ContextKeysValues, TimeConditions
 from model.context import Context
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
@@ -58,11 +58,26 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         error_NTA = (velocity_NTA.float() - target_NTA).square().masked_fill(clean_NT[..., None], 0.0)
         return step_mean(error_NTA, exists_B1A, action_is_pad_BT)
 
-    def sample(
+    def draw_noise(
+        self, batch_size: int, generator: Generators, device: torch.device, num_inference_steps: int
+    ) -> Tensor:
+        """Where the integration starts, (B, T, A)."""
+        return self._noise((batch_size, self.horizon, self.per_action_dim), generator, device)
+
+    def schedule(self, num_inference_steps: int, device: torch.device) -> dict[float, TimeConditions]:
+        """What time does at every moment that the integrator asks for; it is the same for all samples."""
+        asked: list[float] = []
+        integrate(lambda x, time: asked.append(time) or x, 0.0, num_inference_steps, self.config.integrator)
+        times = sorted(set(asked))
+        conditions = self.conditions(torch.tensor(times, device=device))
+        return {time: conditions.row(i) for i, time in enumerate(times)}
+
+    def sample_from(
         self,
         context: Context,
-        generator: Generators = None,
-        num_inference_steps: int = 10,
+        noise: Tensor,
+        num_inference_steps: int,
+        schedule: dict[float, TimeConditions] | None = None,
         prefix: ActionPrefix | None = None,
     ) -> Tensor:
         """The learned velocity integrated from t = 0 to 1 by `integrator`, float32 (B, T, A), normalized.
@@ -73,16 +88,15 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
             ValueError: a clean prefix commits more actions than `max_clean_prefix`.
         """
         keys_values = self.encode_context(context)
-        batch, device = len(context.tokens_BLE), context.tokens_BLE.device
         exists_B1A = existing_dims(context, self.per_action_dim)
-        x_BTA = self._noise((batch, self.horizon, self.per_action_dim), generator, device) * exists_B1A
+        schedule = schedule or self.schedule(num_inference_steps, noise.device)
+        x_BTA = noise * exists_B1A
 
         def velocity(x_BTA: Tensor, time: float) -> Tensor:
-            time_B = torch.full((batch,), time, device=device)
-            return self.velocity(x_BTA, time_B, keys_values).float() * exists_B1A
+            return self.velocity(x_BTA, schedule[time], keys_values).float() * exists_B1A
 
         def velocity_of_free_steps(x_BTA: Tensor, time: float) -> Tensor:
-            time_BT = torch.where(clean_BT, 1.0, torch.full((batch, 1), time, device=device))
+            time_BT = torch.where(clean_BT, 1.0, torch.full((len(noise), 1), time, device=noise.device))
             velocity_BTA = self.velocity(x_BTA, time_BT, keys_values).float() * exists_B1A
             return velocity_BTA.masked_fill(clean_BT[..., None], 0.0)
 
@@ -95,7 +109,11 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         return integrate(field, x_BTA, num_inference_steps, self.config.integrator)
 
     def velocity(
-        self, x_NTA: Tensor, time: Tensor, context: ContextKeysValues, action_is_pad_NT: Tensor | None = None
+        self,
+        x_NTA: Tensor,
+        time: Tensor | TimeConditions,
+        context: ContextKeysValues,
+        action_is_pad_NT: Tensor | None = None,
     ) -> Tensor:
         """The velocity field at x_t, (N, T, A), in the compute precision; arguments as in `denoise`."""
         return self.denoise(x_NTA, time, context, action_is_pad_NT)

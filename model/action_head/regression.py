@@ -6,10 +6,13 @@ Shape letters: B batch, T horizon, A per_action_dim, S state_dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from model.action_head.base import ActionHeadBase, Generators, existing_dims, step_mean
+from model.action_head.base import ActionHeadBase, existing_dims, step_mean
+from model.action_head.guidance import ActionPrefix
 from model.action_head.transformer import ActionTransformer
 from model.context import Context
 from model.normalizer import ActionRange
@@ -32,7 +35,14 @@ class RegressionActionHead(ActionTransformer, ActionHeadBase):
         error_BTA = (self.decode(self.encode_context(context)).float() - target_BTA).abs()
         return step_mean(error_BTA, exists_B1A, action_is_pad_BT)
 
-    def sample(self, context: Context, generator: Generators = None, num_inference_steps: int = 10) -> Tensor:
-        """The one answer, float32 (B, T, A), normalized; generator and steps have no effect."""
+    def sample_from(
+        self,
+        context: Context,
+        noise: Tensor | None,
+        num_inference_steps: int,
+        schedule: Any = None,
+        prefix: ActionPrefix | None = None,
+    ) -> Tensor:
+        """The one answer, float32 (B, T, A), normalized; the number of steps has no effect."""
         action_BTA = self.decode(self.encode_context(context)).float()
         return action_BTA * existing_dims(context, self.per_action_dim)

@@ -9,6 +9,7 @@ A per_action_dim, E context width, D head width, H attention heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,34 @@ from model.context import Context
 from utils.config_utils import ActionHeadConfig
 
 
+class TimeConditions(NamedTuple):
+    """What time does to the tokens: (N, 1 or T, D) each; N = 1 does the same to all rows.
+
+    Attributes:
+        blocks: per block (shift, 1 + scale, gate) of its three sub-layers.
+        out: (shift, 1 + scale) before the output.
+    """
+
+    blocks: tuple[tuple[Tensor, ...], ...]
+    out: tuple[Tensor, Tensor]
+
+    def row(self, index: int) -> TimeConditions:
+        """One row alone."""
+        rows = slice(index, index + 1)
+        return TimeConditions(
+            tuple(tuple(part[rows] for part in block) for block in self.blocks), tuple(part[rows] for part in self.out)
+        )
+
+
 @dataclass(frozen=True)
 class ContextKeysValues:
     """Per block the context's (keys, values), each (B, H, L, D/H), and the key mask (B, L)."""
 
     layers_BHLD: list[tuple[Tensor, Tensor]]
     mask_BL: Tensor
+
+
+NEUTRAL = (0.0, 1.0, 1.0) * 3  # modulations of a block without a time
 
 
 class ActionTransformer(nn.Module):
@@ -64,40 +87,58 @@ class ActionTransformer(nn.Module):
             mask_BL = F.pad(mask_BL, (0, 1), value=True)
         return ContextKeysValues([block.context_keys_values(tokens_BLD) for block in self.blocks], mask_BL)
 
+    def conditions(self, time: Tensor) -> TimeConditions:
+        """What `denoise` needs of time: a function of time and weights alone, so the same for every observation.
+
+        Args:
+            time: float32 in [0, 1], (N,), or (N, T): one per action token.
+        """
+        condition_NTD = self.time_mlp(sinusoid(time.reshape(len(time), -1), self.config.hidden_dim))
+        shift_NTD, scale_NTD = self.out_modulation(condition_NTD).chunk(2, dim=-1)
+        blocks = tuple(block.modulations(condition_NTD) for block in self.blocks)
+        return TimeConditions(blocks, (shift_NTD, 1 + scale_NTD))
+
     def denoise(
-        self, x_NTA: Tensor, time: Tensor, context: ContextKeysValues, action_is_pad_NT: Tensor | None = None
+        self,
+        x_NTA: Tensor,
+        time: Tensor | TimeConditions,
+        context: ContextKeysValues,
+        action_is_pad_NT: Tensor | None = None,
     ) -> Tensor:
         """One vector per action token: a velocity, the noise, the action, whatever the head trains it to be.
 
         Args:
             x_NTA: float32, partly noised normalized actions; N is the context's batch or a multiple of it.
-            time: float32 in [0, 1], (N,), or (N, T): one per action token.
+            time: float32 in [0, 1], (N,), or (N, T): one per action token; or what `conditions` made of it.
             context: from `encode_context`.
             action_is_pad_NT: bool, tokens that others must not attend to; None: all exist.
 
         Returns:
             (N, T, A), in the compute precision.
         """
-        condition_NTD = self.time_mlp(sinusoid(time.reshape(len(time), -1), self.config.hidden_dim))
+        conditions = self.conditions(time) if isinstance(time, Tensor) else time
         tokens_NTD = self.action_in(x_NTA) + self.position
         self_mask = None
         if action_is_pad_NT is not None:  # the diagonal stays, so that no row is without a key
             itself_TT = torch.eye(x_NTA.shape[1], dtype=torch.bool, device=x_NTA.device)
             self_mask = (~action_is_pad_NT[:, None, None, :]) | itself_TT
-        tokens_NTD = self._attend(tokens_NTD, condition_NTD, context, self_mask)
-        shift_NTD, scale_NTD = self.out_modulation(condition_NTD).chunk(2, dim=-1)
-        return self.action_out(_modulate(self.out_norm(tokens_NTD), shift_NTD, scale_NTD))
+        tokens_NTD = self._attend(tokens_NTD, conditions.blocks, context, self_mask)
+        return self.action_out(_modulate(self.out_norm(tokens_NTD), *conditions.out))
 
     def decode(self, context: ContextKeysValues) -> Tensor:
         """One vector per learned query, (B, T, A), in the compute precision; for `timed=False`."""
         queries_BTD = self.position.expand(len(context.mask_BL), -1, -1)
-        return self.action_out(self.out_norm(self._attend(queries_BTD, None, context, None)))
+        return self.action_out(self.out_norm(self._attend(queries_BTD, (NEUTRAL,) * len(self.blocks), context, None)))
 
     def _attend(
-        self, tokens_NTD: Tensor, condition_NTD: Tensor | None, context: ContextKeysValues, self_mask: Tensor | None
+        self,
+        tokens_NTD: Tensor,
+        modulations: tuple[tuple[Tensor | float, ...], ...],
+        context: ContextKeysValues,
+        self_mask: Tensor | None,
     ) -> Tensor:
-        for block, keys_values in zip(self.blocks, context.layers_BHLD, strict=True):
-            tokens_NTD = block(tokens_NTD, condition_NTD, keys_values, context.mask_BL, self_mask)
+        for block, modulation, keys_values in zip(self.blocks, modulations, context.layers_BHLD, strict=True):
+            tokens_NTD = block(tokens_NTD, modulation, keys_values, context.mask_BL, self_mask)
         return tokens_NTD
 
 
@@ -127,15 +168,13 @@ class ActionBlock(nn.Module):
     def forward(
         self,
         x_NTD: Tensor,
-        condition_NTD: Tensor | None,
+        modulations: tuple[Tensor | float, ...],
         context_BHLD: tuple[Tensor, Tensor],
         mask_BL: Tensor,
         self_mask: Tensor | None,
     ) -> Tensor:
         """The tokens after this block, (N, T, D); arguments as `ActionTransformer.denoise` makes them."""
-        (shift_1, scale_1, gate_1), (shift_2, scale_2, gate_2), (shift_3, scale_3, gate_3) = self._modulations(
-            condition_NTD
-        )
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, shift_3, scale_3, gate_3 = modulations
         dropout = self.dropout if self.training else 0.0
 
         qkv = self.self_qkv(_modulate(self.norms[0](x_NTD), shift_1, scale_1)).chunk(3, dim=-1)
@@ -152,12 +191,10 @@ class ActionBlock(nn.Module):
 
         return x_NTD + gate_3 * self.mlp(_modulate(self.norms[2](x_NTD), shift_3, scale_3))
 
-    def _modulations(self, condition_NTD: Tensor | None) -> list[tuple[Tensor, ...]] | list[tuple[float, ...]]:
-        """(shift, scale, gate) of the three sub-layers, each (N, 1 or T, D), or neutral numbers without a time."""
-        if self.modulation is None:
-            return [(0.0, 0.0, 1.0)] * 3
+    def modulations(self, condition_NTD: Tensor) -> tuple[Tensor, ...]:
+        """Shift, 1 + scale and gate of the three sub-layers, each (N, 1 or T, D), from an embedded time."""
         parts = self.modulation(condition_NTD).chunk(9, dim=-1)
-        return [parts[0:3], parts[3:6], parts[6:9]]
+        return tuple(1 + part if i % 3 == 1 else part for i, part in enumerate(parts))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -167,4 +204,4 @@ class ActionBlock(nn.Module):
 
 
 def _modulate(x_NTD: Tensor, shift: Tensor | float, scale: Tensor | float) -> Tensor:
-    return x_NTD * (1 + scale) + shift
+    return x_NTD * scale + shift
