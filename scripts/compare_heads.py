@@ -147,10 +147,13 @@ def train(plan: Plan, cell: Cell) -> Path:
         resume = ["--resume_checkpoint", str(started)] if started else []
         main_train.main(["--config_path", plan.config_path, *resume, "--set", *plan.set_args, *settings])
         lines = [line for line in read_metrics(folder / "logs" / "metrics.jsonl") if "samples_per_second" in line]
+        steps, wanted = lines[-1]["step"], plan.config.training.max_steps
+        if steps < wanted:
+            raise CellError(f"{cell.name}: training ended at step {steps} of {wanted}; start again to continue")
         speeds = [line["samples_per_second"] for line in lines]
         rate = statistics.median(speeds[1:] or speeds)  # the first window warms up
         checkpoint = newest_checkpoint(checkpoints).name
-        write_json(done, {"checkpoint": checkpoint, "steps": lines[-1]["step"], "samples_per_second": rate})
+        write_json(done, {"checkpoint": checkpoint, "steps": steps, "samples_per_second": rate})
     return checkpoints / json.loads(done.read_text(encoding="utf-8"))["checkpoint"]
 
 
@@ -294,13 +297,15 @@ def check_settings(plan: Plan) -> None:
     """Write what the cells share, or compare with what an earlier call wrote.
 
     Raises:
-        ConfigError: nothing is held out, or the output folder holds a comparison of other settings.
+        ConfigError: a setting is missing that every comparison needs, or the output folder holds a comparison of other
+            settings.
     """
     config = plan.config
-    if not config.data.val_parquet_files or not config.data.normalization_stats_path:
+    data, training = config.data, config.training
+    if not (data.val_parquet_files and data.normalization_stats_path and training.max_steps):
         raise ConfigError(
-            f"{plan.config_path}: a comparison needs data.val_parquet_files and data.normalization_stats_path; "
-            "see configs/quickstart.yaml"
+            f"{plan.config_path}: a comparison needs data.val_parquet_files, data.normalization_stats_path and "
+            "training.max_steps, so that every cell takes as many steps; see configs/compare_heads.yaml"
         )
     settings = _dotted(config_to_dict(config))
     settings |= {"--tasks": list(plan.tasks), "--episodes": plan.episodes, "--num_samples": plan.num_samples}

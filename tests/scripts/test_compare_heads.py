@@ -190,6 +190,7 @@ def test_bad_flags(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_comparison_needs_held_out_episodes(config):
-    with pytest.raises(ConfigError, match="a comparison needs data.val_parquet_files"):
-        compare(config, "--set", "data.val_parquet_files=[]")
+@pytest.mark.parametrize("setting", ["data.val_parquet_files=[]", "training.max_steps=null"])
+def test_a_comparison_needs_held_out_episodes_and_a_number_of_steps(config, setting):
+    with pytest.raises(ConfigError, match="a comparison needs data.val_parquet_files.*training.max_steps"):
+        compare(config, "--set", setting)
