@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from data.loader import build_datasets, build_sampler, make_loader
 from data.processing import processors_from_checkpoint, processors_from_config
 from data.sampler import PassBatchSampler
 from model.vla_model import VLAModel, require_same_architecture
+from training.fit_estimate import dry_run, without_traces
 from training.trainer import NonFiniteLossError, VLATrainer
 from utils.calculate_normalization_stats import load_statistics
 from utils.checkpoint import load_checkpoint
@@ -34,7 +36,7 @@ def train(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """The whole run, as one process or as one rank of several.
+    """The whole run, as one process or as one rank of several; with --dry_run one step and a report instead.
 
     Args:
         args: of `train_parser`.
@@ -42,6 +44,25 @@ def train(
         device: where this process trains.
         trainer_class, rank, world_size: how the run is spread over processes.
     """
+    if not args.dry_run:
+        build_trainer(args, config, device, trainer_class, rank, world_size).fit()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(args, without_traces(config, folder), device, trainer_class, rank, world_size)
+        report = dry_run(trainer)
+    if rank == 0:
+        print(report)
+
+
+def build_trainer(
+    args: argparse.Namespace,
+    config: Config,
+    device: torch.device,
+    trainer_class: type[VLATrainer],
+    rank: int,
+    world_size: int,
+) -> VLATrainer:
+    """Loaders, model and trainer, ready to start or to go on; see `train`."""
     start = args.resume_checkpoint or args.init_checkpoint
     checkpoint = load_checkpoint(start) if start else None
     refuse_to_overwrite(config, checkpoint if args.resume_checkpoint else None)
@@ -78,7 +99,7 @@ def train(
     trainer = trainer_class(config, model, train_loader, val_loader, device, processors)
     if args.resume_checkpoint:
         trainer.resume(checkpoint, args.resume_checkpoint)
-    trainer.fit()
+    return trainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

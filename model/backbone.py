@@ -57,6 +57,11 @@ class Backbone(nn.Module, ABC):
         parts = self.components()
         adapt({"vision": parts["vision tower"], "language": parts["language model"]}, vlm_config)
 
+    @staticmethod
+    @abstractmethod
+    def read_config(vlm_config: VLMConfig) -> dict[str, Any]:
+        """What `from_config` takes, from the pretrained directories' config.json alone; ConfigError where it lacks."""
+
     @abstractmethod
     def backbone_config_dict(self) -> dict[str, Any]:
         """The pretrained parts' architecture as plain values, for JSON, for checkpoints and for `from_config`."""

@@ -77,7 +77,7 @@ class PaliGemmaVLM(Backbone):
             ConfigError: nothing loadable is there, it is no PaliGemma, weights are missing from it or left over,
                 or a setting contradicts the model.
         """
-        config = read_backbone_config(vlm_config.model_name_or_path)
+        config = _read_backbone_config(vlm_config.model_name_or_path)
         check_num_image_tokens(vlm_config, config.vision_config)
         resampler = build_vision_resampler(resampler_config, config.text_config.hidden_size)
         backbone = _load_backbone(vlm_config, config)
@@ -110,6 +110,11 @@ class PaliGemmaVLM(Backbone):
         with no_init_weights():  # minutes of random numbers for a 3B model, all overwritten by the state dict
             backbone = PaliGemmaModel(config)
         return cls(backbone, resampler, vlm_config, image_mean, image_std)
+
+    @staticmethod
+    def read_config(vlm_config: VLMConfig) -> dict[str, Any]:
+        """See `Backbone.read_config`."""
+        return config_values(_read_backbone_config(vlm_config.model_name_or_path))
 
     def backbone_config_dict(self) -> dict[str, Any]:
         """The backbone's architecture as plain values, for JSON, for checkpoints and for `from_config`."""
@@ -217,8 +222,7 @@ def _place(name_or_path: str) -> str:
     return f"model.vlm_config.model_name_or_path is {name_or_path!r}"
 
 
-def read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
-    """The architecture in a PaliGemma's config.json; ConfigError where there is none."""
+def _read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
     remedy = (
         "download a PaliGemma (accept its license, then: hf download google/paligemma-3b-pt-224 --local-dir "
         "weight/paligemma-3b-pt-224), or make a small untrained one (python scripts/make_tiny_paligemma.py)"

@@ -148,6 +148,14 @@ class SiglipLLM(Backbone):
             language_model = AutoModel.from_config(language_config, attn_implementation=attention)
         return cls(vision_tower, language_model, vlm_config, image_mean, image_std)
 
+    @staticmethod
+    def read_config(vlm_config: VLMConfig) -> dict[str, Any]:
+        """See `Backbone.read_config`."""
+        return {
+            "vision": config_values(_read_vision_config(vlm_config.vision_model_name_or_path)),
+            "language": config_values(_read_language_config(vlm_config.language_model_name_or_path)),
+        }
+
     def backbone_config_dict(self) -> dict[str, Any]:
         """Both models' architectures as plain values, for JSON, for checkpoints and for `from_config`."""
         return {

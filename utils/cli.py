@@ -35,6 +35,11 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
         help="continue this run exactly; with another --experiment_name, fine-tune from its weights and optimizer",
     )
     parser.add_argument("--init_checkpoint", help="start a new run from this checkpoint's weights alone")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print parameters and expected memory, run one step, write nothing to the experiment's folder",
+    )
     parser.add_argument("--model_name_or_path", help="backbone: Hugging Face directory or hub id")
     parser.add_argument("--model_path_override", help="older spelling of --model_name_or_path")
     parser.add_argument("--train_data_override", nargs="+", help="instead of data.train_parquet_files")

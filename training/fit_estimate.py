@@ -1,0 +1,240 @@
+"""Will it fit? Parameters by component, expected memory of a training step, and one real step to compare with.
+
+What is counted, not guessed: weights as stored, float32 gradients and moments of what trains, averaged weights.
+What is estimated: activations, by a formula over the values that autograd keeps for the backward pass (`_layer_bytes`),
+and the bfloat16 copies that autocast makes of float32 weights. tests/training/test_fit_estimate.py compares the formula
+with what autograd does keep. Left out: the CUDA context, the allocator's fragmentation, and temporary buffers.
+
+Shape letters in names: H width, F inner width of an MLP, Q width of all queries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from model.adapters import is_adapted
+from model.vla_model import BACKBONES, VLAModel
+from utils.config_utils import Config
+
+if TYPE_CHECKING:
+    from training.trainer import VLATrainer
+
+GB = 1e9
+MOMENTS = {"AdamW": 8, "SGD": 4}  # bytes per trained value; AdamW8bit: see `_moment_bytes`
+
+
+def without_traces(config: Config, folder: str) -> Config:
+    """The configuration of a trial run: it writes to `folder` instead of the experiment's, and not to W&B."""
+    training = dataclasses.replace(config.training, checkpoint_dir=folder)
+    return dataclasses.replace(config, training=training, wandb=dataclasses.replace(config.wandb, enabled=False))
+
+
+def dry_run(trainer: VLATrainer) -> str:
+    """The report of `estimate_report` for a trainer's model, and the figures of one real optimizer step."""
+    config, policy = trainer.config, trainer.policy
+    lines = [estimate_report(policy, config, trainer.world_size)]
+    lines.append(
+        f"{trainer.num_samples:,} samples, {trainer.epoch_steps:,.1f} steps per epoch, {trainer.total_steps:,} steps"
+    )
+    batches = iter(trainer.train_loader)
+    micro_batches = [next(batches) for _ in range(config.training.gradient_accumulation_steps)]
+    on_gpu = trainer.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    result = trainer.train_step(micro_batches)
+    text_tokens = max(int(batch["prompt_mask"].sum(dim=1).max()) for batch in micro_batches)
+    lines.append(
+        f"one step: loss {result['loss']:.4g}, gradient norm {result['grad_norm']:.4g}, longest prompt {text_tokens} "
+        f"tokens (at most {config.data.prompt_max_len})"
+    )
+    if on_gpu:
+        peak, total = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.mem_get_info(trainer.device)[1]
+        lines.append(f"measured peak {peak / GB:.2f} GB, of {total / GB:.1f} GB on {torch.cuda.get_device_name()}")
+    else:
+        lines.append("measured peak: only on a GPU")
+    return "\n".join(lines)
+
+
+def estimate_report(policy: VLAModel, config: Config, world_size: int = 1) -> str:
+    """Tables of parameters and expected memory, and the tokens of a sample."""
+    rows = [f"{'component':<18}{'parameters':>16}{'train':>16}{'stored GB':>11}"]
+    for name, module in policy.components().items():
+        parameters = list(module.parameters())
+        if parameters:
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            count = sum(_values(p) for p in parameters)
+            rows.append(f"{name:<18}{count:>16,}{trained:>16,}{sum(map(_stored_bytes, parameters)) / GB:>11.3f}")
+    everything = list(policy.parameters())
+    count, trained = sum(map(_values, everything)), sum(p.numel() for p in everything if p.requires_grad)
+    rows.append(f"{'total':<18}{count:>16,}{trained:>16,}{sum(map(_stored_bytes, everything)) / GB:>11.3f}")
+
+    micro_batch = micro_batch_size(config, world_size)
+    rows += ["", f"{'expected memory per process':<50}{'GB':>8}"]
+    memory = expected_memory(policy, config, world_size)
+    rows += [f"{name:<50}{size / GB:>8.2f}" for name, size in memory.items()]
+    rows.append(f"{'sum (calculated, not measured)':<50}{sum(memory.values()) / GB:>8.2f}")
+    tokens = tokens_per_sample(policy, config)
+    rows += [
+        "",
+        f"micro-batch {micro_batch} of batch {config.data.batch_size}; tokens per sample: {tokens['vision']} in the "
+        f"vision tower, {tokens['language']} in the language model, {tokens['context']} of context, "
+        f"{tokens['action']} of actions",
+    ]
+    return "\n".join(rows)
+
+
+def micro_batch_size(config: Config, world_size: int = 1) -> int:
+    """Samples that a process holds at once."""
+    return math.ceil(config.data.batch_size / config.training.gradient_accumulation_steps / world_size)
+
+
+def tokens_per_sample(policy: VLAModel, config: Config) -> dict[str, int]:
+    """Tokens that a sample costs where every camera and frame exists and the prompt has its full length.
+
+    Returns:
+        `vision` (patches), `language`, `context` (what the head reads) and `action` (over all noise draws).
+    """
+    head, fusion = config.model.action_head_config, config.model.vlm_config.fusion
+    images, text = config.data.max_seq_len * len(config.cameras), config.data.prompt_max_len
+    vision_config = policy.backbone.components()["vision tower"].config
+    patches = (vision_config.image_size // vision_config.patch_size) ** 2
+    fused = images * policy.backbone.tokens_per_image + text
+    prefix = config.model.vlm_config.type == "paligemma"  # image tokens run through the language model
+    return {
+        "vision": images * patches,
+        "language": fused if prefix else text,
+        "context": fused if prefix else fusion.num_latents,
+        "action": head.horizon * head.noise_draws_per_sample,
+    }
+
+
+def expected_memory(policy: VLAModel, config: Config, world_size: int = 1) -> dict[str, float]:
+    """Bytes by component that a process needs when all of them are there at once, which bounds the peak from above.
+
+    With `training.strategy` fsdp, weights, gradients, moments and averages are spread over the processes.
+    """
+    parameters = list(policy.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    share = world_size if config.training.strategy == "fsdp" else 1
+    memory = {
+        "weights": sum(map(_stored_bytes, parameters)) / share,
+        "gradients": sum(4 * p.numel() for p in trained) / share,
+        f"optimizer ({config.optimizer.type})": sum(_moment_bytes(p, config.optimizer.type) for p in trained) / share,
+    }
+    if config.model.vlm_config.dtype != "float32":
+        linears = [module for module in policy.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        copied = sum(module.weight.numel() for module in linears if module.weight.requires_grad)
+        memory["16-bit copies of trained matrices (autocast)"] = 2.0 * copied
+    return memory | activation_bytes(policy, config, micro_batch_size(config, world_size))
+
+
+def activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -> dict[str, float]:
+    """Bytes that autograd keeps between forward and backward pass, per component.
+
+    A tower through which no gradient flows keeps nothing. With gradient checkpointing a layer keeps its input
+    alone, and one layer at a time is recomputed.
+    """
+    vlm, head = config.model.vlm_config, config.model.action_head_config
+    tokens = tokens_per_sample(policy, config)
+    compute = 4 if vlm.dtype == "float32" else 2
+    found = {}
+    upstream = False  # whether something below asks for a gradient, so that it must flow through frozen layers too
+    for name, key in (("vision tower", "vision"), ("language model", "language")):
+        tower = policy.components()[name]
+        upstream = upstream or any(parameter.requires_grad for parameter in tower.parameters())
+        layers, layer = tower.config.num_hidden_layers, _layer_bytes(tower, compute)
+        if vlm.gradient_checkpointing:
+            residual = 4 * tower.config.hidden_size
+            kept = layers * residual + layer
+        else:
+            kept = layers * layer
+        count = micro_batch * tokens[key]
+        found[f"activations, {name}"] = float(kept * count) if upstream else 0.0
+        if vlm.type == "paligemma":
+            upstream = True  # the projector between the two always trains
+    width, rows = head.hidden_dim, micro_batch * tokens["action"]
+    per_action = width * (24 + 22 * compute)  # three modulated norms, two attentions, one MLP
+    per_context = width * (4 + 3 * compute)  # norm, keys and values
+    in_head = head.num_layers * (rows * per_action + micro_batch * tokens["context"] * per_context)
+    return found | {"activations, action head": float(in_head)}
+
+
+def meta_policy(config: Config) -> VLAModel:
+    """The policy that `config` describes, without weights and without memory for them, from config.json alone.
+
+    Raises:
+        ConfigError: no config.json, or a setting that contradicts it.
+    """
+    ones = {name: [value] * config.data.state_dim for name, value in _UNIT.items()}
+    width = config.model.action_head_config.per_action_dim
+    statistics = {"state": ones, "action": {name: [value] * width for name, value in _UNIT.items()}}
+    vlm = config.model.vlm_config
+    backbone_class = BACKBONES[vlm.type]
+    values = backbone_class.read_config(vlm)
+    with torch.device("meta"):
+        mean = std = (0.5, 0.5, 0.5)
+        backbone = backbone_class.from_config(values, vlm, config.model.vision_resampler_config, mean, std)
+        return VLAModel(config, backbone, [statistics] * len(config.datasets))
+
+
+_UNIT = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
+
+
+def _layer_bytes(tower: nn.Module, compute: int) -> int:
+    """Bytes per token that one layer keeps for its backward pass; residual stream and norms are float32.
+
+    Counted per norm, attention, MLP and adapter. Under autocast (2-byte compute) each linear layer keeps a copy of its
+    input of its own; in float32 those of one norm's output share it; where weights are frozen none is kept. Scaled
+    dot-product attention keeps queries, keys, values and output, no matrix of weights; keys and values are repeated to
+    as many heads as the queries have.
+    """
+    config = tower.config
+    width, inner = config.hidden_size, config.intermediate_size
+    head_dim = vars(config).get("head_dim") or width // config.num_attention_heads
+    queries = config.num_attention_heads * head_dim
+    gated = any("gate_proj" in name for name, _ in tower.named_modules())  # Gemma, Llama; SigLIP's MLP is plain
+    adapted = [module.base_layer.in_features for module in tower.modules() if is_adapted(module)]
+    attention = 4 * compute * queries
+    adapters = compute * sum(adapted) // config.num_hidden_layers
+    if adapted or not any(parameter.requires_grad for parameter in tower.parameters()):
+        norms, inputs, mlp = 2 * 4 * width, 0, (3 if gated else 1) * compute * inner
+    else:
+        norms = 2 * (8 if gated else 4) * width  # RMS norms keep input and output, layer norms the input
+        inputs = (5 if gated else 4) * compute * width if compute == 2 else 2 * 4 * width
+        mlp = (4 if gated else 2) * compute * inner
+    return norms + inputs + attention + mlp + adapters
+
+
+def _is_four_bit(parameter: nn.Parameter) -> bool:
+    return type(parameter).__name__ == "Params4bit"
+
+
+def _values(parameter: nn.Parameter) -> int:
+    """Weights that a tensor stands for; two of 4 bits share a byte."""
+    packed = _is_four_bit(parameter) and parameter.dtype == torch.uint8
+    return parameter.numel() * (2 if packed else 1)
+
+
+def _stored_bytes(parameter: nn.Parameter) -> float:
+    """Bytes of a tensor and its scales, once quantized; on the meta device it is not yet."""
+    if _is_four_bit(parameter):
+        return _values(parameter) * (0.5 + 4 / 64)  # a float32 scale for every 64
+    if type(parameter).__name__ == "Int8Params":
+        return parameter.numel() + 4 * parameter.shape[0]  # a float32 scale for every row
+    return parameter.numel() * parameter.element_size()
+
+
+def _moment_bytes(parameter: nn.Parameter, optimizer: str) -> float:
+    if optimizer == "AdamW8bit" and parameter.numel() >= 4096:
+        return parameter.numel() * (2 + 2 * 4 / 256)  # a byte each, and a float32 scale for every 256
+    return parameter.numel() * MOMENTS.get(optimizer, 8)
+
+
+def breakdown(policy: VLAModel, config: Config) -> dict[str, Any]:
+    """The same figures as plain values, for benchmarks."""
+    return {name: round(size / GB, 3) for name, size in expected_memory(policy, config).items()}
