@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import re
@@ -110,13 +111,18 @@ def member_of_group(timeout_s: float) -> Iterator[torch.device]:
     rank = int(os.environ["RANK"])
     if LAUNCHED in os.environ:
         threading.Thread(target=_die_with_launcher, daemon=True).start()
+    failed = False
     try:
         yield _join(timeout_s)
         dist.barrier()  # the last checkpoint is written
         dist.destroy_process_group()
     except Exception as error:
         _report(rank, error)
-        sys.exit(1)
+        failed = True
+    if failed:
+        gc.collect()  # the error's frames are gone, and with them what they held, such as temporary caches
+        logging.shutdown()
+        os._exit(1)  # an orderly exit would wait for the other ranks, or abort over exchanges that never ended
 
 
 def _join(timeout_s: float) -> torch.device:
