@@ -21,7 +21,7 @@ from training.fit_estimate import dry_run, without_traces
 from training.trainer import NonFiniteLossError, VLATrainer
 from utils.calculate_normalization_stats import load_statistics
 from utils.checkpoint import load_checkpoint
-from utils.cli import config_from_args, refuse_to_overwrite, train_parser
+from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_parser
 from utils.config_utils import Config
 from utils.misc import derive_seed, pick_device, set_up_logging, user_message
 
@@ -63,10 +63,11 @@ def build_trainer(
     world_size: int,
 ) -> VLATrainer:
     """Loaders, model and trainer, ready to start or to go on; see `train`."""
-    start = args.resume_checkpoint or args.init_checkpoint
-    checkpoint = load_checkpoint(start) if start else None
-    refuse_to_overwrite(config, checkpoint if args.resume_checkpoint else None)
     set_up_logging(config.experiment_dir / "logs" / "train.log", is_main=rank == 0)
+    resumed = resume_path(args, config)
+    start = resumed or args.init_checkpoint
+    checkpoint = load_checkpoint(start, for_inference=not resumed) if start else None
+    refuse_to_overwrite(config, checkpoint if resumed else None)
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
 
@@ -86,8 +87,8 @@ def build_trainer(
         val_loader = make_loader(val_set, num_workers=data.num_workers, batch_sampler=share)
 
     torch.manual_seed(derive_seed("init", training.seed))
-    if args.resume_checkpoint:
-        model = VLAModel.from_checkpoint(checkpoint, config)
+    if resumed:
+        model = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
     else:
         statistics = load_statistics(data.normalization_stats_path, config, args.config_path)
         if checkpoint is not None:
@@ -97,8 +98,8 @@ def build_trainer(
 
     processors = {"image_processor": image_processor.to_settings(), "tokenizer_files": tokenizer.to_files()}
     trainer = trainer_class(config, model, train_loader, val_loader, device, processors)
-    if args.resume_checkpoint:
-        trainer.resume(checkpoint, args.resume_checkpoint)
+    if resumed:
+        trainer.resume(checkpoint, resumed)
     return trainer
 
 

@@ -40,7 +40,7 @@ from data.processing import (
     collate_fn,
 )
 from data.sampler import PassBatchSampler, StepBatchSampler
-from data.transport import PackedBatch, SlotPool, use_pool
+from data.transport import PackedBatch, SlotPool, end_only_for_parent, use_pool
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
 from utils.parquet_utils import DataError, Source, open_parquet, resolve_parquet_files
@@ -175,6 +175,10 @@ class VLADataset(Dataset):
         """Where a row of the store comes from: file, row in it, episode and step."""
         return self.store.describe(row)
 
+    def describe_step(self, dataset_index: int, episode: int, step: int) -> str:
+        """The same by the numbers that a batch carries."""
+        return self.describe(int(self.store.episode_starts[episode]) + step)
+
     def sample_probabilities(self, weighting: Literal["step", "episode", "task"]) -> np.ndarray | None:
         """Probability of each sample when episodes or tasks (prompts) are to count alike, float64; None: all alike."""
         if weighting == "step":
@@ -210,6 +214,11 @@ class MixtureDataset(Dataset):
         """Where a sample comes from: dataset, file, row, episode and step."""
         dataset, local = self._locate(index)
         return f"{dataset.name}: {dataset.describe(dataset.row(local))}"
+
+    def describe_step(self, dataset_index: int, episode: int, step: int) -> str:
+        """Where a time step comes from, by the numbers that a batch carries: dataset, file, row, episode and step."""
+        dataset = self.datasets[dataset_index]
+        return f"{dataset.name}: {dataset.describe_step(dataset_index, episode, step)}"
 
     def _locate(self, index: int) -> tuple[VLADataset, int]:
         which = int(self.starts.searchsorted(index, side="right")) - 1
@@ -277,6 +286,7 @@ def _as_it_is(packed: PackedBatch) -> PackedBatch:
 def _init_worker(pool: SlotPool, worker_id: int) -> None:
     torch.set_num_threads(1)
     use_pool(pool)
+    end_only_for_parent()
 
 
 def _pad(values: np.ndarray, width: int) -> np.ndarray:

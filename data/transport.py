@@ -8,6 +8,9 @@ none free allocates memory of its own, so a batch that someone keeps is never ov
 from __future__ import annotations
 
 import mmap
+import os
+import signal
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +55,24 @@ def use_pool(pool: SlotPool) -> None:
     """Make `image_block` of this worker process take memory from `pool`."""
     global _pool
     _pool = pool
+
+
+def end_only_for_parent() -> None:
+    """In a worker: SIGINT is ignored, and SIGTERM unless the training process sent it.
+
+    A scheduler, or Ctrl-C, signals every process of a job. The training process is still fed while it finishes its
+    step, and it decides when workers end; those whose training process is gone end by themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, whose users have no scheduler
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class ImageBlock:

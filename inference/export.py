@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from inference.model_card import model_card
-from utils.checkpoint import FORMAT, CheckpointError, load_checkpoint
+from utils.checkpoint import FORMAT, CheckpointError, evaluation_weights, load_checkpoint
 from utils.misc import atomic_path
 
 MANIFEST, WEIGHTS = "policy.json", "model.safetensors"
@@ -60,7 +60,7 @@ def export_policy(checkpoint: dict[str, Any], folder: str | Path, metrics: Seque
         )
     card = model_card(checkpoint, metrics)
     (folder / "tokenizer").mkdir(parents=True)
-    weights = {name: tensor.contiguous() for name, tensor in checkpoint["model"].items()}
+    weights = {name: tensor.contiguous() for name, tensor in evaluation_weights(checkpoint).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.yaml").write_text(yaml.safe_dump(checkpoint["config"], sort_keys=False), encoding="utf-8")
     _write_json(folder / "statistics.json", checkpoint["statistics"])
@@ -115,7 +115,7 @@ def read_policy(name_or_path: str | Path) -> dict[str, Any]:
     """The checkpoint dict of a `*.pth.tar` file, an exported folder, or a hub id; errors as the two loaders."""
     path = Path(name_or_path)
     is_hub_id = not path.exists() and len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".tar"
-    return load_export(name_or_path) if path.is_dir() or is_hub_id else load_checkpoint(path)
+    return load_export(name_or_path) if path.is_dir() or is_hub_id else load_checkpoint(path, for_inference=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Shape letters: B batch, V cameras, L context tokens, E embedding width, T horizo
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,13 +25,15 @@ from model.normalizer import Normalizer
 from model.paligemma_vlm import PaliGemmaVLM
 from model.siglip_llm import SiglipLLM
 from utils.calculate_normalization_stats import StatisticsError, check_statistics
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, evaluation_weights
 from utils.config_utils import Config, ConfigError, config_from_dict
 
 BACKBONES: dict[str, type[Backbone]] = {
     "paligemma": PaliGemmaVLM,
     "siglip_llm": SiglipLLM,
 }
+
+logger = logging.getLogger(__name__)
 
 
 class VLAModel(nn.Module):
@@ -89,6 +92,8 @@ class VLAModel(nn.Module):
         checkpoint: dict[str, Any],
         config: Config | None = None,
         statistics: Sequence[dict[str, Any]] | None = None,
+        *,
+        use_ema: bool = True,
     ) -> VLAModel:
         """The policy of a checkpoint dict (`utils.checkpoint.load_checkpoint`), from it alone.
 
@@ -96,6 +101,8 @@ class VLAModel(nn.Module):
             checkpoint: as loaded.
             config: build with this config instead of the checkpoint's own (fine-tuning with, say, another dtype).
             statistics: take these instead of the checkpoint's own (new data); None keeps the old units.
+            use_ema: take the average of the weights where the checkpoint has one (`training.ema_decay`), as
+                validation did; False to go on training.
 
         Raises:
             CheckpointError: the weights do not fit the architecture that the config describes.
@@ -103,7 +110,8 @@ class VLAModel(nn.Module):
         config = config or config_from_dict(checkpoint["config"], source="checkpoint")
         vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
         mean, std = checkpoint["image_processor"]["image_mean"], checkpoint["image_processor"]["image_std"]
-        weights, base = checkpoint["model"], checkpoint.get("base")
+        weights = evaluation_weights(checkpoint) if use_ema else checkpoint["model"]
+        base = checkpoint.get("base")
         base_name = None if base is None else base["name_or_path"]
         adapted_later = _is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
         if base is not None and not base["included"]:

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="a new folder")
     parser.add_argument("--metrics", nargs="+", default=[], help="metrics.json, rollouts.json of main_eval.py")
     args = parser.parse_args()
-    folder = export_policy(load_checkpoint(args.checkpoint_path), args.output_dir, args.metrics)
+    folder = export_policy(load_checkpoint(args.checkpoint_path, for_inference=True), args.output_dir, args.metrics)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size:>14,} bytes  {path.relative_to(folder)}")

@@ -25,7 +25,7 @@ from model.vla_model import VLAModel  # noqa: E402
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint  # noqa: E402
 from utils.config_utils import config_from_dict, config_to_dict  # noqa: E402
 
-DROPPED = ("format", "optimizer", "base")
+DROPPED = ("format", "saved_at", "optimizer", "ema", "base")
 
 
 def merge_checkpoint(checkpoint: dict[str, Any], dtype: torch.dtype, name_or_path: str | None) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model_name_or_path", help="base of a checkpoint that does not hold its frozen weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the merged weights")
     args = parser.parse_args(arguments)
-    checkpoint = load_checkpoint(args.checkpoint_path)
+    checkpoint = load_checkpoint(args.checkpoint_path, for_inference=True)
     if args.output.exists():
         raise CheckpointError(f"{args.output} exists; choose another --output")
     save_checkpoint(merge_checkpoint(checkpoint, getattr(torch, args.dtype), args.model_name_or_path), args.output)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+import uuid
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from training.validation import Validation
 from utils.config_utils import Config, config_to_dict, save_config
@@ -16,14 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Machine-readable metrics of one run; ranks other than the first write nothing."""
+    """Machine-readable metrics of one run; ranks other than the first write nothing but their samples."""
 
-    def __init__(self, config: Config, *, is_main: bool) -> None:
+    def __init__(self, config: Config, *, is_main: bool, rank: int = 0) -> None:
         self.directory = config.experiment_dir
         self.metrics_path = self.directory / "logs" / "metrics.jsonl"
         self.validation_path = self.directory / "logs" / "validation.jsonl"
+        self.samples_path = self.directory / "logs" / f"samples_rank_{rank}.jsonl"
+        self.log_samples = config.training.log_samples
         self.is_main = is_main
-        self._wandb = None
+        self._wandb, self._upload = None, config.wandb.log_checkpoints
         if not is_main:
             return
         self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,23 +39,38 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Drop lines past `step`: the steps between a checkpoint and the crash after it are trained again."""
-        if not self.is_main:
-            return
-        for path in (self.metrics_path, self.validation_path):
-            if not path.is_file():
-                continue
-            kept = [line for line in read_metrics(path) if line["step"] <= step]
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        paths = [self.metrics_path, self.validation_path] if self.is_main else []
+        for path in [*paths, self.samples_path]:
+            if path.is_file():
+                kept = [line for line in read_metrics(path) if line["step"] <= step]
+                with atomic_path(path) as temporary:
+                    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; `values` holds `step`."""
         if not self.is_main:
             return
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        _append(self.metrics_path, values)
         if self._wandb is not None:
-            self._wandb.log(values, step=values["step"])
+            self._wandb.log(values)
+
+    def samples(self, step: int, micro_batches: list[dict[str, Any]]) -> None:
+        """With `training.log_samples`, append which samples this rank's step took: [dataset, episode, frame] each."""
+        if self.log_samples:
+            keys = ("dataset_index", "episode_index", "frame_index")
+            columns = [torch.cat([batch[key] for batch in micro_batches]) for key in keys]
+            self.samples_path.parent.mkdir(parents=True, exist_ok=True)
+            _append(self.samples_path, {"step": step, "samples": torch.stack(columns, dim=1).tolist()})
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """With `wandb.log_checkpoints`, upload a checkpoint as a version of the run's model artifact."""
+        if self._wandb is None or not self._upload:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self._wandb.id}", type="model", metadata={"step": step})
+        artifact.add_file(str(path))
+        self._wandb.log_artifact(artifact, aliases=["latest", f"step-{step}", path.name.removesuffix(".pth.tar")])
 
     def write_validation(self, step: int, found: Validation) -> None:
         """Append the metrics per step, dimension and dataset to validation.jsonl, and draw the fixed samples to
@@ -68,7 +89,7 @@ class RunLog:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"val/trajectories": wandb.Image(str(path))}, step=step)
+            self._wandb.log({"step": step, "val/trajectories": wandb.Image(str(path))})
 
     def plot(self) -> None:
         """Draw the loss curves of metrics.jsonl to plots/loss_curve.png."""
@@ -80,6 +101,49 @@ class RunLog:
         self.plot()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class LogWindow:
+    """Averages since the last log line, and where the time went."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.timed = 0  # steps of this process among them: a resumed run carries over losses, not times
+        self.last: dict[str, float] = {}
+        self.busy = self.waiting = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last call: validation, checkpoints."""
+        self.mark = time.perf_counter()
+
+    def waited(self) -> None:
+        """The data has come."""
+        now = time.perf_counter()
+        self.waiting += now - self.mark
+        self.busy += now - self.mark
+        self.mark = now
+
+    def add(self, result: dict[str, float]) -> None:
+        """A step is done."""
+        self.losses.append(result["loss"])
+        self.timed += 1
+        self.last = result
+        now = time.perf_counter()
+        self.busy += now - self.mark
+        self.mark = now
+
+    def summary(self, batch_size: int) -> dict[str, float]:
+        """Mean loss over the window, the last step's other values, samples/s, share of time spent on data."""
+        values = {
+            "loss": sum(self.losses) / len(self.losses),
+            "lr": self.last["lr"],
+            "grad_norm": self.last["grad_norm"],
+            "samples_per_second": self.timed * batch_size / self.busy,
+            "data_wait": self.waiting / self.busy,
+        }
+        self.losses, self.timed, self.busy, self.waiting = [], 0, 0.0, 0.0
+        return values
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -119,15 +183,31 @@ def plot_metrics(metrics_path: Path, image_path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def _append(path: Path, values: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
 def _start_wandb(config: Config) -> Any:
+    """The W&B run of this experiment: a resumed one continues under the id that its folder keeps."""
     try:
         import wandb
     except ImportError:
         raise ImportError("wandb.enabled (--use_wandb) needs the wandb package: pip install wandb") from None
-    return wandb.init(
+    id_path = config.experiment_dir / "wandb_run_id.txt"
+    if not id_path.is_file():
+        with atomic_path(id_path) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    run = wandb.init(
         project=config.wandb.project,
         entity=config.wandb.entity,
         name=config.training.experiment_name,
+        id=id_path.read_text(encoding="utf-8"),
+        resume="allow",
         dir=str(config.experiment_dir),
         config=config_to_dict(config),
     )
+    # Curves over our own step: W&B's may not go back, as it does when the steps after a checkpoint come again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

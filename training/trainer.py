@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,28 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from model.vla_model import VLAModel
+from training.ema import WeightAverage
+from training.failure import NonFiniteLossError, dump_batches, failure_message, guilty_samples
 from training.optimizer import build_optimizer
-from training.run_log import RunLog
+from training.run_log import LogWindow, RunLog
 from training.schedule import learning_rate
+from training.state import checkpoint_of, continue_from
+from training.stopping import BestValidation, StopRequest
 from training.validation import validate
-from utils.checkpoint import save_checkpoint
-from utils.config_utils import Config, ConfigError, config_to_dict
-from utils.misc import count_parameters, derive_seed
+from utils.checkpoint import link_checkpoint, prune_checkpoints, save_checkpoint
+from utils.config_utils import Config, ConfigError
+from utils.misc import count_parameters, derive_seed, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+ALMOST = 0.1  # an epoch's validation this close to the end of training, in parts of its interval, is left to the end
+
+__all__ = ["NonFiniteLossError", "VLATrainer", "to_device"]
 
 
-class NonFiniteLossError(RuntimeError):
-    """Loss or gradient became NaN or infinite; the optimizer was not stepped."""
+class _ValidationInterrupted(Exception):
+    """A stop was asked for while validating."""
 
 
 class VLATrainer:
@@ -68,10 +74,19 @@ class VLATrainer:
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.num_samples = train_loader.batch_sampler.num_samples
-        self.step, self.best = 0, math.inf
-        self.run_log = RunLog(config, is_main=self.rank == 0)
-        if config.model.vlm_config.dtype == "float16":
-            raise ConfigError("model.vlm_config.dtype is float16, whose gradients underflow; train in bfloat16")
+        training = config.training
+        if training.early_stopping_patience is not None and val_loader is None:
+            raise ConfigError("training.early_stopping_patience needs validation data; give data.val_fraction, say")
+        self.step = 0
+        self.saved_step = 0  # where the newest checkpoint of this run was written
+        self.best = BestValidation(training.best_metric, training.early_stopping_patience)
+        self.ema = None if training.ema_decay is None else WeightAverage(self.policy, training.ema_decay)
+        # Loss scaling keeps float16 gradients from underflowing; in the other precisions it does nothing.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.model.vlm_config.dtype == "float16")
+        self.stop = StopRequest(training.max_hours)
+        self.stopping = False  # whether some rank was asked to stop: the same on all of them
+        self.window = LogWindow()
+        self.run_log = RunLog(config, is_main=self.rank == 0, rank=self.rank)
 
     # Position: everything here follows from `step`.
 
@@ -92,37 +107,30 @@ class VLATrainer:
         return self.step / self.epoch_steps
 
     def fit(self) -> None:
-        """Train from the current step to the end."""
-        training = self.config.training
-        all_count, train_count = count_parameters(self.policy)
-        logger.info("%s parameters, %s train", f"{all_count:,}", f"{train_count:,}")
-        logger.info(
-            "steps %d to %d, %d samples, %.1f steps per epoch",
-            self.step,
-            self.total_steps,
-            self.num_samples,
-            self.epoch_steps,
-        )
+        """Train from the current step to the end, or until asked to stop; then a checkpoint holds the last step."""
+        self._announce()
+        self.run_log.rewind(self.step)
         self.train_loader.batch_sampler.start_step = self.step
         batches = iter(self.train_loader)
-        progress = tqdm(
-            total=self.total_steps, initial=self.step, desc="train", disable=None if self.rank == 0 else True
-        )
-        window = _Window()
-        with logging_redirect_tqdm(), progress:
-            while self.step < self.total_steps:
-                micro_batches = [next(batches) for _ in range(training.gradient_accumulation_steps)]
-                window.waited()
-                result = self.train_step(micro_batches)
-                window.add(result)
+        shown = None if self.rank == 0 else True  # None: only on a terminal
+        progress = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=shown)
+        with self.stop, logging_redirect_tqdm(), progress:
+            if self.step:
+                self.finish_step(resumed=True)
+            self.window.restart_clock()
+            while self.step < self.total_steps and not self.stopping and not self.best.exhausted:
+                micro_batches = [next(batches) for _ in range(self.config.training.gradient_accumulation_steps)]
+                self.window.waited()
+                self.window.add(self.train_step(micro_batches))
+                self.run_log.samples(self.step, micro_batches)
                 progress.update()
-                if self.step % training.log_interval == 0 or self.step == self.total_steps:
-                    self.log(window.summary(self.config.data.batch_size))
-                if self._epoch_due(training.val_every_n_epochs) and self.val_loader is not None:
-                    self.log_validation(self.evaluate())
-                if self._epoch_due(training.save_every_n_epochs):
-                    self.save(f"checkpoint_epoch_{self._epoch_number()}.pth.tar")
-                window.restart_clock()
+                if self.step % self.config.training.log_interval == 0 or self.step == self.total_steps:
+                    self.log(self.window.summary(self.config.data.batch_size))
+                self.finish_step()
+                self.window.restart_clock()
+            if self.saved_step < self.step:
+                self.save(f"checkpoint_step_{self.step}.pth.tar")
+        self._say_why_it_ended()
         self.run_log.finish()
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
@@ -135,54 +143,103 @@ class VLATrainer:
         """
         self.model.train()
         valid = sum((~batch["action_is_pad"]).sum() for batch in micro_batches).to(self.device)
-        valid = self.reduce_sum(valid)
+        asked = torch.tensor(self.stop.reason is not None, device=self.device)
+        valid, asked = self.reduce_sum(torch.stack([valid, asked.to(valid.dtype)]))
         lr = learning_rate(
             self.step, self.config.optimizer.lr, self.config.lr_scheduler, self.total_steps, self.epoch_steps
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        total = torch.zeros((), device=self.device)
-        losses = []
-        for i, batch in enumerate(micro_batches):
-            batch = to_device(batch, self.device)
-            torch.manual_seed(derive_seed("noise", self.config.training.seed, self.step, i, self.rank))
-            with self.sync(last=i == len(micro_batches) - 1):
-                loss_BT = self.model(batch)
-                loss = loss_BT.sum() / valid
-                (loss * self.world_size).backward()  # gradients are averaged over ranks
-            total += loss.detach()
-            losses.append(loss_BT.detach())
-        total = self.reduce_sum(total)
-        grad_norm = self.clip_gradients()
-        if not (math.isfinite(total.item()) and math.isfinite(grad_norm)):
-            raise NonFiniteLossError(self._describe_failure(micro_batches, losses, total.item(), grad_norm))
+        total, grad_norm = self._backward(micro_batches, valid)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update()
         self.step += 1
-        return {"loss": total.item(), "lr": lr, "grad_norm": grad_norm}
+        self.stopping = bool(asked)
+        return {"loss": total, "lr": lr, "grad_norm": grad_norm}
+
+    def _backward(self, micro_batches: list[Batch], valid: Tensor) -> tuple[float, float]:
+        """Loss over all ranks, and the gradient's norm before clipping.
+
+        In float16 a gradient may overflow at a loss that is finite. The scale is then halved and the same batch taken
+        again: no sample is lost, and a step is always an update.
+        """
+        while True:
+            total = torch.zeros((), device=self.device)
+            losses = []
+            for i, batch in enumerate(micro_batches):
+                batch = to_device(batch, self.device)
+                torch.manual_seed(derive_seed("noise", self.config.training.seed, self.step, i, self.rank))
+                with self.sync(last=i == len(micro_batches) - 1):
+                    loss_BT = self.model(batch)
+                    loss = loss_BT.sum() / valid
+                    self.scaler.scale(loss * self.world_size).backward()  # gradients are averaged over ranks
+                total += loss.detach()
+                losses.append(loss_BT.detach())
+            loss = self.reduce_sum(total).item()
+            self.scaler.unscale_(self.optimizer)
+            grad_norm = self.clip_gradients()
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                return loss, grad_norm
+            if not math.isfinite(loss) or not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+                raise self._failure(micro_batches, losses, loss, grad_norm)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.update()
+            logger.info("step %d: float16 gradients overflowed; loss scale %g", self.step, self.scaler.get_scale())
+
+    def finish_step(self, *, resumed: bool = False) -> None:
+        """Validate and save, if due at this step; after a resume, whatever of it the interrupted run left undone."""
+        training, best = self.config.training, None
+        if self._validation_due() and self.best.step < self.step:
+            values = self.evaluate()
+            if values is not None and self.log_validation(values):
+                best = self.save("model_best.pth.tar")
+        if self._epoch_due(training.save_every_n_epochs):
+            name = f"checkpoint_epoch_{self._epoch_number()}.pth.tar"
+        elif training.save_every_n_steps is not None and self.step % training.save_every_n_steps == 0:
+            name = f"checkpoint_step_{self.step}.pth.tar"
+        else:
+            return
+        if not (resumed and self.reduce_any(self.rank == 0 and (self.checkpoints / name).is_file())):
+            self.save(name, same_as=best)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float] | None:
         """Validation loss and errors of sampled actions over the held-out samples, under the padding mask.
 
         Writes the errors per step and dimension, and pictures of the same few samples each time (see `RunLog`).
 
+        With `training.ema_decay` it is the averaged weights that are evaluated.
+
         Returns:
-            `Validation.values`.
+            `Validation.values`; None when a stop was asked for meanwhile: a resumed run validates this step first.
         """
         self.model.eval()
         limit = self.config.training.val_max_batches
-        found = validate(
-            self.policy,
-            self._validation_batches(),
-            min(len(self.val_loader), limit or len(self.val_loader)),
-            self.config,
-            self.device,
-            rank=self.rank,
-            reduce_sum=self.reduce_sum,
-        )
+        try:
+            with contextlib.nullcontext() if self.ema is None else self.ema.applied():
+                found = validate(
+                    self.policy,
+                    self._unless_stopped(self._validation_batches()),
+                    min(len(self.val_loader), limit or len(self.val_loader)),
+                    self.config,
+                    self.device,
+                    rank=self.rank,
+                    reduce_sum=self.reduce_sum,
+                )
+        except _ValidationInterrupted:
+            self.stopping = True
+            return None
         self.run_log.write_validation(self.step, found)
         return found.values
+
+    def _unless_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self.reduce_any(self.stop.reason is not None):
+                raise _ValidationInterrupted
+            yield batch
 
     def log(self, values: dict[str, float]) -> None:
         """One line in metrics.jsonl, and one in the log, which leaves out the many `val/` metrics."""
@@ -191,71 +248,48 @@ class VLATrainer:
         shown = {name: value for name, value in values.items() if not name.startswith("val/")}
         logger.info(" ".join(f"{name} {_short(value)}" for name, value in shown.items()))
 
-    def log_validation(self, values: dict[str, float]) -> None:
-        """Log a validation and keep the best model so far."""
+    def log_validation(self, values: dict[str, float]) -> bool:
+        """Log a validation; whether it is the best so far."""
         self.log(values)
         self.run_log.plot()
-        if values["val_loss"] < self.best:
-            self.best = values["val_loss"]
-            self.save("model_best.pth.tar")
+        return self.best.update(values, self.step)
 
-    def save(self, name: str) -> Path:
-        """Write `checkpoints/{name}`: everything needed to resume, evaluate or serve."""
-        path = self.config.experiment_dir / "checkpoints" / name
-        checkpoint = {
-            "step": self.step,
-            "best": self.best,
-            "config": config_to_dict(self.config),
-            **self.gather_state(self.policy.state_to_save(self.config.training.save_adapters_only)),
-            "optimizer": self.gather_state(self.optimizer.state_dict()),
-            "num_samples": self.num_samples,
-            **self.processors,
-        }
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this run's checkpoints."""
+        return self.config.experiment_dir / "checkpoints"
+
+    def save(self, name: str, same_as: Path | None = None) -> Path:
+        """Write `checkpoints/{name}`; see `training/state.py` for what is in it. A collective.
+
+        Args:
+            name: of the file.
+            same_as: a checkpoint of this very step, already written: the file shares its content.
+        """
+        path, training = self.checkpoints / name, self.config.training
+        checkpoint = checkpoint_of(self) if same_as is None else None
         if self.rank == 0:
-            save_checkpoint(checkpoint, path)
+            if checkpoint is None:
+                link_checkpoint(same_as, path)
+            else:
+                save_checkpoint(checkpoint, path)
             logger.info("saved %s", path)
+            self.run_log.checkpoint(path, self.step)
+            if training.keep_last_k is not None:
+                prune_checkpoints(self.checkpoints, training.keep_last_k, training.experiment_name)
+        self.saved_step = self.step
         return path
 
     def resume(self, checkpoint: dict[str, Any], path: str) -> None:
-        """Continue from a checkpoint whose weights the model already holds.
+        """Continue from a checkpoint whose own weights (not their average) the model already holds.
 
-        The same `experiment_name` continues the run where it stopped. Another one starts a new run (step 0, its
-        own schedule) from the old weights and optimizer moments: the documented way to fine-tune. Values of the
-        new config apply either way, and what happened is logged.
+        The same `experiment_name` continues the run where it stopped; another one starts a new run from the old
+        weights and optimizer moments. See `training/state.py`.
         """
-        old, new = checkpoint["config"], config_to_dict(self.config)
-        fresh = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
-        ]
-        try:
-            self.load_optimizer_state(checkpoint["optimizer"])
-        except ValueError as error:
-            raise ConfigError(
-                f"{path}: the optimizer state does not fit ({error}): another optimizer.type or other frozen parts; "
-                "start from the weights alone with --init_checkpoint"
-            ) from None
-        for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
-            group.update(values)  # the new config's rates and decay, not the checkpoint's
-        changed = [
-            f"{section}.{key} {old[section].get(key)!r} -> {value!r}"
-            for section in ("data", "training", "optimizer", "lr_scheduler")
-            for key, value in new[section].items()
-            if old[section].get(key) != value
-        ]
-        if old["training"]["experiment_name"] == self.config.training.experiment_name:
-            self.step, self.best = checkpoint["step"], checkpoint["best"]
-            self.run_log.rewind(self.step)
-            logger.info("resumed %s at step %d (weights, optimizer, position)", path, self.step)
-            if checkpoint["num_samples"] != self.num_samples:
-                logger.warning(
-                    "the training set has %d samples, the checkpoint's had %d: another data order from here on",
-                    self.num_samples,
-                    checkpoint["num_samples"],
-                )
-        else:
-            logger.info("new run from %s: weights and optimizer carried over, step and schedule start at 0", path)
-        if changed:
-            logger.info("changed since the checkpoint: %s", "; ".join(changed))
+        continue_from(self, checkpoint, path)
+        self.saved_step = self.step
+        if self.rank == 0:
+            remove_leftovers(self.config.experiment_dir)
 
     # Hooks: what a distributed trainer overrides.
 
@@ -290,11 +324,22 @@ class VLATrainer:
         """Load an optimizer state of whole tensors, as checkpoints hold it."""
         self.optimizer.load_state_dict(state)
 
+    def load_average(self, state: dict[str, Any]) -> None:
+        """Load an average of weights of whole tensors, as checkpoints hold it."""
+        self.ema.load_state_dict(state)
+
     def clip_gradients(self) -> float:
         """Clip to `grad_clip_norm` and return the norm before clipping."""
         limit = self.config.training.grad_clip_norm
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         return nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit).item()
+
+    def _validation_due(self) -> bool:
+        """Whether to validate at this step: at the end of training, and of epochs that end well before that."""
+        if self.val_loader is None:
+            return False
+        every, left = self.config.training.val_every_n_epochs, self.total_steps - self.step
+        return self._epoch_due(every) and not 0 < left < ALMOST * every * self.epoch_steps
 
     def _epoch_due(self, every: int) -> bool:
         """Whether this step finished the last of `every` epochs, or the run."""
@@ -316,19 +361,33 @@ class VLATrainer:
                 return
             yield batch
 
-    def _describe_failure(self, batches: list[Batch], losses: list[Tensor], total: float, grad_norm: float) -> str:
-        worst = []
-        for batch, loss_BT in zip(batches, losses, strict=True):
-            keys = [batch[key].tolist() for key in ("dataset_index", "episode_index", "frame_index")]
-            finite = torch.isfinite(loss_BT).all(dim=-1).tolist()
-            worst += [f"dataset {d} episode {e} step {f}" for d, e, f, ok in zip(*keys, finite, strict=True) if not ok]
-        worst = self.gather_lists(worst[:8])
-        named = "; ".join(worst[:8]) or "none alone: the gradient overflowed"
-        return (
-            f"step {self.step}: loss is {total}, gradient norm {grad_norm}; samples with a non-finite loss: {named}. "
-            "The optimizer was not stepped and no checkpoint was written; look at those samples with "
-            "inspect_parquet.py, or lower optimizer.lr"
+    def _announce(self) -> None:
+        all_count, train_count = count_parameters(self.policy)
+        logger.info("%s parameters, %s train", f"{all_count:,}", f"{train_count:,}")
+        logger.info(
+            "steps %d to %d, %d samples, %.1f steps per epoch",
+            self.step,
+            self.total_steps,
+            self.num_samples,
+            self.epoch_steps,
         )
+
+    def _say_why_it_ended(self) -> None:
+        if self.best.exhausted:
+            best = self.best
+            logger.info("early stop: %s no better than %.4g for %d validations", best.metric, best.value, best.stale)
+        elif self.step < self.total_steps:
+            reason = self.stop.reason or "a stop of another rank"
+            logger.info("stopped after step %d by %s; go on with --resume_checkpoint auto", self.step, reason)
+
+    def _failure(self, batches: list[Batch], losses: list[Tensor], total: float, grad_norm: float) -> Exception:
+        """The error to raise, the same on every rank; ranks at fault dump their batches, or all where none is."""
+        own = guilty_samples(self.train_loader.dataset, batches, losses)
+        guilty, dumps = self.gather_lists(own), []
+        if own or not guilty:
+            path = self.config.experiment_dir / "failures" / f"step_{self.step}_rank_{self.rank}.pt"
+            dumps = [str(dump_batches(path, self.step, batches, losses))]
+        return NonFiniteLossError(failure_message(self.step, total, grad_norm, guilty, self.gather_lists(dumps)))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -336,44 +395,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {
         key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
     }
-
-
-class _Window:
-    """Averages since the last log line, and where the time went."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.last: dict[str, float] = {}
-        self.busy = self.waiting = 0.0
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        self.mark = time.perf_counter()
-
-    def waited(self) -> None:
-        now = time.perf_counter()
-        self.waiting += now - self.mark
-        self.busy += now - self.mark
-        self.mark = now
-
-    def add(self, result: dict[str, float]) -> None:
-        self.losses.append(result["loss"])
-        self.last = result
-        now = time.perf_counter()
-        self.busy += now - self.mark
-        self.mark = now
-
-    def summary(self, batch_size: int) -> dict[str, float]:
-        """Mean loss over the window, the last step's other values, samples/s, share of time spent on data."""
-        values = {
-            "loss": sum(self.losses) / len(self.losses),
-            "lr": self.last["lr"],
-            "grad_norm": self.last["grad_norm"],
-            "samples_per_second": len(self.losses) * batch_size / self.busy,
-            "data_wait": self.waiting / self.busy,
-        }
-        self.losses, self.busy, self.waiting = [], 0.0, 0.0
-        return values
 
 
 def _short(value: float) -> str:

@@ -96,6 +96,13 @@ class VLATrainerDDP(VLATrainer):
             state = {**state, "state": parts}
         super().load_optimizer_state(state)
 
+    def load_average(self, state: dict[str, Any]) -> None:
+        if self.sharded:
+            own = self.ema.weights
+            parts = {name: shard_like(value, own[name]) for name, value in state["weights"].items() if name in own}
+            state = {**state, "weights": parts}
+        super().load_average(state)
+
     def clip_gradients(self) -> float:
         if not self.sharded:
             return super().clip_gradients()
@@ -104,7 +111,7 @@ class VLATrainerDDP(VLATrainer):
         norm = nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float] | None:
         values = super().evaluate()
         if self.sharded:
             self.model.reshard()  # no backward pass follows that would do it

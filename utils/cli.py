@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
+from utils.checkpoint import newest_checkpoint
 from utils.config_utils import Config, ConfigError, load_config
+
+logger = logging.getLogger(__name__)
 
 # flag -> the config key that it overrides
 OVERRIDES = {
@@ -32,7 +36,8 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--experiment_name", help="output folder under training.checkpoint_dir")
     parser.add_argument(
         "--resume_checkpoint",
-        help="continue this run exactly; with another --experiment_name, fine-tune from its weights and optimizer",
+        help="continue this run exactly; with another --experiment_name, fine-tune from its weights and optimizer; "
+        "auto: the newest readable checkpoint of this experiment, or a new run where there is none",
     )
     parser.add_argument("--init_checkpoint", help="start a new run from this checkpoint's weights alone")
     parser.add_argument(
@@ -72,6 +77,20 @@ def config_from_args(args: argparse.Namespace) -> Config:
     if args.use_wandb:
         overrides["wandb.enabled"] = True
     return load_config(args.config_path, overrides, args.set_args)
+
+
+def resume_path(args: argparse.Namespace, config: Config) -> str | None:
+    """The checkpoint that `--resume_checkpoint` means, `auto` looked up; None for a new run.
+
+    Raises:
+        CheckpointError: `auto`, and the experiment has checkpoints of which none is readable.
+    """
+    if args.resume_checkpoint != "auto":
+        return args.resume_checkpoint
+    newest = newest_checkpoint(config.experiment_dir / "checkpoints", config.training.experiment_name)
+    if newest is None:
+        logger.info("%s has no checkpoint yet: a new run", config.experiment_dir)
+    return None if newest is None else str(newest)
 
 
 def refuse_to_overwrite(config: Config, resumed: dict[str, Any] | None) -> None:

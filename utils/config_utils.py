@@ -324,12 +324,19 @@ class TrainingConfig:
     experiment_name: str = "default"
     grad_clip_norm: float | None = 1.0  # None: no clipping
     seed: int = 42
+    max_hours: float | None = None  # wall-clock hours of one start; then it saves and exits, to be resumed
     save_every_n_epochs: int = 1
+    save_every_n_steps: int | None = None  # optimizer steps between checkpoints within epochs; None: none
+    keep_last_k: int | None = None  # keep this many checkpoint_* files, besides model_best; None: all
     val_every_n_epochs: int = 1
     val_max_batches: int | None = None  # None: the whole validation set
     val_num_samples: int = 1  # draws per held-out sample; 2 or more add spread and best-of-k of heads that sample
     val_num_plots: int = 4  # held-out samples whose predictions are drawn at every validation; 0: none
     save_adapters_only: bool = False  # leave frozen weights out of checkpoints: they are read from the backbone again
+    best_metric: str = "val_loss"  # what model_best is best in: any validation metric, such as val_action_mse
+    early_stopping_patience: int | None = None  # validations without a new best before training stops; None: never
+    ema_decay: float | None = None  # average weights over updates, for evaluation; 0.999, say; None: no average
+    log_samples: bool = False  # write which samples each step takes to logs/samples_rank_{r}.jsonl
     num_threads: int | None = None  # CPU threads of the training process; None: torch's choice
     strategy: Literal["ddp", "fsdp"] = "ddp"  # main_train_ddp.py: whole model on every rank, or sharded over them
     distributed_timeout_s: float = 1800.0  # seconds that a rank waits for the others before it gives up
@@ -340,9 +347,20 @@ class TrainingConfig:
         if self.val_num_plots < 0:
             raise ConfigError(f"training.val_num_plots is {self.val_num_plots}; give 0 (no plots) or more")
         _positive(self, "training", "distributed_timeout_s")
-        for name in ("max_steps", "val_max_batches", "num_threads", "grad_clip_norm"):
+        for name in (
+            "max_steps",
+            "max_hours",
+            "save_every_n_steps",
+            "keep_last_k",
+            "val_max_batches",
+            "early_stopping_patience",
+            "num_threads",
+            "grad_clip_norm",
+        ):
             if getattr(self, name) is not None:
                 _positive(self, "training", name)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number in (0, 1), or null for none")
         if not self.experiment_name or "/" in self.experiment_name:
             raise ConfigError(f"training.experiment_name is {self.experiment_name!r}; give a plain folder name")
 
@@ -458,6 +476,7 @@ class WandbConfig:
     enabled: bool = False
     project: str = "paligemma-vla"
     entity: str | None = None
+    log_checkpoints: bool = False  # upload every checkpoint as a version of the run's model artifact
 
 
 @dataclass(frozen=True)

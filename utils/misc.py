@@ -41,10 +41,12 @@ def set_up_logging(log_file: str | Path | None = None, *, is_main: bool = True) 
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it into place on success, remove it on failure.
 
-    A reader therefore finds the old file or the whole new one, never a part.
+    A reader therefore finds the old file or the whole new one, never a part. With `durable` that holds through a
+    power failure too: the new name is written to disk before this returns. The caller flushes the content
+    (`flush_to_disk`).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +54,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+        if durable:
+            flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when the content of a file, or the names in a folder, are on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `atomic_path` that a killed process left in a folder or below it."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def pick_device(name: str = "auto") -> torch.device:
