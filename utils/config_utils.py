@@ -252,7 +252,7 @@ class ActionHeadConfig:
     unet_levels: int = 3  # diffusion: levels of the U-Net, each half as long in time as the one before
     num_train_timesteps: int = 100  # diffusion: noise levels in training
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"  # diffusion
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # diffusion: what the denoiser predicts
+    prediction_type: Literal["epsilon", "sample", "v", "v_prediction"] = "epsilon"  # diffusion; v: short for the last
     scheduler: Literal["ddim", "ddpm"] = "ddim"  # diffusion: sampler; ddim's only noise is the start's
     inference_steps: int | None = None  # older spelling of inference.num_inference_steps
     clip_sample_range: float | None = None  # diffusion: |denoised action| at most; None: the largest of the statistics
@@ -274,6 +274,10 @@ class ActionHeadConfig:
             if getattr(self, name) is not None:
                 _positive(self, place, name)
         object.__setattr__(self, "type", self.type.lower())
+        if self.prediction_type == "v":
+            object.__setattr__(self, "prediction_type", "v_prediction")
+        if self.unet_width % 8:
+            raise ConfigError(f"{place}: unet_width is {self.unet_width}; give a multiple of 8 (the norms' groups)")
         if self.num_action_bins < 2 or any(width < 1 for width in self.mlp_hidden_dims):
             raise ConfigError(
                 f"{place}: num_action_bins is {self.num_action_bins} and mlp_hidden_dims {list(self.mlp_hidden_dims)}; "

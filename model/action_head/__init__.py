@@ -7,6 +7,7 @@ import difflib
 import torch
 
 from model.action_head.base import ActionHeadBase
+from model.action_head.diffusion import DiffusionActionHead
 from model.action_head.discrete import ActionHead
 from model.action_head.flow_matching import FlowmatchingActionHead
 from model.action_head.regression import RegressionActionHead
@@ -17,6 +18,7 @@ ACTION_HEADS: dict[str, type[ActionHeadBase]] = {
     "flow_matching": FlowmatchingActionHead,
     "regression": RegressionActionHead,
     "discrete": ActionHead,
+    "diffusion": DiffusionActionHead,
 }
 
 

@@ -1,11 +1,13 @@
-"""The flow-matching head: its target, its masks, its caches, and a two-mode toy problem."""
+"""The flow-matching head: its target, its masks, its caches and its integrators."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
-from model.action_head.flow_matching import flow_interpolate
+from model.action_head.flow_matching import flow_interpolate, integrate
 from model.context import Context
 from tests.model import heads
 from tests.model.heads import WIDTH, make_context
@@ -147,30 +149,43 @@ def test_noise_distributions():
     assert gaussian.abs().max() > 2 and abs(gaussian.std().item() - 1) < 0.05
 
 
-def test_samples_land_on_both_modes():
-    """Each context has two right answers, +m and -m (m depends on the context); a regression would answer 0."""
-    torch.manual_seed(0)
-    head = make_head(horizon=2, per_action_dim=1, use_state_input=False)
-    head.train()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
-    modes = torch.tensor([0.4, 0.8])
-    tokens_BLE = torch.eye(WIDTH)[:2, None, :] * 3
+def spiral(x: torch.Tensor, time: float) -> torch.Tensor:
+    """dx/dt = (1 + t) J x, whose solution at t = 1 turns x by 1.5 radians."""
+    return (1 + time) * torch.stack([-x[1], x[0]])
 
-    def context_of(which: torch.Tensor) -> Context:
-        return Context(tokens_BLE[which], torch.ones(len(which), 1, dtype=torch.bool))
 
-    for _ in range(500):
-        which = torch.randint(2, (128,))
-        sign = torch.randint(2, (128,)) * 2.0 - 1.0
-        action = (modes[which] * sign)[:, None, None].expand(-1, 2, 1)
-        loss = head.loss(context_of(which), action, torch.zeros(128, 2, dtype=torch.bool)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    head.eval()
-    for i, mode in enumerate(modes):
-        with torch.no_grad():
-            samples = head.sample(context_of(torch.full((200,), i)), torch.Generator().manual_seed(i), 20)[..., 0]
-        assert ((samples.abs() - mode).abs() < 0.15).float().mean() > 0.9, "samples lie on a mode"
-        assert 0.3 < (samples[:, 0] > 0).float().mean() < 0.7, "both modes are hit"
-        assert ((samples[:, 0] > 0) == (samples[:, 1] > 0)).float().mean() > 0.9, "the steps of a chunk agree"
+@pytest.mark.parametrize(("integrator", "order", "evaluations"), [("euler", 1, 1), ("midpoint", 2, 2), ("heun", 2, 2)])
+def test_order_of_integrators(integrator, order, evaluations):
+    calls = []
+
+    def velocity(x: torch.Tensor, time: float) -> torch.Tensor:
+        calls.append(time)
+        return spiral(x, time)
+
+    start = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    turn = torch.tensor(1.5, dtype=torch.float64)
+    end = torch.stack([turn.cos(), turn.sin()])
+    errors = [(integrate(velocity, start, steps, integrator) - end).norm() for steps in (20, 40, 80)]
+    assert len(calls) == evaluations * 140 and min(calls) == 0 and max(calls) <= 1
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert abs(math.log2(coarse / fine) - order) < 0.15, "halving the step divides the error by 2 to the order"
+
+
+@pytest.mark.parametrize("integrator", ["euler", "midpoint", "heun"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_straight_paths_are_exact_in_any_number_of_steps(integrator, steps):
+    slope = torch.tensor([2.0, -1.0])
+    end = integrate(lambda x, time: slope, torch.tensor([0.5, 0.5]), steps, integrator)
+    torch.testing.assert_close(end, torch.tensor([2.5, -0.5]))
+
+
+@pytest.mark.parametrize("integrator", ["euler", "midpoint", "heun"])
+def test_samples_follow_the_velocity_with_the_configured_integrator(integrator):
+    head, context = make_head(integrator=integrator), make_context()
+    keys_values = head.encode_context(context)
+    start = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(2))
+    end = integrate(lambda x, t: head.velocity(x, torch.full((3,), t), keys_values), start, 5, integrator)
+    sample = head.sample(context, torch.Generator().manual_seed(2), 5)
+    torch.testing.assert_close(sample, end, atol=0, rtol=0)
+    euler = make_head().sample(context, torch.Generator().manual_seed(2), 5)
+    assert torch.equal(sample, euler) == (integrator == "euler")

@@ -20,15 +20,36 @@ VARIANTS = {
     "discrete": {},
     "discrete expectation": {"decoding": "expectation"},
     "discrete sample": {"decoding": "sample"},
+    "diffusion": {},
+    "diffusion ddpm": {"scheduler": "ddpm", "prediction_type": "v"},
+    "diffusion sample": {"prediction_type": "sample"},
+    "diffusion transformer": {"denoiser": "transformer"},
 }
-DRAWN = ["flow_matching", "flow_matching heun", "discrete sample"]
+LONG = ["flow_matching heun", "diffusion", "diffusion ddpm", "diffusion sample"]
+CHOSEN = ["regression", "discrete", "discrete expectation"]  # the others draw their samples
 
 
 def variant(name: str, **options):
     return make_head(name.split()[0], **VARIANTS[name], **options)
 
 
+def train(head, loss, *, steps: int, lr: float) -> None:
+    """Minimise `loss()`, float (B, T), in training mode; leave the head in evaluation mode."""
+    optimizer = torch.optim.AdamW(head.train().parameters(), lr=lr, weight_decay=0.0)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().mean().backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+    head.eval()
+
+
 every_variant = pytest.mark.parametrize("name", VARIANTS)
+# The U-Net trains in the slow set, the diffusion transformer, which shares all but the network, in the fast one.
+trained_variant = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in VARIANTS]
+)
 
 
 def test_every_head_is_tested():
@@ -49,20 +70,51 @@ def test_shapes_and_precision(name):
         assert head.sample(context, seeded(0), 4).dtype == torch.float32
 
 
-@every_variant
+@trained_variant
 def test_one_batch_overfits(name):
-    head, context = variant(name, voice=False, noise_draws_per_sample=8), make_context(batch=4)
+    head, context = variant(name, voice=False, noise_draws_per_sample=8, unet_width=32), make_context(batch=4)
     action = torch.rand(4, 4, 2, generator=seeded(3)) * 1.8 - 0.9
-    optimizer = torch.optim.AdamW(head.train().parameters(), lr=3e-3, weight_decay=0.0)
-    torch.manual_seed(0)
-    for _ in range(300):
-        optimizer.zero_grad()
-        head.loss(context, action, no_pad(4)).mean().backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        optimizer.step()
+    train(head, lambda: head.loss(context, action, no_pad(4)), steps=300, lr=4e-3)
     with torch.no_grad():
-        error = (head.eval().sample(context, seeded(0), 10) - action).abs().mean()
-    assert error < 0.08, f"mean error {error:.3f} after 300 steps on four samples, actions in [-0.9, 0.9]"
+        error = (head.sample(context, seeded(0), 10) - action).abs().mean()
+    assert error < 0.1, f"mean error {error:.3f} after 300 steps on four samples, actions in [-0.9, 0.9]"
+
+
+@trained_variant
+def test_two_modes(name):
+    """Each context has two right answers, +m and -m for the whole chunk (m depends on the context).
+
+    Heads that sample from the joint distribution find both, one per chunk; sampled bins find both, but each step for
+    itself; the most probable bin is one of the two; a mean or a median lies between them.
+    """
+    head = variant(name, voice=False, horizon=2, per_action_dim=1, use_state_input=False)
+    modes, tokens_BLE = torch.tensor([0.4, 0.8]), torch.eye(WIDTH)[:2, None, :] * 3
+
+    def context_of(which: torch.Tensor) -> Context:
+        return Context(tokens_BLE[which], torch.ones(len(which), 1, dtype=torch.bool))
+
+    def loss() -> torch.Tensor:
+        which, sign = torch.randint(2, (128,)), torch.randint(2, (128,)) * 2.0 - 1.0
+        action = (modes[which] * sign)[:, None, None].expand(-1, 2, 1)
+        return head.loss(context_of(which), action, no_pad(128, 2))
+
+    train(head, loss, steps=500, lr=2e-3)
+    for i, mode in enumerate(modes):
+        with torch.no_grad():
+            samples = head.sample(context_of(torch.full((200,), i)), seeded(i), 20)[..., 0]
+        on_a_mode = ((samples.abs() - mode).abs() < 0.15).float().mean()
+        positive = samples > 0
+        if name in ("regression", "discrete expectation"):
+            assert (samples == samples[:1]).all() and (samples.abs() < mode + 0.02).all()
+            if name != "regression":  # of a median between two equal halves, any value is one
+                assert (samples.abs() < mode / 3).all()
+        elif name == "discrete":
+            assert on_a_mode == 1 and (samples == samples[:1]).all(), "one mode, always the same"
+        else:
+            assert on_a_mode > 0.9, "samples lie on a mode"
+            assert 0.3 < positive[:, 0].float().mean() < 0.7, "both modes are hit"
+            agree = (positive[:, 0] == positive[:, 1]).float().mean()
+            assert 0.35 < agree < 0.65 if name == "discrete sample" else agree > 0.9, "steps of a chunk"
 
 
 @every_variant
@@ -135,7 +187,7 @@ def test_the_seed_decides(name):
     a, b, other = (head.sample(context, seeded(seed), 4) for seed in (5, 5, 6))
     assert torch.equal(a, b)
     assert torch.equal(a, other) != head.is_stochastic, "another seed: another sample, of a stochastic head alone"
-    assert head.is_stochastic == (name in DRAWN)
+    assert head.is_stochastic == (name not in CHOSEN)
     action = torch.rand(8, 4, 2)
     assert torch.equal(*(head.loss(context, action, no_pad(8), seeded(5)) for _ in range(2)))
     state = torch.random.get_rng_state()
@@ -165,7 +217,7 @@ def test_state_dict_round_trip(name):
 
 
 def test_unknown_heads_are_named():
-    message = "model.action_head_config.type is 'flow'; choose from flow_matching, regression, discrete"
+    message = "model.action_head_config.type is 'flow'; choose from flow_matching, regression, discrete, diffusion"
     with pytest.raises(ConfigError, match=re.escape(message) + ".*did you mean flow_matching"):
         build_action_head(ActionHeadConfig(**SMALL, type="flow"), WIDTH, STATE)
     assert isinstance(make_head("Regression"), ACTION_HEADS["regression"]), "as every choice, in any case of letters"
