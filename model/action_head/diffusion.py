@@ -5,31 +5,48 @@ actions Chi et al. 2023, "Diffusion Policy").
     loss = |denoiser(x_t, t, context) - target|^2
     target: the noise (epsilon), the action (sample), or v = sqrt(a_t) noise - sqrt(1 - a_t) action
 
-The noise levels a_t and the sampler's steps are those of diffusers' schedulers.
+The noise levels a_t are those of diffusers' schedulers, and the samplers' steps agree with theirs. All noise of a
+prediction is drawn before it and every step's factors are known before it, so that it can be compiled.
 
 Shape letters: B batch, K noise draws per sample, N = B K rows, T horizon, A per_action_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.action_head.base import ActionHeadBase, Generators, existing_dims, randn, step_mean
-from model.action_head.transformer import ActionTransformer
-from model.action_head.unet import ConditionalUnet1D
+from model.action_head.guidance import ActionPrefix
+from model.action_head.transformer import ActionTransformer, TimeConditions
+from model.action_head.unet import ConditionalUnet1D, TimeEmbedding
 from model.context import Context
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DDPMScheduler
+    from diffusers import DDPMScheduler
 
-# Two verbs each: `encode_context` once per prediction, `denoise` once per step.
+# Each encodes the context once per prediction (`encode_context`) and time once for all (`conditions`), then `denoise`s.
 DENOISERS: dict[str, type[nn.Module]] = {"unet": ConditionalUnet1D, "transformer": ActionTransformer}
+
+
+class _Step(NamedTuple):
+    """One step of the sampler: what time does, then factors.
+
+    Denoised action = action_x x + action_predicted predicted, clipped;
+    next x = action (denoised action) + x (x) + predicted (predicted) + noise (fresh noise).
+    """
+
+    conditions: TimeConditions | TimeEmbedding
+    action_x: float
+    action_predicted: float
+    action: float
+    x: float
+    predicted: float
+    noise: float
 
 
 class DiffusionActionHead(ActionHeadBase):
@@ -44,7 +61,7 @@ class DiffusionActionHead(ActionHeadBase):
         # Early steps divide by a small sqrt(a_t), so that a denoised action needs a bound. It must not cut off what
         # the data holds: standardised actions reach many sigmas.
         self.clip_sample_range = config.clip_sample_range or action_range.extremes_2A.abs().max().item()
-        self.training_levels = self.noise_levels("ddpm")
+        self.training_levels = self.noise_levels()
 
     def loss(
         self, context: Context, action_BTA: Tensor, action_is_pad_BT: Tensor, generator: torch.Generator | None = None
@@ -76,15 +93,15 @@ class DiffusionActionHead(ActionHeadBase):
             target_NTA = levels.get_velocity(action_NTA, noise_NTA, timestep_N)
         return step_mean((predicted_NTA.float() - target_NTA).square(), exists_B1A, action_is_pad_BT)
 
-    def sample(self, context: Context, generator: Generators = None, num_inference_steps: int = 10) -> Tensor:
-        """Actions denoised from gaussian noise, float32 (B, T, A), normalized.
+    def draw_noise(
+        self, batch_size: int, generator: Generators, device: torch.device, num_inference_steps: int
+    ) -> Tensor:
+        """(B, 1, T, A), where DDIM starts; DDPM's (B, steps, T, A) is also drawn between every two levels."""
+        drawn = num_inference_steps if self.config.scheduler == "ddpm" else 1
+        return randn((batch_size, drawn, self.horizon, self.per_action_dim), generator, device)
 
-        DDIM draws noise once, at the start; DDPM again at every step.
-
-        Args:
-            context: the fused observation.
-            generator: see the base class.
-            num_inference_steps: noise levels visited, of the `num_train_timesteps` in training.
+    def schedule(self, num_inference_steps: int, device: torch.device) -> list[_Step]:
+        """The noise levels to visit, each with what time does there and the sampler's coefficients.
 
         Raises:
             ValueError: more steps than noise levels.
@@ -94,39 +111,84 @@ class DiffusionActionHead(ActionHeadBase):
                 f"num_inference_steps is {num_inference_steps}; this diffusion head was trained on "
                 f"{self.config.num_train_timesteps} noise levels, so give 1 to {self.config.num_train_timesteps}"
             )
-        levels = self.noise_levels(self.config.scheduler)
+        levels = self.noise_levels()
         levels.set_timesteps(num_inference_steps)
+        timesteps = levels.timesteps.tolist()
+        conditions = self.denoiser.conditions(levels.timesteps.to(device) / self.config.num_train_timesteps)
+        signal = [levels.alphas_cumprod[timestep].item() for timestep in timesteps] + [1.0]  # no noise in the end
+        return [
+            _Step(conditions.row(i), *self._denoised(signal[i]), *self._previous(signal[i], signal[i + 1]))
+            for i in range(num_inference_steps)
+        ]
+
+    def sample_from(
+        self,
+        context: Context,
+        noise: Tensor,
+        num_inference_steps: int,
+        schedule: list[_Step] | None = None,
+        prefix: ActionPrefix | None = None,
+    ) -> Tensor:
+        """Actions denoised level by level, float32 (B, T, A), normalized.
+
+        Args:
+            num_inference_steps: noise levels visited, of the `num_train_timesteps` in training.
+        """
         encoded = self.denoiser.encode_context(context)
-        batch, device = len(context.tokens_BLE), context.tokens_BLE.device
         exists_B1A = existing_dims(context, self.per_action_dim)
-        x_BTA = randn((batch, self.horizon, self.per_action_dim), generator, device) * exists_B1A
-        source = list(generator) if isinstance(generator, Sequence) else generator
-        for timestep in levels.timesteps.tolist():
-            time_B = torch.full((batch,), timestep / self.config.num_train_timesteps, device=device)
-            predicted_BTA = self.denoiser.denoise(x_BTA, time_B, encoded).float()
-            x_BTA = levels.step(predicted_BTA, timestep, x_BTA, generator=source).prev_sample * exists_B1A
+        noise_BSTA = noise * exists_B1A[:, None]
+        x_BTA = noise_BSTA[:, 0]
+        for i, step in enumerate(schedule or self.schedule(num_inference_steps, noise.device)):
+            predicted_BTA = self.denoiser.denoise(x_BTA, step.conditions, encoded).float() * exists_B1A
+            action_BTA = step.action_x * x_BTA + step.action_predicted * predicted_BTA
+            action_BTA = action_BTA.clamp(-self.clip_sample_range, self.clip_sample_range)
+            x_BTA = step.action * action_BTA + step.x * x_BTA + step.predicted * predicted_BTA
+            if step.noise:  # DDPM's, of all steps but the last
+                x_BTA = x_BTA + step.noise * noise_BSTA[:, i + 1]
         return x_BTA
 
-    def noise_levels(self, scheduler: str) -> DDIMScheduler | DDPMScheduler:
-        """diffusers' scheduler over this head's noise levels: `ddpm` or `ddim`.
+    def noise_levels(self) -> DDPMScheduler:
+        """diffusers' noise levels as the configuration asks for them.
+
+        Steps are spaced from the highest level down ("trailing": Lin et al. 2024, "Common Diffusion Noise Schedules
+        and Sample Steps are Flawed", sec. 3.3): sampling starts from pure noise, so it has to start at that level.
 
         Raises:
             ImportError: diffusers is not installed.
         """
         try:
-            from diffusers import DDIMScheduler, DDPMScheduler
+            from diffusers import DDPMScheduler
         except ImportError:
             raise ImportError(
                 "action_head_config.type diffusion needs the diffusers package: pip install diffusers"
             ) from None
-        return {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[scheduler](
+        return DDPMScheduler(
             num_train_timesteps=self.config.num_train_timesteps,
             beta_schedule=self.config.beta_schedule,
-            prediction_type=self.config.prediction_type,
-            clip_sample=True,
-            clip_sample_range=self.clip_sample_range,
             timestep_spacing="trailing",
         )
+
+    def _denoised(self, a: float) -> tuple[float, float]:
+        """Factors of x_t and of the prediction in the action that they imply, at a level of signal a."""
+        if self.config.prediction_type == "epsilon":
+            return a**-0.5, -(((1 - a) / a) ** 0.5)
+        return (0.0, 1.0) if self.config.prediction_type == "sample" else (a**0.5, -((1 - a) ** 0.5))
+
+    def _previous(self, a: float, a_before: float) -> tuple[float, float, float, float]:
+        """Factors of the denoised action, of x_t, of the prediction and of fresh noise in x at the level before."""
+        if self.config.scheduler == "ddpm":  # Ho et al. 2020, eq. 7
+            beta = 1 - a / a_before
+            scale = a_before**0.5 * beta / (1 - a), (1 - beta) ** 0.5 * (1 - a_before) / (1 - a)
+            return *scale, 0.0, (beta * (1 - a_before) / (1 - a)) ** 0.5
+        # Song et al. 2021, eq. 12, sigma = 0: the noise that the prediction implies, at the lower level.
+        left = (1 - a_before) ** 0.5
+        if self.config.prediction_type == "epsilon":
+            noise_x, noise_predicted = 0.0, 1.0
+        elif self.config.prediction_type == "sample":
+            noise_x, noise_predicted = (1 - a) ** -0.5, -((a / (1 - a)) ** 0.5)
+        else:
+            noise_x, noise_predicted = (1 - a) ** 0.5, a**0.5
+        return a_before**0.5, left * noise_x, left * noise_predicted, 0.0
 
     def _timesteps(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         source = device if generator is None else generator.device

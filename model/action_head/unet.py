@@ -6,6 +6,8 @@ Shape letters: B batch, K draws per sample, N = B K rows, T horizon, A per_actio
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,16 @@ from model.context import Context
 from utils.config_utils import ActionHeadConfig
 
 GROUPS = 8  # of every group norm, as in Diffusion Policy
+
+
+class TimeEmbedding(NamedTuple):
+    """The embedded time, (N, D); N = 1 is the same for all rows."""
+
+    embedded_ND: Tensor
+
+    def row(self, index: int) -> TimeEmbedding:
+        """One row alone."""
+        return TimeEmbedding(self.embedded_ND[index : index + 1])
 
 
 class ConditionalUnet1D(nn.Module):
@@ -43,14 +55,22 @@ class ConditionalUnet1D(nn.Module):
         """The pooled context, (B, D): once per prediction."""
         return self.context_proj(self.pool(context))
 
+    def conditions(self, time_N: Tensor) -> TimeEmbedding:
+        """What `denoise` needs of time, float32 in [0, 1]: the same for every observation."""
+        return TimeEmbedding(self.time_mlp(sinusoid(time_N, self.width)))
+
     def denoise(
-        self, x_NTA: Tensor, time_N: Tensor, context_BD: Tensor, action_is_pad_NT: Tensor | None = None
+        self,
+        x_NTA: Tensor,
+        time: Tensor | TimeEmbedding,
+        context_BD: Tensor,
+        action_is_pad_NT: Tensor | None = None,
     ) -> Tensor:
         """One vector per action step, as `ActionTransformer.denoise`.
 
         Args:
             x_NTA: float32, partly noised normalized actions; N is the context's batch or a multiple of it.
-            time_N: float32 in [0, 1].
+            time: float32 in [0, 1], (N,); or what `conditions` made of it.
             context_BD: from `encode_context`.
             action_is_pad_NT: bool, steps that are shown as zeros; None: all exist.
 
@@ -61,7 +81,8 @@ class ConditionalUnet1D(nn.Module):
         if action_is_pad_NT is not None:
             x_NTA = x_NTA.masked_fill(action_is_pad_NT[..., None], 0.0)
         rows = len(x_NTA) // len(context_BD)
-        condition_ND = self.time_mlp(sinusoid(time_N, self.width)) + context_BD.repeat_interleave(rows, dim=0)
+        embedding = self.conditions(time) if isinstance(time, Tensor) else time
+        condition_ND = embedding.embedded_ND + context_BD.repeat_interleave(rows, dim=0)
         x_NCT = F.pad(x_NTA.transpose(1, 2), (0, -horizon % self.multiple))  # every level halves evenly
         seen = []
         for level, block in enumerate(self.down):
