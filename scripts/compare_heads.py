@@ -168,6 +168,7 @@ def evaluate(plan: Plan, cell: Cell, checkpoint: Path) -> None:
     folder = plan.output_dir / cell.name
     common = ["--checkpoint_path", str(checkpoint), "--device", plan.device]
     offline = ["--eval_data_path", *plan.config.data.val_parquet_files, "--num_samples", str(plan.num_samples)]
+    offline += ["--batch_size", "32"]
     rollouts = ["--env", plan.env, "--tasks", *plan.tasks, "--episodes", str(plan.episodes)]
     rollouts += ["--seed", str(cell.first_episode), "--num_videos", "0"]
     stages = {"offline": (offline, "metrics.json")}
