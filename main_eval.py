@@ -9,23 +9,28 @@ python main_eval.py --env metaworld --tasks window-open-v3 --control replay --de
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data.episode_store import EpisodeStore
 from data.loader import VLADataset, make_loader
 from data.processing import Batch, ObservationError
-from envs import FIRST_EVALUATION_SEED, make_env
+from envs import FIRST_EVALUATION_SEED, TIERS, expand_tasks, make_env
 from inference.eval_args import parse_args
 from inference.evaluate import difference_between, evaluate_offline
+from inference.export import policy_stamp
+from inference.parallel_rollout import Finished, Job, run_jobs
 from inference.predictor import VLAPredictor
 from inference.report import (
     action_table,
@@ -37,7 +42,9 @@ from inference.report import (
     write_json,
     write_predictions,
 )
-from inference.rollout import ExpertPolicy, ModelPolicy, Policy, ReplayPolicy, evaluate_task, summarize_tasks
+from inference.rollout import VIDEO_FPS, ExpertPolicy, ModelPolicy, Policy, ReplayPolicy, summarize_tasks
+from inference.rollout_record import RolloutRecord
+from inference.video import write_grid
 from utils.misc import set_up_logging, user_message
 from utils.parquet_utils import DataError, resolve_parquet_files
 
@@ -113,81 +120,113 @@ def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
 
 
 def evaluate_closed_loop(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
-    """Closed-loop mode: rollouts.json and videos."""
+    """Closed-loop mode: episodes.jsonl, rollouts.json and videos."""
     started = time.perf_counter()
+    tasks = expand_tasks(args.env, args.tasks)
     first = FIRST_EVALUATION_SEED if args.seed is None else args.seed
     seeds = range(first, first + (20 if args.episodes is None else args.episodes))
     options = {"image_size": args.image_size or (predictor.image_processor.height if predictor else 96), **args.options}
-    prompts = _prompts(args, options)
-    output, tasks, settings = Path(args.output_dir), {}, {}
-    for task in args.tasks:
-        env = make_env(args.env, task, **options)
-        settings = env.settings()
-        policy = _policy(args, predictor, env)
-        tasks[task] = evaluate_task(
-            env,
-            policy,
-            seeds,
-            prompt=prompts.get(task),
-            video_dir=output / "videos",
-            name=file_stem(task),
-            num_videos=3 if args.num_videos is None else args.num_videos,
-        )
-        env.close()
+    make = functools.partial(make_env, args.env, **options)
+    prompts, policy = _prompts(args, tasks, make), _policy(args, predictor, tasks, make)
+    execution = (policy[tasks[0]] if isinstance(policy, dict) else policy).execution
+    settings = {
+        "checkpoint": args.checkpoint_path,
+        "checkpoint_stamp": policy_stamp(args.checkpoint_path),
+        "control": args.control or ("blind" if args.blind else "policy"),
+        "prompts": "swapped" if args.swap_prompts else "own" if args.prompt_override is None else args.prompt_override,
+        "env": args.env,
+        "env_options": options,
+        "execution": vars(execution),
+        "num_inference_steps": predictor.num_inference_steps if predictor else None,
+        "demos_path": args.demos_path,
+    }
+    output = Path(args.output_dir)
+    record = RolloutRecord(output, settings, restart=bool(args.restart))
+    filmed = set(seeds[: 3 if args.num_videos is None else args.num_videos])
+    jobs = [
+        Job(task, seed, prompts.get(task), str(_video(output, task, seed)) if seed in filmed else None)
+        for task in tasks
+        for seed in seeds
+        if (task, seed) not in record.done
+    ]
+    progress = tqdm(total=len(jobs), unit="episode", disable=None)
+
+    def on_finished(episode: Finished) -> None:
+        job, result = episode.job, episode.result
+        record.add(episode)
+        outcome = "success" if result.success else "failure"
+        logger.info("%s seed %d: %s, %d steps, %.1f s", job.task, job.seed, outcome, result.steps, result.seconds)
+        progress.update()
+
+    with logging_redirect_tqdm(), progress:
+        run_jobs(jobs, make, policy, on_finished, num_envs=args.num_envs or 1)
+    results = {task: record.task(task, seeds) for task in tasks}
+    _tile_videos(output, results)
     result = {
-        "settings": {
-            "checkpoint": args.checkpoint_path,
-            "control": args.control or ("blind" if args.blind else "policy"),
-            "prompts": "swapped" if args.swap_prompts else "own" if args.prompt_override is None else "override",
-            "env": args.env,
-            "env_settings": settings,
-            "seed": first,
-            "execution": vars(policy.execution),
-            "num_inference_steps": predictor.num_inference_steps if predictor else None,
-            "quantization": predictor.quantization if predictor else None,
-            "demos_path": args.demos_path,
-        },
-        "tasks": tasks,
-        "summary": summarize_tasks(tasks),
+        "settings": {**settings, "env_settings": record.env_settings, "seed": first},
+        "tasks": results,
+        "summary": summarize_tasks(results, {task: TIERS[args.env][task] for task in tasks}),
         "seconds": time.perf_counter() - started,
     }
     write_json(output / "rollouts.json", result)
-    videos = [video for task in tasks.values() for video in task["videos"]]
+    videos = [video for task in results.values() for video in task["videos"]]
     _finish(rollout_table(result), [output / "rollouts.json", *videos], output / LOG_NAME)
 
 
-def _prompts(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, str]:
+def _video(output: Path, task: str, seed: int) -> Path:
+    return output / "videos" / f"{file_stem(task)}_seed{seed}.mp4"
+
+
+def _tile_videos(output: Path, results: dict[str, dict[str, Any]]) -> None:
+    """The filmed episodes of each task side by side, and the first of every task in one grid."""
+    firsts = [result["videos"][0] for result in results.values() if result["videos"]]
+    for task, result in results.items():
+        if len(result["videos"]) > 1:
+            path = output / "videos" / f"{file_stem(task)}.mp4"
+            write_grid(path, result["videos"], VIDEO_FPS)
+            result["videos"].append(str(path))
+    if len(firsts) > 1:
+        write_grid(output / "videos" / "grid.mp4", firsts, VIDEO_FPS)
+
+
+def _prompts(args: argparse.Namespace, tasks: Sequence[str], make: Callable[[str], Any]) -> dict[str, str]:
     """The instruction of each task where it is not the task's own."""
     if args.prompt_override is not None:
-        return dict.fromkeys(args.tasks, args.prompt_override)
+        return dict.fromkeys(tasks, args.prompt_override)
     if not args.swap_prompts:
         return {}
-    instructions = []
-    for task in args.tasks:
-        env = make_env(args.env, task, **options)
-        instructions.append(env.instruction)
-        env.close()
-    return dict(zip(args.tasks, instructions[1:] + instructions[:1], strict=True))
+    instructions = [_facts(make, task)[0] for task in tasks]
+    return dict(zip(tasks, instructions[1:] + instructions[:1], strict=True))
 
 
-def _policy(args: argparse.Namespace, predictor: VLAPredictor | None, env: Any) -> Policy:
+def _policy(
+    args: argparse.Namespace, predictor: VLAPredictor | None, tasks: Sequence[str], make: Callable[[str], Any]
+) -> ModelPolicy | dict[str, Policy]:
+    """The trained policy, or per task what is run in its place."""
     if args.control == "expert":
-        return ExpertPolicy()
+        return {task: ExpertPolicy() for task in tasks}
     if args.control == "replay":
-        return ReplayPolicy(_demonstrations(args.demos_path, env))
+        return {task: ReplayPolicy(_demonstrations(args.demos_path, *_facts(make, task))) for task in tasks}
     execution = predictor.execution_settings(args.execution, args.latency_steps, args.n_action_steps)
     return ModelPolicy(predictor, execution, blind=bool(args.blind))
 
 
-def _demonstrations(specs: Sequence[str], env: Any) -> list[np.ndarray]:
-    """The actions of every recorded episode whose instruction is the environment's."""
+def _facts(make: Callable[[str], Any], task: str) -> tuple[str, int, int]:
+    """(instruction, state_dim, per_action_dim) of a task."""
+    env = make(task)
+    env.close()
+    return env.instruction, env.state_dim, env.per_action_dim
+
+
+def _demonstrations(specs: Sequence[str], instruction: str, state_dim: int, per_action_dim: int) -> list[np.ndarray]:
+    """The actions of every recorded episode that has this instruction."""
     files = resolve_parquet_files(specs, "--demos_path")
-    store = EpisodeStore(files, state_dim=env.state_dim, per_action_dim=env.per_action_dim, cameras=("image_1",))
+    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=("image_1",))
     bounds = zip(store.episode_starts[:-1], store.episode_starts[1:], strict=True)
-    found = [np.array(store.action[a:b]) for a, b in bounds if store.prompt(a) == env.instruction]
+    found = [np.array(store.action[a:b]) for a, b in bounds if store.prompt(a) == instruction]
     if not found:
         raise DataError(
-            f"--demos_path: no episode with the instruction {env.instruction!r} (found: {', '.join(store.prompts)})"
+            f"--demos_path: no episode with the instruction {instruction!r} (found: {', '.join(store.prompts)})"
         )
     return found
 
@@ -233,5 +272,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, RuntimeError) as error:
         sys.exit(f"error: {user_message(error)}")

@@ -74,3 +74,21 @@ def _make_metaworld(task: str, **options: Any) -> RobotEnv:
 
 ENVS: dict[str, Callable[..., RobotEnv]] = {"metaworld": _make_metaworld}
 TASKS: dict[str, Collection[str]] = {"metaworld": metaworld_tasks.TASKS.keys()}
+TIERS: dict[str, dict[str, str]] = {
+    "metaworld": {name: task.tier for name, task in metaworld_tasks.TASKS.items()},
+}
+
+
+def expand_tasks(name: str, tasks: Iterable[str]) -> list[str]:
+    """Task names, where `all` and the names of tiers (`very_hard` for "very hard") stand for their tasks.
+
+    Raises:
+        ValueError: unknown simulator or task; names the nearest valid one.
+    """
+    expanded: list[str] = []
+    for task in tasks:
+        members = [one for one, tier in TIERS.get(name, {}).items() if task in ("all", tier, tier.replace(" ", "_"))]
+        expanded += members or [task]
+    for task in expanded:
+        check_task(name, task)
+    return list(dict.fromkeys(expanded))

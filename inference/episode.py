@@ -40,6 +40,20 @@ class PlanRequest:
     prefix: ActionPrefix | None
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A request for a plan, from one of several episodes.
+
+    Attributes:
+        seed: of the episode. number: how many plans the episode has had before.
+        request: what the plan is to be made from.
+    """
+
+    seed: int
+    number: int
+    request: PlanRequest
+
+
 @dataclass
 class EpisodeResult:
     """One episode.

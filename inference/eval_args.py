@@ -28,6 +28,8 @@ MODE_FLAGS = {  # the flag that chooses a mode, and those that only that mode re
         "prompt_override",
         "swap_prompts",
         "env_options",
+        "num_envs",
+        "restart",
     ),
 }
 POSITIVE_FLAGS = (
@@ -38,6 +40,7 @@ POSITIVE_FLAGS = (
     "episodes",
     "n_action_steps",
     "image_size",
+    "num_envs",
 )
 POLICY_FLAGS = (
     "checkpoint_path",
@@ -86,7 +89,9 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
     single("--state_vector", nargs="+", metavar="X", help='physical units; "0.1 0.2 ..." or several arguments')
     loop = parser.add_argument_group("closed loop").add_argument
     loop("--env", help="simulator, e.g. metaworld")
-    loop("--tasks", nargs="+", metavar="TASK")
+    loop("--tasks", nargs="+", metavar="TASK", help="names, a tier (easy, medium, hard, very_hard), or all")
+    loop("--num_envs", type=int, help="simulator processes, with one policy for all; default 1")
+    loop("--restart", action="store_true", default=None, help="discard the episodes that --output_dir holds")
     loop("--episodes", type=int, help="per task; default 20")
     loop("--blind", action="store_true", default=None, help="feed grey images: what the policy does without looking")
     loop(

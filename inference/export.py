@@ -118,6 +118,16 @@ def read_policy(name_or_path: str | Path) -> dict[str, Any]:
     return load_export(name_or_path) if path.is_dir() or is_hub_id else load_checkpoint(path, for_inference=True)
 
 
+def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:
+    """[bytes, modification time] of a policy's file, which tell whether it was replaced; None for a hub id."""
+    path = Path(name_or_path) if name_or_path is not None else None
+    if path is not None and path.is_dir():
+        path = path / MANIFEST
+    if path is None or not path.is_file():
+        return None
+    return [path.stat().st_size, path.stat().st_mtime]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """policy.json, after every file that it lists was found unchanged.
 

@@ -50,14 +50,19 @@ def _metrics_table(title: str, parts: dict[str, dict[str, Any]]) -> str:
 
 
 def rollout_table(result: dict[str, Any]) -> str:
-    """The content of rollouts.json: one line per task and one for all."""
-    rows = []
-    for name, task in [*result["tasks"].items(), ("all", result["summary"])]:
+    """The content of rollouts.json: one line per task, per tier where there are several, and one for all."""
+    rows, tiers = [], result["summary"].get("tiers", {})
+    parts = [*result["tasks"].items(), *(tiers.items() if len(tiers) > 1 else ()), ("all", result["summary"])]
+    for name, task in parts:
         low, high = task["wilson_95"]
         rate = task["successes"] / task["episodes"]
         interval = f"{100 * low:.0f} to {100 * high:.0f} %"
         rows.append([name, f"{task['successes']}/{task['episodes']}", f"{100 * rate:.0f} %", interval])
-    return table(["task", "success", "rate", "Wilson 95 %"], rows)
+    text = table(["task", "success", "rate", "Wilson 95 %"], rows)
+    if len(tiers) > 1:
+        means = [f"{100 * result['summary'][key]:.1f} %" for key in ("mean_success_rate", "tier_mean_success_rate")]
+        text += f"\nmean over tasks {means[0]}, over tiers {means[1]}"
+    return text
 
 
 def action_table(action_TA: np.ndarray) -> str:

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
-from inference.episode import Episode, EpisodeResult, Observation
+from data.processing import Sample, collate_fn
+from inference.episode import Asked, Episode, EpisodeResult, Observation, PlanRequest
 from inference.execution import ExecutionSettings
 from inference.metrics import wilson_interval
 from inference.predictor import VLAPredictor
 from inference.video import tiled, write_video
-from model.action_head.guidance import ActionPrefix
+from model.action_head.guidance import ActionPrefix, joined
 from utils.misc import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -68,34 +69,55 @@ class ModelPolicy:
         self.execution = execution or predictor.execution_settings()
         self._seed = self._plans = 0
 
+    def check_widths(self, state_dim: int, per_action_dim: int) -> None:
+        """
+        Raises:
+            ValueError: an environment's state or actions have another width than the policy's.
+        """
+        for name, found in (("state_dim", state_dim), ("per_action_dim", per_action_dim)):
+            wanted = getattr(self.predictor, name)
+            if wanted != found:
+                raise ValueError(f"the policy has {name} {wanted}, the environment {found}: it was trained for another")
+
     def reset(self, env: gymnasium.Env, seed: int) -> None:
         """Noise depends on the episode's seed and the number of the plan alone, so an episode can be repeated.
 
         Raises:
-            ValueError: the environment's state or actions have another width than the policy's.
+            ValueError: see `check_widths`.
         """
-        for name in ("state_dim", "per_action_dim"):
-            wanted, found = getattr(self.predictor, name), getattr(env.unwrapped, name)
-            if wanted != found:
-                raise ValueError(f"the policy has {name} {wanted}, the environment {found}: it was trained for another")
+        self.check_widths(env.unwrapped.state_dim, env.unwrapped.per_action_dim)
         self._seed, self._plans = seed, 0
 
     def plan(self, history: Sequence[Observation], prompt: str, prefix: ActionPrefix | None = None) -> np.ndarray:
-        images = {
-            camera: [self._seen(observation[camera]) for observation in history] if camera in history[-1] else None
-            for camera in ("image_1", "image_2")
-        }
-        seed = derive_seed("rollout", self._seed, self._plans)
+        asked = Asked(self._seed, self._plans, PlanRequest(tuple(history), prompt, prefix))
         self._plans += 1
-        return self.predictor.predict(
-            images["image_1"],
-            images["image_2"],
-            prompt=prompt,
-            state=history[-1]["state"],
-            seed=seed,
-            num_inference_steps=self.num_inference_steps,
-            prefix=prefix,
-        )
+        return self.plan_many([asked])[0]
+
+    def plan_many(self, asked: Sequence[Asked]) -> list[np.ndarray]:
+        """A plan (T, A) for each request, those with and those without something to continue in a batch each."""
+        plans: list[np.ndarray] = [np.empty(0)] * len(asked)
+        for continues in (False, True):
+            places = [i for i, one in enumerate(asked) if (one.request.prefix is not None) == continues]
+            if not places:
+                continue
+            chosen = [asked[i] for i in places]
+            action_BTA = self.predictor.predict_batch(
+                collate_fn([self._sample(one.request) for one in chosen]),
+                [derive_seed("rollout", one.seed, one.number) for one in chosen],
+                self.num_inference_steps,
+                joined([one.request.prefix for one in chosen]) if continues else None,
+            )
+            for i, action_TA in zip(places, action_BTA, strict=True):
+                plans[i] = action_TA
+        return plans
+
+    def _sample(self, request: PlanRequest) -> Sample:
+        last = request.history[-1]
+        images = [
+            [self._seen(observation[camera]) for observation in request.history] if camera in last else None
+            for camera in ("image_1", "image_2")
+        ]
+        return self.predictor.observation(*images, prompt=request.prompt, state=last["state"])
 
     def _seen(self, frame: np.ndarray) -> np.ndarray:
         return np.full_like(frame, GREY) if self.blind else frame
@@ -202,15 +224,22 @@ def evaluate_task(
     if len(recorded) > 1:
         videos.append(str(Path(video_dir) / f"{name}.mp4"))
         write_video(videos[-1], tiled(recorded), fps)
-    successes = sum(result.success for result in results)
     instruction = env.unwrapped.instruction
+    return task_summary(results, instruction, instruction if prompt is None else prompt, videos)
+
+
+def task_summary(
+    results: Sequence[EpisodeResult], instruction: str, prompt: str, videos: Sequence[str]
+) -> dict[str, Any]:
+    """A task's episodes as JSON-able values; see `evaluate_task`."""
+    successes = sum(result.success for result in results)
     return {
         "successes": successes,
         "episodes": len(results),
         "success_rate": successes / len(results),
         "wilson_95": list(wilson_interval(successes, len(results))),
         "instruction": instruction,
-        "prompt": instruction if prompt is None else prompt,
+        "prompt": prompt,
         "seeds": [result.seed for result in results],
         "success": [result.success for result in results],
         "steps": [result.steps for result in results],
@@ -219,17 +248,33 @@ def evaluate_task(
         "total_reward": [result.total_reward for result in results],
         "seconds": sum(result.seconds for result in results),
         "plan_seconds": sum(r.plan_seconds for r in results) / max(1, sum(r.plans for r in results)),
-        "videos": videos,
+        "videos": list(videos),
     }
 
 
-def summarize_tasks(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Totals over tasks: successes, episodes, the interval of their ratio, and the mean of the tasks' rates."""
+def summarize_tasks(tasks: dict[str, dict[str, Any]], tiers: dict[str, str] | None = None) -> dict[str, Any]:
+    """Totals over tasks.
+
+    Args:
+        tasks: per task what `task_summary` gives.
+        tiers: per task the tier of difficulty that it belongs to; None: there are none.
+
+    Returns:
+        successes, episodes, the interval of their ratio, and the mean of the tasks' rates; with tiers also the same
+        per tier under `tiers`, and the mean of the tiers' rates, each tier's rate being the mean of its tasks'.
+    """
     successes = sum(task["successes"] for task in tasks.values())
     episodes = sum(task["episodes"] for task in tasks.values())
-    return {
+    summary: dict[str, Any] = {
         "successes": successes,
         "episodes": episodes,
         "wilson_95": list(wilson_interval(successes, episodes)),
         "mean_success_rate": sum(task["success_rate"] for task in tasks.values()) / len(tasks),
     }
+    if tiers is not None:
+        names = dict.fromkeys(tiers.values())
+        members = {tier: {task: tasks[task] for task in tasks if tiers[task] == tier} for tier in names}
+        summary["tiers"] = {tier: {**summarize_tasks(own), "tasks": len(own)} for tier, own in members.items() if own}
+        rates = [tier["mean_success_rate"] for tier in summary["tiers"].values()]
+        summary["tier_mean_success_rate"] = sum(rates) / len(rates)
+    return summary

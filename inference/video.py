@@ -63,3 +63,19 @@ def write_video(path: str | Path, frames: Sequence[np.ndarray], fps: float) -> N
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def read_video(path: str | Path) -> list[np.ndarray]:
+    """The frames of a video, uint8 (H, W, 3)."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def write_grid(path: str | Path, sources: Sequence[str | Path], fps: float) -> None:
+    """Videos side by side in one; many are shrunk so that the grid stays below 2000 pixels in width."""
+    videos = [read_video(source) for source in sources]
+    columns = int(np.ceil(np.sqrt(len(videos))))
+    shrink = max(1, -(-videos[0][0].shape[1] * columns // 2000))
+    height, width = (side // shrink // 2 * 2 for side in videos[0][0].shape[:2])
+    small = [[np.asarray(Image.fromarray(frame).resize((width, height))) for frame in video] for video in videos]
+    write_video(path, tiled(small), fps)

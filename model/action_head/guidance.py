@@ -16,8 +16,9 @@ Shape letters: B batch, T horizon, A per_action_dim.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,15 @@ class ActionPrefix:
     def target_BTA(self) -> Tensor:
         """The planned actions, 0 where the weight is 0."""
         return self.action_BTA.masked_fill(self.weight_BT[..., None] <= 0, 0.0)
+
+
+def joined(prefixes: Sequence[ActionPrefix]) -> ActionPrefix:
+    """The prefixes of several samples, guided alike, as the prefix of their batch."""
+    first = prefixes[0]
+    assert all((p.max_guidance_weight, p.clean) == (first.max_guidance_weight, first.clean) for p in prefixes)
+    action_BTA = torch.cat([prefix.action_BTA for prefix in prefixes])
+    weight_BT = torch.cat([prefix.weight_BT for prefix in prefixes])
+    return dataclasses.replace(first, action_BTA=action_BTA, weight_BT=weight_BT)
 
 
 def soft_mask(horizon: int, delay: int, overlap: int) -> Tensor:
