@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Distributed training under torchrun, on one machine or, run once on each, on several.
+#
+#   bash scripts/run_ddp_training.sh --config configs/vla_config_ddp.yaml --experiment_name fold_towel
+#   bash scripts/run_ddp_training.sh --config C --nproc 8 --nnodes 2 --node_rank 0 --rdzv_endpoint host0:29500
+#
+# --wandb_project P logs to Weights & Biases. Without --nproc one process per GPU is started. Further arguments go to
+# main_train_ddp.py. Several machines need training.checkpoint_dir and the data at the same place on all of them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+}
+CONFIG="" NPROC=gpu NNODES=1 NODE_RANK=0 ENDPOINT="" ARGUMENTS=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --config | --config_path | --experiment_name | --wandb_project | --nproc | --nnodes | --node_rank | --rdzv_endpoint)
+        [ $# -ge 2 ] || {
+            echo "error: $1 needs a value" >&2
+            usage
+        }
+        ;;&
+    --config | --config_path) CONFIG="$2" && shift 2 ;;
+    --experiment_name) ARGUMENTS+=(--experiment_name "$2") && shift 2 ;;
+    --wandb_project) ARGUMENTS+=(--use_wandb --wandb_project_name "$2") && shift 2 ;;
+    --nproc) NPROC="$2" && shift 2 ;;
+    --nnodes) NNODES="$2" && shift 2 ;;
+    --node_rank) NODE_RANK="$2" && shift 2 ;;
+    --rdzv_endpoint) ENDPOINT="$2" && shift 2 ;;
+    -h | --help) usage ;;
+    *) ARGUMENTS+=("$1") && shift ;;
+    esac
+done
+[ -n "$CONFIG" ] || {
+    echo "error: --config is missing" >&2
+    usage
+}
+if [ "$NNODES" = 1 ]; then
+    MEETING=(--standalone)
+elif [ -n "$ENDPOINT" ]; then
+    MEETING=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --rdzv_backend c10d --rdzv_endpoint "$ENDPOINT"
+        --rdzv_id "${RDZV_ID:-paligemma_vla}")
+else
+    echo "error: --nnodes $NNODES needs --rdzv_endpoint HOST:PORT, the same on every machine" >&2
+    exit 2
+fi
+
+PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}"
+# After SIGTERM the ranks finish their step and save; torchrun would kill them after 30 seconds.
+export TORCHELASTIC_SHUTDOWN_TIMEOUT="${TORCHELASTIC_SHUTDOWN_TIMEOUT:-600}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" "${MEETING[@]}" \
+    main_train_ddp.py --config_path "$CONFIG" "${ARGUMENTS[@]}"
