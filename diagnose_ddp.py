@@ -59,13 +59,9 @@ def devices(nproc: int | None) -> list[Finding]:
     apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
     if apart:
         text = f"{len(apart)} of {len(pairs)} GPU pairs have no peer access (first {apart[0]}): they exchange"
-        found.append(
-            Finding("warning", f"{text} through the host, slowly; virtualization or ACS may be the reason")
-        )
+        found.append(Finding("warning", f"{text} through the host, slowly; virtualization or ACS may be the reason"))
     if count and (nproc or 0) > count:
-        found.append(
-            Finding("problem", f"--nproc is {nproc}, but {count} GPUs are visible; give at most {count}")
-        )
+        found.append(Finding("problem", f"--nproc is {nproc}, but {count} GPUs are visible; give at most {count}"))
     return found
 
 
@@ -163,9 +159,9 @@ def main() -> int:
     parser.add_argument("--timeout_s", type=float, default=60.0, help="how long a rank waits for the others")
     args = parser.parse_args()
     if is_rank():
-        with member_of_group(args.timeout_s) as device:
-            found = all_reduce(device, args.size_mb)
-            if dist.get_rank() == 0:
+        with member_of_group(args.timeout_s) as place:
+            found = all_reduce(place.device, args.size_mb)
+            if place.rank == 0:
                 print(*found, sep="\n", flush=True)
             if any(finding.kind == "problem" for finding in found):
                 raise ConfigError("the ranks do not agree on sums")

@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import sys
 
-import torch.distributed as dist
-
-from main_train import train
 from training.launch import is_rank, launch, member_of_group
-from training.trainer_ddp import VLATrainerDDP
 from utils.cli import config_from_args, train_parser
 from utils.config_utils import ConfigError
 
@@ -25,8 +21,11 @@ def main() -> int:
     config = config_from_args(args)
     if not is_rank():
         return launch([sys.executable, *sys.argv], args.nproc)
-    with member_of_group(config.training.distributed_timeout_s) as device:
-        train(args, config, device, VLATrainerDDP, dist.get_rank(), dist.get_world_size())
+    from main_train import train  # here, so that the process that starts the others need not wait for transformers
+    from training.trainer_ddp import VLATrainerDDP
+
+    with member_of_group(config.training.distributed_timeout_s) as place:
+        train(args, config, place.device, VLATrainerDDP, place.rank, place.world_size)
     return 0
 
 

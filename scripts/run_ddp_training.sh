@@ -48,7 +48,7 @@ else
 fi
 
 PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}"
-# After SIGTERM the ranks finish their step and save; torchrun would kill them after 30 seconds.
-export TORCHELASTIC_SHUTDOWN_TIMEOUT="${TORCHELASTIC_SHUTDOWN_TIMEOUT:-600}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# After SIGTERM the ranks finish their step and save; torchrun would kill them after 30 seconds (before 2.13 it does).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" "${MEETING[@]}" \
     main_train_ddp.py --config_path "$CONFIG" "${ARGUMENTS[@]}"

@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,6 +36,15 @@ GRACE_S = 10.0  # from the first failure to the end of ranks that do not stop by
 LAUNCHED = "PALIGEMMA_VLA_LAUNCHED"  # set in ranks that `launch` started: the file that takes the first error
 # How gloo and NCCL word the loss of another rank.
 LOST = re.compile(r"Connection (closed|reset|refused)|Timed out|timed out|Broken pipe|remote process|Socket Timeout")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank trains, and among how many."""
+
+    device: torch.device
+    rank: int
+    world_size: int
 
 
 def is_rank() -> bool:
@@ -100,8 +110,8 @@ def launch(command: list[str], nproc: int | None, grace_s: float = GRACE_S) -> i
 
 
 @contextlib.contextmanager
-def member_of_group(timeout_s: float) -> Iterator[torch.device]:
-    """Join the process group as the rank that the environment names; gives the device to train on.
+def member_of_group(timeout_s: float) -> Iterator[Place]:
+    """Join the process group as the rank that the environment names; gives its place.
 
     An error inside ends the process with status 1, after the first rank of this machine to fail has reported it.
 
@@ -113,7 +123,8 @@ def member_of_group(timeout_s: float) -> Iterator[torch.device]:
         threading.Thread(target=_die_with_launcher, daemon=True).start()
     failed = False
     try:
-        yield _join(timeout_s)
+        device = _join(timeout_s)
+        yield Place(device, dist.get_rank(), dist.get_world_size())
         dist.barrier()  # the last checkpoint is written
         dist.destroy_process_group()
     except Exception as error:
