@@ -173,6 +173,9 @@ def test_single_item(checkpoint, tmp_path, capsys):
         ("--env e --tasks t --control expert --compile default", "--compile has no meaning with --control expert"),
         ("--checkpoint_path c --eval_data_path d --compile fast", "argument --compile: invalid choice: 'fast'"),
         ("--checkpoint_path c --env e --tasks t --episodes 0", "--episodes is 0; give 1 or more"),
+        ("--checkpoint_path c --env e --tasks t --latency_steps -1", "--latency_steps is -1; give 0 or more control"),
+        ("--checkpoint_path c --image1_paths i --prompt p --execution rtc", "--execution belongs to --env"),
+        ("--env e --tasks t --control expert --execution rtc", "--execution has no meaning with --control expert"),
         (
             "--checkpoint_path c --env e --tasks t u --swap_prompts --prompt_override x",
             "--swap_prompts and --prompt_override contradict",
@@ -262,6 +265,22 @@ def test_closed_loop(checkpoint, tmp_path, capsys):
     assert swapped["settings"]["control"] == "blind" and swapped["settings"]["prompts"] == "swapped"
     first, second = (swapped["tasks"][task] for task in tasks)
     assert (first["prompt"], second["prompt"]) == (second["instruction"], first["instruction"])
+
+
+@pytest.mark.sim
+@needs_simulator
+def test_latency_in_closed_loop(checkpoint, tmp_path):
+    args = ["--checkpoint_path", str(checkpoint), "--env", "metaworld", "--tasks", "window-open-v3", "--device", "cpu"]
+    args += ["--env_options", "max_episode_steps=6", "--episodes", "1", "--num_videos", "0", "--num_threads", "1"]
+    args += ["--latency_steps", "2", "--output_dir", str(tmp_path)]
+    for strategy, held in (("synchronous", 4), ("rtc", 2)):
+        main_eval.main([*args, "--execution", strategy])
+        result = json.loads((tmp_path / "rollouts.json").read_text())
+        assert result["settings"]["execution"]["strategy"] == strategy
+        assert result["settings"]["execution"]["latency_steps"] == 2
+        assert result["tasks"]["window-open-v3"]["held_steps"] == [held]
+    with pytest.raises(ValueError, match="must cover 6, but the policy predicts a horizon of 4"):
+        main_eval.main([*args, "--execution", "rtc", "--latency_steps", "3"])
 
 
 @pytest.mark.sim

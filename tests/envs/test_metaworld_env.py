@@ -97,6 +97,20 @@ def test_actions_are_clipped(window):
         assert_same(once, far)
 
 
+def test_holding_still(window):
+    window.reset(seed=3)
+    np.testing.assert_array_equal(window.hold_action(None), np.zeros(4))
+    for _ in range(10):
+        action = np.array([0.5, 0.5, -0.5, 1.0], np.float32)
+        window.step(action)
+    for _ in range(40):  # it swings out
+        window.step(window.hold_action(action))
+    before = window.step(window.hold_action(action))[0]["state"]
+    after = [window.step(window.hold_action(action))[0]["state"] for _ in range(10)][-1]
+    assert np.abs(after[:3] - before[:3]).max() < 1e-3
+    assert window.hold_action(action)[3] == 1.0
+
+
 def test_expert_is_clipped_and_succeeds():
     env = make("button-press-topdown-v3")
     env.reset(seed=0)

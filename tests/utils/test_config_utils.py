@@ -132,6 +132,13 @@ def test_every_documented_key_is_accepted():
         ({"lr_scheduler": {"warmup_steps": -1}}, "lr_scheduler.warmup_steps is -1"),
         ({"training": {"experiment_name": "a/b"}}, "give a plain folder name"),
         ({"training": {"max_steps": 0}}, "training.max_steps is 0; it must be positive"),
+        ({"inference": {"latency_steps": -1}}, "inference.latency_steps is -1; give 0 or more control steps"),
+        ({"inference": {"max_guidance_weight": 0}}, "inference.max_guidance_weight is 0.0; it must be positive"),
+        ({"inference": {"execution": "rct"}}, "did you mean rtc?"),
+        (
+            {"model": {"action_head_config": {"max_clean_prefix": 8}}},
+            "max_clean_prefix is 8; give 0 to 7, so that at least one of the 8 actions is left to predict",
+        ),
         ({"inference": {"n_action_steps": 9}}, "n_action_steps is 9 but model.action_head_config.horizon is 8"),
     ],
 )

@@ -1,0 +1,291 @@
+"""Success against latency: what each way of executing chunks loses when predictions take time.
+
+    python benchmarks/latency.py [--quick] [--json latency.json] [--plot latency.png] [--episodes 10]
+
+A prediction is made from the observation of one control step and arrives `delay` control steps later (0, 1, 2, 4, 8;
+80 steps are a second). Meanwhile, and at the start, where there is nothing to execute yet:
+
+    synchronous    the robot holds still (no displacement, gripper as before), then runs 4 steps of the plan
+    synchronous 12 the same with 12 steps of each plan: fewer pauses, and less looking
+    naive_async    it runs on with the old plan, then switches to the new plan's step `delay`
+    ensemble       the same, averaging all predictions for a step; it plans every max(1, delay) steps
+    rtc            naive_async with real-time chunking: the new plan is guided to continue the old one
+    clean_prefix   naive_async with a second policy, trained to continue given actions
+
+The asynchronous ones plan every max(4, delay) steps. Time is counted in control steps and the scene does not wait:
+an episode succeeds if it is done before its deadline, 1.5 times the longest training demonstration of its task. The
+longer limit of the simulator (200 steps) stands beside it, because on tasks where nothing moves by itself a robot that
+pauses is slow rather than wrong. Both policies (configs/latency.yaml) are trained here unless they exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import pathlib
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+
+from data.episode_store import EpisodeStore  # noqa: E402
+from envs import FIRST_EVALUATION_SEED, make_env  # noqa: E402
+from inference.metrics import wilson_interval  # noqa: E402
+from inference.predictor import VLAPredictor  # noqa: E402
+from inference.rollout import ModelPolicy, run_episode  # noqa: E402
+from utils.misc import atomic_path  # noqa: E402
+from utils.parquet_utils import resolve_parquet_files  # noqa: E402
+
+TASKS = ("button-press-topdown-v3", "window-open-v3")
+DELAYS = (0, 1, 2, 4, 8)
+CONFIG, DEMOS = "configs/latency.yaml", "demos/quickstart"
+LONGEST_PREFIX = max(DELAYS)
+DEADLINE = 1.5  # of the longest demonstration
+KEPT, AT_DELAY = 0.9, 4  # the claim: real-time chunking keeps so much of its success at this delay
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table."""
+
+    name: str
+    strategy: str
+    n_action_steps: int = 4
+    policy: str = "latency"  # the experiment whose policy it executes
+
+
+VARIANTS = (
+    Variant("synchronous", "synchronous"),
+    Variant("synchronous 12", "synchronous", n_action_steps=12),
+    Variant("naive_async", "naive_async"),
+    Variant("ensemble", "ensemble"),
+    Variant("rtc", "rtc"),
+    Variant("clean_prefix", "clean_prefix", policy="latency_prefix"),
+)
+TRAINING = {"latency": [], "latency_prefix": [f"model.action_head_config.max_clean_prefix={LONGEST_PREFIX}"]}
+
+
+def run(*command: str) -> None:
+    """Run one of the repository's scripts, showing the command."""
+    print("+ python", " ".join(command), flush=True)
+    subprocess.run([sys.executable, *command], check=True)
+
+
+def prepare(demos: int, experiment_suffix: str, settings: list[str]) -> dict[str, pathlib.Path]:
+    """Record, train what is missing, and return each policy's checkpoint."""
+    checkpoints = {
+        name: pathlib.Path(f"experiments/{name}{experiment_suffix}/checkpoints/model_best.pth.tar") for name in TRAINING
+    }
+    data = f"{DEMOS}{experiment_suffix}"
+    if not pathlib.Path(data, "train").exists():
+        record = ["scripts/record_demos.py", "--env", "metaworld", "--tasks", *TASKS]
+        run(*record, "--episodes", str(demos), "--output_dir", f"{data}/train", "--seed", "0")
+        run(*record, "--episodes", "4", "--output_dir", f"{data}/val", "--seed", "5000")
+    if not pathlib.Path("weight/tiny-paligemma").exists():
+        run("scripts/make_tiny_paligemma.py", "--output_dir", "weight/tiny-paligemma")
+    stats = f"{data}/normalization_stats.json"
+    override = ["--train_data_override", f"{data}/train"]
+    for name, checkpoint in checkpoints.items():
+        if checkpoint.exists():
+            print(f"using {checkpoint}, which exists already", flush=True)
+            continue
+        if not pathlib.Path(stats).exists():
+            run("utils/calculate_normalization_stats.py", "--config_path", CONFIG, *override, "--output_path", stats)
+        extra = ["--set", f"data.normalization_stats_path={stats}", *TRAINING[name], *settings]
+        experiment = ["--experiment_name", f"{name}{experiment_suffix}", "--val_data_override", f"{data}/val"]
+        run("main_train.py", "--config_path", CONFIG, *override, *experiment, *extra)
+    return checkpoints
+
+
+def longest_demonstrations(data: str) -> dict[str, int]:
+    """Steps of each task's longest training demonstration."""
+    longest = {}
+    for task in TASKS:
+        env = make_env("metaworld", task)
+        files = resolve_parquet_files([f"{data}/train"], "demonstrations")
+        store = EpisodeStore(files, state_dim=env.state_dim, per_action_dim=env.per_action_dim, cameras=("image_1",))
+        bounds = zip(store.episode_starts[:-1], store.episode_starts[1:], strict=True)
+        longest[task] = max(int(b - a) for a, b in bounds if store.prompt(a) == env.instruction)
+        env.close()
+    return longest
+
+
+@functools.lru_cache(maxsize=2)
+def predictor(checkpoint: pathlib.Path) -> VLAPredictor:
+    """This process's policy."""
+    return VLAPredictor.from_checkpoint(checkpoint, "cpu")
+
+
+def roll_out(checkpoint: pathlib.Path, variant: Variant, task: str, delay: int, seeds: range) -> list[dict[str, Any]]:
+    """One cell's episodes of one task."""
+    import torch
+
+    torch.set_num_threads(1)
+    policy = predictor(checkpoint)
+    env = make_env("metaworld", task, image_size=policy.image_processor.height)
+    settings = policy.execution_settings(variant.strategy, delay, variant.n_action_steps)
+    episodes = []
+    for seed in seeds:
+        result = run_episode(env, ModelPolicy(policy, settings), seed)
+        steps = np.clip(np.stack(result.actions), -1, 1)
+        episodes.append(
+            {
+                "task": task,
+                "seed": seed,
+                "success": result.success,
+                "steps": result.steps,
+                "plans": result.plans,
+                "held_steps": result.held_steps,
+                "action_change": float(np.abs(np.diff(steps, axis=0)).mean()),
+                "plan_seconds": result.plan_seconds / result.plans,
+            }
+        )
+    env.close()
+    return episodes
+
+
+def count(episodes: list[dict[str, Any]], longest: dict[str, int], factor: float) -> int:
+    """Episodes that were done within `factor` times their task's longest demonstration."""
+    return sum(e["success"] and e["steps"] <= factor * longest[e["task"]] for e in episodes)
+
+
+def summarize(cells: dict[str, dict[int, list[dict[str, Any]]]], longest: dict[str, int]) -> dict[str, Any]:
+    """Per variant and delay: successes, intervals, and what is kept of the success without delay."""
+    summary: dict[str, Any] = {}
+    for name, by_delay in cells.items():
+        zero = by_delay[0]
+        summary[name] = {}
+        for delay, episodes in by_delay.items():
+            row: dict[str, Any] = {"episodes": len(episodes)}
+            for key, factor in (("deadline", DEADLINE), ("limit", np.inf)):
+                successes, first = count(episodes, longest, factor), count(zero, longest, factor)
+                row[key] = {
+                    "successes": successes,
+                    "wilson_95": list(wilson_interval(successes, len(episodes))),
+                    "kept": successes / first if first else None,
+                }
+            row["kept_by_factor"] = {
+                str(factor): count(episodes, longest, factor) / max(1, count(zero, longest, factor))
+                for factor in (1.1, 1.25, 1.5, 1.75, 2.0)
+            }
+            done = [e["steps"] for e in episodes if e["success"]]
+            row["steps_to_success"] = float(np.mean(done)) if done else None
+            row["held_steps"] = float(np.mean([e["held_steps"] for e in episodes]))
+            row["action_change"] = float(np.mean([e["action_change"] for e in episodes]))
+            row["plan_ms"] = 1000 * float(np.median([e["plan_seconds"] for e in episodes]))
+            summary[name][delay] = row
+    return summary
+
+
+def print_tables(summary: dict[str, Any], episodes: int) -> None:
+    """Successes by deadline and by limit, then how the motion was."""
+    delays = next(iter(summary.values()))
+    for key, title in (
+        ("deadline", f"successes within {DEADLINE} x the longest demonstration (of {episodes})"),
+        ("limit", f"successes within 200 steps (of {episodes})"),
+    ):
+        print(f"\n{title}\n{'delay':<16}" + "".join(f"{delay:>18}" for delay in delays) + f"{'kept at 4':>12}")
+        for name, by_delay in summary.items():
+            cells = []
+            for row in by_delay.values():
+                low, high = (100 * value for value in row[key]["wilson_95"])
+                cells.append(f"{row[key]['successes']} ({low:.0f}-{high:.0f} %)".rjust(18))
+            kept = by_delay[AT_DELAY][key]["kept"]
+            print(f"{name:<16}" + "".join(cells) + (f"{kept:>12.2f}" if kept is not None else f"{'-':>12}"))
+    print(f"\nmean steps to success, mean |action change| x 1000\n{'delay':<16}" + "".join(f"{d:>18}" for d in delays))
+    for name, by_delay in summary.items():
+        cells = []
+        for row in by_delay.values():
+            steps = "-" if row["steps_to_success"] is None else f"{row['steps_to_success']:.0f}"
+            cells.append(f"{steps}, {1000 * row['action_change']:.0f}".rjust(18))
+        print(f"{name:<16}" + "".join(cells))
+    print(f"\nkept at delay {AT_DELAY}, for deadlines of 1.1 to 2 x the longest demonstration")
+    for name, by_delay in summary.items():
+        kept = by_delay[AT_DELAY]["kept_by_factor"]
+        print(f"{name:<16}" + "".join(f"{factor:>8}: {value:.2f}" for factor, value in kept.items()))
+
+
+def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
+    """Success against delay, by deadline and by limit, with Wilson intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, constrained_layout=True)
+    titles = {"deadline": f"within {DEADLINE} x the longest demonstration", "limit": "within 200 control steps"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for number, (name, by_delay) in enumerate(summary.items()):
+            rate = np.array([row[key]["successes"] / row["episodes"] for row in by_delay.values()])
+            low, high = np.array([row[key]["wilson_95"] for row in by_delay.values()]).T
+            x = np.arange(len(by_delay)) + 0.06 * (number - (len(summary) - 1) / 2)
+            error = np.clip([rate - low, high - rate], 0, None)
+            axis.errorbar(x, rate, error, marker="o", markersize=4, linewidth=1.4, capsize=2, label=name)
+        axis.set(title=title, xlabel="delay of every prediction (control steps)", ylim=(-0.03, 1.03))
+        axis.set_xticks(range(len(by_delay)), by_delay)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("success rate, Wilson 95 %")
+    axes[0].legend(fontsize=8, loc="lower left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
+    parser.add_argument("--episodes", type=int, default=10, help="per task, strategy and delay")
+    parser.add_argument("--seed", type=int, default=FIRST_EVALUATION_SEED, help="of the first episode")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=pathlib.Path, help="write the results here")
+    parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("experiments/latency/latency.png"))
+    args = parser.parse_args()
+    started = time.perf_counter()
+    suffix = "_short" if args.quick else ""
+    checkpoints = prepare(3 if args.quick else 60, suffix, ["training.max_steps=20"] if args.quick else [])
+    longest = longest_demonstrations(f"{DEMOS}{suffix}")
+    episodes, delays = (1, (0, AT_DELAY)) if args.quick else (args.episodes, DELAYS)
+    seeds = range(args.seed, args.seed + episodes)
+    work = [(variant, task, delay) for variant in VARIANTS for delay in delays for task in TASKS]
+    cells: dict[str, dict[int, list[dict[str, Any]]]] = {v.name: {d: [] for d in delays} for v in VARIANTS}
+    # Spawned, so that every process has its own renderer and none inherits torch's threads.
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        futures = [
+            pool.submit(roll_out, checkpoints[variant.policy], variant, task, delay, seeds)
+            for variant, task, delay in work
+        ]
+        for (variant, task, delay), future in zip(work, futures, strict=True):
+            cells[variant.name][delay] += (found := future.result())
+            done = sum(e["success"] for e in found)
+            print(f"{variant.name:<16}delay {delay}  {task:<26}{done}/{len(found)} within 200 steps", flush=True)
+    summary = summarize(cells, longest)
+    print_tables(summary, episodes * len(TASKS))
+    kept = {name: by_delay[AT_DELAY]["deadline"]["kept"] for name, by_delay in summary.items()}
+    print(f"\nkept of the success without delay, at delay {AT_DELAY}; wanted: rtc {KEPT}, synchronous less")
+    print(", ".join(f"{name} {value}" for name, value in kept.items()))
+    plot(summary, args.plot)
+    print(f"wrote {args.plot}")
+    if args.json:
+        result = {
+            "checkpoints": {name: str(path) for name, path in checkpoints.items()},
+            "seeds": [seeds.start, seeds.stop - 1],
+            "longest_demonstration": longest,
+            "deadline_factor": DEADLINE,
+            "summary": summary,
+            "episodes": cells,
+            "seconds": time.perf_counter() - started,
+        }
+        args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        print(f"wrote {args.json}")
+
+
+if __name__ == "__main__":
+    main()
