@@ -220,7 +220,7 @@ def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, constrained_layout=True)
     titles = {"deadline": f"within {DEADLINE} x the longest demonstration", "limit": "within 200 control steps"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for number, (name, by_delay) in enumerate(summary.items()):
@@ -233,7 +233,7 @@ def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
         axis.set_xticks(range(len(by_delay)), by_delay)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("success rate, Wilson 95 %")
-    axes[0].legend(fontsize=8, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(summary), fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
