@@ -1,0 +1,279 @@
+"""What training did to the weights: norms, changes against the base, faults, what trains, adapters, histograms.
+
+    python diagnose_weights.py --checkpoint_path experiments/quickstart/checkpoints/model_best.pth.tar
+    python diagnose_weights.py --checkpoint_path C --base earlier.pth.tar --plot weights.png --json weights.json
+
+The base is another checkpoint or a PaliGemma directory; by default the directory that the run started from, where it
+still exists. The exit code is 1 where a weight is NaN or infinite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.adapters import ADAPTER, is_adapted
+from model.vla_model import BACKBONES, VLAModel
+from utils.checkpoint import load_checkpoint
+from utils.config_utils import Config, config_from_dict
+from utils.misc import atomic_path
+
+PRETRAINED = ("vision tower", "projector", "language model")
+HISTOGRAM_VALUES = 500_000  # of each component, evenly spaced
+SHOWN = 20  # findings on the terminal
+
+
+@dataclasses.dataclass
+class Measured:
+    """One parameter; squares are summed, so that they add up over a module. Quantized ones have only a size."""
+
+    name: str
+    component: str
+    values: int
+    dtype: str
+    trains: bool
+    square: float = 0.0
+    largest: float = 0.0
+    non_finite: int = 0
+    base_square: float | None = None  # None: not in the base
+    moved_square: float = 0.0  # of the difference from the base
+    unchanged: int = 0  # values equal to the base's
+
+    @property
+    def module(self) -> str:
+        """The component, and within it the layer by its number."""
+        layer = re.search(r"(layers|blocks)\.(\d+)", self.name)
+        return f"{self.component} {layer[2]}" if layer else self.component
+
+
+def measure(policy: VLAModel, base: dict[str, Tensor]) -> list[Measured]:
+    """Every parameter of a policy, against tensors by the names that a policy without adapters gives them."""
+    components = {id(p): name for name, module in policy.components().items() for p in module.parameters()}
+    found = []
+    for name, parameter in policy.named_parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        one = Measured(name, components[id(parameter)], parameter.numel(), dtype, parameter.requires_grad)
+        found.append(one)
+        if not parameter.is_floating_point():
+            continue
+        value = parameter.detach().float()
+        finite = torch.isfinite(value)
+        one.non_finite = int((~finite).sum())
+        value = value.where(finite, 0.0)
+        one.square, one.largest = value.square().sum().item(), value.abs().max().item()
+        before = base.get(name.replace(".base_layer", ""))
+        if before is not None and before.shape == value.shape and before.is_floating_point():
+            before = before.to(parameter.dtype).float()  # as this policy would store it
+            one.base_square = before.square().sum().item()
+            one.moved_square = (value - before).square().sum().item()
+            one.unchanged = int((value == before).sum())
+    return found
+
+
+def base_weights(config: Config, name: str | None) -> tuple[dict[str, Tensor], str]:
+    """The tensors to compare with, and where they are from.
+
+    Args:
+        config: of the checkpoint.
+        name: --base; None: what the run started from, if it is there.
+
+    Raises:
+        ConfigError, CheckpointError: `name` is neither a checkpoint nor a backbone's directory.
+    """
+    if name is not None and Path(name).is_file():
+        return load_checkpoint(name)["model"], name
+    vlm = dataclasses.replace(config.model.vlm_config, lora=None, quantization="none")
+    if name is not None:
+        vlm = dataclasses.replace(vlm, model_name_or_path=name)
+    elif not all(Path(one).is_dir() for one in vlm.pretrained_names.split(" and ")):
+        return {}, f"nothing: {vlm.pretrained_names} is not here; give --base"
+    resampler = config.model.vision_resampler_config
+    backbone = BACKBONES[vlm.type].from_pretrained(vlm, resampler, (0.5,) * 3, (0.5,) * 3)
+    parts = [module for name, module in backbone.components().items() if name in PRETRAINED]
+    pretrained = {id(parameter) for part in parts for parameter in part.parameters()}
+    named = backbone.named_parameters(prefix="backbone")
+    return {name: p.detach() for name, p in named if id(p) in pretrained}, vlm.pretrained_names
+
+
+def faults_of(policy: VLAModel, found: list[Measured]) -> list[str]:
+    """What deserves a look, worst first."""
+    broken = [one for one in found if one.non_finite]
+    faults = [f"{one.name}: {one.non_finite:,} of {one.values:,} values are NaN or infinite" for one in broken]
+    for one in found:
+        if one.trains and one.square == 0 and not one.non_finite and ".lora_" not in one.name:
+            faults.append(f"{one.name}: dead: it trains, and every value is 0")
+        if one.trains and one.base_square and one.unchanged == one.values:
+            faults.append(f"{one.name}: untouched: it trains, and equals the base")
+        if not one.trains and one.base_square is not None and one.unchanged < one.values:
+            share = 1 - one.unchanged / one.values
+            faults.append(f"{one.name}: frozen, but {share:.1%} of it differs from the base; is this the run's base?")
+    idle = [name for name, m in policy.named_modules() if is_adapted(m) and not m.lora_B[ADAPTER].weight.any()]
+    if idle:
+        faults.append(f"{idle[0]}: untouched: its adapter's B is 0 ({len(idle)} such adapters)")
+    return faults
+
+
+def module_rows(found: list[Measured]) -> list[dict[str, Any]]:
+    """Per module its size, what trains, norm, largest value, change relative to the base, and unchanged share."""
+    groups = collections.defaultdict(list)
+    for one in found:
+        groups[one.module].append(one)
+    rows = []
+    for module, members in groups.items():
+        compared = [one for one in members if one.base_square is not None]
+        base_square, values = sum(one.base_square for one in compared), sum(one.values for one in compared)
+        moved = math.sqrt(sum(one.moved_square for one in compared))
+        rows.append(
+            {
+                "module": module,
+                "values": sum(one.values for one in members),
+                "train": sum(one.values for one in members if one.trains),
+                "norm": math.sqrt(sum(one.square for one in members)),
+                "largest": max(one.largest for one in members),
+                "non_finite": sum(one.non_finite for one in members),
+                "change": moved / math.sqrt(base_square) if base_square else None,
+                "unchanged": sum(one.unchanged for one in compared) / values if values else None,
+            }
+        )
+    return rows
+
+
+def dtype_rows(found: list[Measured]) -> list[dict[str, Any]]:
+    """How many values of each component are stored in which type, and train or are frozen."""
+    counts = collections.Counter()
+    for one in found:
+        counts[one.component, one.dtype, "trains" if one.trains else "frozen"] += one.values
+    return [{"component": c, "dtype": d, "state": s, "values": values} for (c, d, s), values in counts.items()]
+
+
+def adapter_rows(policy: VLAModel) -> list[dict[str, Any]]:
+    """Adapters by the kind of layer that they are on: how many, rank, scale, root mean square of the update."""
+    kinds = collections.defaultdict(list)
+    for name, module in policy.named_modules():
+        if is_adapted(module):
+            kinds[name.rsplit(".")[-1]].append(module)
+    rows = []
+    for kind, modules in sorted(kinds.items()):
+        squares = [module.get_delta_weight(ADAPTER).detach().float().square().mean().item() for module in modules]
+        first = modules[0]
+        rms = math.sqrt(sum(squares) / len(squares))
+        rank, scale = first.r[ADAPTER], first.scaling[ADAPTER]
+        rows.append({"layers": kind, "count": len(modules), "rank": rank, "scale": scale, "update_rms": rms})
+    return rows
+
+
+def plot(policy: VLAModel, base: dict[str, Tensor], rows: list[dict[str, Any]], path: Path) -> None:
+    """Histograms of each component's weights beside the base's, and each module's change, as a PNG."""
+    from matplotlib.figure import Figure
+
+    components = {
+        name: module for name, module in policy.components().items() if any(True for _ in module.parameters())
+    }
+    changed = [row for row in rows if row["change"] is not None]
+    height = 0.9 + 0.17 * len(changed)
+    figure = Figure(figsize=(3.2 * len(components), 3.2 + height), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(3.2, height))
+    names = {id(parameter): name.replace(".base_layer", "") for name, parameter in policy.named_parameters()}
+    panels = upper.subplots(1, len(components), squeeze=False)[0]
+    for axes, (component, module) in zip(panels, components.items(), strict=True):
+        now = [p.detach() for p in module.parameters() if p.is_floating_point()]
+        before = [base[names[id(p)]] for p in module.parameters() if names[id(p)] in base]
+        for tensors, style in (
+            (now, {"alpha": 0.6, "label": "checkpoint"}),
+            (before, {"histtype": "step", "color": "black", "label": "base"}),
+        ):
+            if tensors:
+                axes.hist(_sample(tensors).numpy(), bins=120, log=True, **style)
+        axes.set(title=component, xlabel="value")
+        axes.legend(fontsize=7)
+    panels[0].set_ylabel("weights")
+    axes = lower.subplots()
+    if changed:
+        axes.barh([row["module"] for row in changed], [row["change"] for row in changed])
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", labelsize=7)
+    else:
+        axes.text(0.5, 0.5, "no base to compare with", ha="center", transform=axes.transAxes)
+    axes.set(xlabel="norm of the change relative to the base's norm")
+    axes.grid(axis="x", alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _sample(tensors: list[Tensor]) -> Tensor:
+    """Evenly spaced finite values of all tensors together."""
+    step = max(1, sum(tensor.numel() for tensor in tensors) // HISTOGRAM_VALUES)
+    values = torch.cat([tensor.flatten()[::step].float() for tensor in tensors])
+    return values[torch.isfinite(values)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned text; counts with separators, absent values as a dash."""
+    if not rows:
+        return "none"
+    texts = [[_text(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(list(rows[0]), *texts, strict=True)]
+    lines = []
+    for cells in [list(rows[0]), *texts]:
+        first = cells[0].ljust(widths[0])
+        lines.append(
+            "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
+        )
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint_path", required=True)
+    parser.add_argument("--base", help="checkpoint or backbone directory to compare with")
+    parser.add_argument("--plot", type=Path, help="PNG to write; default: beside the checkpoint")
+    parser.add_argument("--json", type=Path, help="write the tables here as well")
+    args = parser.parse_args(arguments)
+    checkpoint = load_checkpoint(args.checkpoint_path)
+    policy = VLAModel.from_checkpoint(checkpoint)
+    base, source = base_weights(config_from_dict(checkpoint["config"], source=args.checkpoint_path), args.base)
+
+    found = measure(policy, base)
+    report = {
+        "modules": module_rows(found),
+        "dtypes": dtype_rows(found),
+        "adapters": adapter_rows(policy),
+        "faults": faults_of(policy, found),
+    }
+    print(f"{args.checkpoint_path}: step {checkpoint['step']}; compared with {source}")
+    for title in ("modules", "dtypes", "adapters"):
+        print(f"\n{title}\n{table(report[title])}")
+    print(f"\n{len(report['faults'])} findings")
+    for fault in report["faults"][:SHOWN]:
+        print(f"  {fault}")
+    if len(report["faults"]) > SHOWN:
+        print(f"  and {len(report['faults']) - SHOWN} more (--json lists them all)")
+    picture = args.plot or Path(args.checkpoint_path.removesuffix(".pth.tar") + "_weights.png")
+    plot(policy, base, report["modules"], picture)
+    print(f"\nhistograms: {picture}")
+    if args.json:
+        args.json.write_text(json.dumps({"base": source, **report}, indent=1), encoding="utf-8")
+    return int(any(one.non_finite for one in found))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
