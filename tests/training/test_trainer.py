@@ -4,126 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from data.loader import build_datasets, build_sampler, make_loader
-from data.processing import processors_from_checkpoint, processors_from_config
 from model.vla_model import VLAModel, require_same_architecture
-from tests.helpers import write_episodes
-from training.run_log import read_metrics
-from training.trainer import NonFiniteLossError, VLATrainer
-from utils.calculate_normalization_stats import calculate_statistics
+from tests.trainers import make_trainer, metrics_of, resumed_trainer
+from training.trainer import NonFiniteLossError
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from utils.config_utils import Config, ConfigError, config_from_dict
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return base | {
-        key: merge(base.get(key, {}), value) if isinstance(value, dict) else value for key, value in changes.items()
-    }
-
-
-@pytest.fixture
-def make_config(tmp_path, tiny_paligemma_dir):
-    train = write_episodes(tmp_path / "train.parquet", [9, 7, 6], image_size=32)
-    val = write_episodes(tmp_path / "val.parquet", [5], seed=50, image_size=32)
-
-    def make(**changes) -> Config:
-        base = {
-            "data": {
-                "train_parquet_files": [str(train)],
-                "val_parquet_files": [str(val)],
-                "state_dim": 4,
-                "batch_size": 4,
-                "num_workers": 0,
-                "cache_dir": str(tmp_path / "cache"),
-            },
-            "model": {
-                "vlm_config": {"model_name_or_path": str(tiny_paligemma_dir), "dtype": "float32"},
-                "action_head_config": {
-                    "horizon": 4,
-                    "per_action_dim": 4,
-                    "hidden_dim": 32,
-                    "num_layers": 1,
-                    "num_heads": 4,
-                    "dropout_prob": 0.1,
-                },
-            },
-            "training": {
-                "checkpoint_dir": str(tmp_path / "experiments"),
-                "experiment_name": "run",
-                "max_steps": 12,
-                "epochs": 100,
-                "log_interval": 1,
-                "val_every_n_epochs": 2,
-            },
-            "optimizer": {"lr": 1e-3},
-            "lr_scheduler": {"warmup_steps": 3},
-            "inference": {"num_inference_steps": 2},
-        }
-        return config_from_dict(merge(base, changes))
-
-    return make
-
-
-def make_trainer(config: Config, checkpoint: dict[str, Any] | None = None) -> VLATrainer:
-    """What main_train.py does."""
-    processors = processors_from_config(config) if checkpoint is None else processors_from_checkpoint(checkpoint)
-    train_set, val_set = build_datasets(config, *processors)
-    sampler = build_sampler(config, train_set)
-    train_loader = make_loader(train_set, num_workers=config.data.num_workers, batch_sampler=sampler)
-    val_loader = None if val_set is None else make_loader(val_set, num_workers=0, batch_size=3)
-    torch.manual_seed(0)
-    if checkpoint is None:
-        statistics = [calculate_statistics(train_set.datasets[0].store.files, 4, 4)]
-        model = VLAModel.from_pretrained(config, statistics, processors[0].mean, processors[0].std)
-    else:
-        model = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
-    files = {"image_processor": processors[0].to_settings(), "tokenizer_files": processors[1].to_files()}
-    return VLATrainer(config, model, train_loader, val_loader, torch.device("cpu"), files)
-
-
-def metrics_of(trainer: VLATrainer) -> list[dict[str, float]]:
-    lines = read_metrics(trainer.run_log.metrics_path)
-    return [{k: v for k, v in line.items() if k not in ("samples_per_second", "data_wait")} for line in lines]
-
-
-def assert_same_state(a: VLATrainer, b: VLATrainer) -> None:
-    for (name, x), y in zip(a.policy.state_dict().items(), b.policy.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
-    left, right = a.optimizer.state_dict(), b.optimizer.state_dict()
-    assert left["param_groups"] == right["param_groups"] and left["state"].keys() == right["state"].keys()
-    for index, values in left["state"].items():
-        assert all(torch.equal(value, right["state"][index][key]) for key, value in values.items())
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_resume_is_bitwise(make_config, workers):
-    """12 steps = 5 (mid-epoch) + resume + 7, in weights, optimizer state and every logged number."""
-    whole = make_trainer(make_config(training={"experiment_name": "whole"}, data={"num_workers": workers}))
-    whole.fit()
-
-    config = make_config(data={"num_workers": workers})
-    first = make_trainer(config)
-    for step, micro_batches in zip(range(5), first.train_loader, strict=False):
-        first.log({k: v for k, v in first.train_step([micro_batches]).items()})
-        assert first.step == step + 1
-    path = first.save("checkpoint_epoch_1.pth.tar")
-    for _, micro_batches in zip(range(2), first.train_loader, strict=False):
-        first.log(first.train_step([micro_batches]))  # two more steps that the crash makes void
-
-    checkpoint = load_checkpoint(path)
-    resumed = make_trainer(config, checkpoint)
-    resumed.resume(checkpoint, str(path))
-    assert resumed.step == 5
-    resumed.fit()
-    assert_same_state(whole, resumed)
-    assert metrics_of(whole) == metrics_of(resumed), "also the lines after the checkpoint are not there twice"
+from utils.config_utils import ConfigError
 
 
 def test_fit_writes_what_it_promises(make_config, caplog):
@@ -224,34 +114,6 @@ def test_non_finite_loss_stops_before_the_step_and_names_the_samples(make_config
     assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
 
 
-def test_fine_tuning_starts_anew_and_says_so(make_config, caplog):
-    trainer = make_trainer(make_config(training={"max_steps": 4}))
-    trainer.fit()
-    path = trainer.config.experiment_dir / "checkpoints/checkpoint_epoch_1.pth.tar"
-    checkpoint = load_checkpoint(path)
-
-    tuned = make_trainer(make_config(training={"experiment_name": "tuned"}, optimizer={"lr": 5e-4}), checkpoint)
-    with caplog.at_level("INFO"):
-        tuned.resume(checkpoint, str(path))
-    assert tuned.step == 0 and "weights and optimizer carried over, step and schedule start at 0" in caplog.text
-    assert "optimizer.lr 0.001 -> 0.0005" in caplog.text
-    assert_same_state_weights(trainer, tuned)
-    assert tuned.optimizer.state_dict()["state"][0]["step"] == 4
-    batch = next(iter(tuned.train_loader))
-    assert tuned.train_step([batch])["lr"] == pytest.approx(5e-4 / 3)
-
-    caplog.clear()
-    faster = make_trainer(make_config(optimizer={"lr": 7e-4}), checkpoint)
-    with caplog.at_level("INFO"):
-        faster.resume(checkpoint, str(path))
-    assert faster.step == 4 and "resumed" in caplog.text and "optimizer.lr 0.001 -> 0.0007" in caplog.text
-
-
-def assert_same_state_weights(a: VLATrainer, b: VLATrainer) -> None:
-    for (name, x), y in zip(a.policy.state_dict().items(), b.policy.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
-
-
 def test_checkpoint_of_another_architecture(make_config):
     trainer = make_trainer(make_config(training={"max_steps": 1}))
     path = trainer.save("c.pth.tar")
@@ -293,11 +155,40 @@ def test_bfloat16_keeps_float32_masters_and_trains(make_config):
     assert state["exp_avg"].dtype == torch.float32
 
 
-def test_a_rewound_log_keeps_what_came_before(make_config):
-    trainer = make_trainer(make_config())
-    for step in (1, 2, 3):
-        trainer.run_log.write({"step": step})
-    with open(trainer.run_log.metrics_path, "a") as file:
-        file.write('{"step": 4, "lo')  # a crash in the middle of a line
-    trainer.run_log.rewind(2)
-    assert [line["step"] for line in read_metrics(Path(trainer.run_log.metrics_path))] == [1, 2]
+def test_float16_trains_close_to_float32(make_config):
+    losses = {}
+    for dtype in ("float32", "float16"):
+        trainer = make_trainer(make_config(model={"vlm_config": {"dtype": dtype}}))
+        batches = iter(trainer.train_loader)
+        losses[dtype] = [trainer.train_step([next(batches)])["loss"] for _ in range(8)]
+    assert losses["float16"] == pytest.approx(losses["float32"], rel=0.05)
+    assert trainer.scaler.is_enabled() and trainer.scaler.get_scale() == 2.0**16
+    assert {p.dtype for p in trainer.policy.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_float16_overflow_takes_the_batch_again_at_a_lower_scale(make_config, caplog):
+    """The same step, from a scale that overflows and from one that does not; neither loses a sample."""
+    low, high = (make_trainer(make_config(model={"vlm_config": {"dtype": "float16"}})) for _ in range(2))
+    low.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    high.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    batch = next(iter(low.train_loader))
+    expected = low.train_step([batch])
+    with caplog.at_level("INFO"):
+        found = high.train_step([batch])
+    assert found["loss"] == expected["loss"] and found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.01)
+    assert high.step == 1 and high.scaler.get_scale() < 2.0**40
+    assert "step 0: float16 gradients overflowed; loss scale" in caplog.text
+    for a, b in zip(low.policy.parameters(), high.policy.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=3e-3, rtol=0)  # Adam's first step is +-lr, whatever the gradient
+
+    path = high.save("c.pth.tar")
+    resumed = resumed_trainer(make_config(model={"vlm_config": {"dtype": "float16"}}), path)
+    assert resumed.scaler.get_scale() == high.scaler.get_scale(), "a resumed run need not search for it again"
+
+
+def test_a_float16_overflow_at_every_scale_is_an_error(make_config):
+    trainer = make_trainer(make_config(model={"vlm_config": {"dtype": "float16"}}))
+    trainer.clip_gradients = lambda: float("inf")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    with pytest.raises(NonFiniteLossError, match="gradient norm inf; no sample's loss alone: the gradient overflowed"):
+        trainer.train_step([next(iter(trainer.train_loader))])
