@@ -29,7 +29,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -52,6 +51,7 @@ from scripts.compare_heads_report import markdown, plot, summarize
 from test_vla_offline import latency
 from training.run_log import read_metrics
 from utils.calculate_normalization_stats import load_statistics
+from utils.checkpoint import newest_checkpoint
 from utils.config_utils import Config, ConfigError, config_to_dict, load_config
 from utils.misc import atomic_path, count_parameters, set_up_logging, user_message
 from utils.parquet_utils import DataError
@@ -141,26 +141,17 @@ def train(plan: Plan, cell: Cell) -> Path:
             f"training.checkpoint_dir={plan.output_dir}",
             f"training.experiment_name={cell.name}",
         )
-        started = newest_checkpoint(checkpoints)
-        if started is None and checkpoints.is_dir():
-            shutil.rmtree(checkpoints)
-        resume = ["--resume_checkpoint", str(started)] if started else []
-        main_train.main(["--config_path", plan.config_path, *resume, "--set", *plan.set_args, *settings])
+        flags = ["--config_path", plan.config_path, "--resume_checkpoint", "auto"]
+        main_train.main([*flags, "--set", *plan.set_args, *settings])
         lines = [line for line in read_metrics(folder / "logs" / "metrics.jsonl") if "samples_per_second" in line]
         steps, wanted = lines[-1]["step"], plan.config.training.max_steps
         if steps < wanted:
             raise CellError(f"{cell.name}: training ended at step {steps} of {wanted}; start again to continue")
         speeds = [line["samples_per_second"] for line in lines]
         rate = statistics.median(speeds[1:] or speeds)  # the first window warms up
-        checkpoint = newest_checkpoint(checkpoints).name
+        checkpoint = newest_checkpoint(checkpoints, cell.name).name
         write_json(done, {"checkpoint": checkpoint, "steps": steps, "samples_per_second": rate})
     return checkpoints / json.loads(done.read_text(encoding="utf-8"))["checkpoint"]
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint written last, or None."""
-    found = sorted(folder.glob("*.pth.tar"), key=lambda path: path.stat().st_mtime_ns)
-    return found[-1] if found else None
 
 
 def evaluate(plan: Plan, cell: Cell, checkpoint: Path) -> None:
