@@ -125,7 +125,7 @@ def plot(path: str | Path, result: dict[str, Any]) -> None:
             *success.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=8
         )
     error.set(xlabel="held-out MSE, normalized, per seed")
-    error.set_xlim(left=0)
+    error.set_xlim(0, 1.08 * max(value for row in rows for value in row["offline"]["mse_normalized"]["seeds"]))
     speed.set(xlabel="latency, ms: median and 95 %")
     speed.set_xlim(left=0)
     for axis in (success, error, speed):
