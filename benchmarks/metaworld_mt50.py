@@ -129,6 +129,7 @@ def main() -> None:
         tasks = ["window-open-v3", "soccer-v3", "push-v3", "stick-push-v3"]
         episodes, demos, backbone = 2, 2, QUICK_BACKBONE
         extra = ["training.max_steps=20", "data.num_workers=1", "data.batch_size=16", "model.vlm_config.dtype=float32"]
+        extra += [f"model.action_head_config.{key}" for key in ("hidden_dim=64", "num_layers=1", "num_heads=4")]
     data, experiment = pathlib.Path("demos", name), pathlib.Path("experiments", name)
     if args.fresh:
         shutil.rmtree(data, ignore_errors=True)

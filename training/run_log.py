@@ -93,7 +93,7 @@ class RunLog:
 
     def plot(self) -> None:
         """Draw the loss curves of metrics.jsonl to plots/loss_curve.png."""
-        if self.is_main:
+        if self.is_main and self.metrics_path.is_file():  # a run stopped before its first log line has none
             plot_metrics(self.metrics_path, self.directory / "plots" / "loss_curve.png")
 
     def finish(self) -> None:
