@@ -57,11 +57,12 @@ class GraphedFunction:
     @torch.no_grad()
     def __call__(self, tensors: Tensors) -> Tensor:
         """The function's value: a copy, because the next call writes to the same place."""
-        graph, inputs, output = self._captured(tuple((name, x.shape, x.dtype) for name, x in tensors.items()))
-        for name, value in tensors.items():
-            inputs[name].copy_(value, non_blocking=True)
-        graph.replay()
-        return output.clone()
+        with torch.cuda.device(self.device):
+            graph, inputs, output = self._captured(tuple((name, x.shape, x.dtype) for name, x in tensors.items()))
+            for name, value in tensors.items():
+                inputs[name].copy_(value, non_blocking=True)
+            graph.replay()
+            return output.clone()
 
     @torch.no_grad()
     def _capture(

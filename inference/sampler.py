@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from data.processing import Batch
 from inference.acceleration import TensorFunction, Tensors, accelerate
@@ -94,5 +95,9 @@ class Sampler:
     def _make_function(self, num_draws: int, num_inference_steps: int) -> TensorFunction:
         """Prepared tensors and noise to actions: `VLAModel.act`, run as `inference.compile` says."""
         steps = {"num_draws": num_draws, "num_inference_steps": num_inference_steps}
-        function = functools.partial(self.model.act, **steps, schedule=self._schedule(num_inference_steps))
+        schedule = self._schedule(num_inference_steps)
+        if self.compile in ("default", "max-autotune"):
+            for tensor in filter(torch.is_tensor, tree_leaves(schedule)):
+                torch._dynamo.mark_static_address(tensor)  # as weights are: else inductor's graphs copy it every time
+        function = functools.partial(self.model.act, **steps, schedule=schedule)
         return accelerate(function, self.compile, self.device)

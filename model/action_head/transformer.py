@@ -8,6 +8,7 @@ A per_action_dim, E context width, D head width, H attention heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,22 +22,20 @@ from utils.config_utils import ActionHeadConfig
 
 
 class TimeConditions(NamedTuple):
-    """What time does to the tokens: (N, 1 or T, D) each; N = 1 does the same to all rows.
+    """What time does to the tokens, in the order that they are used; N = 1 does the same to all rows.
 
     Attributes:
-        blocks: per block (shift, 1 + scale, gate) of its three sub-layers.
-        out: (shift, 1 + scale) before the output.
+        blocks: per block (shift, 1 + scale, gate) of its three sub-layers, (N, 1 or T, 9, D).
+        out: (shift, 1 + scale) before the output, (N, 1 or T, 2, D).
     """
 
-    blocks: tuple[tuple[Tensor, ...], ...]
-    out: tuple[Tensor, Tensor]
+    blocks: tuple[Tensor, ...]
+    out: Tensor
 
     def row(self, index: int) -> TimeConditions:
         """One row alone."""
         rows = slice(index, index + 1)
-        return TimeConditions(
-            tuple(tuple(part[rows] for part in block) for block in self.blocks), tuple(part[rows] for part in self.out)
-        )
+        return TimeConditions(tuple(block[rows] for block in self.blocks), self.out[rows])
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class ContextKeysValues:
     mask_BL: Tensor
 
 
-NEUTRAL = (0.0, 1.0, 1.0) * 3  # modulations of a block without a time
+NEUTRAL = (0.0, 1.0, 1.0) * 3  # shift, 1 + scale and gate of the sub-layers of a block without a time
 
 
 class ActionTransformer(nn.Module):
@@ -94,9 +93,8 @@ class ActionTransformer(nn.Module):
             time: float32 in [0, 1], (N,), or (N, T): one per action token.
         """
         condition_NTD = self.time_mlp(sinusoid(time.reshape(len(time), -1), self.config.hidden_dim))
-        shift_NTD, scale_NTD = self.out_modulation(condition_NTD).chunk(2, dim=-1)
-        blocks = tuple(block.modulations(condition_NTD) for block in self.blocks)
-        return TimeConditions(blocks, (shift_NTD, 1 + scale_NTD))
+        blocks = tuple(_with_unit_scales(block.modulation(condition_NTD), 9) for block in self.blocks)
+        return TimeConditions(blocks, _with_unit_scales(self.out_modulation(condition_NTD), 2))
 
     def denoise(
         self,
@@ -123,17 +121,17 @@ class ActionTransformer(nn.Module):
             itself_TT = torch.eye(x_NTA.shape[1], dtype=torch.bool, device=x_NTA.device)
             self_mask = (~action_is_pad_NT[:, None, None, :]) | itself_TT
         tokens_NTD = self._attend(tokens_NTD, conditions.blocks, context, self_mask)
-        return self.action_out(_modulate(self.out_norm(tokens_NTD), *conditions.out))
+        return self.action_out(_modulate(self.out_norm(tokens_NTD), *conditions.out.unbind(-2)))
 
     def decode(self, context: ContextKeysValues) -> Tensor:
         """One vector per learned query, (B, T, A), in the compute precision; for `timed=False`."""
         queries_BTD = self.position.expand(len(context.mask_BL), -1, -1)
-        return self.action_out(self.out_norm(self._attend(queries_BTD, (NEUTRAL,) * len(self.blocks), context, None)))
+        return self.action_out(self.out_norm(self._attend(queries_BTD, (None,) * len(self.blocks), context, None)))
 
     def _attend(
         self,
         tokens_NTD: Tensor,
-        modulations: tuple[tuple[Tensor | float, ...], ...],
+        modulations: Sequence[Tensor | None],
         context: ContextKeysValues,
         self_mask: Tensor | None,
     ) -> Tensor:
@@ -168,13 +166,14 @@ class ActionBlock(nn.Module):
     def forward(
         self,
         x_NTD: Tensor,
-        modulations: tuple[Tensor | float, ...],
+        modulation: Tensor | None,
         context_BHLD: tuple[Tensor, Tensor],
         mask_BL: Tensor,
         self_mask: Tensor | None,
     ) -> Tensor:
         """The tokens after this block, (N, T, D); arguments as `ActionTransformer.denoise` makes them."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, shift_3, scale_3, gate_3 = modulations
+        parts = NEUTRAL if modulation is None else modulation.unbind(-2)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, shift_3, scale_3, gate_3 = parts
         dropout = self.dropout if self.training else 0.0
 
         qkv = self.self_qkv(_modulate(self.norms[0](x_NTD), shift_1, scale_1)).chunk(3, dim=-1)
@@ -191,11 +190,6 @@ class ActionBlock(nn.Module):
 
         return x_NTD + gate_3 * self.mlp(_modulate(self.norms[2](x_NTD), shift_3, scale_3))
 
-    def modulations(self, condition_NTD: Tensor) -> tuple[Tensor, ...]:
-        """Shift, 1 + scale and gate of the three sub-layers, each (N, 1 or T, D), from an embedded time."""
-        parts = self.modulation(condition_NTD).chunk(9, dim=-1)
-        return tuple(1 + part if i % 3 == 1 else part for i, part in enumerate(parts))
-
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
@@ -205,3 +199,9 @@ class ActionBlock(nn.Module):
 
 def _modulate(x_NTD: Tensor, shift: Tensor | float, scale: Tensor | float) -> Tensor:
     return x_NTD * scale + shift
+
+
+def _with_unit_scales(parts: Tensor, count: int) -> Tensor:
+    """(shift, scale, gate, shift, ...) side by side -> (shift, 1 + scale, gate, ...) along a dimension of its own."""
+    unit = (torch.arange(count, device=parts.device) % 3 == 1).to(parts.dtype)
+    return parts.unflatten(-1, (count, -1)) + unit[:, None]

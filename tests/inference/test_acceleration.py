@@ -136,7 +136,7 @@ def test_draws_share_the_context(plain):
 @pytest.mark.slow
 def test_compiled(checkpoint, plain):
     compiled = VLAPredictor.from_checkpoint(checkpoint, "cpu", compile="default")
-    assert 0 < difference(plain, compiled) < 1e-4
+    assert 0 < difference(plain, compiled, steps=3) < 1e-4
     # Prompts are padded to one length: another prompt needs no other code.
     with torch.compiler.set_stance("fail_on_recompile"):
         for prompt in PROMPTS:
