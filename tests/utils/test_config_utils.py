@@ -106,7 +106,10 @@ def test_every_documented_key_is_accepted():
         ({"data": {"batch_size": 2.5}}, "data.batch_size is 2.5 (float); wanted a whole number"),
         ({"data": {"batch_size": True}}, "data.batch_size is True (bool); wanted a whole number"),
         ({"model": {"vlm_config": {"use_aux_camera": "yes"}}}, "use_aux_camera is 'yes' (str); wanted true or false"),
-        ({"optimizer": {"type": "adamx"}}, "optimizer.type is 'adamx'; choose from AdamW, SGD; did you mean AdamW?"),
+        (
+            {"optimizer": {"type": "adamx"}},
+            "optimizer.type is 'adamx'; choose from AdamW, AdamW8bit, SGD; did you mean AdamW?",
+        ),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas is [0.9]; wanted a list of 2 values"),
         ({"optimizer": 3}, "optimizer is 3; wanted a section with keys"),
         (
