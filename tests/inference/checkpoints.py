@@ -34,7 +34,13 @@ def train_tiny(folder: Path, backbone_dir: Path, files: list[Path], *, steps: in
                 "vlm_config": {"model_name_or_path": str(backbone_dir), "dtype": "float32", **sections.get("vlm", {})},
                 "action_head_config": {**HEAD, **sections.get("head", {})},
             },
-            "training": {"checkpoint_dir": str(folder), "experiment_name": "tiny", "max_steps": steps, "epochs": 1000},
+            "training": {
+                "checkpoint_dir": str(folder),
+                "experiment_name": "tiny",
+                "max_steps": steps,
+                "epochs": 1000,
+                **sections.get("training", {}),
+            },
             "optimizer": {"lr": 1e-3},
             "inference": {"num_inference_steps": 3, "n_action_steps": 2},
         }

@@ -42,6 +42,18 @@ def test_identical_actions(checkpoint, exported):
     assert np.array_equal(actions(VLAPredictor.from_checkpoint(exported)), ours), "wherever a checkpoint is taken"
 
 
+def test_the_averaged_weights_are_shared(tmp_path, tiny_paligemma_dir):
+    demos = write_episodes(tmp_path / "demos.parquet", [6, 5])
+    averaged = train_tiny(tmp_path, tiny_paligemma_dir, [demos], steps=3, training={"ema_decay": 0.5})
+    exported = export_policy(load_checkpoint(averaged), tmp_path / "policy")
+    ours = actions(VLAPredictor.from_checkpoint(averaged))
+    assert np.array_equal(actions(VLAPredictor.from_pretrained(exported)), ours)
+    raw = load_checkpoint(averaged)
+    del raw["ema"]
+    other = export_policy(raw, tmp_path / "raw")
+    assert not np.array_equal(actions(VLAPredictor.from_pretrained(other)), ours)
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.yaml", "statistics.json", "backbone_config.json", "tokenizer/tokenizer.json"]
 )
