@@ -6,6 +6,7 @@ Shape letters: B batch, V cameras, L context tokens, E embedding width, T horizo
 from __future__ import annotations
 
 import dataclasses
+import re
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.action_head import build_action_head, head_class
 from model.action_head.base import Generators
@@ -305,6 +307,18 @@ class VLAModel(nn.Module):
     def components(self) -> dict[str, nn.Module]:
         """The policy's parts by name, as reports show them; every parameter is in exactly one."""
         return {**self.backbone.components(), "action head": self.action_head}
+
+    def compile_layers(self, mode: str) -> int:
+        """Let torch.compile make kernels for the transformer layers, in place; returns how many layers there are.
+
+        Layer by layer because equal layers share one compilation, and because the rest (images that may be absent,
+        noise) has no static shape or must draw the same random numbers as without.
+        """
+        layers = [m for m in self.backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers += [m for name, m in self.action_head.named_modules() if re.search(r"(^|\.)blocks\.\d+$", name)]
+        for layer in layers:
+            layer.compile(mode=mode)
+        return len(layers)
 
     def parameter_kinds(self) -> dict[str, str]:
         """Per parameter name the learning rate that it goes by: vision, language or head (what is not pretrained)."""

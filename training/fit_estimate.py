@@ -126,6 +126,8 @@ def expected_memory(policy: VLAModel, config: Config, world_size: int = 1) -> di
         "gradients": sum(4 * p.numel() for p in trained) / share,
         f"optimizer ({config.optimizer.type})": sum(_moment_bytes(p, config.optimizer.type) for p in trained) / share,
     }
+    if config.training.ema_decay is not None:
+        memory["averaged weights"] = sum(4 * p.numel() for p in trained) / share
     if config.model.vlm_config.dtype != "float32":
         linears = [module for module in policy.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         copied = sum(module.weight.numel() for module in linears if module.weight.requires_grad)

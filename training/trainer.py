@@ -70,6 +70,8 @@ class VLATrainer:
         """
         self.config, self.device, self.processors = config, device, processors
         self.policy = model
+        if config.training.compile:
+            model.compile_layers(config.training.compile_mode)
         self.model = self.wrap(model)
         self.optimizer = build_optimizer(self.policy, config.optimizer)
         self.train_loader, self.val_loader = train_loader, val_loader

@@ -341,6 +341,8 @@ class TrainingConfig:
     early_stopping_patience: int | None = None  # validations without a new best before training stops; None: never
     ema_decay: float | None = None  # average weights over updates, for evaluation; 0.999, say; None: no average
     log_samples: bool = False  # write which samples each step takes to logs/samples_rank_{r}.jsonl
+    compile: bool = False  # torch.compile of the transformer layers: slow first steps, then faster ones on a GPU
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # the latter searches for faster kernels
     num_threads: int | None = None  # CPU threads of the training process; None: torch's choice
     strategy: Literal["ddp", "fsdp"] = "ddp"  # main_train_ddp.py: whole model on every rank, or sharded over them
     distributed_timeout_s: float = 1800.0  # seconds that a rank waits for the others before it gives up

@@ -85,11 +85,18 @@ def test_weights_gradients_and_moments_are_counted_exactly(tmp_path, tiny_palige
         optimizer = build_optimizer(policy, config.optimizer)
         optimizer.step()
         memory = expected_memory(policy, config)
+        assert "averaged weights" not in memory
         assert memory["weights"] == sum(p.numel() * p.element_size() for p in policy.parameters())
         assert memory["gradients"] == sum(p.grad.numel() * 4 for p in policy.parameters() if p.grad is not None)
         states = (value for state in optimizer.state.values() for key, value in state.items() if "qmap" not in key)
         moments = sum(value.numel() * value.element_size() for value in states if torch.is_tensor(value) and value.ndim)
         assert memory[f"optimizer ({config.optimizer.type})"] == pytest.approx(moments, rel=0.005)
+
+
+def test_averaged_weights(tmp_path, tiny_paligemma_dir):
+    config = policy_config(tiny_paligemma_dir, tmp_path, training={"ema_decay": 0.99})
+    policy = make_policy(config)
+    assert expected_memory(policy, config)["averaged weights"] == 4 * sum(p.numel() for p in policy.parameters())
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
