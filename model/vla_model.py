@@ -6,8 +6,8 @@ Shape letters: B batch, V cameras, L context tokens, E embedding width, T horizo
 from __future__ import annotations
 
 import dataclasses
-import re
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
