@@ -111,3 +111,18 @@ def test_a_rank_that_hangs_is_found_and_ends_the_run(config_path):
     code, text = finish(process, within_s=60)
     assert code == 1 and "rank 0 lost another rank (" in text and "rank 1 did not react and had to be killed" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_sigterm_stops_all_ranks_at_one_step_and_auto_goes_on(config_path):
+    process, _ = start(config_path, *ENDLESS)
+    process.send_signal(signal.SIGTERM)
+    code, text = finish(process, within_s=60)
+    assert code == 0, text
+    steps = len(losses(config_path.parent / "experiments/run"))
+    saved = config_path.parent / f"experiments/run/checkpoints/checkpoint_step_{steps}.pth.tar"
+    assert load_checkpoint(saved)["step"] == steps
+    more = ("--set", f"training.max_steps={steps + 2}", "training.epochs=100000")
+    result = run(command(config_path, "--resume_checkpoint", "auto", *more))
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in losses(config_path.parent / "experiments/run")] == list(range(1, steps + 3))

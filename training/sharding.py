@@ -22,9 +22,10 @@ from utils.config_utils import Config, ConfigError
 def shard_model(model: VLAModel, config: Config, device: torch.device, world_size: int) -> VLAModel:
     """Shard a policy in place over all ranks and move it to the device.
 
-    Every transformer block of the backbone is a unit, the action head is one, and the rest (embeddings, projector,
-    resampler) is the last. Blocks are gathered in the compute precision, in which autocast would use their matrices
-    anyway; masters, gradient reduction and everything outside of the blocks stay float32.
+    Every transformer block of the backbone is a unit, and the rest (embeddings, projector, resampler, action head)
+    is the last: a head encodes its context once and calls its blocks many times, also by other methods than forward.
+    Blocks are gathered in the compute precision, in which autocast would use their matrices anyway; masters, gradient
+    reduction and everything outside of the blocks stay float32.
 
     Raises:
         ConfigError: float16 (its loss scaling), quantized weights and 8-bit moments are not built for shards.
@@ -39,14 +40,11 @@ def shard_model(model: VLAModel, config: Config, device: torch.device, world_siz
     mesh = init_device_mesh(device.type, (world_size,))
     low = model.compute_dtype if model.compute_dtype != torch.float32 else None
     blocks = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in transformer_blocks(model.backbone):
         fully_shard(block, mesh=mesh, mp_policy=blocks)
-    fully_shard(model.action_head, mesh=mesh, mp_policy=exact)
-    fully_shard(model, mesh=mesh, mp_policy=exact)
-    for module, methods in ((model.action_head, ("loss", "sample")), (model, ("predict", "predict_draws"))):
-        for method in methods:
-            register_fsdp_forward_method(module, method)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for method in ("predict", "predict_draws"):  # the other ways into the model, besides its forward
+        register_fsdp_forward_method(model, method)
     return model.to(device)
 
 

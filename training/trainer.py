@@ -269,7 +269,7 @@ class VLATrainer:
             same_as: a checkpoint of this very step, already written: the file shares its content.
         """
         path, training = self.checkpoints / name, self.config.training
-        checkpoint = checkpoint_of(self) if same_as is None else None
+        checkpoint = self.set_aside(checkpoint_of(self), path) if same_as is None else None
         if self.rank == 0:
             if checkpoint is None:
                 link_checkpoint(same_as, path)
@@ -321,6 +321,10 @@ class VLATrainer:
         The first rank gets what one process would hold; what others get has no meaning.
         """
         return state
+
+    def set_aside(self, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+        """What of a checkpoint goes into the file `path`; a collective. A sharded trainer writes the rest beside it."""
+        return checkpoint
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Load an optimizer state of whole tensors, as checkpoints hold it."""

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from model.vla_model import VLAModel
 from training.sharding import shard_like, shard_model, whole
 from training.trainer import Batch, VLATrainer
+from utils.checkpoint import remove_unreferenced_shards
 from utils.config_utils import Config, ConfigError
+from utils.shards import SUFFIX as SHARDS
+from utils.shards import save_shards
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +87,20 @@ class VLATrainerDDP(VLATrainer):
         return [item for one in every for item in one]
 
     def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        return whole(state, keep=self.rank == 0) if self.sharded else state
+        if not self.sharded or self.config.training.checkpoint_format == "shards":
+            return state
+        return whole(state, keep=self.rank == 0)
+
+    def set_aside(self, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+        if self.config.training.checkpoint_format == "file":
+            return checkpoint
+        return save_shards(checkpoint, path.with_name(f"{path.name}.step_{self.step}{SHARDS}"))
+
+    def save(self, name: str, same_as: Path | None = None) -> Path:
+        path = super().save(name, same_as)
+        if self.rank == 0 and self.config.training.checkpoint_format == "shards":
+            remove_unreferenced_shards(path.parent)
+        return path
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         if self.sharded:

@@ -7,6 +7,7 @@ the weights knows where to stop.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from utils.misc import atomic_path, flush_to_disk
+from utils.shards import ShardError, check_shards, load_shards, remove_unused_shards, verify_shards
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,9 @@ def load_checkpoint(
     if for_inference:
         checkpoint.pop("optimizer", None)
     verify_checkpoint(path, records=sum(1 for _ in _storages(checkpoint)) if for_inference else None)
+    if "shards" in checkpoint:
+        with _as_checkpoint_error():
+            return load_shards(checkpoint, path, map_location, leave_out="optimizer" if for_inference else None)
     return checkpoint
 
 
@@ -166,6 +171,10 @@ def newest_checkpoint(folder: str | Path, experiment_name: str) -> Path | None:
     for _, path in sorted(found, reverse=True):
         try:
             verify_checkpoint(path)
+            content = _read(path)
+            with _as_checkpoint_error():
+                if "shards" in content:
+                    verify_shards(content, path)
         except CheckpointError as error:
             unreadable.append(error)
             continue
@@ -188,6 +197,9 @@ def written_at(path: Path, experiment_name: str) -> float:
     checkpoint = _read(path)
     if not isinstance(checkpoint, dict) or not {"saved_at", "config"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this program, or of an earlier version of it")
+    with _as_checkpoint_error():
+        if "shards" in checkpoint:
+            check_shards(checkpoint, path)
     name = checkpoint["config"]["training"]["experiment_name"]
     if name != experiment_name:
         raise CheckpointError(f"{path}: belongs to the experiment {name!r}, not to {experiment_name!r}")
@@ -205,6 +217,27 @@ def prune_checkpoints(folder: Path, keep: int, experiment_name: str) -> None:
     for _, path in sorted(written, reverse=True)[keep:]:
         path.unlink(missing_ok=True)
         logger.info("removed %s (training.keep_last_k %d)", path, keep)
+
+
+def remove_unreferenced_shards(folder: Path) -> None:
+    """Remove the folders of shards that no checkpoint file beside them names."""
+    used = set()
+    for path in folder.glob(f"*{SUFFIX}"):
+        try:
+            content = _read(path)
+        except CheckpointError as error:
+            logger.warning("shards stay because %s", error)
+            return
+        used |= {content["shards"]["folder"]} if "shards" in content else set()
+    remove_unused_shards(folder, used)
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error() -> Iterator[None]:
+    try:
+        yield
+    except ShardError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _read(path: Path, map_location: str | torch.device = "cpu") -> Any:

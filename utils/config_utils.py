@@ -345,6 +345,7 @@ class TrainingConfig:
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # the latter searches for faster kernels
     num_threads: int | None = None  # CPU threads of the training process; None: torch's choice
     strategy: Literal["ddp", "fsdp"] = "ddp"  # main_train_ddp.py: whole model on every rank, or sharded over them
+    checkpoint_format: Literal["file", "shards"] = "file"  # shards: every fsdp rank writes its part beside the file
     distributed_timeout_s: float = 1800.0  # seconds that a rank waits for the others before it gives up
 
     def __post_init__(self) -> None:
@@ -353,6 +354,10 @@ class TrainingConfig:
         if self.val_num_plots < 0:
             raise ConfigError(f"training.val_num_plots is {self.val_num_plots}; give 0 (no plots) or more")
         _positive(self, "training", "distributed_timeout_s")
+        if self.checkpoint_format == "shards" and self.strategy != "fsdp":
+            raise ConfigError(
+                "training.checkpoint_format is shards, but training.strategy ddp shards nothing; take file, or fsdp"
+            )
         for name in (
             "max_steps",
             "max_hours",

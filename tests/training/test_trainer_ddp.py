@@ -11,8 +11,10 @@ import torch
 
 from data.sampler import PassBatchSampler, StepBatchSampler
 from model.vla_model import VLAModel
+from scripts.export_checkpoint import export_checkpoint
 from tests.ranks import DETERMINISTIC, losses, run_ranks, run_training, train_idle, validations, write_project
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.config_utils import ConfigError, config_from_dict
 
 
 @pytest.fixture
@@ -53,13 +55,14 @@ def test_two_ranks_equal_one_process(config_path, accumulation):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_resume_of_two_ranks_is_bitwise(config_path, strategy):
     """12 steps = 5 + resume + 7 in weights, optimizer state and logged losses, noise and dropout included."""
-    settings = (f"training.strategy={strategy}", "model.action_head_config.dropout_prob=0.1")
+    settings = (f"training.strategy={strategy}", "model.action_head_config.dropout_prob=0.1", "training.ema_decay=0.9")
     whole = run_training(config_path, "whole", 12, *settings, ranks=2)
     run = run_training(config_path, "run", 5, *settings, ranks=2)
     run_training(config_path, "run", 12, *settings, ranks=2, resume=final_path(run))
     a, b = final(whole), final(run)
     assert a["step"] == b["step"] == 12 and difference(a, b) == 0
     assert losses(whole) == losses(run)
+    assert all(torch.equal(value, b["ema"]["weights"][name]) for name, value in a["ema"]["weights"].items())
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     for index, values in a["optimizer"]["state"].items():
         assert all(torch.equal(value, b["optimizer"]["state"][index][key]) for key, value in values.items())
@@ -68,9 +71,11 @@ def test_resume_of_two_ranks_is_bitwise(config_path, strategy):
 @pytest.mark.slow
 def test_fsdp_equals_ddp_and_its_checkpoint_is_anyones(config_path):
     """10 steps of AdamW; then one process, and ranks of the other strategy, go on from the sharded run's file."""
-    ddp = run_training(config_path, "ddp", 10, ranks=2)
-    fsdp = run_training(config_path, "fsdp", 10, "training.strategy=fsdp", ranks=2)
+    average = "training.ema_decay=0.9"
+    ddp = run_training(config_path, "ddp", 10, average, ranks=2)
+    fsdp = run_training(config_path, "fsdp", 10, average, "training.strategy=fsdp", ranks=2)
     assert difference(final(ddp), final(fsdp)) < 1e-5
+    assert difference({"model": final(ddp)["ema"]["weights"]}, {"model": final(fsdp)["ema"]["weights"]}) < 1e-5
     for a, b in zip(losses(ddp) + validations(ddp), losses(fsdp) + validations(fsdp), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
     saved = final(fsdp)
@@ -78,7 +83,7 @@ def test_fsdp_equals_ddp_and_its_checkpoint_is_anyones(config_path):
     assert isinstance(VLAModel.from_checkpoint(saved), VLAModel)
 
     path = final_path(fsdp)
-    single = run_training(config_path, "fsdp", 12, resume=path)
+    single = run_training(config_path, "fsdp", 12, average, resume=path)
     assert final(single)["step"] == 12 and len(losses(single)) == 12
 
 
@@ -162,3 +167,46 @@ def test_ranks_share_every_step_and_every_pass():
         assert len({len(share) for share in shares}) == 1 and all(len(list(share)) == len(share) for share in shares)
         seen = [index for share in shares for batch in list(share)[: share.num_own] for index in batch]
         assert sorted(seen) == list(range(size))
+
+
+@pytest.mark.slow
+def test_shards_are_written_by_every_rank_and_read_by_anyone(config_path, tmp_path):
+    """The same weights and moments as in one file; exported, resumed in one process, and cleaned up after."""
+    one_file = run_training(config_path, "one_file", 4, "training.strategy=fsdp", ranks=2)
+    settings = ("training.strategy=fsdp", "training.checkpoint_format=shards")
+    folder = run_training(config_path, "run", 4, *settings, ranks=2)
+    path = final_path(folder)
+    (shards,) = (folder / "checkpoints").glob("*.shards")
+    assert len(list(shards.glob("*.safetensors"))) == 2
+    assert path.stat().st_size < sum(file.stat().st_size for file in shards.iterdir())
+    a, b = final(one_file), final(folder)
+    assert difference(a, b) == 0 and all(type(value) is torch.Tensor for value in b["model"].values())
+    for index, values in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][index][key]) for key, value in values.items())
+    assert "state" not in load_checkpoint(path, for_inference=True).get("optimizer", {})
+
+    export_checkpoint(path, tmp_path / "exported.pth.tar")
+    assert difference(load_checkpoint(tmp_path / "exported.pth.tar"), a) == 0
+    with pytest.raises(CheckpointError, match="exists; choose another --output_path"):
+        export_checkpoint(path, tmp_path / "exported.pth.tar")
+
+    run_training(config_path, "run", 6, *settings, "training.keep_last_k=1", ranks=2, resume=path)
+    assert final(folder)["step"] == 6
+    used = {torch.load(file, weights_only=True)["shards"]["folder"] for file in folder.rglob("*.pth.tar")}
+    assert {file.name for file in folder.rglob("*.shards")} == used, "shards of pruned checkpoints are gone"
+
+    newest = final_path(folder)
+    part = next(newest.parent.joinpath(torch.load(newest, weights_only=True)["shards"]["folder"]).iterdir())
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{part.name}: damaged \(checksum\)"):
+        load_checkpoint(newest)
+    part.unlink()
+    with pytest.raises(CheckpointError, match="should have .* bytes, found nothing; keep them together"):
+        load_checkpoint(newest)
+
+
+def test_shards_need_something_sharded():
+    with pytest.raises(ConfigError, match="checkpoint_format is shards, but training.strategy ddp shards nothing"):
+        config_from_dict({"training": {"checkpoint_format": "shards"}})
