@@ -9,21 +9,23 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.vision_encoder_module import PerceiverBlock
+from model.vision_encoder_module import MLPBlock
 from utils.config_utils import FusionConfig
 
 
 class PerceiverFusion(nn.Module):
     """Image and text features of their own widths in, `num_latents` context tokens of width `hidden_dim` out.
 
-    Each block lets the latents read all features and each other (Jaegle et al. 2021, "Perceiver", sec. 3; with the
-    latents among the keys as in Flamingo's resampler, Alayrac et al. 2022, appendix A.1.1), so that what the prompt
-    says can decide what is read from the images from the second block on.
+    In each block the latents read the features by cross-attention, then each other by self-attention (Jaegle et al.
+    2021, "Perceiver", sec. 3), so that what the prompt says can decide what is read from the images from the second
+    block on.
 
     A policy must know where things are, not only what they are: every image feature carries the sines and cosines of
     its place in the image, and every latent starts from those of a place of its own, as a coarse grid over the image.
+    Latents that start at random learn from images much more slowly.
     """
 
     def __init__(
@@ -42,10 +44,10 @@ class PerceiverFusion(nn.Module):
         self.image_proj = nn.Sequential(nn.LayerNorm(vision_dim), nn.Linear(vision_dim, dim))
         self.text_proj = nn.Sequential(nn.LayerNorm(language_dim), nn.Linear(language_dim, dim))
         self.camera_VD = nn.Parameter(torch.randn(num_cameras, dim) * 0.5)
-        self.text_D = nn.Parameter(torch.randn(dim) * 0.5)
+        self.text_D = nn.Parameter(torch.randn(dim) * 0.5)  # marks text, and alone is the key that always exists
         self.latents_qD = nn.Parameter(place_embedding(_grid(config.num_latents), dim, side))
         self.register_buffer("place_nD", place_embedding(_grid(num_image_tokens), dim, side), persistent=False)
-        self.layers = nn.ModuleList(PerceiverBlock(dim, config.num_heads) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(FusionBlock(dim, config.num_heads) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(dim)
 
     def project_images(self, features_NnE: Tensor) -> Tensor:
@@ -72,12 +74,54 @@ class PerceiverFusion(nn.Module):
         age_S = torch.arange(frames - 1, -1, -1, device=image_BSVnD.device, dtype=torch.float32)
         age_S11D = sines(age_S, dim, longest=16.0)[:, None, None]
         image_BSVnD = image_BSVnD + self.place_nD + self.camera_VD[:, None] + age_S11D
-        features_BMD = torch.cat([image_BSVnD.flatten(1, 3), text_BLD + self.text_D], dim=1)
+        text_BLD = torch.cat([text_BLD, torch.zeros_like(text_BLD[:, :1])], dim=1) + self.text_D
+        features_BMD = torch.cat([image_BSVnD.flatten(1, 3), text_BLD], dim=1)
         mask_BM = torch.cat([slot_mask_BSV.flatten(1).repeat_interleave(n, dim=1), prompt_mask_BL], dim=1)
+        mask_BM = F.pad(mask_BM, (0, 1), value=True)
         latents_BqD = self.latents_qD.expand(batch, -1, -1)
         for layer in self.layers:
             latents_BqD = layer(latents_BqD, features_BMD, mask_BM)
         return self.norm(latents_BqD)
+
+
+class FusionBlock(nn.Module):
+    """Latents read features, then each other, then an MLP; pre-norm, each added to its input."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm_latents = nn.LayerNorm(dim)
+        self.norm_features = nn.LayerNorm(dim)
+        self.cross = _Attention(dim, num_heads)
+        self.norm_self = nn.LayerNorm(dim)
+        self.self_attention = _Attention(dim, num_heads)
+        self.mlp = MLPBlock(dim)
+
+    def forward(self, latents_BqD: Tensor, features_BMD: Tensor, mask_BM: Tensor) -> Tensor:
+        """Latents (B, q, D) after one reading; features where `mask_BM` is False are not read."""
+        features_BMD = self.norm_features(features_BMD)
+        latents_BqD = latents_BqD + self.cross(self.norm_latents(latents_BqD), features_BMD, mask_BM)
+        normed_BqD = self.norm_self(latents_BqD)
+        return self.mlp(latents_BqD + self.self_attention(normed_BqD, normed_BqD))
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x_BqD: Tensor, memory_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+        key_BMD, value_BMD = self.key_value(memory_BMD).chunk(2, dim=-1)
+        attended = F.scaled_dot_product_attention(
+            *map(self._split_heads, (self.query(x_BqD), key_BMD, value_BMD)),
+            attn_mask=None if mask_BM is None else mask_BM[:, None, None, :],
+        )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 def sines(positions: Tensor, width: int, longest: float) -> Tensor:

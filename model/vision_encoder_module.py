@@ -37,7 +37,7 @@ class MLPResampler(nn.Module):
 
     def __init__(self, config: VisionResamplerConfig, dim: int) -> None:
         super().__init__()
-        self.block = _MLPBlock(dim)
+        self.block = MLPBlock(dim)
         nn.init.zeros_(self.block.down.weight)
         nn.init.zeros_(self.block.down.bias)
 
@@ -66,7 +66,7 @@ class PerceiverResampler(nn.Module):
                 f"model's width {dim}; choose a divisor"
             )
         self.latents_qE = nn.Parameter(torch.randn(config.num_latents, dim))
-        self.layers = nn.ModuleList(PerceiverBlock(dim, config.num_heads) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(_PerceiverBlock(dim, config.num_heads) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(dim)
 
     def tokens_per_image(self, num_image_tokens: int) -> int:
@@ -81,7 +81,9 @@ class PerceiverResampler(nn.Module):
         return self.norm(latents_NqE)
 
 
-class _MLPBlock(nn.Module):
+class MLPBlock(nn.Module):
+    """A pre-norm MLP, four times as wide, added to its input."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
@@ -92,9 +94,7 @@ class _MLPBlock(nn.Module):
         return tokens + self.down(F.gelu(self.up(self.norm(tokens))))
 
 
-class PerceiverBlock(nn.Module):
-    """Latents read features, and each other, by one attention; then an MLP."""
-
+class _PerceiverBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -103,22 +103,14 @@ class PerceiverBlock(nn.Module):
         self.query = nn.Linear(dim, dim, bias=False)
         self.key_value = nn.Linear(dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.mlp = _MLPBlock(dim)
+        self.mlp = MLPBlock(dim)
 
-    def forward(self, latents_NqE: Tensor, features_NnE: Tensor, mask_Nn: Tensor | None = None) -> Tensor:
-        """Latents after one reading of the features.
-
-        Args:
-            latents_NqE, features_NnE: of the same width.
-            mask_Nn: bool, False for features that are not to be read; None: all exist.
-        """
+    def forward(self, latents_NqE: Tensor, features_NnE: Tensor) -> Tensor:
         normed_NqE = self.norm_latents(latents_NqE)
         memory = torch.cat([self.norm_features(features_NnE), normed_NqE], dim=1)
         key, value = self.key_value(memory).chunk(2, dim=-1)
-        if mask_Nn is not None:
-            mask_Nn = F.pad(mask_Nn, (0, normed_NqE.shape[1]), value=True)[:, None, None, :]
         attended = F.scaled_dot_product_attention(
-            self._split_heads(self.query(normed_NqE)), self._split_heads(key), self._split_heads(value), mask_Nn
+            self._split_heads(self.query(normed_NqE)), self._split_heads(key), self._split_heads(value)
         )
         return self.mlp(latents_NqE + self.out(attended.transpose(1, 2).flatten(2)))
 
