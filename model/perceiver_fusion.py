@@ -43,6 +43,8 @@ class PerceiverFusion(nn.Module):
         assert side**2 == num_image_tokens, f"{num_image_tokens} image tokens are no square grid"
         self.image_proj = nn.Sequential(nn.LayerNorm(vision_dim), nn.Linear(vision_dim, dim))
         self.text_proj = nn.Sequential(nn.LayerNorm(language_dim), nn.Linear(language_dim, dim))
+        for linear in (self.image_proj[1], self.text_proj[1]):
+            nn.init.xavier_normal_(linear.weight)  # features of unit variance, beside marks of places and cameras
         self.camera_VD = nn.Parameter(torch.randn(num_cameras, dim) * 0.5)
         self.text_D = nn.Parameter(torch.randn(dim) * 0.5)  # marks text, and alone is the key that always exists
         self.latents_qD = nn.Parameter(place_embedding(_grid(config.num_latents), dim, side))
