@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +56,21 @@ def run(project: Path, *arguments: str, script: str = "main_train.py") -> subpro
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The same, in a process group of its own, without waiting."""
+    command = [sys.executable, "main_train.py", "--config_path", str(project / "config.yaml"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def statistics(project: Path) -> None:
     result = run(project, script="utils/calculate_normalization_stats.py")
     assert result.returncode == 0, result.stderr
@@ -88,6 +107,45 @@ def test_train_resume_and_fine_tune(project):
     fresh = load_checkpoint(project / "experiments/init/checkpoints/checkpoint_epoch_1.pth.tar")
     assert fresh["step"] == 1 and next(iter(fresh["optimizer"]["state"].values()))["step"] == 1
     assert "count_" in fresh["statistics"][0]["action"], "weights alone: the statistics are this run's"
+
+
+@pytest.mark.slow
+def test_a_requeued_job(project):
+    """The same command each time: a new run, SIGTERM to every process of it, the rest, and then nothing to do."""
+    statistics(project)
+
+    def command(steps: int) -> tuple[str, ...]:
+        settings = (f"training.max_steps={steps}", "training.epochs=2000", "training.save_every_n_epochs=2000")
+        return "--resume_checkpoint", "auto", "--set", *settings, "data.val_parquet_files=[]"
+
+    first = start(project, *command(4000))
+    metrics = project / "experiments/a/logs/metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, first)
+    os.killpg(first.pid, signal.SIGTERM)  # loader workers too, as schedulers do
+    log = first.communicate(timeout=60)[1]
+    assert first.returncode == 0 and "Traceback" not in log, log
+    assert "a new run" in log and "by SIGTERM; go on with --resume_checkpoint auto" in log
+    (stopped,) = (project / "experiments/a/checkpoints").iterdir()
+    steps = load_checkpoint(stopped)["step"]
+    assert stopped.name == f"checkpoint_step_{steps}.pth.tar"
+
+    again = run(project, *command(steps + 10))
+    assert again.returncode == 0 and f"resumed {stopped} at step {steps}" in again.stderr, again.stderr
+    done = run(project, *command(steps + 10))
+    assert done.returncode == 0 and f"at step {steps + 10}" in done.stderr, done.stderr
+    logged = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert logged == sorted(set(logged)), "every step once"
+
+
+@pytest.mark.slow
+def test_ctrl_c(project):
+    """A terminal sends SIGINT to loader workers as well."""
+    statistics(project)
+    process = start(project, "--epochs", "5000")
+    wait_for(lambda: list((project / "experiments/a/checkpoints").glob("checkpoint_*")), process)
+    os.killpg(process.pid, signal.SIGINT)
+    log = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and "by SIGINT" in log and "Traceback" not in log, log
 
 
 @pytest.mark.slow

@@ -76,6 +76,9 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             "checkpoints are as they were. Make room (training.keep_last_k keeps fewer of them; quotas and ulimit -f "
             "count too), then continue with --resume_checkpoint auto"
         ) from None
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        logger.warning("%s: another checkpoint needs %s bytes, %s are free", path.parent, f"{needed:,}", f"{free:,}")
 
 
 def link_checkpoint(source: Path, path: Path) -> None:

@@ -187,6 +187,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, known
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+def test_a_disk_that_gets_full_is_told_in_advance(tmp_path, monkeypatch, caplog):
+    free = iter([3_000_000, 1_500_000])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": next(free)}))
+    save_checkpoint(BIG, tmp_path / "c.pth.tar")
+    assert "another checkpoint needs 2,000,002 bytes, 1,500,000 are free" in caplog.text
+
+
 def write(folder: Path, name: str, step: int, written: float, experiment: str = "run") -> Path:
     config = {**CONTENT["config"], "training": {"experiment_name": experiment}}
     save_checkpoint({**CONTENT, "step": step, "config": config, "saved_at": written}, folder / name)
