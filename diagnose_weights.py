@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model.adapters import ADAPTER, is_adapted
 from model.vla_model import BACKBONES, VLAModel
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import evaluation_weights, load_checkpoint
 from utils.config_utils import Config, config_from_dict
 from utils.misc import atomic_path
 
@@ -91,7 +91,7 @@ def base_weights(config: Config, name: str | None) -> tuple[dict[str, Tensor], s
         ConfigError, CheckpointError: `name` is neither a checkpoint nor a backbone's directory.
     """
     if name is not None and Path(name).is_file():
-        return load_checkpoint(name)["model"], name
+        return evaluation_weights(load_checkpoint(name)), name
     vlm = dataclasses.replace(config.model.vlm_config, lora=None, quantization="none")
     if name is not None:
         vlm = dataclasses.replace(vlm, model_name_or_path=name)
@@ -256,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
         "adapters": adapter_rows(policy),
         "faults": faults_of(policy, found),
     }
-    print(f"{args.checkpoint_path}: step {checkpoint['step']}; compared with {source}")
+    averaged = f", averaged over {checkpoint['ema']['updates']} updates" if "ema" in checkpoint else ""
+    print(f"{args.checkpoint_path}: step {checkpoint['step']}{averaged}; compared with {source}")
     for title in ("modules", "dtypes", "adapters"):
         print(f"\n{title}\n{table(report[title])}")
     print(f"\n{len(report['faults'])} findings")

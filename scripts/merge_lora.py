@@ -4,7 +4,8 @@
 
 Takes whole checkpoints and those of training.save_adapters_only, whose base is read from where the run had it or from
 --model_name_or_path. Quantized weights become plain ones. The result evaluates, serves and starts other runs
-(--init_checkpoint); it has no optimizer state, since what trained is no longer there.
+(--init_checkpoint); it has no optimizer state, since what trained is no longer there. Averaged weights
+(training.ema_decay) are merged where the run had them, as everything else that evaluates takes them.
 """
 
 from __future__ import annotations

@@ -43,8 +43,12 @@ def continue_from(trainer: VLATrainer, checkpoint: dict[str, Any], path: str) ->
     apply either way, and what happened is logged.
 
     Raises:
-        ConfigError: the optimizer's state does not fit what trains now.
+        ConfigError: the optimizer's state does not fit what trains now, or there is none (merged adapters).
     """
+    if "optimizer" not in checkpoint:
+        raise ConfigError(
+            f"{path}: holds weights alone, no optimizer state to go on with; start a run with --init_checkpoint"
+        )
     _continue_optimizer(trainer, checkpoint["optimizer"], path)
     name = trainer.config.training.experiment_name
     if checkpoint["config"]["training"]["experiment_name"] == name:

@@ -15,6 +15,7 @@ from scripts.make_tiny_paligemma import make_tiny_paligemma
 from scripts.merge_lora import main
 from tests.conftest import TINY
 from tests.policies import checkpoint_of, make_batch, make_policy, policy_config
+from training.state import continue_from
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import ConfigError
 
@@ -78,6 +79,29 @@ def test_bfloat16_halves_the_merged_weights(make, tmp_path):
     policy = VLAModel.from_checkpoint(merged)
     assert policy.state_dict()[name].dtype == torch.float32, "vlm_config.dtype of the tests: what frozen weights are in"
     torch.testing.assert_close(predict(policy), wanted, atol=0.05, rtol=0.05)
+
+
+def test_averaged_weights_are_what_is_merged(make, tmp_path):
+    path, _ = make()
+    checkpoint = load_checkpoint(path)
+    adapters = {key: value * 1.5 for key, value in checkpoint["model"].items() if ".lora_" in key}
+    checkpoint = {key: value for key, value in checkpoint.items() if key != "format"}
+    save_checkpoint({**checkpoint, "ema": {"updates": 3, "weights": adapters}}, tmp_path / "ema.pth.tar")
+    averaged = load_checkpoint(tmp_path / "ema.pth.tar")
+    run("--checkpoint_path", tmp_path / "ema.pth.tar", "--output", tmp_path / "m.pth.tar")
+    merged = load_checkpoint(tmp_path / "m.pth.tar")
+    assert "ema" not in merged
+    wanted = predict(VLAModel.from_checkpoint(averaged))
+    torch.testing.assert_close(predict(VLAModel.from_checkpoint(merged)), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_merged_checkpoint_cannot_be_resumed(make, tmp_path):
+    path, _ = make()
+    run("--checkpoint_path", path, "--output", tmp_path / "m.pth.tar")
+    with pytest.raises(
+        ConfigError, match="holds weights alone, no optimizer state to go on with; .* --init_checkpoint"
+    ):
+        continue_from(None, load_checkpoint(tmp_path / "m.pth.tar"), "m.pth.tar")
 
 
 def test_refusals(make, tmp_path, tiny_paligemma_dir):
