@@ -41,7 +41,7 @@ def train(head, loss, *, steps: int, lr: float) -> None:
 
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
-# The U-Net trains in the slow set, the diffusion transformer, which shares all but the network, in the fast one.
+# The U-Net is in the slow set, the diffusion transformer, which shares all but the network, in the fast one.
 trained_variant = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in VARIANTS]
 )
@@ -199,6 +199,29 @@ def test_a_generator_per_sample_is_independent_of_the_batch(name):
     for i in range(3):
         alone = Context(context.tokens_BLE[i : i + 1], context.mask_BL[i : i + 1], context.state_BS[i : i + 1])
         torch.testing.assert_close(head.sample(alone, [seeded(i + 1)], 3)[0], together[i], atol=1e-5, rtol=1e-5)
+
+
+@every_variant
+def test_sampling_is_drawing_noise_and_then_a_function_of_tensors(name):
+    head, context = variant(name), make_context()
+    noise = head.draw_noise(3, seeded(7), torch.device("cpu"), 4)
+    assert (noise is not None) == head.is_stochastic
+    schedule, state = head.schedule(4, torch.device("cpu")), torch.random.get_rng_state()
+    kept = head.sample_from(context, noise, 4, schedule)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(kept, head.sample(context, seeded(7), 4))
+    assert torch.equal(kept, head.sample_from(context, noise, 4, schedule)), "a schedule can be used again"
+
+
+@trained_variant
+def test_sampling_is_one_graph(name):
+    """Nothing on the way needs Python to decide: torch.compile traces it whole."""
+    torch.compiler.reset()
+    head, context = variant(name), make_context()
+    noise, schedule = head.draw_noise(3, seeded(7), torch.device("cpu"), 3), head.schedule(3, torch.device("cpu"))
+    with torch.no_grad():
+        compiled = torch.compile(lambda: head.sample_from(context, noise, 3, schedule), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(), head.sample_from(context, noise, 3, schedule), atol=1e-4, rtol=1e-4)
 
 
 @every_variant
