@@ -1,4 +1,5 @@
-"""Look at the data as a configuration feeds them: one batch, normalized ranges, the untrained loss, the split.
+"""Look at the data as a configuration feeds them: one batch, normalized ranges, the untrained loss, the split of
+training and validation episode by episode.
 
 python simple_analysis.py --config_path configs/vla_config.yaml --output_dir analysis
 python simple_analysis.py --config_path configs/vla_config.yaml --skip_model          # no backbone weights needed
@@ -16,12 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from data.analysis import action_chunks, describe_dimensions, describe_episodes, describe_lengths, overlap, split_rows
+from data.analysis import (
+    action_chunks,
+    describe_dimensions,
+    describe_episodes,
+    describe_lengths,
+    overlap,
+    prompts_by_split,
+    split_rows,
+    unused_episodes,
+)
 from data.loader import MixtureDataset, build_datasets, build_sampler
-from data.plots import Trace, image_grid, plot_lengths, plot_vectors
+from data.plots import Trace, image_grid, plot_episodes, plot_split, plot_vectors
 from data.processing import PromptTokenizer, collate_fn, processors_from_config
 from inference.report import table, write_json
 from model.normalizer import Normalizer
@@ -68,10 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "samples": describe_samples(batch, places, tokenizer),
         "splits": {name: describe_split(split) for name, split in splits.items()},
         "overlap": find_overlap(train, val),
-        "episodes": [
-            e for name, split in splits.items() for one in split.datasets for e in describe_episodes(one, name)
-        ],
+        "episodes": list_episodes(splits),
     }
+    result["prompts"] = prompts_by_split(result["episodes"])
     normalizer = Normalizer.from_config(config, statistics)
     result["normalized"] = {name: describe_normalized(split, normalizer, config) for name, split in splits.items()}
     result["untrained_loss"] = None
@@ -80,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = VLAModel.from_pretrained(config, statistics, image_processor.mean, image_processor.std)
         result["untrained_loss"] = untrained_loss(model, batch)
 
-    paths = [args.output_dir / "analysis.json", *write_plots(args.output_dir, batch, places, config, splits)]
+    paths = [args.output_dir / "analysis.json", args.output_dir / "episodes.csv"]
     write_json(paths[0], result)
+    pd.DataFrame(result["episodes"]).to_csv(paths[1], index=False)
+    paths += write_plots(args.output_dir, batch, places, config, splits)
+    paths += write_split_plots(args.output_dir, result["episodes"])
     print(as_text(result))
     print("", *paths, sep="\n")
 
@@ -144,6 +157,16 @@ def describe_split(split: MixtureDataset) -> list[dict[str, Any]]:
     return result
 
 
+def list_episodes(splits: dict[str, MixtureDataset]) -> list[dict[str, Any]]:
+    """Every episode of the files: train, val, and `unused` for those that `data.max_episodes` leaves out."""
+    result = [e for name, split in splits.items() for one in split.datasets for e in describe_episodes(one, name)]
+    for one in splits["train"].datasets:
+        parts = [split.datasets[one.dataset_index] for split in splits.values()]
+        same = [part for part in parts if part.store.files == one.store.files]
+        result += describe_episodes(one, "unused", unused_episodes(same))
+    return result
+
+
 def find_overlap(train: MixtureDataset, val: MixtureDataset | None) -> dict[str, list[int]]:
     """Per dataset the validation episodes that training holds too; empty where there is no validation split."""
     if val is None:
@@ -191,8 +214,8 @@ def spread(length: int, count: int) -> np.ndarray:
 def write_plots(
     folder: Path, batch: dict[str, Any], places: Sequence[str], config: Config, splits: dict[str, MixtureDataset]
 ) -> list[Path]:
-    """The batch's images, episode lengths, and per dataset states and actions, as PNG; returns the paths."""
-    paths = [folder / "batch_images.png", folder / "episode_lengths.png"]
+    """The batch's images, and per dataset states and actions, as PNG; returns the paths."""
+    paths = [folder / "batch_images.png"]
     frames = np.stack([batch[camera].permute(0, 1, 3, 4, 2).numpy() for camera in config.cameras], axis=1)
     steps = [f"step {step:+d}" if step else "now" for step in range(1 - frames.shape[2], 1)]
     labels = [f"{camera}, {step}" for camera in config.cameras for step in steps]
@@ -201,11 +224,6 @@ def write_plots(
         for prompt, place in zip(batch["raw_prompt_text"], places, strict=True)
     ]
     image_grid(paths[0], frames.reshape(len(frames), -1, *frames.shape[3:]), rows, labels)
-    lengths = {
-        name: np.concatenate([np.diff(one.store.episode_starts)[one.episodes] for one in split.datasets])
-        for name, split in splits.items()
-    }
-    plot_lengths(paths[1], lengths, "Episode lengths")
     for i, one in enumerate(splits["train"].datasets):
         parts = {name: split.datasets[i] for name, split in splits.items()}
         for column in ("state", "action"):
@@ -219,6 +237,21 @@ def write_plots(
                 name: np.asarray(getattr(part.store, column))[split_rows(part)] for name, part in parts.items()
             }
             plot_vectors(paths[-1], column, traces, populations, f"{column} of {one.name}, physical units")
+    return paths
+
+
+def write_split_plots(folder: Path, episodes: Sequence[dict[str, Any]]) -> list[Path]:
+    """Per dataset which episodes are trained on, held out and unused, and what they measure, as PNG; returns the
+    paths."""
+    names, paths = list(dict.fromkeys(episode["dataset"] for episode in episodes)), []
+    for name in names:
+        own = sorted((e for e in episodes if e["dataset"] == name), key=lambda e: (e["file"], e["row"]))
+        for kind, plot, title in (
+            ("split", plot_split, "which episodes are trained on"),
+            ("episodes", plot_episodes, "its episodes, physical units"),
+        ):
+            paths.append(folder / (f"{name}_{kind}.png" if len(names) > 1 else f"{kind}.png"))
+            plot(paths[-1], own, f"{name}: {title}")
     return paths
 
 
@@ -258,6 +291,7 @@ def as_text(result: dict[str, Any]) -> str:
     ]
     header = ["data", "episodes", "samples", "shortest", "median", "mean", "longest", "% action padding"]
     parts += ["Splits", table(header, lengths), "Episodes", table(["data", "file", "episodes", "steps"], where(result))]
+    parts += ["Prompts", table(["data", "prompt", "split", "episodes", "% of episodes", "steps"], prompt_rows(result))]
     for name, shared in result["overlap"].items():
         verdict = f"episodes {numbers(shared)} of validation are training data too" if shared else "none"
         parts.append(f"overlap of training and validation, {name}: {verdict}")
@@ -272,6 +306,15 @@ def where(result: dict[str, Any]) -> list[list[Any]]:
     return [
         [*key, numbers([e["episode"] for e in episodes]), sum(e["steps"] for e in episodes)]
         for key, episodes in found.items()
+    ]
+
+
+def prompt_rows(result: dict[str, Any]) -> list[list[Any]]:
+    """Per dataset, prompt and split: episodes, their share of the prompt's, and steps."""
+    return [
+        [about["dataset"], about["prompt"], split, episodes, 100 * episodes / about["episodes"], steps]
+        for about in result["prompts"]
+        for split, (episodes, steps) in about["splits"].items()
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,18 +33,66 @@ def shared_episodes(train: np.ndarray, val: np.ndarray, val_starts: np.ndarray, 
     return np.flatnonzero(np.add.reduceat(seen, val_starts[:-1]) / np.diff(val_starts) > threshold)
 
 
-def describe_episodes(dataset: VLADataset, split: str) -> list[dict[str, Any]]:
-    """One entry per episode of a split: dataset, split, episode (of the dataset's files), file, row where it begins
-    in that file, steps, prompt."""
+def describe_episodes(
+    dataset: VLADataset, split: str, episodes: Sequence[int] | np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """Where episodes are and what they look like.
+
+    Args:
+        dataset: whose store holds them.
+        split: written into every entry.
+        episodes: numbers in the dataset's files; None: those of the dataset's own split.
+
+    Returns:
+        One entry per episode: dataset, split, episode, file, row where it begins in that file, steps, prompt, and in
+        physical units the length of the path of the state (sum of the distances between steps), the mean and the
+        largest absolute action, and the mean absolute change from one action to the next.
+    """
     store = dataset.store
     result = []
-    for episode in dataset.episodes.tolist():
+    for episode in np.asarray(dataset.episodes if episodes is None else episodes).tolist():
         begin, end = (int(row) for row in store.episode_starts[episode : episode + 2])
         file = int(np.searchsorted(store.file_starts, begin, side="right")) - 1
         place = {"file": str(store.files[file]), "row": begin - int(store.file_starts[file])}
         about = {"dataset": dataset.name, "split": split, "episode": episode, **place}
-        result.append({**about, "steps": end - begin, "prompt": store.prompt(begin)})
+        about |= {"steps": end - begin, "prompt": store.prompt(begin)}
+        result.append(about | _describe_motion(store.state[begin:end], store.action[begin:end]))
     return result
+
+
+def _describe_motion(state: np.ndarray, action: np.ndarray) -> dict[str, float]:
+    moved, changed = np.diff(state, axis=0), np.abs(np.diff(action, axis=0))
+    return {
+        "state_path": float(np.linalg.norm(moved, axis=1).sum()),
+        "action_mean_abs": float(np.abs(action).mean()),
+        "action_max_abs": float(np.abs(action).max()),
+        "action_change": float(changed.mean()) if len(changed) else 0.0,
+    }
+
+
+def unused_episodes(splits: Sequence[VLADataset]) -> np.ndarray:
+    """Episodes of the files that the splits share which are in none of them (`data.max_episodes`), int64."""
+    used = np.concatenate([dataset.episodes for dataset in splits])
+    return np.setdiff1d(np.arange(splits[0].store.num_episodes), used)
+
+
+def prompts_by_split(episodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per dataset and prompt: episodes and steps of each split, as `{"train": [episodes, steps], ...}`, and both in
+    total; the most frequent prompt of a dataset first.
+
+    Args:
+        episodes: from `describe_episodes`.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for episode in episodes:
+        key = (episode["dataset"], episode["prompt"])
+        about = found.setdefault(key, {"dataset": key[0], "prompt": key[1], "splits": {}, "episodes": 0, "steps": 0})
+        counts = about["splits"].setdefault(episode["split"], [0, 0])
+        for counter, amount in ((0, 1), (1, episode["steps"])):
+            counts[counter] += amount
+        about["episodes"] += 1
+        about["steps"] += episode["steps"]
+    return sorted(found.values(), key=lambda about: (about["dataset"], -about["episodes"], about["prompt"]))
 
 
 def overlap(train: VLADataset, val: VLADataset) -> list[int]:

@@ -1,10 +1,12 @@
-"""Pictures of demonstrations: contact sheets, traces and distributions per dimension, episode lengths."""
+"""Pictures of demonstrations: contact sheets, traces and distributions per dimension, episodes and their split."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +17,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 MAX_DIMENSIONS = 24  # per figure
 FLAGGED = "#c1121f"
-SPLIT_COLOURS = {"train": "#1f77b4", "val": "#e07b00"}
+SPLIT_COLOURS = {"train": "#1f77b4", "val": "#e07b00", "unused": "#b5b5b5"}
+MAX_STRIPS = 40  # files drawn as strips of episodes
+MAX_BARS = 40  # prompts drawn as bars
 TRACE_COLOURS = ("#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#7f7f7f", "#bcbd22", "#e377c2")
 MAX_LEGEND = 8  # groups named below a plot of traces
 WIDTH = 13  # inches
@@ -135,21 +139,91 @@ def plot_vectors(
     _save(figure, path)
 
 
-def plot_lengths(path: str | Path, lengths: dict[str, np.ndarray], title: str) -> None:
-    """Histogram of episode lengths, split -> int (episodes,)."""
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axis = figure.subplots()
-    everything = np.concatenate(list(lengths.values()))
-    bins = np.linspace(everything.min() - 0.5, everything.max() + 0.5, min(40, np.ptp(everything) + 1) + 1)
-    colours = [SPLIT_COLOURS[split] for split in lengths]
-    labels = [f"{split} ({len(values)} episodes)" for split, values in lengths.items()]
-    axis.hist(list(lengths.values()), bins=bins, stacked=True, color=colours, label=labels)
-    axis.set_xlabel("steps of an episode")
-    axis.set_ylabel("episodes")
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    axis.legend(frameon=False, fontsize=9)
-    axis.set_title(title, fontsize=10)
+def plot_episodes(path: str | Path, episodes: Sequence[dict[str, Any]], title: str) -> None:
+    """Histograms of what `data.analysis.describe_episodes` measures of each episode, by split, as PNG."""
+    measures = {
+        "steps": "steps",
+        "state_path": "length of the state's path",
+        "action_mean_abs": "mean absolute action",
+        "action_change": "mean change from action to action",
+    }
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    splits = [split for split in SPLIT_COLOURS if any(episode["split"] == split for episode in episodes)]
+    for axis, (key, label) in zip(figure.subplots(1, len(measures)), measures.items(), strict=True):
+        values = [[episode[key] for episode in episodes if episode["split"] == split] for split in splits]
+        axis.hist(values, bins=20, stacked=True, color=[SPLIT_COLOURS[split] for split in splits], label=splits)
+        axis.set_xlabel(label, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False, fontsize=8)
+    figure.supylabel("episodes", fontsize=9)
+    figure.suptitle(title, fontsize=11)
     _save(figure, path)
+
+
+def plot_split(path: str | Path, episodes: Sequence[dict[str, Any]], title: str) -> None:
+    """Which episodes are where: one strip per file, its episodes in order and as long as they are, coloured by split;
+    and below one bar per prompt, its episodes by split. Writes one PNG.
+
+    Args:
+        episodes: entries of `data.analysis.describe_episodes`, of one dataset.
+    """
+    splits = [split for split in SPLIT_COLOURS if any(episode["split"] == split for episode in episodes)]
+    files, prompts = (_grouped(episodes, key) for key in ("file", "prompt"))
+    strips, bars = list(files.items())[:MAX_STRIPS], list(prompts.items())[:MAX_BARS]
+    heights = [0.5 + 0.42 * len(strips), 0.5 + 0.3 * len(bars)]
+    figure = Figure(figsize=(WIDTH, 0.9 + sum(heights)), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=heights)
+    _draw_strips(upper, [own for _, own in strips])
+    folders = len({Path(name).name for name, _ in strips}) < len(strips)  # files of the same name
+    _label_lines(upper, [str(Path(*Path(name).parts[-1 - folders :])) for name, _ in strips])
+    upper.set_xlabel("rows of the file; white lines divide episodes, the numbers are theirs", fontsize=9)
+    left = np.zeros(len(bars))
+    for split in splits:
+        counts = np.array([sum(episode["split"] == split for episode in own) for _, own in bars])
+        lower.barh(range(len(bars)), counts, left=left, color=SPLIT_COLOURS[split], height=0.7)
+        left += counts
+    _label_lines(lower, [textwrap.shorten(prompt, 60, placeholder=" …") for prompt, _ in bars])
+    lower.set_xlabel("episodes", fontsize=9)
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    total = {split: [e["steps"] for e in episodes if e["split"] == split] for split in splits}
+    labels = [f"{split}: {len(steps)} episodes, {sum(steps)} steps" for split, steps in total.items()]
+    patches = [Patch(color=SPLIT_COLOURS[split], label=label) for split, label in zip(splits, labels, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", fontsize=9, frameon=False, ncols=len(splits))
+    hidden = [
+        f"{len(found) - limit} more {name}"
+        for name, found, limit in (("files", files, MAX_STRIPS), ("prompts", prompts, MAX_BARS))
+        if len(found) > limit
+    ]
+    figure.suptitle(title + (f" ({' and '.join(hidden)} not drawn)" if hidden else ""), fontsize=11)
+    _save(figure, path)
+
+
+def _grouped(episodes: Sequence[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for episode in episodes:
+        groups.setdefault(episode[key], []).append(episode)
+    return groups
+
+
+def _draw_strips(axis: Axes, strips: Sequence[Sequence[dict[str, Any]]]) -> None:
+    longest = max(episode["row"] + episode["steps"] for strip in strips for episode in strip)
+    for line, strip in enumerate(strips):
+        for episode in strip:
+            colour, steps = SPLIT_COLOURS[episode["split"]], episode["steps"]
+            axis.barh(line, steps, left=episode["row"], height=0.7, color=colour, edgecolor="white", linewidth=0.6)
+            if steps * 150 > longest * len(str(episode["episode"])):  # where its number has room
+                ink, middle = "black" if episode["split"] == "unused" else "white", episode["row"] + steps / 2
+                axis.text(middle, line, episode["episode"], ha="center", va="center", fontsize=7, color=ink)
+    axis.set_xlim(0, longest)
+
+
+def _label_lines(axis: Axes, labels: Sequence[str]) -> None:
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.tick_params(axis="x", labelsize=8)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
 
 
 def _mosaic(pictures: list[list[np.ndarray | None]]) -> np.ndarray:

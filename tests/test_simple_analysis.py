@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_batch_loss_and_split(tmp_path, make_config, capsys):
 
     printed = capsys.readouterr().out
     assert "untrained loss" in printed and "% outside" in printed and "overlap" in printed
-    for name in ("batch_images.png", "episode_lengths.png", "state.png", "action.png"):
+    for name in ("batch_images.png", "split.png", "episodes.png", "state.png", "action.png"):
         assert str(out / name) in printed
         pixels = np.asarray(Image.open(out / name).convert("RGB"))
         assert min(pixels.shape[:2]) > 250 and pixels.std() > 15
@@ -105,6 +106,44 @@ def test_the_same_samples_and_weights_as_training_starts_with(tmp_path, make_con
     batches = iter(build_sampler(config, train))
     places = [train.describe(i) for i in [*next(batches), *next(batches)]]  # more than one training batch
     assert [sample["place"] for sample in first["samples"]] == places
+
+
+def test_every_episode_is_somewhere(tmp_path, make_config, capsys):
+    """Trained on, held out or unused: the same in JSON, in the table and in what the datasets hold."""
+    lengths = [6, 9, 3, 7, 5, 8, 4, 6]
+    a = write_episodes(tmp_path / "a.parquet", lengths[:5])
+    b = write_episodes(tmp_path / "b.parquet", lengths[5:], seed=5)
+    data = f"train_parquet_files: [{a}, {b}], val_fraction: 0.4, max_episodes: 5, state_dim: 4"
+    config_path = make_config(data)
+    result = run(config_path, tmp_path / "out", "--skip_model")
+    where = {split: [e for e in result["episodes"] if e["split"] == split] for split in ("train", "val", "unused")}
+    assert [len(part) for part in where.values()] == [3, 2, 3]
+    assert sorted(e["episode"] for e in result["episodes"]) == list(range(8))
+    config = load_config(config_path)
+    for split, dataset in zip(("train", "val"), build_datasets(config, *processors_from_config(config)), strict=True):
+        assert [e["episode"] for e in where[split]] == dataset.datasets[0].episodes.tolist()
+    for episode in result["episodes"]:
+        assert episode["steps"] == lengths[episode["episode"]]
+        file, row = (a, sum(lengths[: episode["episode"]])) if episode["episode"] < 5 else (b, 0)
+        row = row if file == a else sum(lengths[5 : episode["episode"]])
+        assert (episode["file"], episode["row"]) == (str(file), row)
+
+    first = result["episodes"][0]
+    rows = pq.read_table(first["file"]).slice(first["row"], first["steps"])
+    state, action = (np.stack(rows[name].to_numpy()) for name in ("state", "action"))
+    assert first["state_path"] == pytest.approx(np.sqrt((np.diff(state, axis=0) ** 2).sum(axis=1)).sum(), rel=1e-5)
+    assert first["action_max_abs"] == pytest.approx(np.abs(action).max())
+    assert first["action_mean_abs"] == pytest.approx(np.abs(action).mean(), rel=1e-5)
+    assert first["action_change"] == pytest.approx(np.abs(np.diff(action, axis=0)).mean(), rel=1e-5)
+
+    for about in result["prompts"]:
+        for split, (episodes, steps) in about["splits"].items():
+            own = [e["steps"] for e in where[split] if e["prompt"] == about["prompt"]]
+            assert (len(own), sum(own)) == (episodes, steps)
+    assert sum(about["episodes"] for about in result["prompts"]) == 8
+    csv = pd.read_csv(tmp_path / "out" / "episodes.csv")
+    assert csv.to_dict("records")[0] == pytest.approx(first) and len(csv) == 8
+    assert "default unused" in capsys.readouterr().out
 
 
 def test_overlap_is_named(tmp_path, make_config, capsys):
@@ -139,7 +178,8 @@ def test_mixture(tmp_path, make_config, capsys):
     assert len(narrow_train["state"]["min"]) == 3 and len(narrow_train["action"]["min"]) == 2
     assert result["splits"]["train"][1]["action_padding"] > 0.5  # two of four steps, and the ends
     assert result["batch"]["dataset_index"]["max"] == 1
-    assert (tmp_path / "out" / "narrow_action.png").is_file() and (tmp_path / "out" / "wide_state.png").is_file()
+    for name in ("narrow_action.png", "wide_state.png", "narrow_split.png", "wide_episodes.png"):
+        assert (tmp_path / "out" / name).is_file()
 
 
 def test_windows_are_the_loaders(tmp_path, make_config):
