@@ -13,7 +13,7 @@ import torch
 
 from training.validation import Validation
 from utils.config_utils import Config, config_to_dict, save_config
-from utils.misc import atomic_path
+from utils.misc import atomic_path, disk_full_named
 from utils.trajectory_plot import plot_chunks
 
 logger = logging.getLogger(__name__)
@@ -184,8 +184,9 @@ def plot_metrics(metrics_path: Path, image_path: Path) -> None:
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+    line = json.dumps(values) + "\n"
+    with disk_full_named(path, len(line)), open(path, "a", encoding="utf-8") as file:
+        file.write(line)
 
 
 def _start_wandb(config: Config) -> Any:

@@ -43,11 +43,13 @@ def continue_from(trainer: VLATrainer, checkpoint: dict[str, Any], path: str) ->
     apply either way, and what happened is logged.
 
     Raises:
-        ConfigError: the optimizer's state does not fit what trains now, or there is none (merged adapters).
+        ConfigError: it holds weights alone, or an optimizer state that does not fit what trains now.
     """
-    if "optimizer" not in checkpoint:
+    missing = [key for key in ("optimizer", "best", "window", "scaler", "num_samples") if key not in checkpoint]
+    if missing:
         raise ConfigError(
-            f"{path}: holds weights alone, no optimizer state to go on with; start a run with --init_checkpoint"
+            f"{path}: holds weights alone, no {', '.join(missing)} state to go on with; it was merged, or written by an "
+            "earlier version: start a run from it with --init_checkpoint"
         )
     _continue_optimizer(trainer, checkpoint["optimizer"], path)
     name = trainer.config.training.experiment_name

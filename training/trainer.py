@@ -144,9 +144,9 @@ class VLATrainer:
             NonFiniteLossError: before the optimizer is stepped, naming the samples.
         """
         self.model.train()
-        valid = sum((~batch["action_is_pad"]).sum() for batch in micro_batches).to(self.device)
-        asked = torch.tensor(self.stop.reason is not None, device=self.device)
-        valid, asked = self.reduce_sum(torch.stack([valid, asked.to(valid.dtype)]))
+        valid = sum((~batch["action_is_pad"]).sum() for batch in micro_batches)
+        asked = torch.tensor(self.stop.reason is not None)
+        valid, asked = self.reduce_sum(torch.stack([valid, asked.to(valid)]).to(self.device))
         lr = learning_rate(
             self.step, self.config.optimizer.lr, self.config.lr_scheduler, self.total_steps, self.epoch_steps
         )

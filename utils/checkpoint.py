@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.misc import atomic_path, flush_to_disk
+from utils.misc import atomic_path, disk_full_named, flush_to_disk
 from utils.shards import ShardError, check_shards, load_shards, remove_unused_shards, verify_shards
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,10 @@ REQUIRED = (
     "image_processor",
     "tokenizer_files",
 )
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota used up, file size limit
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, unsafe, of another architecture, or can't be written."""
+    """A checkpoint is missing, damaged, unsafe, or of another architecture."""
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -53,29 +52,21 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     A crash or a full disk at any moment leaves the previous file as it was.
 
     Raises:
-        CheckpointError: no space for it, naming the bytes needed and free; or the disk gave back something else.
+        DiskFullError: no space for it, naming the bytes needed and free.
+        CheckpointError: the disk gave back something else than was written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     last = {"optimizer": checkpoint["optimizer"]} if "optimizer" in checkpoint else {}
     checkpoint = {"format": FORMAT, "saved_at": time.time(), **{k: v for k, v in checkpoint.items() if k not in last}}
     needed = sum(storage.nbytes() for storage in _storages([checkpoint, last]))
-    try:
+    with disk_full_named(path, needed):
         if shutil.disk_usage(path.parent).free < needed:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with atomic_path(path, durable=True) as temporary:
             _write({**checkpoint, **last}, temporary)
             flush_to_disk(temporary)
             verify_checkpoint(temporary)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise CheckpointError(
-            f"{path}: not written ({error.strerror}): it needs {needed:,} bytes, {free:,} are free; earlier "
-            "checkpoints are as they were. Make room (training.keep_last_k keeps fewer of them; quotas and ulimit -f "
-            "count too), then continue with --resume_checkpoint auto"
-        ) from None
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         logger.warning("%s: another checkpoint needs %s bytes, %s are free", path.parent, f"{needed:,}", f"{free:,}")
@@ -83,7 +74,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 
 def link_checkpoint(source: Path, path: Path) -> None:
     """Give a checkpoint a second name: a hard link, or a copy where the file system has none."""
-    with atomic_path(path, durable=True) as temporary:
+    with disk_full_named(path, source.stat().st_size), atomic_path(path, durable=True) as temporary:
         try:
             os.link(source, temporary)
         except OSError:

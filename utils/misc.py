@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +69,30 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class DiskFullError(ValueError):
+    """There is no room for a file."""
+
+
+@contextlib.contextmanager
+def disk_full_named(path: Path, needed: int) -> Iterator[None]:
+    """Turn the system's word for a full disk, quota or file size limit into one that says what to do.
+
+    Raises:
+        DiskFullError: naming `path`, the bytes `needed` for it, and those that are free.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise DiskFullError(
+            f"{path}: not written ({error.strerror}): it needs {needed:,} bytes, {free:,} are free; earlier "
+            "checkpoints are as they were. Make room (training.keep_last_k keeps fewer of them; quotas and ulimit -f "
+            "count too), then continue with --resume_checkpoint auto"
+        ) from None
 
 
 def remove_leftovers(folder: Path) -> None:

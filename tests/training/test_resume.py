@@ -15,6 +15,7 @@ from tests.trainers import assert_same_state, make_trainer, metrics_of, resumed_
 from training.run_log import read_metrics
 from training.trainer import VLATrainer
 from utils.checkpoint import load_checkpoint
+from utils.config_utils import ConfigError
 
 EXACT = {"ema_decay": 0.9, "log_interval": 2, "log_samples": True}
 
@@ -164,3 +165,12 @@ def test_a_rewound_log_keeps_what_came_before(make_config):
         file.write('{"step": 4, "lo')  # a crash in the middle of a line
     trainer.run_log.rewind(2)
     assert [line["step"] for line in read_metrics(trainer.run_log.metrics_path)] == [1, 2]
+
+
+def test_weights_alone_cannot_be_gone_on_with(make_config):
+    trainer = make_trainer(make_config())
+    checkpoint = load_checkpoint(trainer.save("merged.pth.tar"), for_inference=True)
+    del checkpoint["window"]
+    message = "merged.pth.tar: holds weights alone, no optimizer, window state to go on with; .*--init_checkpoint"
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(make_config(), checkpoint).resume(checkpoint, "merged.pth.tar")

@@ -23,7 +23,7 @@ from utils.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from utils.misc import remove_leftovers
+from utils.misc import DiskFullError, remove_leftovers
 
 CONTENT = {
     "step": 3,
@@ -160,7 +160,7 @@ def test_a_file_size_limit_leaves_the_previous_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=FULL):
+        with pytest.raises(DiskFullError, match=FULL):
             save_checkpoint(BIG, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, known
             if not known:
                 plenty = os.statvfs("/")
                 patch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": plenty.f_blocks * 4096}))
-            with pytest.raises(CheckpointError, match="No space left on device" if known else FULL):
+            with pytest.raises(DiskFullError, match="No space left on device" if known else FULL):
                 save_checkpoint(BIG, path)
         assert load_checkpoint(path)["step"] == 3 and list(tmp_path.iterdir()) == [path]
     finally:
