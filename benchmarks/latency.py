@@ -6,7 +6,7 @@ A prediction is made from the observation of one control step and arrives `delay
 80 steps are a second). Meanwhile, and at the start, where there is nothing to execute yet:
 
     synchronous    the robot holds still (no displacement, gripper as before), then runs 4 steps of the plan
-    synchronous 12 the same with 12 steps of each plan: fewer pauses, and less looking
+    synchronous_12 the same with 12 steps of each plan: fewer pauses, and less looking
     naive_async    it runs on with the old plan, then switches to the new plan's step `delay`
     ensemble       the same, averaging all predictions for a step; it plans every max(1, delay) steps
     rtc            naive_async with real-time chunking: the new plan is guided to continue the old one
@@ -54,22 +54,21 @@ KEPT, AT_DELAY = 0.9, 4  # the claim: real-time chunking keeps so much of its su
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table."""
+    """What a row of the table executes."""
 
-    name: str
     strategy: str
     n_action_steps: int = 4
     policy: str = "latency"  # the experiment whose policy it executes
 
 
-VARIANTS = (
-    Variant("synchronous", "synchronous"),
-    Variant("synchronous 12", "synchronous", n_action_steps=12),
-    Variant("naive_async", "naive_async"),
-    Variant("ensemble", "ensemble"),
-    Variant("rtc", "rtc"),
-    Variant("clean_prefix", "clean_prefix", policy="latency_prefix"),
-)
+VARIANTS = {
+    "synchronous": Variant("synchronous"),
+    "synchronous_12": Variant("synchronous", n_action_steps=12),
+    "naive_async": Variant("naive_async"),
+    "ensemble": Variant("ensemble"),
+    "rtc": Variant("rtc"),
+    "clean_prefix": Variant("clean_prefix", policy="latency_prefix"),
+}
 TRAINING = {"latency": [], "latency_prefix": [f"model.action_head_config.max_clean_prefix={LONGEST_PREFIX}"]}
 
 
@@ -79,11 +78,10 @@ def run(*command: str) -> None:
     subprocess.run([sys.executable, *command], check=True)
 
 
-def prepare(demos: int, experiment_suffix: str, settings: list[str]) -> dict[str, pathlib.Path]:
+def prepare(policies: set[str], demos: int, experiment_suffix: str, settings: list[str]) -> dict[str, pathlib.Path]:
     """Record, train what is missing, and return each policy's checkpoint."""
-    checkpoints = {
-        name: pathlib.Path(f"experiments/{name}{experiment_suffix}/checkpoints/model_best.pth.tar") for name in TRAINING
-    }
+    folder = f"{experiment_suffix}/checkpoints"
+    checkpoints = {name: pathlib.Path(f"experiments/{name}{folder}/model_best.pth.tar") for name in sorted(policies)}
     data = f"{DEMOS}{experiment_suffix}"
     if not pathlib.Path(data, "train").exists():
         record = ["scripts/record_demos.py", "--env", "metaworld", "--tasks", *TASKS]
@@ -243,6 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--episodes", type=int, default=10, help="per task, strategy and delay")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="NAME")
     parser.add_argument("--seed", type=int, default=FIRST_EVALUATION_SEED, help="of the first episode")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
@@ -250,22 +249,24 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     suffix = "_short" if args.quick else ""
-    checkpoints = prepare(3 if args.quick else 60, suffix, ["training.max_steps=20"] if args.quick else [])
+    variants = {name: VARIANTS[name] for name in args.variants}
+    policies = {variant.policy for variant in variants.values()}
+    checkpoints = prepare(policies, 3 if args.quick else 60, suffix, ["training.max_steps=20"] if args.quick else [])
     longest = longest_demonstrations(f"{DEMOS}{suffix}")
     episodes, delays = (1, (0, AT_DELAY)) if args.quick else (args.episodes, DELAYS)
     seeds = range(args.seed, args.seed + episodes)
-    work = [(variant, task, delay) for variant in VARIANTS for delay in delays for task in TASKS]
-    cells: dict[str, dict[int, list[dict[str, Any]]]] = {v.name: {d: [] for d in delays} for v in VARIANTS}
+    work = [(name, task, delay) for name in variants for delay in delays for task in TASKS]
+    cells: dict[str, dict[int, list[dict[str, Any]]]] = {name: {delay: [] for delay in delays} for name in variants}
     # Spawned, so that every process has its own renderer and none inherits torch's threads.
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         futures = [
-            pool.submit(roll_out, checkpoints[variant.policy], variant, task, delay, seeds)
-            for variant, task, delay in work
+            pool.submit(roll_out, checkpoints[variants[name].policy], variants[name], task, delay, seeds)
+            for name, task, delay in work
         ]
-        for (variant, task, delay), future in zip(work, futures, strict=True):
-            cells[variant.name][delay] += (found := future.result())
+        for (name, task, delay), future in zip(work, futures, strict=True):
+            cells[name][delay] += (found := future.result())
             done = sum(e["success"] for e in found)
-            print(f"{variant.name:<16}delay {delay}  {task:<26}{done}/{len(found)} within 200 steps", flush=True)
+            print(f"{name:<16}delay {delay}  {task:<26}{done}/{len(found)} within 200 steps", flush=True)
     summary = summarize(cells, longest)
     print_tables(summary, episodes * len(TASKS))
     kept = {name: by_delay[AT_DELAY]["deadline"]["kept"] for name, by_delay in summary.items()}
