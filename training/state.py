@@ -48,8 +48,8 @@ def continue_from(trainer: VLATrainer, checkpoint: dict[str, Any], path: str) ->
     missing = [key for key in ("optimizer", "best", "window", "scaler", "num_samples") if key not in checkpoint]
     if missing:
         raise ConfigError(
-            f"{path}: holds weights alone, no {', '.join(missing)} state to go on with; it was merged, or written by an "
-            "earlier version: start a run from it with --init_checkpoint"
+            f"{path}: holds weights alone, no {', '.join(missing)} state to go on with; it was merged, or written by "
+            "an earlier version: start a run from it with --init_checkpoint"
         )
     _continue_optimizer(trainer, checkpoint["optimizer"], path)
     name = trainer.config.training.experiment_name
