@@ -81,12 +81,31 @@ class GraphedFunction:
         return graph, inputs, output
 
 
+def choose_weight_dtype(wanted: str, compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`inference.weight_dtype` on this device.
+
+    Raises:
+        ValueError: coarser than the arithmetic.
+    """
+    if wanted == "auto":
+        return compute_dtype if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, wanted)
+    if dtype not in (torch.float32, compute_dtype):
+        raise ValueError(
+            f"inference.weight_dtype is {wanted}, but the policy computes in {str(compute_dtype)[6:]}; give auto or "
+            "float32, or compute in bfloat16 (--use_amp)"
+        )
+    return dtype
+
+
 def store_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Round once, in place, the matrices that autocast would round at every call; half the memory and its traffic.
 
     Norms, biases of norms and statistics stay float32. Embeddings are rounded too, so the backbone's residual
     stream is in `dtype`, as in the published PaliGemma weights. For inference only: such weights can't be trained.
     """
+    if dtype == torch.float32:
+        return  # as trained; frozen weights may be stored in fewer bits already
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
             for parameter in module.parameters(recurse=False):

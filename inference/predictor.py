@@ -28,7 +28,7 @@ from data.processing import (
     collate_fn,
     processors_from_checkpoint,
 )
-from inference.acceleration import store_weights
+from inference.acceleration import choose_weight_dtype, store_weights
 from inference.execution import ExecutionSettings
 from inference.export import read_policy
 from inference.quantization import quantize
@@ -82,17 +82,9 @@ class VLAPredictor:
         self.compile = _given(compile, config.inference.compile)
         self.quantization = _given(quantization, config.inference.quantization)
         wanted = _given(weight_dtype, config.inference.weight_dtype)
-        self.weight_dtype = _weight_dtype(wanted, model.compute_dtype, self.device)
-        if self.weight_dtype != torch.float32:
-            store_weights(model, self.weight_dtype)
-        if self.quantization != "none":
-            trained_in = config.model.vlm_config.quantization
-            if trained_in != "none":
-                raise ValueError(
-                    f"inference.quantization is {self.quantization}, but the policy was trained with its backbone in "
-                    f"{trained_in} (model.vlm_config.quantization) and keeps it so; give none"
-                )
-            quantize(model.backbone, self.quantization)
+        self.weight_dtype = choose_weight_dtype(wanted, model.compute_dtype, self.device)
+        store_weights(model, self.weight_dtype)
+        quantize(model.backbone, self.quantization, config.model.vlm_config.quantization)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.config = config
         self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
@@ -406,19 +398,6 @@ def _frames(images: Frame | Sequence[Frame] | None) -> list[Frame] | None:
 
 def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _weight_dtype(wanted: str, compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`inference.weight_dtype` on this device."""
-    if wanted == "auto":
-        return compute_dtype if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, wanted)
-    if dtype not in (torch.float32, compute_dtype):
-        raise ValueError(
-            f"inference.weight_dtype is {wanted}, but the policy computes in {str(compute_dtype)[6:]}; give auto or "
-            "float32, or compute in bfloat16 (--use_amp)"
-        )
-    return dtype
 
 
 def _choose_dataset(config: Config, name: str | None) -> tuple[int, MixtureEntry]:
