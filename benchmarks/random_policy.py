@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 
 from data.processing import PromptTokenizer, VLAImageProcessor
 from model.paligemma_vlm import PaliGemmaVLM
@@ -19,11 +19,12 @@ from utils.config_utils import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"quickstart": ROOT / "configs/quickstart.yaml", "paligemma-3b": ROOT / "configs/vla_config.yaml"}
+PALIGEMMA_3B = ROOT / "configs/paligemma-3b-pt-224"  # the config.json of google/paligemma-3b-pt-224
 PROMPT = "press the button from the top"
 
 
 def random_policy(
-    size: str, views: int, device: torch.device, folder: Path
+    size: str, views: int, device: torch.device, folder: Path, overrides: dict[str, Any] | None = None
 ) -> tuple[VLAModel, Config, VLAImageProcessor, PromptTokenizer]:
     """What VLAPredictor takes. The same arguments give the same weights.
 
@@ -33,10 +34,12 @@ def random_policy(
         views: cameras, 1 or 2.
         device: where the backbone is made.
         folder: an empty one, for the small directory; its tokenizer serves both sizes.
+        overrides: other values of the size's configuration, as `{"model.vlm_config.dtype": "float32"}`.
     """
     make_tiny_paligemma(folder, prompts=(PROMPT,))
     paths = {"model_name_or_path": str(folder), "use_aux_camera": views == 2}
-    config = load_config(CONFIGS[size], {f"model.vlm_config.{key}": value for key, value in paths.items()})
+    paths = {f"model.vlm_config.{key}": value for key, value in paths.items()}
+    config = load_config(CONFIGS[size], paths | (overrides or {}))
     vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
     torch.manual_seed(0)
     if size == "quickstart":
@@ -44,9 +47,12 @@ def random_policy(
         backbone = PaliGemmaVLM.from_pretrained(vlm, resampler, image_processor.mean, image_processor.std)
     else:
         image_processor = VLAImageProcessor(224, 224, (0.5,) * 3, (0.5,) * 3, Image.Resampling.BICUBIC)
+        plain = dataclasses.replace(vlm, lora=None, quantization="none")
+        shape = PaliGemmaVLM.read_config(dataclasses.replace(vlm, model_name_or_path=str(PALIGEMMA_3B)))
         with device:
-            backbone = PaliGemmaVLM.from_config(paligemma_3b(), vlm, resampler, (0.5,) * 3, (0.5,) * 3)
+            backbone = PaliGemmaVLM.from_config(shape, plain, resampler, (0.5,) * 3, (0.5,) * 3)
             _draw_weights(backbone)
+            backbone.adapt(vlm)
     entry = config.datasets[0]
     model = VLAModel(config, backbone, [_statistics(entry.state_dim, entry.per_action_dim)])
     with torch.no_grad():
@@ -54,30 +60,6 @@ def random_policy(
             parameter += 0.02 * torch.randn_like(parameter)
     tokenizer = PromptTokenizer.from_pretrained(str(folder), config.data.prompt_max_len)
     return model, config, image_processor, tokenizer
-
-
-def paligemma_3b() -> dict[str, Any]:
-    """The architecture of google/paligemma-3b-pt-224 (Beyer et al. 2024, sec. 3.1: SigLIP So400m/14 and Gemma 2B)."""
-    vision = SiglipVisionConfig(
-        image_size=224,
-        patch_size=14,
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        vision_use_head=False,
-    )
-    text = GemmaConfig(
-        vocab_size=257216,
-        hidden_size=2048,
-        intermediate_size=16384,
-        num_hidden_layers=18,
-        num_attention_heads=8,
-        num_key_value_heads=1,
-        head_dim=256,
-    )
-    config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=257152, projection_dim=2048)
-    return config.to_dict()
 
 
 @torch.no_grad()

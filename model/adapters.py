@@ -181,15 +181,17 @@ def quantize_linears(module: nn.Module, quantization: str, setting: str = "model
             if not isinstance(child, nn.Linear):
                 continue
             sizes, bias, dtype = (child.in_features, child.out_features), child.bias is not None, child.weight.dtype
+            device = child.weight.device
+            weight = child.weight.data if device.type == "meta" else child.weight.data.cpu()  # 8 bit: only from there
             if quantization == "4bit":
                 options = {"compress_statistics": False, "quant_type": "nf4"}
                 new = bnb.Linear4bit(*sizes, bias=bias, compute_dtype=dtype, device="meta", **options)
-                new.weight = bnb.Params4bit(child.weight.data, requires_grad=False, module=new, **options)
+                new.weight = bnb.Params4bit(weight, requires_grad=False, module=new, **options)
             else:
                 new = bnb.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=6.0, device="meta")
-                new.weight = bnb.Int8Params(child.weight.data, requires_grad=False, has_fp16_weights=False)
+                new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
             new.bias = child.bias
-            setattr(parent, name, new.to(child.weight.device))  # moving is what makes bitsandbytes quantize
+            setattr(parent, name, new.to(device))  # moving is what makes bitsandbytes quantize
 
 
 def _add_lora(towers: dict[str, nn.Module], lora: LoRAConfig, quantization: str) -> None:
