@@ -11,8 +11,9 @@ import main_eval
 import main_train
 from model.action_head import ACTION_HEADS
 from tests.helpers import write_episodes
-from utils.calculate_normalization_stats import calculate_statistics
+from utils.calculate_normalization_stats import calculate_for_config
 from utils.checkpoint import load_checkpoint
+from utils.config_utils import load_config
 
 SMALL = {"horizon": 5, "per_action_dim": 4, "hidden_dim": 32, "num_layers": 1, "num_heads": 4}
 SMALL |= {"mlp_hidden_dims": [32], "num_action_bins": 16, "unet_width": 16, "num_train_timesteps": 20}
@@ -25,7 +26,6 @@ def test_train_resume_and_evaluate(name, normalization, tmp_path, tiny_paligemma
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     train = write_episodes(tmp_path / "train.parquet", [8, 8], image_size=32)
     val = write_episodes(tmp_path / "val.parquet", [6], seed=9, image_size=32)
-    (tmp_path / "stats.json").write_text(json.dumps(calculate_statistics([train], 4, 4)))
     config = {
         "data": {
             "train_parquet_files": str(train),
@@ -45,6 +45,7 @@ def test_train_resume_and_evaluate(name, normalization, tmp_path, tiny_paligemma
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
+    (tmp_path / "stats.json").write_text(json.dumps(calculate_for_config(load_config(path))))
     main_train.main(["--config_path", str(path)])
     first = tmp_path / "experiments/a/checkpoints/checkpoint_epoch_1.pth.tar"
     main_train.main(["--config_path", str(path), "--resume_checkpoint", str(first), "--epochs", "2"])
