@@ -37,12 +37,7 @@ def box(axes: Axes, at: Point, size: Point, title: str, detail: str = "", color:
 
 def arrow(axes: Axes, begin: Point, end: Point, label: str = "", shift: Point = (0.0, 0.14)) -> None:
     """An arrow with a small label at its middle, moved by `shift`."""
-    style = f"arc3,rad={bend}"
-    axes.add_patch(
-        FancyArrowPatch(
-            begin, end, arrowstyle="-|>", mutation_scale=11, color=INK, connectionstyle=style, linewidth=1.1
-        )
-    )
+    axes.add_patch(FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=11, color=INK, linewidth=1.1))
     x, y = (begin[0] + end[0]) / 2 + shift[0], (begin[1] + end[1]) / 2 + shift[1]
     axes.text(x, y, label, ha="center", va="center", fontsize=8, color=SOFT, linespacing=1.3)
 
