@@ -67,6 +67,14 @@ def test_shapes_and_precision(name):
         assert head.sample(context, seeded(0), 4).dtype == torch.float32
 
 
+@every_variant
+def test_every_parameter_trains(name):
+    """A parameter without a gradient would be dead weight, and an error under DDP."""
+    head = variant(name)
+    head.loss(make_context(), torch.rand(3, 4, 2), no_pad(3)).sum().backward()
+    assert [n for n, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
 @trained_variant
 def test_one_batch_overfits(name):
     head, context = variant(name, voice=False, noise_draws_per_sample=8, unet_width=32), make_context(batch=4)
