@@ -20,6 +20,7 @@ from model.action_head import build_action_head, head_class
 from model.action_head.base import Generators
 from model.action_head.guidance import ActionPrefix
 from model.adapters import base_fingerprint, load_state, trained_state
+from model.architecture import is_plain
 from model.augmentation import ImageAugmentation
 from model.backbone import Backbone
 from model.context import Context
@@ -115,7 +116,7 @@ class VLAModel(nn.Module):
         weights = evaluation_weights(checkpoint) if use_ema else checkpoint["model"]
         base = checkpoint.get("base")
         base_name = None if base is None else base["name_or_path"]
-        adapted_later = _is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
+        adapted_later = is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
         if base is not None and not base["included"]:
             backbone = BACKBONES[vlm.type].from_pretrained(vlm, resampler, mean, std)
         else:
@@ -337,83 +338,8 @@ class VLAModel(nn.Module):
         return torch.autocast(device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
 
 
-# Settings that a run may change between a checkpoint and its continuation: they alter no weight's meaning.
-FREE_SETTINGS = {
-    "model_name_or_path",
-    "vision_model_name_or_path",
-    "language_model_name_or_path",
-    "dtype",
-    "freeze_vision_tower",
-    "freeze_language_model",
-    "gradient_checkpointing",
-    "attn_implementation",
-    "num_image_tokens",
-    "num_action_dims",
-    "dropout_prob",
-    "noise_draws_per_sample",
-    "time_distribution",
-    "time_beta",
-    "time_clamp",
-    "integrator",
-    "decoding",
-    "scheduler",
-    "inference_steps",
-    "clip_sample_range",
-    "lora.dropout",
-    "max_clean_prefix",
-}
-
-
-def require_same_architecture(saved: dict[str, Any], config: Config, path: str) -> None:
-    """Raise a ConfigError that lists how the config's architecture differs from a checkpoint's.
-
-    Args:
-        saved: the checkpoint's resolved config.
-        config: what the run asks for.
-        path: the checkpoint, for the message.
-    """
-    old = config_from_dict(saved, source=path)
-    differences = []
-    for section in ("vlm_config", "vision_resampler_config", "action_head_config"):
-        before, now = _settings(getattr(old.model, section)), _settings(getattr(config.model, section))
-        differences += [
-            f"model.{section}.{key}: checkpoint {before.get(key)!r}, config {now.get(key)!r}"
-            for key in before | now
-            if key not in FREE_SETTINGS and before.get(key) != now.get(key) and not _may_be_added(key, saved)
-        ]
-    for key in ("state_dim", "action_mode", "absolute_action_dims", "normalization_type", "action_bounds"):
-        before, now = getattr(old.data, key), getattr(config.data, key)
-        if before != now:
-            differences.append(f"data.{key}: checkpoint {before!r}, config {now!r}")
-    if differences:
-        remedy = "make them agree"
-        if not _is_plain(saved):
-            remedy += ", or turn it into a plain checkpoint first: python scripts/merge_lora.py --checkpoint_path"
-        raise ConfigError(f"{path}: a checkpoint of another architecture: {'; '.join(differences)}; {remedy}")
-
-
 def _base_of(backbone: Backbone, name_or_path: str | None) -> dict[str, Any] | None:
     """Which weights lie frozen in a backbone, and where they came from (None: a checkpoint); None where all train."""
     if all(parameter.requires_grad for parameter in backbone.parameters()):
         return None
     return {"name_or_path": name_or_path, "fingerprint": base_fingerprint(backbone)}
-
-
-def _settings(section: Any) -> dict[str, Any]:
-    """A section's values by name; those of a section within it as `lora.rank`."""
-    found = {}
-    for key, value in vars(section).items():
-        inner = _settings(value) if dataclasses.is_dataclass(value) else None
-        found |= {key: value} if inner is None else {f"{key}.{name}": one for name, one in inner.items()}
-    return found
-
-
-def _may_be_added(key: str, saved: dict[str, Any]) -> bool:
-    """Adapters and quantization go on top of the weights of a plain checkpoint."""
-    return key.split(".")[0] in ("lora", "quantization") and _is_plain(saved)
-
-
-def _is_plain(saved: dict[str, Any]) -> bool:
-    """Whether a checkpoint's resolved config has neither adapters nor quantized weights."""
-    vlm = saved["model"]["vlm_config"]
-    return vlm.get("lora") is None and vlm.get("quantization", "none") == "none"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.vla_model import VLAModel, require_same_architecture
+from model.architecture import require_same_architecture
+from model.vla_model import VLAModel
 from tests.trainers import make_trainer, metrics_of, resumed_trainer
 from training.trainer import NonFiniteLossError
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
