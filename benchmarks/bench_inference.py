@@ -21,6 +21,7 @@ cached for one view: of processor time on a CPU, of time on a GPU.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -247,17 +248,17 @@ def measured(ways: dict[str, Predict], rounds: int) -> dict[str, dict[str, float
     }
 
 
-def print_report(views: int, result: dict[str, Any], wanted: list[str], on_gpu: bool) -> None:
+def print_report(views: int, result: dict[str, Any], wanted: list[str], absent: dict[str, str], on_gpu: bool) -> None:
     """One table of the ways and one of the parts."""
     clock, speedup = ("p50_ms", "speedup") if on_gpu else ("cpu_p50_ms", "CPU speedup")
     base = result["ways"].get("naive", {}).get(clock)
     print(f"\n{f'{views} view(s)':18} {'p50 ms':>9} {'p95 ms':>9} {speedup:>12} {'over floor':>11}", end="")
     print(f" {'first call s':>13} {'difference':>11}")
     for name in wanted:
-        row = result["ways"].get(name)
-        if row is None:
-            print(f"{name:18} not available on this device")
+        if name in absent:
+            print(f"{name:18} {absent[name]}")
             continue
+        row = result["ways"][name]
         ratio = f"{base / row[clock]:12.2f}" if base else f"{'-':>12}"
         print(f"{name:18} {row['p50_ms']:9.2f} {row['p95_ms']:9.2f} {ratio}", end="")
         print(f" {row['p50_ms'] / result['floor_ms']:11.1f} {row['first_s']:13.1f} {row['difference']:11.1e}")
@@ -285,7 +286,10 @@ def main() -> None:
         torch.set_num_threads(1)  # the quickstart's own setting
     size, rounds = "paligemma-3b" if on_gpu else "quickstart", args.rounds or (20 if args.quick else 100)
     wanted = [way for way in args.ways if not (args.quick and way == "compiled" and not on_gpu)]
-    names = [way for way in wanted if on_gpu or way not in GPU_WAYS]
+    absent = {} if on_gpu else dict.fromkeys(GPU_WAYS, "not available on this device")
+    if importlib.util.find_spec("torchao") is None:
+        absent["int8"] = "needs the torchao package: pip install torchao"
+    names = [way for way in wanted if way not in absent]
     peaks = measured_peaks(device)
     machine = torch.cuda.get_device_name(device) if on_gpu else f"{os.cpu_count()} cores, one thread"
     print(f"{size} on {machine}, torch {torch.__version__}, {STEPS} steps, {rounds} predictions of each way")
@@ -295,7 +299,7 @@ def main() -> None:
     for views in args.views[:1] if args.quick else args.views:
         result = bench(size, views, device, names, rounds, peaks)
         report["views"][str(views)] = result
-        print_report(views, result, wanted, on_gpu)
+        print_report(views, result, wanted, absent, on_gpu)
     ways, clock = next(iter(report["views"].values()))["ways"], "p50_ms" if on_gpu else "cpu_p50_ms"
     if {"naive", "cached"} <= ways.keys():
         report["cached_speedup"] = ways["naive"][clock] / ways["cached"][clock]

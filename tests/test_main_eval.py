@@ -272,10 +272,10 @@ def test_closed_loop(checkpoint, tmp_path, capsys):
 def test_latency_in_closed_loop(checkpoint, tmp_path):
     args = ["--checkpoint_path", str(checkpoint), "--env", "metaworld", "--tasks", "window-open-v3", "--device", "cpu"]
     args += ["--env_options", "max_episode_steps=6", "--episodes", "1", "--num_videos", "0", "--num_threads", "1"]
-    args += ["--latency_steps", "2", "--output_dir", str(tmp_path)]
+    args += ["--latency_steps", "2"]
     for strategy, held in (("synchronous", 4), ("rtc", 2)):
-        main_eval.main([*args, "--execution", strategy])
-        result = json.loads((tmp_path / "rollouts.json").read_text())
+        main_eval.main([*args, "--execution", strategy, "--output_dir", str(tmp_path / strategy)])
+        result = json.loads((tmp_path / strategy / "rollouts.json").read_text())
         assert result["settings"]["execution"]["strategy"] == strategy
         assert result["settings"]["execution"]["latency_steps"] == 2
         assert result["tasks"]["window-open-v3"]["held_steps"] == [held]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -52,8 +53,15 @@ def test_processes_and_batches_change_no_episode(predictor, execution):
 
 
 def test_plans_are_made_in_batches(predictor, monkeypatch):
-    policy, sizes, real = ModelPolicy(predictor), [], ModelPolicy.plan_many
-    monkeypatch.setattr(ModelPolicy, "plan_many", lambda self, asked: sizes.append(len(asked)) or real(self, asked))
+    policy, sizes, real = ModelPolicy(predictor), [1], ModelPolicy.plan_many
+
+    def slow_plan_many(self, asked):
+        if max(sizes) == 1:
+            time.sleep(0.5)  # processes start one after the other: the later ones ask while this one plans
+        sizes.append(len(asked))
+        return real(self, asked)
+
+    monkeypatch.setattr(ModelPolicy, "plan_many", slow_plan_many)
     run(policy, num_envs=3)
     assert max(sizes) > 1
 
