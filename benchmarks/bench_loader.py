@@ -196,7 +196,7 @@ def main() -> None:
         print(json.dumps(probe(pathlib.Path(path), pathlib.Path(folder), int(batches))))
         return
     sizes = [0.02, 0.1] if args.quick else args.sizes_gb
-    rows, count, rounds, batches = (2000, 1920, 1, 20) if args.quick else (6000, 9600, 3, 200)
+    rows, count, rounds, batches = (2000, 1920, 1, 20) if args.quick else (6000, 9600, 9, 200)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         make_tiny_paligemma(folder / "tokenizer", prompts=["pick up the red block"])
@@ -222,7 +222,7 @@ def main() -> None:
         ("pandas in memory, PIL", rates["naive"], rates["naive"] / rates["decode"], ""),
     )
     for heading, rate, ratio, wanted in lines:
-        print(f"{heading:<34}{rate:>10.0f}{ratio:>14.2f}{wanted:>10}")
+        print(f"{heading:<34}{rate:>10.0f}{ratio:>14.3f}{wanted:>10}")
     print(f"\n{'dataset':<14}{'rows':>10}{'anonymous MB / worker':>24}{'s to first batch':>18}{'s to build cache':>18}")
     for row in memory:
         print(

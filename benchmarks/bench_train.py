@@ -226,17 +226,23 @@ class Bench:
 
 
 def measure_overhead(bench: Bench, changes: dict[str, Any], steps: int, turns: int) -> dict[str, float]:
-    """`fit` on pre-collated batches, and with the loader attached, each in turns with the bare loop."""
-    found = {}
+    """`fit` on pre-collated batches, and with the loader attached, each in turns with the bare loop.
+
+    The pre-collated ones were drawn from the loader: prompts as long, as many steps valid.
+    """
+    found, drawn = {}, []
     for name in ("pre-collated", "loader"):
         feed = Turns(None, [], steps, skip=0)
         trainer = bench.trainer(changes, feed, max_steps=10**9, experiment_name=name)
-        feed.trainer, feed.fixed = trainer, bench.batches(bench.batch_size)
+        if not drawn:
+            config = replaced(trainer.config, "data", num_workers=0)
+            drawn = list(itertools.islice(bench.loader(config), 4))
+        feed.trainer, feed.fixed = trainer, drawn
         if name == "loader":
             feed.source = bench.loader(trainer.config)
             feed.skip = 2 * trainer.config.data.num_workers + 2
         else:
-            feed.source = itertools.cycle(feed.fixed)
+            feed.source = itertools.cycle(drawn)
         limit = turns * (steps + feed.skip) + 1
         trainer.config = replaced(trainer.config, "training", max_steps=limit)
         trainer.fit()
