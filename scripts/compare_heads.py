@@ -5,9 +5,9 @@
 
 Every cell (backbone, head, seed) has the same data, split, steps, data order and, per backbone and seed, the same
 initial backbone. It is trained, evaluated over the held-out episodes and rolled out in closed loop, with its images and
-with blank ones, on episodes that depend on the seed alone. Cells run side by side, one per core; latency is measured
-at the end, with nothing else running. Demonstrations, statistics and small backbones (folders called tiny-...) that
-the config names are made where they are missing.
+with blank ones, on episodes that depend on the seed alone. Cells run side by side, one per core; training speed and
+latency are measured at the end, with nothing else running. Demonstrations, statistics and small backbones (folders
+called tiny-...) that the config names are made where they are missing.
 
 Output in --output_dir: compare_heads.md, compare_heads.json, compare_heads.png, and one folder per cell with its log.
 The same command continues a comparison that was interrupted; finished stages are not repeated, and more heads,
@@ -32,6 +32,7 @@ import os
 import signal
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -66,6 +67,7 @@ BACKBONES = {
     "siglip_llm": ("vision_model_name_or_path", "language_model_name_or_path"),
 }
 LATENCY_REPEATS = 200
+SPEED_WINDOWS, SPEED_STEPS = 12, 4  # of the short training that is timed
 
 
 class CellError(RuntimeError):
@@ -134,24 +136,34 @@ def train(plan: Plan, cell: Cell) -> Path:
     folder = plan.output_dir / cell.name
     done, checkpoints = folder / "trained.json", folder / "checkpoints"
     if not done.is_file():
-        settings = (
-            f"model.vlm_config.type={cell.backbone}",
-            f"model.action_head_config.type={cell.head}",
-            f"training.seed={cell.seed}",
-            f"training.checkpoint_dir={plan.output_dir}",
-            f"training.experiment_name={cell.name}",
-        )
-        flags = ["--config_path", plan.config_path, "--resume_checkpoint", "auto"]
-        main_train.main([*flags, "--set", *plan.set_args, *settings])
+        main_train.main(train_flags(plan, cell, plan.output_dir))
         lines = [line for line in read_metrics(folder / "logs" / "metrics.jsonl") if "samples_per_second" in line]
         steps, wanted = lines[-1]["step"], plan.config.training.max_steps
         if steps < wanted:
             raise CellError(f"{cell.name}: training ended at step {steps} of {wanted}; start again to continue")
-        speeds = [line["samples_per_second"] for line in lines]
-        rate = statistics.median(speeds[1:] or speeds)  # the first window warms up
-        checkpoint = newest_checkpoint(checkpoints, cell.name).name
-        write_json(done, {"checkpoint": checkpoint, "steps": steps, "samples_per_second": rate})
+        write_json(done, {"checkpoint": newest_checkpoint(checkpoints, cell.name).name, "steps": steps})
     return checkpoints / json.loads(done.read_text(encoding="utf-8"))["checkpoint"]
+
+
+def train_flags(plan: Plan, cell: Cell, folder: Path) -> list[str]:
+    """What main_train.py is given to train a cell below `folder`."""
+    settings = (
+        f"model.vlm_config.type={cell.backbone}",
+        f"model.action_head_config.type={cell.head}",
+        f"training.seed={cell.seed}",
+        f"training.checkpoint_dir={folder}",
+        f"training.experiment_name={cell.name}",
+    )
+    return ["--config_path", plan.config_path, "--resume_checkpoint", "auto", "--set", *plan.set_args, *settings]
+
+
+def training_speed(plan: Plan, cell: Cell) -> float:
+    """Samples/s of a short training of its own: the median over windows of a few steps, the first two left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = (f"training.max_steps={SPEED_WINDOWS * SPEED_STEPS}", f"training.log_interval={SPEED_STEPS}")
+        run_script("main_train.py", *train_flags(plan, cell, Path(folder)), *short, "data.val_parquet_files=[]")
+        lines = read_metrics(Path(folder) / cell.name / "logs" / "metrics.jsonl")
+    return statistics.median([line["samples_per_second"] for line in lines if "samples_per_second" in line][2:])
 
 
 def evaluate(plan: Plan, cell: Cell, checkpoint: Path) -> None:
@@ -233,7 +245,7 @@ def results_of(plan: Plan, cell: Cell) -> dict[str, Any]:
 
 
 def measure_speed(plan: Plan, cell: Cell) -> None:
-    """Parameters of a policy and the latency of one prediction, from a collated observation to actions."""
+    """Parameters of a policy, its training rate, and the latency of a prediction from a collated observation."""
     folder = plan.output_dir / cell.name
     if (folder / "speed.json").is_file():
         return
@@ -244,6 +256,7 @@ def measure_speed(plan: Plan, cell: Cell) -> None:
         "parameters": parameters,
         "trained_parameters": trained,
         "head_parameters": count_parameters(predictor.model.action_head)[0],
+        "samples_per_second": training_speed(plan, cell),
         "latency": latency(predictor, dataset, LATENCY_REPEATS),
         "device": str(predictor.device),
         "threads": torch.get_num_threads(),

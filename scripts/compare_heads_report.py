@@ -26,9 +26,9 @@ def summarize(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             blind where there were rollouts.
 
     Returns:
-        Per row, ready for JSON: backbone, head, seeds; parameters, head_parameters, latency; samples_per_second, the
-        median over seeds; per offline metric its mean and the values of the seeds; per column of the closed loop
-        successes, episodes and wilson_95 over all seeds, and the same per task.
+        Per row, ready for JSON: backbone, head, seeds; parameters, head_parameters, latency and samples_per_second of
+        training; per offline metric its mean and the values of the seeds; per column of the closed loop successes,
+        episodes and wilson_95 over all seeds, and the same per task.
     """
     rows = []
     for backbone, head in dict.fromkeys((cell["backbone"], cell["head"]) for cell in cells):
@@ -41,7 +41,7 @@ def summarize(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "parameters": speed.get("parameters"),
             "head_parameters": speed.get("head_parameters"),
             "latency": speed.get("latency"),
-            "samples_per_second": statistics.median(cell["training"]["samples_per_second"] for cell in part),
+            "samples_per_second": speed.get("samples_per_second"),
             "offline": {},
         }
         for name in (*OFFLINE, *SMOOTHNESS):
@@ -76,7 +76,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
     for row in rows:
         offline = row["offline"]
-        cells = [row["backbone"], row["head"], _parameters(row), f"{row['samples_per_second']:.0f}"]
+        cells = [
+            row["backbone"],
+            row["head"],
+            _parameters(row),
+            f"{row['samples_per_second']:.0f}" if row["latency"] else "-",
+        ]
         cells += [
             _number(offline[name]["mean"])
             for name in ("mse_normalized", "best_of_k_mse_normalized", "spread_normalized")
@@ -92,8 +97,8 @@ def markdown(result: dict[str, Any]) -> str:
         "Wilson 95 % intervals; blank images: the same policies on grey images."
     )
     speed = (
-        f"Training: {settings['steps']} steps of {settings['batch_size']} samples, samples/s per process while all "
-        f"{settings['cores']} cores were at work. Latency: one observation to actions, alone on the machine."
+        f"Training: {settings['steps']} steps of {settings['batch_size']} samples. Latency: one observation to "
+        f"actions. Samples/s of training and latency: one process, alone on {settings['cores']} cores."
     )
     return "\n".join([*lines, "", offline, loop if settings["episodes"] else "No closed loop.", speed])
 

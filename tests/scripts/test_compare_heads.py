@@ -147,7 +147,7 @@ def cell(seed, successes, mse, head="flow_matching"):
         "backbone": "paligemma",
         "head": head,
         "seed": seed,
-        "training": {"samples_per_second": 100.0 + seed},
+        "training": {"steps": 9},
         "offline": {"predictors": {"policy": {"overall": overall}}},
         "closed_loop": rollouts,
         "blind": blind,
@@ -155,13 +155,14 @@ def cell(seed, successes, mse, head="flow_matching"):
 
 
 def test_table_by_hand(tmp_path):
-    speed = {"parameters": 1_500_000, "head_parameters": 400_000, "latency": {"median_ms": 12.34, "p95_ms": 20.0}}
+    speed = {"parameters": 1_500_000, "head_parameters": 400_000, "samples_per_second": 100.4}
+    speed |= {"latency": {"median_ms": 12.34, "p95_ms": 20.0}}
     rows = summarize([{**cell(0, 9, 0.02), "speed": speed}, cell(1, 8, 0.04), cell(0, 0, 0.5, head="regression")])
     assert [row["head"] for row in rows] == ["flow_matching", "regression"]
     pooled = rows[0]["closed_loop"]
     assert (pooled["successes"], pooled["episodes"]) == (34, 40) and pooled["tasks"]["a"]["successes"] == 17
     assert pooled["wilson_95"] == pytest.approx([0.7093, 0.9294], abs=1e-3)
-    assert rows[0]["samples_per_second"] == 100.5
+    assert rows[0]["samples_per_second"] == 100.4
     settings = {"steps": 9, "batch_size": 4, "tasks": ["a", "b"], "episodes": 10, "num_samples": 8, "cores": 2}
     result = {"settings": settings, "rows": rows}
     lines = markdown(result).splitlines()
