@@ -73,8 +73,9 @@ class VLAPredictor:
         """Use `from_checkpoint`, unless the model is already in memory; it is changed in place.
 
         Raises:
-            ValueError: num_inference_steps below 1, n_action_steps outside 1 to horizon, an unknown dataset, a CUDA
-                graph on another device, or weights rounded below the compute precision.
+            ValueError: num_inference_steps below 1 or above a diffusion head's noise levels, n_action_steps outside 1
+                to horizon, an unknown dataset, a CUDA graph on another device, or weights rounded below the compute
+                precision.
         """
         self.device = pick_device(str(device))
         if use_amp is not None:
@@ -102,7 +103,7 @@ class VLAPredictor:
                 f"actions; give 1 to {self.horizon}"
             )
         self._warned: set[str] = set()
-        self.sampler = Sampler(model, self.compile, config.data.prompt_max_len, self.device)
+        self.sampler = Sampler(model, self.compile, config.data.prompt_max_len, self.num_inference_steps, self.device)
 
     @classmethod
     def from_checkpoint(
@@ -161,13 +162,20 @@ class VLAPredictor:
         """Load a shared policy: an exported folder or its hub id; the same as `from_checkpoint`, options included."""
         return cls.from_checkpoint(name_or_path, **options)
 
-    def warm_up(self) -> None:
-        """Predict once on blank images, so that compilation, graph capture and the GPU's own start are over."""
+    def warm_up(self, batch_size: int = 1) -> None:
+        """Predict once on blank images, so that compilation, graph capture and the GPU's own start are over.
+
+        Args:
+            batch_size: observations predicted together; compiled code and graphs serve one size each.
+        """
         shape = (self.max_seq_len, self.image_processor.height, self.image_processor.width, 3)
         images = {camera: np.zeros(shape, np.uint8) for camera in self.cameras}
+        state = np.zeros(self.state_dim)
+        blank = self.observation(images["image_1"], images.get("image_2"), prompt="wait", state=state)
         started = time.perf_counter()
-        self.predict(images["image_1"], images.get("image_2"), prompt="wait", state=np.zeros(self.state_dim), seed=0)
-        logger.info("first prediction, compile %s: %.1f s", self.compile, time.perf_counter() - started)
+        self.predict_batch(collate_fn([blank] * batch_size), [0] * batch_size)
+        seconds = time.perf_counter() - started
+        logger.info("first prediction of %d, compile %s: %.1f s", batch_size, self.compile, seconds)
 
     def predict(
         self,

@@ -32,19 +32,22 @@ class Sampler:
         model: in evaluation mode, on `device`.
         compile: `inference.compile`.
         prompt_max_len: text tokens of the longest prompt.
+        num_inference_steps: that predictions take unless told otherwise.
         device: of the model.
 
     Raises:
-        ValueError: the device can't do what `compile` asks for.
+        ValueError: the device can't do what `compile` asks for, or the head not so many steps.
     """
 
-    def __init__(self, model: VLAModel, compile: str, prompt_max_len: int, device: torch.device) -> None:
+    def __init__(
+        self, model: VLAModel, compile: str, prompt_max_len: int, num_inference_steps: int, device: torch.device
+    ) -> None:
         self.model, self.compile, self.device = model, compile, device
         self._prompt_length = prompt_max_len if compile != "none" else None
         self._embedded = functools.lru_cache(maxsize=MAX_EMBEDDED_PROMPTS)(self._embed)
         self._schedule = functools.lru_cache(maxsize=MAX_FUNCTIONS)(self._make_schedule)
         self._function = functools.lru_cache(maxsize=MAX_FUNCTIONS)(self._make_function)
-        self._function(1, 1)  # so that what this device can't do is refused here
+        self._function(1, num_inference_steps)  # so that what device or head can't do is refused here
 
     @torch.no_grad()
     def __call__(

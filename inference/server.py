@@ -36,6 +36,7 @@ from utils.misc import derive_seed
 logger = logging.getLogger(__name__)
 
 GOING_AWAY = 1001
+MAX_TEXT = 500  # characters of a reply or a log line that quotes a request
 
 
 class RequestError(ValueError):
@@ -157,12 +158,17 @@ class PolicyServer:
             return self._refuse(str(error), "busy" if isinstance(error, BusyError) else "bad_request")
         except TimeoutError:
             return self._refuse(f"no prediction within {self.config.timeout_s:g} s (serving.timeout_s)", "timeout")
+        except RuntimeError as error:  # torch's, such as a GPU without memory for this batch
+            logger.exception("a prediction failed")
+            reason = str(error).partition("\n")[0]
+            return self._refuse(f"the prediction failed ({reason}); the server's log has the whole of it", "failed")
         seconds = time.perf_counter() - started
         self.metrics.answered(seconds, prediction.batch_size)
         return pack({"actions": prediction.actions, "server_timing": _timing(prediction, seconds)})
 
     def _refuse(self, text: str, reason: str) -> str:
         self.metrics.refused(reason)
+        text = _short(text)
         logger.warning("refused a request: %s", text)
         return f"error: {text}"
 
@@ -199,6 +205,9 @@ class PolicyServer:
         if not isinstance(prompt, str):
             found = "missing" if prompt is None else f"a {type(prompt).__name__}"
             raise RequestError(f"{self.config.prompt_key!r} is {found}; wanted the instruction as text")
+        if len(prompt) > (limit := self.config.max_prompt_chars):
+            found = f"{self.config.prompt_key!r} has {len(prompt)} characters"
+            raise RequestError(f"{found}; at most {limit} are taken (serving.max_prompt_chars)")
         if seed is None:
             seed = derive_seed("serving", self.seed, next(self._numbers))
         elif not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -254,7 +263,8 @@ class PolicyServer:
     def _warn_unread(self, request: dict[Any, Any]) -> None:
         unread = {str(key) for key in request} - set(self.config.keys) - set(self.config.keys.values()) - {"seed"}
         if len(self._warned) < 100 and unread - self._warned:
-            logger.warning("requests carry keys that nothing reads: %s", ", ".join(sorted(unread - self._warned)[:5]))
+            named = _short(", ".join(sorted(unread - self._warned)[:5]))
+            logger.warning("requests carry keys that nothing reads: %s", named)
             self._warned |= unread
 
     def _wanted(self) -> str:
@@ -263,6 +273,10 @@ class PolicyServer:
 
     def _predict(self, samples: Sequence[Sample], seeds: Sequence[int]) -> np.ndarray:
         return self.predictor.predict_batch(collate_fn(samples), seeds)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ..."
 
 
 def _encoded_size(frame: bytes, key: str) -> tuple[int, int]:

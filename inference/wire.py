@@ -8,6 +8,7 @@ msgpack alone, so that a robot can use this file without torch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 
 NUMBERS = "biuf"  # numpy's kinds: bool, signed, unsigned, float
 MAX_DIMENSIONS = 8
+MAX_ITEMS = 4096  # of one list or dict: arrays carry whatever is long
+MAX_CONTAINERS = 1024  # lists and dicts of one message: an empty one is one byte on the wire and 60 in memory
 
 
 class WireError(ValueError):
@@ -41,10 +44,20 @@ def unpack(data: bytes) -> Any:
     """The message in `data`. Arrays are read-only views of it.
 
     Raises:
-        WireError: not msgpack, cut off, nested too deeply, an array whose dtype, shape or size is not sound.
+        WireError: not msgpack, cut off, nested too deeply, too many lists and dicts or too long ones, an array whose
+            dtype, shape or size is not sound.
     """
+    seen = itertools.count(1)
+
+    def counted(found: Any) -> Any:
+        if next(seen) > MAX_CONTAINERS:
+            raise WireError(f"more than {MAX_CONTAINERS} lists and dicts in a message; send arrays")
+        return _decode(found) if isinstance(found, dict) else found
+
+    limits = {"max_array_len": MAX_ITEMS, "max_map_len": MAX_ITEMS}
+    hooks = {"object_hook": counted, "list_hook": counted, "ext_hook": _refuse_extension}
     try:
-        return msgpack.unpackb(data, object_hook=_decode, ext_hook=_refuse_extension, strict_map_key=False)
+        return msgpack.unpackb(data, strict_map_key=False, **hooks, **limits)
     except WireError:
         raise
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:

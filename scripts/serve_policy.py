@@ -24,7 +24,8 @@ if __name__ == "__main__":  # so that "python scripts/serve_policy.py" finds the
 
 from inference.predictor import VLAPredictor
 from inference.server import PolicyServer
-from utils.config_utils import ConfigError, override_config
+from utils.config_reader import choices
+from utils.config_utils import ConfigError, InferenceConfig, override_config
 from utils.misc import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as trained")
     parser.add_argument("--num_inference_steps", type=int)
+    for name in ("compile", "quantization"):
+        parser.add_argument(f"--{name}", choices=choices(InferenceConfig, name), help="default: the checkpoint's")
     parser.add_argument("--num_threads", type=int, help="CPU threads of torch")
     parser.add_argument("--seed", type=int, default=0, help="of the noise of requests that carry no seed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="serving.key=value", dest="set_args")
@@ -62,12 +65,29 @@ def read_token(name: str | None, host: str) -> str | None:
     return os.environ[name]
 
 
+def check_set_args(items: list[str]) -> None:
+    """Raise a ConfigError where --set names another section than `serving`: the policy is served as it was trained."""
+    for item in items:
+        if not item.startswith("serving."):
+            raise ConfigError(
+                f"--set {item}: only serving.key=value is read here; how the policy predicts is chosen by "
+                "--num_inference_steps, --compile, --quantization and --use_amp"
+            )
+
+
 async def serve(server: PolicyServer, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: the port can't be listened on.
+    """
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    await server.run(host, port, stopping)
+    try:
+        await server.run(host, port, stopping)
+    except OSError as error:
+        raise ConfigError(f"can't listen there ({error}); choose another --port, or stop what uses it") from None
 
 
 def main() -> None:
@@ -77,21 +97,25 @@ def main() -> None:
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     token = read_token(args.token_env, args.host)
+    check_set_args(args.set_args)
     predictor = VLAPredictor.from_checkpoint(
         args.checkpoint_path,
         args.device,
         args.use_amp,
         num_inference_steps=args.num_inference_steps,
         dataset=args.dataset,
+        compile=args.compile,
+        quantization=args.quantization,
     )
     serving = override_config(predictor.config, args.set_args).serving
+    if predictor.compile != "none":  # no client should wait for a compiler
+        for batch_size in range(2, serving.max_batch_size + 1):
+            predictor.warm_up(batch_size)
     asyncio.run(serve(PolicyServer(predictor, serving, token, args.seed), args.host, args.port))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: can't listen there ({error}); choose another --port, or stop what uses it")

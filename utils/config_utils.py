@@ -459,11 +459,12 @@ class ServingConfig:
     max_clients: int = 64  # connections at once
     max_message_bytes: int = 32_000_000  # of one request
     max_image_pixels: int = 16_000_000  # height x width of one frame, also of an encoded one
+    max_prompt_chars: int = 4096  # of an instruction, which is kept with its tokens
     timeout_s: float = 20.0  # for a handshake, a prediction, a client that answers no ping, and the end of a connection
 
     def __post_init__(self) -> None:
         _positive(self, "serving", "max_batch_size", "max_waiting", "max_clients", "max_message_bytes")
-        _positive(self, "serving", "max_image_pixels", "timeout_s")
+        _positive(self, "serving", "max_image_pixels", "max_prompt_chars", "timeout_s")
         if self.batch_window_ms < 0:
             raise ConfigError(f"serving.batch_window_ms is {self.batch_window_ms}; give 0 or more")
         if len(set(self.keys.values())) < len(self.keys) or "seed" in self.keys.values():

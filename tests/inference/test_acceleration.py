@@ -126,6 +126,15 @@ def test_what_depends_on_the_observation_is_computed_once_and_what_depends_on_ti
     assert images == [2, 1]  # both cameras in one pass; an absent one costs nothing
 
 
+def test_warming_up_a_batch_predicts_that_many(plain):
+    images = []
+    tower = plain.model.backbone.backbone.vision_tower
+    hook = tower.register_forward_hook(lambda _, inputs, __: images.append(len(inputs[0])))
+    plain.warm_up(3)
+    hook.remove()
+    assert images == [6]  # two cameras each
+
+
 def test_draws_share_the_context(plain):
     batch = observations(plain)
     both = plain.predict_draws(batch, [range(4), range(7, 11)])

@@ -140,6 +140,13 @@ def test_steps_and_precision_can_be_chosen(checkpoint, predictor):
         VLAPredictor.from_checkpoint(checkpoint, "cpu", num_inference_steps=0)
 
 
+def test_more_steps_than_noise_levels_are_refused_when_the_policy_loads(tmp_path, tiny_paligemma_dir, demos):
+    head = {"type": "diffusion", "denoiser": "transformer", "num_train_timesteps": 20}
+    path = train_tiny(tmp_path, tiny_paligemma_dir, [demos], head=head)
+    with pytest.raises(ValueError, match="num_inference_steps is 21; this diffusion head was trained on 20"):
+        VLAPredictor.from_checkpoint(path, "cpu", num_inference_steps=21)
+
+
 def test_missing_second_camera_is_masked_with_one_warning(two_cameras, caplog):
     predictor = VLAPredictor.from_checkpoint(two_cameras, device="cpu")
     args = {"prompt": "press the button", "state": STATE}

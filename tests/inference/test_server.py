@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -19,6 +20,7 @@ import urllib.request
 import msgpack
 import numpy as np
 import pytest
+import torch
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -118,6 +120,7 @@ MALFORMED = {
     "no prompt": (pack(observation(prompt=None)), "'prompt' is missing"),
     "no state": (pack(observation(**{"observation/state": None})), "state is missing"),
     "empty prompt": (pack(observation(prompt=" ")), "prompt is ' '"),
+    "endless prompt": (pack(observation(prompt="open " * 2000)), "10000 characters; at most 4096 are taken"),
     "prompt of bytes": (pack(observation(prompt=b"open")), "'prompt' is a bytes"),
     "float image": (pack(observation(**{"observation/image": frame() / 255.0})), "float64"),
     "channels first": (
@@ -134,6 +137,8 @@ MALFORMED = {
     "NaN in state": (pack(observation(**{"observation/state": nan_state()})), r"state\[1\] is nan"),
     "infinite state": (pack(observation(**{"observation/state": np.full(4, np.inf)})), r"state\[0\] is inf"),
     "seed of text": (pack(observation(seed="x")), "'seed' is 'x'"),
+    "endless seed": (pack(observation(seed="x" * 100_000)), r"'seed' is 'x{400,500} \.\.\.$"),
+    "too many lists": (msgpack.packb([[[]] * 1000] * 2), "more than 1024 lists"),
     "negative seed": (pack(observation(seed=-1)), "'seed' is -1"),
 }
 
@@ -281,13 +286,27 @@ def test_actions_that_are_not_finite_never_leave(predictor, monkeypatch):
             PolicyClient(port=server.port).predict(observation())
 
 
+def test_a_prediction_that_fails_is_told_and_the_connection_goes_on(predictor, monkeypatch, caplog):
+    def out_of_memory(samples, seeds):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    with running(predictor) as server:
+        client = PolicyClient(port=server.port)
+        with monkeypatch.context() as patch:
+            patch.setattr(server.batcher, "predict", out_of_memory)
+            with pytest.raises(RuntimeError, match="the prediction failed .CUDA out of memory..; the server's log"):
+                client.predict(observation())
+        assert "Tried to allocate" in caplog.text and 'outcome="failed"} 1.0' in get(server, "/metrics")
+        np.testing.assert_allclose(client.predict(observation(3)), expected(predictor, 3), atol=1e-6)
+
+
 @contextlib.contextmanager
 def process(checkpoint, *flags, **environment):
     command = [sys.executable, "scripts/serve_policy.py", "--checkpoint_path", str(checkpoint), "--port", "0", *flags]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     try:
-        lines = []
+        server.log = lines = []
         for line in server.stderr:
             lines.append(line)
             if found := re.search(r"serving on \S+ port (\d+)", line):
@@ -327,10 +346,26 @@ def test_the_scripts_own_errors(checkpoint, tmp_path):
         "--checkpoint_path", str(checkpoint), "--token_env", "NO_SUCH_TOKEN"
     )
     assert "did you mean serving.image_1_key" in run("--checkpoint_path", str(checkpoint), "--set", "serving.image_1=a")
+    inference = run("--checkpoint_path", str(checkpoint), "--set", "inference.compile=default")
+    assert "--set inference.compile=default: only serving.key=value is read here" in inference
+    graph = run("--checkpoint_path", str(checkpoint), "--device", "cpu", "--compile", "cuda_graph")
+    assert "error: inference.compile is cuda_graph, but the policy runs on cpu" in graph
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "can't listen there" in run("--checkpoint_path", str(checkpoint), "--port", str(taken.getsockname()[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on a CPU")
+def test_no_client_waits_for_a_compiler(checkpoint, predictor):
+    with process(checkpoint, "--compile", "default", "--set", "serving.max_batch_size=2") as (server, port):
+        assert all(
+            any(f"first prediction of {size}, compile default" in line for line in server.log) for size in (1, 2)
+        )
+        client = PolicyClient(port=port)
+        np.testing.assert_allclose(client.predict(observation(2)), expected(predictor, 2), atol=1e-4)
+        client.close()
 
 
 @pytest.mark.parametrize(

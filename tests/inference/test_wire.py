@@ -52,6 +52,8 @@ def array(data=b"\0" * 8, dtype="<f4", shape=(2,)):
         (pack({"a": 1}) + b"\0", "no msgpack"),
         (b"\x91" * 5000 + b"\x90", "no msgpack"),
         (b"\xdd\xff\xff\xff\xff", "no msgpack"),
+        (b"\xdd\x00\x00\x10\x01" + b"\x00" * 4097, "4097 exceeds max_array_len"),
+        (b"\x92" + (b"\xdc\x03\xe8" + b"\x90" * 1000) * 2, "more than 1024 lists and dicts in a message"),
         (msgpack.packb(msgpack.ExtType(1, b"x")), "extension type 1"),
         (array(dtype="|O"), "dtype '|O'"),
         (array(dtype="<U4"), "dtype '<U4'"),
