@@ -137,7 +137,7 @@ def evaluate_closed_loop(args: argparse.Namespace, predictor: VLAPredictor | Non
         "env": args.env,
         "env_options": options,
         "execution": vars(execution),
-        "num_inference_steps": predictor.num_inference_steps if predictor else None,
+        **_policy_settings(predictor),
         "demos_path": args.demos_path,
     }
     output = Path(args.output_dir)
@@ -171,6 +171,19 @@ def evaluate_closed_loop(args: argparse.Namespace, predictor: VLAPredictor | Non
     write_json(output / "rollouts.json", result)
     videos = [video for task in results.values() for video in task["videos"]]
     _finish(rollout_table(result), [output / "rollouts.json", *videos], output / LOG_NAME)
+
+
+def _policy_settings(predictor: VLAPredictor | None) -> dict[str, Any]:
+    """What decides a policy's plans beside its checkpoint; nothing where no policy runs."""
+    if predictor is None:
+        return {}
+    return {
+        "dataset": predictor.dataset.name,
+        "num_inference_steps": predictor.num_inference_steps,
+        "quantization": predictor.quantization,
+        "compute_dtype": str(predictor.model.compute_dtype).removeprefix("torch."),
+        "weight_dtype": str(predictor.weight_dtype).removeprefix("torch."),
+    }
 
 
 def _video(output: Path, task: str, seed: int) -> Path:
@@ -272,5 +285,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {user_message(error)}")

@@ -332,6 +332,6 @@ def numbers(ascending: Sequence[int]) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         logger.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}")
