@@ -64,11 +64,14 @@ def check_file(predictor: VLAPredictor, path: Path, max_samples: int, batch_size
 
 
 def share_in_range(predictor: VLAPredictor, predictions: Predictions) -> float:
-    """Share of predicted values within the training actions' range, widened by RANGE_MARGIN on both sides."""
-    statistics = predictor.model.statistics[0]["action"]
-    low, high = np.array(statistics["min"]), np.array(statistics["max"])
+    """Share of predicted values within the training actions' range, widened by RANGE_MARGIN on both sides.
+
+    Where actions are relative to the state, so is the range.
+    """
+    low, high = (np.array(predictor.action_statistics[name]) for name in ("min", "max"))
     margin = RANGE_MARGIN * (high - low) + 1e-6
-    predicted = predictions.predicted_KNTA[0][~predictions.is_pad_NT]
+    relative_NTA = predictions.predicted_KNTA[0] - predictor.action_origin(predictions.state_NS)[:, None]
+    predicted = relative_NTA[~predictions.is_pad_NT]
     return float(((predicted >= low - margin) & (predicted <= high + margin)).mean())
 
 
@@ -107,9 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_samples", type=int, default=200, help="samples per file")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dataset", help="for a policy trained on a mixture: whose statistics and widths apply")
     args = parser.parse_args(argv)
     set_up_logging()
-    predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, args.device)
+    predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, args.device, dataset=args.dataset)
     if predictor.config.training.num_threads is not None:
         torch.set_num_threads(predictor.config.training.num_threads)
     paths = resolve_parquet_files(args.test_data_dir, "--test_data_dir")
@@ -132,5 +136,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -31,6 +31,7 @@ class Predictions:
         predicted_KNTA: float32, physical units, K draws; the first is the prediction.
         true_NTA: float32, physical units, zeros where `is_pad_NT`.
         is_pad_NT: bool, True past the episode's end.
+        state_NS: float32, physical units, in the model's width.
         episode_N, frame_N: int64, where each sample comes from.
         file_N: the Parquet file of each sample.
     """
@@ -38,6 +39,7 @@ class Predictions:
     predicted_KNTA: np.ndarray
     true_NTA: np.ndarray
     is_pad_NT: np.ndarray
+    state_NS: np.ndarray
     episode_N: np.ndarray
     frame_N: np.ndarray
     file_N: list[str]
@@ -96,7 +98,7 @@ def evaluate_offline(
             for which, candidate in candidates.items():
                 normalized = np.stack([predictor.normalize_action(draw, state) for draw in candidate])
                 accumulators[which].update(candidate, true, is_pad, normalized, true_normalized, index)
-            seen.append((true, is_pad, batch["episode_index"].numpy(), batch["frame_index"].numpy(), rows))
+            seen.append((true, is_pad, state, batch["episode_index"].numpy(), batch["frame_index"].numpy(), rows))
             drawn.append(predicted)
         *arrays, rows = map(np.concatenate, zip(*seen, strict=True))
         files = np.searchsorted(dataset.store.file_starts, rows, side="right") - 1

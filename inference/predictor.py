@@ -336,11 +336,19 @@ class VLAPredictor:
 
         In delta mode the mean is of deltas, so the state is added to the dimensions that are relative.
         """
-        mean_A = np.array(self.model.statistics[self.dataset_index]["action"]["mean"], np.float32)
-        width = len(mean_A)
+        return np.array(self.action_statistics["mean"], np.float32) + self.action_origin(state_NS)
+
+    @property
+    def action_statistics(self) -> dict[str, list[float]]:
+        """Of the training actions of the dataset that this policy drives; in delta mode, of deltas."""
+        return self.model.statistics[self.dataset_index]["action"]
+
+    def action_origin(self, state_NS: np.ndarray) -> np.ndarray:
+        """What actions are relative to, float32 (N, A): in delta mode the state, 0 in dimensions that are absolute."""
+        width = self.per_action_dim
         delta_A = self.model.normalizer.action_is_delta_A[:width].cpu().numpy()
         state_NA = np.pad(state_NS, ((0, 0), (0, max(0, width - state_NS.shape[1]))))[:, :width]
-        return mean_A + np.where(delta_A, state_NA, 0.0).astype(np.float32)
+        return np.where(delta_A, state_NA, 0.0).astype(np.float32)
 
     @torch.no_grad()
     def normalize_action(self, action_NTA: np.ndarray, state_NS: np.ndarray) -> np.ndarray:

@@ -220,6 +220,22 @@ def test_offline_check(checkpoint, demos, tmp_path, capsys):
     assert (tmp_path / "report.txt").read_text().endswith("FAILED\n")
 
 
+def test_offline_check_of_relative_actions(tmp_path, tiny_paligemma_dir):
+    """The training range is that of the differences to the state, which itself is far away here."""
+    rows = [row for i in range(3) for row in episode_rows(6, seed=i)]
+    rows = [{**row, "state": [50.0] * 4, "action": [50 + value for value in row["action"]]} for row in rows]
+    data = write_rows(tmp_path / "data" / "far.parquet", rows)
+    settings = {"data": {"action_mode": "delta"}, "head": {"type": "regression"}}
+    path = train_tiny(tmp_path, tiny_paligemma_dir, [data], **settings)
+    args = ["--checkpoint_path", str(path), "--test_data_dir", str(data.parent), "--device", "cpu"]
+    test_vla_offline.main([*args, "--output_file", str(tmp_path / "report.json"), "--dataset", "default"])
+    assert json.loads((tmp_path / "report.json").read_text())["files"][str(data)]["share_in_range"] == 1.0
+    with pytest.raises(
+        ValueError, match="trained on default; there is no dataset 'other': give one of them.*--dataset"
+    ):
+        test_vla_offline.main([*args, "--dataset", "other"])
+
+
 @pytest.mark.slow
 def test_offline_check_passes_a_policy_that_has_learned(tmp_path, tiny_paligemma_dir):
     rows = []
@@ -259,6 +275,8 @@ def test_closed_loop(checkpoint, tmp_path, capsys):
         assert task["seeds"] == [10000, 10001] and task["steps"] == [4, 4] and task["prompt"] == task["instruction"]
         assert len(task["videos"]) == 1
     assert "Wilson" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="episodes of another evaluation: compute_dtype differs .there 'float32', now"):
+        main_eval.main([*common, "--output_dir", str(tmp_path / "own"), "--num_videos", "1", "--use_amp"])
 
     main_eval.main([*common, "--output_dir", str(tmp_path / "swap"), "--num_videos", "0", "--swap_prompts", "--blind"])
     swapped = json.loads((tmp_path / "swap" / "rollouts.json").read_text())
@@ -280,7 +298,7 @@ def test_latency_in_closed_loop(checkpoint, tmp_path):
         assert result["settings"]["execution"]["latency_steps"] == 2
         assert result["tasks"]["window-open-v3"]["held_steps"] == [held]
     with pytest.raises(ValueError, match="must cover 6, but the policy predicts a horizon of 4"):
-        main_eval.main([*args, "--execution", "rtc", "--latency_steps", "3"])
+        main_eval.main([*args, "--execution", "rtc", "--latency_steps", "3", "--output_dir", str(tmp_path / "none")])
 
 
 @pytest.mark.sim

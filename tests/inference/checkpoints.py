@@ -58,7 +58,8 @@ def train_tiny(folder: Path, backbone_dir: Path, files: list[Path], *, steps: in
     )
     loader = make_loader(dataset, num_workers=0, batch_sampler=StepBatchSampler(len(dataset), data.batch_size, seed=0))
     torch.manual_seed(0)
-    statistics = calculate_statistics(files, data.state_dim, head.per_action_dim)
+    relative = {"action_mode": data.action_mode, "absolute_action_dims": data.absolute_action_dims}
+    statistics = calculate_statistics(files, data.state_dim, head.per_action_dim, horizon=head.horizon, **relative)
     model = VLAModel.from_pretrained(config, [statistics], image_processor.mean, image_processor.std)
     processors = {"image_processor": image_processor.to_settings(), "tokenizer_files": tokenizer.to_files()}
     trainer = VLATrainer(config, model, loader, None, torch.device("cpu"), processors)
