@@ -70,8 +70,9 @@ def evaluate_offline(
     Raises:
         NonFiniteError: the policy predicted NaN or infinity.
     """
-    settings = MetricSettings.from_config(predictor.config)
     horizon, width = predictor.horizon, predictor.per_action_dim
+    bin_range_2A = predictor.model.normalizer.action_range.covered_2A[:, :width].numpy()
+    settings = MetricSettings.from_config(predictor.config, bin_range_2A)
     accumulators = {name: MetricAccumulator(list(data), horizon, width, settings) for name in PREDICTORS}
     num_samples = num_samples if predictor.model.action_head.is_stochastic else 1
     predictions, seconds = {}, 0.0
@@ -112,7 +113,7 @@ def evaluate_offline(
             "num_samples": num_samples,
             "seed": seed,
             "num_action_bins": settings.num_action_bins,
-            "action_bounds": list(settings.action_bounds),
+            "bin_range": bin_range_2A.tolist(),
             "accuracy_threshold": settings.accuracy_threshold,
             "horizon": horizon,
             "per_action_dim": width,

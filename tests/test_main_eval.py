@@ -119,6 +119,19 @@ def test_several_draws(checkpoint, demos, tmp_path, capsys):
     assert len(list((tmp_path / "several" / "plots").iterdir())) == 2
 
 
+def test_bins_cover_standardised_actions(tmp_path, tiny_paligemma_dir):
+    """The bins of binned accuracy reach as far as the data do, not one standard deviation."""
+    demos = write_episodes(tmp_path / "demos" / "a.parquet", [9, 8])
+    path = train_tiny(tmp_path, tiny_paligemma_dir, [demos], data={"normalization_type": "mean_std"})
+    output = ["--output_dir", str(tmp_path / "out"), "--num_workers", "0", "--num_plots", "0", "--device", "cpu"]
+    main_eval.main(["--checkpoint_path", str(path), "--eval_data_path", str(demos), *output])
+    low, high = json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["bin_range"]
+    statistics = load_checkpoint(path)["statistics"][0]["action"]
+    lowest, mean, std = (np.array(statistics[name]) for name in ("min", "mean", "std"))
+    np.testing.assert_allclose(low, (lowest - mean) / std, rtol=1e-4)
+    assert min(high) > 1.2
+
+
 def test_quantization_reports_its_error(checkpoint, demos, tmp_path):
     pytest.importorskip("torchao")
     result, _ = evaluate(checkpoint, demos, tmp_path, "--quantization", "int8", "--num_plots", "0", "--batch_size", "4")

@@ -81,7 +81,8 @@ def validate(
     """
     head, seed = config.model.action_head_config, config.training.seed
     names = [entry.name for entry in config.datasets]
-    accumulator = MetricAccumulator(names, head.horizon, head.per_action_dim, MetricSettings.from_config(config))
+    settings = MetricSettings.from_config(config, policy.normalizer.action_range.covered_2A.numpy())
+    accumulator = MetricAccumulator(names, head.horizon, head.per_action_dim, settings)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     fixed = _fixed_samples(config.training.val_num_plots, num_batches)
     plotted = []

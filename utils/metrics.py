@@ -27,20 +27,21 @@ class MetricSettings:
     """What the accuracies mean.
 
     Attributes:
-        num_action_bins: bins of binned accuracy per dimension, over `action_bounds`.
-        action_bounds: (low, high) of the normalized range; values outside fall in the outermost bins.
+        num_action_bins: bins of binned accuracy per dimension, over `bin_range`.
+        bin_range: (low, high) in normalized units, numbers or one per dimension (A,); values outside fall in the
+            outermost bins.
         accuracy_threshold: threshold accuracy counts |error| below this, in normalized units.
     """
 
     num_action_bins: int = 256
-    action_bounds: tuple[float, float] = (-1.0, 1.0)
+    bin_range: tuple[float, float] | np.ndarray = (-1.0, 1.0)
     accuracy_threshold: float = 0.1
 
     @classmethod
-    def from_config(cls, config: Config) -> MetricSettings:
-        """What a configuration says about them."""
+    def from_config(cls, config: Config, bin_range_2A: np.ndarray) -> MetricSettings:
+        """What a configuration says about them; the range is the normalizer's, `action_range.covered_2A`."""
         bins = config.model.action_head_config.num_action_bins
-        return cls(bins, config.data.action_bounds, config.inference.accuracy_threshold)
+        return cls(bins, bin_range_2A, config.inference.accuracy_threshold)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class ActionErrors:
 
     def bins_NTA(self, normalized_NTA: np.ndarray) -> np.ndarray:
         """Bin index, 0 to num_action_bins - 1, of each normalized value."""
-        low, high = self.settings.action_bounds
+        low, high = self.settings.bin_range
         index = np.floor((normalized_NTA - low) / (high - low) * self.settings.num_action_bins)
         return np.clip(index, 0, self.settings.num_action_bins - 1)
 

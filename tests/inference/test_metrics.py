@@ -14,7 +14,7 @@ from inference.metrics import (
     wilson_interval,
 )
 
-SETTINGS = MetricSettings(num_action_bins=4, action_bounds=(-1.0, 1.0), accuracy_threshold=0.1)
+SETTINGS = MetricSettings(num_action_bins=4, bin_range=(-1.0, 1.0), accuracy_threshold=0.1)
 
 
 def accumulate(predicted, true, is_pad, scale=10.0, index=None, names=("demos",), exists=None):
@@ -51,6 +51,13 @@ def test_hand_computed():
     assert result["per_step"]["mae_normalized"] == pytest.approx([0.275, 0.55])
     assert result["per_dimension"]["mae_normalized"] == pytest.approx([0.25, 0.575])
     assert (result["samples"], result["valid_steps"]) == (1, 2)
+
+
+def test_each_dimension_has_its_own_bins():
+    accumulator = MetricAccumulator(["demos"], 1, 2, MetricSettings(4, np.array([[-1.0, -8.0], [1.0, 8.0]])))
+    true, predicted = np.array([[[0.1, 1.0]], [[0.1, 5.0]]]), np.array([[[[0.4, 3.0]], [[0.6, 3.0]]]])
+    accumulator.update(predicted, true, np.zeros((2, 1), bool), predicted, true, np.zeros(2, int))
+    assert accumulator.result()["per_dimension"]["binned_accuracy"] == [0.5, 0.5]
 
 
 def test_steps_and_endpoints_by_hand():
