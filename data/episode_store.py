@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from utils.parquet_utils import DataError, Source, fingerprint, open_parquet, require_columns, vectors
+from utils.parquet_utils import DataError, Source, batches, fingerprint, open_parquet, require_columns, vectors
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class EpisodeStore:
             keep_cache: False builds into a temporary folder, which is removed with the last process that uses it.
 
         Raises:
-            DataError: a file breaks the schema; the message names file, row and remedy.
+            DataError: a file breaks the schema or is damaged (the message names file, row and remedy), or there is no
+                room for the cache.
         """
         self.files = list(files)
         self.cameras = tuple(cameras)
@@ -98,6 +99,8 @@ class EpisodeStore:
             weakref.finalize(self, _remove_own, root, os.getpid())
         self.folder = root / digest
         _build_once(self.files, spec, self.folder)
+        size = sum(path.stat().st_size for path in self.folder.iterdir())
+        logger.info("episode cache: %.1f MB at %s", size / 1e6, self.folder)
         meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         self.prompts: list[str] = meta["prompts"]
         self.file_starts = np.array(meta["file_starts"], dtype=np.int64)
@@ -152,19 +155,31 @@ def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None
     """Make the cache unless it is there. One process builds; others that want the same wait for it."""
     if (folder / "meta.json").is_file():
         return
-    locks = folder.parent / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with open(locks / folder.name, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "meta.json").is_file():
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            try:
-                _write_cache(files, spec, temporary)
-                os.rename(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            size = sum(path.stat().st_size for path in folder.iterdir())
-            logger.info("episode cache: %.1f MB at %s", size / 1e6, folder)
+    try:
+        locks = folder.parent / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with open(locks / folder.name, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "meta.json").is_file():
+                _build(files, spec, folder)
+    except OSError as error:  # of writing: what can't be read is a DataError
+        needed = sum(size for _, size, _ in spec["files"])
+        raise DataError(
+            f"episode cache: {folder.parent} can't take it ({error}); it needs about {needed:,} bytes there: make "
+            "room, or set data.cache_dir to another folder"
+        ) from None
+
+
+def _build(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
+    """Make the cache; the caller holds its lock."""
+    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed while it built
+        shutil.rmtree(leftover)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write_cache(files, spec, temporary)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
@@ -178,14 +193,12 @@ def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> Non
         for path, found in zip(files, columns, strict=True):
             file = open_parquet(path)
             file_starts.append(rows)
-            first_row = 0
             names = ["state", "action", "prompt", *FLAGS, *found.values()]
-            for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=names):
+            for first_row, batch in batches(file, path, names, ROWS_PER_BATCH):
                 _append_numbers(parts, prompts, batch, path, first_row, spec)
                 images = [_frames(batch, found.get(camera), camera, path, first_row) for camera in cameras]
                 writer.write_batch(pa.record_batch(images, schema=schema))
-                first_row += batch.num_rows
-            rows += first_row
+            rows += file.metadata.num_rows
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
     starts = _episode_starts(arrays, files, np.array(file_starts))
     for name in ("state", "action", "prompt_index"):

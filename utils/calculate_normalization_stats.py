@@ -34,9 +34,9 @@ from utils.misc import atomic_path, set_up_logging
 from utils.parquet_utils import (
     DataError,
     Source,
+    batches,
     fingerprint,
     open_parquet,
-    require_columns,
     resolve_parquet_files,
     vectors,
 )
@@ -270,7 +270,7 @@ def _count_episodes(paths: list[Source]) -> tuple[int, int]:
     episodes = bytes_read = 0
     for path in paths:
         with open_parquet(path) as file:
-            for row, batch in _batches(file, path, ["is_first"]):
+            for row, batch in batches(file, path, ["is_first"], ROWS_PER_BATCH, use_threads=False):
                 episodes += int(_is_first(batch, path, row).sum())
             bytes_read += _bytes_needed(file, ["is_first"])
     return episodes, bytes_read
@@ -284,7 +284,7 @@ def _read(task: tuple[list[Source], int], spec: _Spec, held_out: np.ndarray) -> 
     rows = bytes_read = 0
     for path in paths:
         with open_parquet(path) as file:
-            for row, batch in _batches(file, path, columns):
+            for row, batch in batches(file, path, columns, ROWS_PER_BATCH, use_threads=False):
                 state = vectors(batch.column("state"), spec.state_dim, path, row, "state|state_dim").T
                 action = vectors(batch.column("action"), spec.per_action_dim, path, row, "action|per_action_dim").T
                 episode = np.zeros(batch.num_rows, np.int64)
@@ -302,25 +302,6 @@ def _read(task: tuple[list[Source], int], spec: _Spec, held_out: np.ndarray) -> 
                 rows += batch.num_rows
             bytes_read += _bytes_needed(file, columns)
     return _Part(statistics, rows, bytes_read)
-
-
-def _batches(file: pq.ParquetFile, path: Source, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(row in the file, batch) of some columns, with a DataError where the file is damaged."""
-    require_columns(file, path, columns)
-    batches = file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns, use_threads=False)
-    row = 0
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pa.ArrowInvalid, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"{path}: {', '.join(columns)} can't be read from row {row} on ({reason}); record or convert it again"
-            ) from None
-        if batch is None:
-            return
-        yield row, batch
-        row += batch.num_rows
 
 
 def _is_first(batch: pa.RecordBatch, path: Source, row: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +118,31 @@ def require_columns(file: pq.ParquetFile, path: Source, names: Sequence[str]) ->
     for name in names:
         if name not in present:
             raise DataError(f"{path}: no column {name!r} (found: {', '.join(present)}); see docs/data_format.md")
+
+
+def batches(
+    file: pq.ParquetFile, path: Source, columns: list[str], batch_size: int, *, use_threads: bool = True
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(row in the file, batch of at most `batch_size` rows) of some columns.
+
+    Raises:
+        DataError: a column is not there, or the file is damaged, naming the row.
+    """
+    require_columns(file, path, columns)
+    stream = file.iter_batches(batch_size=batch_size, columns=columns, use_threads=use_threads)
+    row = 0
+    while True:
+        try:
+            batch = next(stream, None)
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{path}: {', '.join(columns)} can't be read from row {row} on ({reason}); record or convert it again"
+            ) from None
+        if batch is None:
+            return
+        yield row, batch
+        row += batch.num_rows
 
 
 def vectors(column: pa.ChunkedArray | pa.Array, width: int, path: Source, first_row: int, wanted_by: str) -> np.ndarray:

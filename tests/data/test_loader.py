@@ -259,6 +259,19 @@ def test_empty_and_damaged_files(tmp_path, make_dataset):
         make_dataset([torn])
 
 
+def test_damaged_image_pages_are_named(tmp_path, make_dataset):
+    """The statistics never read them: training meets them first."""
+    path = write_episodes(tmp_path / "a.parquet", [6])
+    group = pq.ParquetFile(path).metadata.row_group(1)
+    column = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "image_1")
+    spoiled = bytearray(path.read_bytes())
+    start = min(offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset)
+    spoiled[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(spoiled)
+    with pytest.raises(DataError, match=r"a\.parquet: .*image_1 can't be read from row 0 on .*; record or convert it"):
+        make_dataset([path])
+
+
 def test_jpeg_frames_come_out_as_pil_decodes_them(tmp_path, make_dataset):
     rows = episode_rows(2)
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

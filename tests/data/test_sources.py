@@ -44,10 +44,30 @@ def test_processes_that_build_at_once_share_one_cache(tmp_path):
 def test_a_crash_while_building_leaves_nothing_that_counts(tmp_path, monkeypatch):
     path = write_episodes(tmp_path / "a.parquet", [10])
     monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
-    with pytest.raises(OSError, match="no space left"):
+    full = rf"\S*/cache can't take it \(no space left.*needs about {path.stat().st_size:,} bytes.*set data\.cache_dir"
+    with pytest.raises(DataError, match=full):
         EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS)
     monkeypatch.undo()
     assert len(EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS)) == 10
+
+
+def test_what_a_killed_build_left_is_removed_and_the_cache_reported(tmp_path, caplog):
+    path = write_episodes(tmp_path / "a.parquet", [10])
+    with caplog.at_level("INFO"):
+        folder = EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS).folder
+    folder.rename(folder.with_name(f".{folder.name}.x7_q"))  # as after SIGKILL: gigabytes that nothing refers to
+    with caplog.at_level("INFO"):
+        EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS)
+        EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS)
+    assert {one.name for one in (tmp_path / "cache").iterdir()} == {folder.name, "locks"}
+    assert caplog.text.count(f"episode cache: 0.1 MB at {folder}") == 3
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    path = write_episodes(tmp_path / "a.parquet", [4])
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"episode cache: \S*file/cache can't take it \(.*; .*set data\.cache_dir to"):
+        EpisodeStore([path], cache_dir=tmp_path / "file/cache", **OPTIONS)
 
 
 def test_without_a_cache_nothing_stays(tmp_path):
