@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from training.validation import Validation
+from utils.checkpoint import shards_of
 from utils.config_utils import Config, config_to_dict, save_config
 from utils.misc import atomic_path, disk_full_named
 from utils.trajectory_plot import plot_chunks
 
 logger = logging.getLogger(__name__)
+
+PICTURE_BYTES = 200_000  # about what a picture takes
 
 
 class RunLog:
@@ -42,9 +45,9 @@ class RunLog:
         paths = [self.metrics_path, self.validation_path] if self.is_main else []
         for path in [*paths, self.samples_path]:
             if path.is_file():
-                kept = [line for line in read_metrics(path) if line["step"] <= step]
-                with atomic_path(path) as temporary:
-                    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
+                with disk_full_named(path, len(kept)), atomic_path(path) as temporary:
+                    temporary.write_text(kept, encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; `values` holds `step`."""
@@ -70,6 +73,9 @@ class RunLog:
 
         artifact = wandb.Artifact(f"checkpoint-{self._wandb.id}", type="model", metadata={"step": step})
         artifact.add_file(str(path))
+        shards = shards_of(path)
+        if shards is not None:
+            artifact.add_dir(str(shards), name=shards.name)
         self._wandb.log_artifact(artifact, aliases=["latest", f"step-{step}", path.name.removesuffix(".pth.tar")])
 
     def write_validation(self, step: int, found: Validation) -> None:
@@ -78,14 +84,14 @@ class RunLog:
         """
         if not self.is_main:
             return
-        with open(self.validation_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **found.details}) + "\n")
+        _append(self.validation_path, {"step": step, **found.details})
         if found.plotted is None:
             return
         path = self.directory / "plots" / f"validation_step_{step:06d}.png"
         part = found.plotted
         title = f"Action chunks of held-out samples after {step} steps, physical units"
-        plot_chunks(path, part.drawn_KNTA, part.true_NTA, part.is_pad_NT, part.captions, title)
+        with disk_full_named(path, PICTURE_BYTES):
+            plot_chunks(path, part.drawn_KNTA, part.true_NTA, part.is_pad_NT, part.captions, title)
         if self._wandb is not None:
             import wandb
 
@@ -94,7 +100,9 @@ class RunLog:
     def plot(self) -> None:
         """Draw the loss curves of metrics.jsonl to plots/loss_curve.png."""
         if self.is_main and self.metrics_path.is_file():  # a run stopped before its first log line has none
-            plot_metrics(self.metrics_path, self.directory / "plots" / "loss_curve.png")
+            path = self.directory / "plots" / "loss_curve.png"
+            with disk_full_named(path, PICTURE_BYTES):
+                plot_metrics(self.metrics_path, path)
 
     def finish(self) -> None:
         """Draw the curves a last time and close W&B."""

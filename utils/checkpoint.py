@@ -213,16 +213,26 @@ def prune_checkpoints(folder: Path, keep: int, experiment_name: str) -> None:
         logger.info("removed %s (training.keep_last_k %d)", path, keep)
 
 
+def shards_of(path: Path) -> Path | None:
+    """The folder beside a checkpoint file that holds its sharded tensors; None where all is in the file.
+
+    Raises:
+        CheckpointError: the file can't be read.
+    """
+    content = _read(path)
+    return path.parent / content["shards"]["folder"] if "shards" in content else None
+
+
 def remove_unreferenced_shards(folder: Path) -> None:
     """Remove the folders of shards that no checkpoint file beside them names."""
     used = set()
     for path in folder.glob(f"*{SUFFIX}"):
         try:
-            content = _read(path)
+            shards = shards_of(path)
         except CheckpointError as error:
             logger.warning("shards stay because %s", error)
             return
-        used |= {content["shards"]["folder"]} if "shards" in content else set()
+        used |= set() if shards is None else {shards.name}
     remove_unused_shards(folder, used)
 
 

@@ -1,12 +1,17 @@
-"""Weights & Biases, offline: one run across resumes, and checkpoints as artifacts."""
+"""Weights & Biases, offline: one run across resumes, and checkpoints as artifacts. Logs on a full disk."""
 
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 
 from tests.trainers import make_trainer, resumed_trainer
+from training.validation import Validation
+from utils.checkpoint import save_checkpoint
+from utils.misc import DiskFullError
 
 
 @pytest.fixture
@@ -14,6 +19,16 @@ def offline(tmp_path, monkeypatch):
     """Nothing leaves the machine, nor the test's folder."""
     for name, value in {"MODE": "offline", "SILENT": "true", "DATA_DIR": tmp_path, "CACHE_DIR": tmp_path}.items():
         monkeypatch.setenv(f"WANDB_{name}", str(value))
+
+
+def holds(path: Path, text: str, within_s: float = 10.0) -> bool:
+    """Whether a W&B file has a text; its process may write the last of it after `finish` has returned."""
+    deadline = time.monotonic() + within_s
+    while text.encode() not in path.read_bytes():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_a_resumed_run_is_the_same_wandb_run(make_config, offline):
@@ -29,9 +44,8 @@ def test_a_resumed_run_is_the_same_wandb_run(make_config, offline):
     stored = sorted((again.config.experiment_dir / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(stored) == 2, "one part per start, of one run, which `wandb sync` puts together"
     for part, steps in zip(stored, ([1, 2], [3, 4]), strict=True):
-        content = part.read_bytes()
-        assert f"checkpoint-{run_id}".encode() in content and b"checkpoint_epoch_1.pth.tar" in content
-        assert f"step-{steps[-1]}".encode() in content, "the artifact's alias"
+        assert holds(part, f"checkpoint-{run_id}") and holds(part, "checkpoint_epoch_1.pth.tar")
+        assert holds(part, f"step-{steps[-1]}"), "the artifact's alias"
     lines = [json.loads(line) for line in again.run_log.metrics_path.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
@@ -48,3 +62,28 @@ def test_another_clock_than_wandbs(make_config, offline):
     summary = dict(trainer.run_log._wandb.summary)
     assert summary["step"] == 1 and summary["loss"] == 1.0
     trainer.run_log.finish()
+
+
+def test_an_artifact_holds_the_shards_of_its_checkpoint(make_config, offline):
+    trainer = make_trainer(make_config(wandb={"enabled": True, "log_checkpoints": True}))
+    path = trainer.checkpoints / "checkpoint_step_1.pth.tar"
+    shards = path.with_name(f"{path.name}.step_1.shards")
+    save_checkpoint({"step": 1, "shards": {"folder": shards.name, "places": {}, "files": {}}}, path)
+    shards.mkdir()
+    (shards / "shard-00001.safetensors").write_bytes(b"weights")
+    run_id = trainer.run_log._wandb.id
+    trainer.run_log.checkpoint(path, 1)
+    trainer.run_log.finish()
+    (stored,) = (trainer.config.experiment_dir / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
+    assert holds(stored, path.name) and holds(stored, f"{shards.name}/shard-00001.safetensors")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_named_wherever_a_log_is_written(make_config):
+    log = make_trainer(make_config()).run_log
+    log.metrics_path = log.validation_path = Path("/dev/full")
+    full = r"/dev/full: not written \(No space left on device\): it needs .* --resume_checkpoint auto"
+    with pytest.raises(DiskFullError, match=full):
+        log.write({"step": 1})
+    with pytest.raises(DiskFullError, match=full):
+        log.write_validation(1, Validation({}, {"overall": {}}, None))
