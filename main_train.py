@@ -112,6 +112,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ImportError, NonFiniteLossError) as error:
+    except (ValueError, ImportError, NonFiniteLossError, torch.OutOfMemoryError) as error:
         logger.debug("traceback", exc_info=True)
         sys.exit(f"error: {user_message(error)}")

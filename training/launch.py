@@ -229,7 +229,8 @@ def _verdict(failed: int, code: int, error_file: Path, forced: list[int]) -> str
 
 def _report(rank: int, error: Exception) -> None:
     """Hand the message to the launcher, or print it; only the first rank of a machine that fails does either."""
-    if isinstance(error, ValueError | ImportError) or type(error).__module__.startswith("training."):
+    of_users = isinstance(error, ValueError | ImportError | torch.OutOfMemoryError)
+    if of_users or type(error).__module__.startswith("training."):
         text = f"error: {user_message(error)}"
     elif LOST.search(str(error)):
         text = (

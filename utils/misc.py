@@ -115,8 +115,17 @@ def count_parameters(module: torch.nn.Module) -> tuple[int, int]:
 
 
 def user_message(error: BaseException) -> str:
-    """The error's own words; a loader worker wraps them in its traceback, which is left out."""
+    """The error's own words; a loader worker wraps them in its traceback, which is left out.
+
+    To torch's words for a full GPU it adds what to do.
+    """
     text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"{text.splitlines()[0]} Raise training.gradient_accumulation_steps or lower data.batch_size; "
+            "model.vlm_config.gradient_checkpointing, LoRA (configs/vla_lora.yaml) and quantization need less, and "
+            "main_train.py --dry_run tells what takes the memory"
+        )
     if "Original Traceback" not in text:
         return text
     kind = type(error).__name__

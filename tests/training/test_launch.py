@@ -48,6 +48,18 @@ def test_an_error_of_every_rank_is_shown_once(capfd):
     assert capfd.readouterr().err.strip() == "error: no such thing; give another"
 
 
+def test_a_full_gpu_is_one_line_with_a_remedy(capfd):
+    body = """
+    if rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    dist.all_reduce(total)
+    """
+    assert launch(script(body), 2) == 1
+    shown = capfd.readouterr().err.strip()
+    assert shown.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Raise training.gradient_accum")
+    assert "--dry_run tells what takes the memory" in shown and "Traceback" not in shown
+
+
 def test_an_unexpected_error_of_one_rank_is_the_one_shown(capfd):
     body = """
     if rank == 1:
