@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.ranks import DETERMINISTIC, losses, run_training, write_project
 from utils.checkpoint import load_checkpoint
@@ -102,6 +103,30 @@ def test_a_rank_that_is_killed_ends_the_run(config_path):
     errors = [line for line in text.splitlines() if line.startswith("error:")]
     assert code == 128 + signal.SIGKILL and errors == [line for line in errors if "rank 1 was ended by SIGKILL" in line]
     assert len(errors) == 1 and "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_killed_ranks_go_on_bitwise(config_path):
+    """SIGKILL mid-epoch, some steps past a checkpoint: as if nothing had happened, noise and dropout included."""
+    settings = ("training.save_every_n_steps=3", "training.ema_decay=0.9", "training.log_samples=true")
+    settings += ("model.action_head_config.dropout_prob=0.1",)
+    process, ranks = start(config_path, *ENDLESS, *settings)
+    os.kill(ranks[0], signal.SIGKILL)
+    finish(process, within_s=30)
+    run_folder = config_path.parent / "experiments/run"
+    steps = losses(run_folder)[-1]["step"] + 5
+    again = ("--resume_checkpoint", "auto", "--set", f"training.max_steps={steps}", *settings)
+    result = run(command(config_path, *again))
+    assert result.returncode == 0, result.stderr
+    whole = run_training(config_path, "whole", steps, *settings, ranks=2)
+    assert losses(run_folder) == losses(whole) and len(losses(whole)) == steps
+    for rank in (0, 1):
+        taken = (folder / f"logs/samples_rank_{rank}.jsonl" for folder in (run_folder, whole))
+        assert len({path.read_text() for path in taken}) == 1, "no sample repeated, none skipped"
+    (a,), (b,) = (list(folder.glob("checkpoints/checkpoint_epoch_*")) for folder in (run_folder, whole))
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    for part in (lambda c: c["model"], lambda c: c["ema"]["weights"]):
+        assert all(torch.equal(value, part(b)[name]) for name, value in part(a).items())
 
 
 @pytest.mark.slow

@@ -12,7 +12,16 @@ import torch
 from data.sampler import PassBatchSampler, StepBatchSampler
 from model.vla_model import VLAModel
 from scripts.export_checkpoint import export_checkpoint
-from tests.ranks import DETERMINISTIC, losses, run_ranks, run_training, train_idle, validations, write_project
+from tests.ranks import (
+    DETERMINISTIC,
+    losses,
+    run_ranks,
+    run_training,
+    train_counted,
+    train_idle,
+    validations,
+    write_project,
+)
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config_utils import ConfigError, config_from_dict
 
@@ -87,8 +96,20 @@ def test_fsdp_equals_ddp_and_its_checkpoint_is_anyones(config_path):
     assert final(single)["step"] == 12 and len(losses(single)) == 12
 
 
+def test_gradients_are_exchanged_once_a_step(config_path):
+    """With the last of the accumulated micro-batches alone (`no_sync`)."""
+    found = {}
+    for accumulation in (1, 2):
+        settings = (f"training.gradient_accumulation_steps={accumulation}", "training.max_steps=3", *DETERMINISTIC)
+        flags = ["--config_path", str(config_path), "--experiment_name", f"of_{accumulation}", "--set", *settings]
+        run_ranks(functools.partial(train_counted, flags), 2, config_path.parent)
+        counts = config_path.parent.glob(f"experiments/of_{accumulation}/exchanges_*")
+        found[accumulation] = [int(path.read_text()) for path in counts]
+    assert found[1] == found[2] and len(found[1]) == 2 and min(found[1]) >= 3
+
+
 @pytest.mark.slow
-def test_accumulation_is_exchanged_once_and_matches_under_fsdp(config_path):
+def test_accumulation_matches_under_fsdp(config_path):
     settings = (*DETERMINISTIC, "training.gradient_accumulation_steps=2")
     one = run_training(config_path, "one", 4, *settings)
     two = run_training(config_path, "two", 4, *settings, "training.strategy=fsdp", ranks=2)
