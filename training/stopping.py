@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from utils.config_utils import ConfigError
+from utils.config_utils import Config, ConfigError
 from utils.metrics import ACCURACIES, METRICS
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,16 @@ logger = logging.getLogger(__name__)
 # Validation metric -> whether higher is better. Smoothness and spread are neither.
 HIGHER_IS_BETTER = {"val_loss": False, "val_action_mse": False, "val_action_mae": False}
 HIGHER_IS_BETTER |= {f"val/{name}": name in ACCURACIES for name in METRICS if not name.startswith(("smooth", "spread"))}
+
+
+def require_defined(metric: str, config: Config, *, samples: bool) -> None:
+    """Raise a ConfigError where validation would have no value of the metric; `samples`: whether the head does."""
+    draws, head = config.training.val_num_samples, config.model.action_head_config.type
+    if "best_of_k" in metric and not (samples and draws > 1):
+        raise ConfigError(
+            f"training.best_metric is {metric}, which several draws per sample define; give training.val_num_samples "
+            f"2 or more (now {draws}) and a head that samples (now {head}), or another metric"
+        )
 
 
 class StopRequest:

@@ -26,7 +26,7 @@ from training.optimizer import build_optimizer
 from training.run_log import LogWindow, RunLog
 from training.schedule import learning_rate
 from training.state import checkpoint_of, continue_from
-from training.stopping import BestValidation, StopRequest
+from training.stopping import BestValidation, StopRequest, require_defined
 from training.validation import validate
 from utils.checkpoint import link_checkpoint, prune_checkpoints, save_checkpoint
 from utils.config_utils import Config, ConfigError
@@ -69,6 +69,8 @@ class VLATrainer:
             processors: `image_processor` and `tokenizer_files`, as checkpoints carry them.
         """
         self.config, self.device, self.processors = config, device, processors
+        if self.rank == 0:
+            remove_leftovers(config.experiment_dir)  # of a killed run; no rank writes before `wrap`
         self.policy = model
         if config.training.compile:
             model.compile_layers(config.training.compile_mode)
@@ -79,6 +81,8 @@ class VLATrainer:
         training = config.training
         if training.early_stopping_patience is not None and val_loader is None:
             raise ConfigError("training.early_stopping_patience needs validation data; give data.val_fraction, say")
+        if val_loader is not None:
+            require_defined(training.best_metric, config, samples=model.action_head.is_stochastic)
         self.step = 0
         self.saved_step = 0  # where the newest checkpoint of this run was written
         self.best = BestValidation(training.best_metric, training.early_stopping_patience)
@@ -290,8 +294,6 @@ class VLATrainer:
         """
         continue_from(self, checkpoint, path)
         self.saved_step = self.step
-        if self.rank == 0:
-            remove_leftovers(self.config.experiment_dir)
 
     # Hooks: what a distributed trainer overrides.
 

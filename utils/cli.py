@@ -6,7 +6,7 @@ import argparse
 import logging
 from typing import Any
 
-from utils.checkpoint import newest_checkpoint
+from utils.checkpoint import SUFFIX, newest_checkpoint
 from utils.config_utils import Config, ConfigError, load_config
 
 logger = logging.getLogger(__name__)
@@ -103,9 +103,9 @@ def refuse_to_overwrite(config: Config, resumed: dict[str, Any] | None) -> None:
     name = config.training.experiment_name
     if resumed is not None and resumed["config"]["training"]["experiment_name"] == name:
         return
-    checkpoints = config.experiment_dir / "checkpoints"
-    if checkpoints.is_dir() and any(checkpoints.iterdir()):
-        newest = max(checkpoints.iterdir(), key=lambda path: path.stat().st_mtime)
+    written = list((config.experiment_dir / "checkpoints").glob(f"*{SUFFIX}"))  # not what a killed save left behind
+    if written:
+        newest = max(written, key=lambda path: path.stat().st_mtime)
         raise ConfigError(
             f"{config.experiment_dir} already holds a run; continue it with --resume_checkpoint {newest}, or choose "
             "another --experiment_name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -102,7 +103,7 @@ def _coerce(hint: Any, value: Any, place: str) -> Any:
             number = float(value)
         except ValueError:
             number = None
-        if number is not None and (hint is float or number.is_integer()):
+        if number is not None and math.isfinite(number) and (hint is float or number.is_integer()):
             return hint(number)
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
     raise ConfigError(f"{place} is {value!r} ({type(value).__name__}); wanted {wanted}")

@@ -134,6 +134,10 @@ def test_leftovers_of_killed_saves_are_removed(make_config):
     leftover.write_bytes(b"half")
     resumed_trainer(make_config(training={"max_steps": 1}), trainer.checkpoints / "checkpoint_epoch_1.pth.tar")
     assert not leftover.exists()
+    (trainer.checkpoints / "checkpoint_epoch_1.pth.tar").unlink()
+    leftover.write_bytes(b"half")  # killed during the very first save: the same command starts anew
+    make_trainer(make_config(training={"max_steps": 1}))
+    assert not leftover.exists()
 
 
 def test_fine_tuning_starts_anew_and_says_so(make_config, caplog):
@@ -155,6 +159,14 @@ def test_fine_tuning_starts_anew_and_says_so(make_config, caplog):
     with caplog.at_level("INFO"):
         faster = resumed_trainer(make_config(optimizer={"lr": 7e-4}), path)
     assert faster.step == 4 and "resumed" in caplog.text and "optimizer.lr 0.001 -> 0.0007" in caplog.text
+
+
+def test_another_training_set_is_warned_of(make_config, caplog):
+    trainer = make_trainer(make_config(training={"max_steps": 1}))
+    trainer.fit()
+    path = trainer.checkpoints / "checkpoint_epoch_1.pth.tar"
+    resumed_trainer(make_config(data={"max_episodes": 2}), path)
+    assert "samples, the checkpoint's had 22: another data order from here on" in caplog.text
 
 
 def test_a_rewound_log_keeps_what_came_before(make_config):

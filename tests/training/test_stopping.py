@@ -40,6 +40,18 @@ def test_an_unknown_metric_is_named():
         BestValidation("val_action_mes", None)
 
 
+def test_a_metric_that_validation_would_not_have_is_refused_before_training(make_config):
+    training = {"best_metric": "val/best_of_k_mse", "val_num_samples": 2, "max_steps": 1}
+    trainer = make_trainer(make_config(training=training))
+    trainer.fit()
+    assert load_checkpoint(trainer.checkpoints / "model_best.pth.tar")["best"]["metric"] == "val/best_of_k_mse"
+    message = r"best_metric is val/best_of_k_mse, .*val_num_samples 2 or more \(now 1\).*\(now flow_matching\)"
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(make_config(training={**training, "val_num_samples": 1}))
+    with pytest.raises(ConfigError, match=r"a head that samples \(now regression\), or another metric"):
+        make_trainer(make_config(training=training, model={"action_head_config": {"type": "regression"}}))
+
+
 def test_early_stopping(make_config, caplog):
     """With a learning rate of nothing the first validation stays the best, up to the noise's draw of each."""
     settings = {"early_stopping_patience": 2, "val_every_n_epochs": 1, "max_steps": 60, "best_metric": "val_loss"}

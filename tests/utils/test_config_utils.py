@@ -142,6 +142,30 @@ def test_every_documented_key_is_accepted():
             {"model": {"action_head_config": {"max_clean_prefix": 8}}},
             "max_clean_prefix is 8; give 0 to 7, so that at least one of the 8 actions is left to predict",
         ),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan (float); wanted a number"),
+        ({"training": {"max_hours": "inf"}}, "training.max_hours is 'inf' (str); wanted a number"),
+        ({"data": {"mixture": [{"path": "a", "name": "x", "weight": -1}]}}, "data.mixture x: weight is -1.0; give 0"),
+        ({"data": {"mixture": [{"path": "a", "name": "x", "weight": 0}]}}, "data.mixture: every weight is 0; give one"),
+        ({"data": {"mixture": [{"path": "a"}]}}, "data.mixture: every entry needs both a path and a name"),
+        ({"data": {"mixture": [{"path": p, "name": "x"} for p in "ab"]}}, "names ['x', 'x'] are not distinct"),
+        (
+            {"data": {"mixture": [{"path": "a", "name": "x", "per_action_dim": 8}]}},
+            "data.mixture x: per_action_dim 8 exceeds model.action_head_config.per_action_dim 7; set that to the",
+        ),
+        ({"data": {"mixture": [{"path": "a", "name": "x", "state_dim": 8}]}}, "state_dim 8 exceeds data.state_dim 7"),
+        (
+            {"data": {"mixture": [{"path": "a", "name": "x"}], "train_parquet_files": "b"}},
+            "data.mixture and data.train_parquet_files both name training data; give one of them",
+        ),
+        ({"data": {"val_fraction": 0.1, "val_parquet_files": "b"}}, "both say what is held out; give one of them"),
+        ({"data": {"val_fraction": 1}}, "data.val_fraction is 1.0; give a number in [0, 1)"),
+        ({"data": {"absolute_action_dims": [7]}}, "absolute_action_dims is [7]; actions have dimensions 0 to 6"),
+        (
+            {"data": {"action_mode": "delta", "state_dim": 6}},
+            "state_dim 6 has no value for action dimensions [6]; list them in data.absolute_action_dims",
+        ),
+        ({"training": {"ema_decay": 1}}, "training.ema_decay is 1.0; give a number in (0, 1), or null for none"),
+        ({"serving": {"batch_window_ms": -1}}, "serving.batch_window_ms is -1.0; give 0 or more"),
         ({"inference": {"n_action_steps": 9}}, "n_action_steps is 9 but model.action_head_config.horizon is 8"),
     ],
 )
@@ -164,6 +188,9 @@ def test_files_that_are_no_config(tmp_path):
     assert load_config(path) == Config()
     with pytest.raises(ConfigError, match="--set lr: no '='"):
         load_config(path, set_args=["lr"])
+    path.write_text("optimizer: 3")
+    with pytest.raises(ConfigError, match="--set optimizer.lr=1: optimizer is a value, not a section"):
+        load_config(path, set_args=["optimizer.lr=1"])
 
 
 def test_base_states_differences(tmp_path):
@@ -209,6 +236,9 @@ def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     config = config_from_dict({"training": {"checkpoint_dir": str(tmp_path), "experiment_name": "old"}})
     refuse_to_overwrite(config, None)
     (tmp_path / "old/checkpoints").mkdir(parents=True)
+    (tmp_path / "old/checkpoints/.checkpoint_epoch_1.pth.tar.17.tmp").touch()  # a kill during the first save
+    (tmp_path / "old/checkpoints/checkpoint_epoch_1.pth.tar.step_4.shards").mkdir()
+    refuse_to_overwrite(config, None)
     (tmp_path / "old/checkpoints/checkpoint_epoch_1.pth.tar").touch()
     with pytest.raises(ConfigError, match="already holds a run; continue it with --resume_checkpoint .*epoch_1"):
         refuse_to_overwrite(config, None)
