@@ -168,8 +168,8 @@ class VLAModel(nn.Module):
         if found != base["fingerprint"]:
             raise CheckpointError(
                 f"adapters trained on {base['name_or_path']} (fingerprint {base['fingerprint'][:12]}), but the frozen "
-                f"weights found have fingerprint {found[:12]}; name the right base as "
-                "model.vlm_config.model_name_or_path (--model_name_or_path)"
+                f"weights found have fingerprint {found[:12]}; name the right base in "
+                "model.vlm_config (--model_name_or_path; vision_ and language_model_name_or_path of a siglip_llm)"
             )
         own = trained_state(self).keys()
         return {key: value for key, value in self.state_dict().items() if key not in own} | trained

@@ -3,9 +3,10 @@
     python scripts/merge_lora.py --checkpoint_path experiments/R/checkpoints/model_best.pth.tar --output merged.pth.tar
 
 Takes whole checkpoints and those of training.save_adapters_only, whose base is read from where the run had it or from
---model_name_or_path. Quantized weights become plain ones. The result evaluates, serves and starts other runs
-(--init_checkpoint); it has no optimizer state, since what trained is no longer there. Averaged weights
-(training.ema_decay) are merged where the run had them, as everything else that evaluates takes them.
+--model_name_or_path (of a siglip_llm: --vision_model_name_or_path, --language_model_name_or_path). Quantized weights
+become plain ones. The result evaluates, serves and starts other runs (--init_checkpoint); it has no optimizer state,
+since what trained is no longer there. Averaged weights (training.ema_decay) are merged where the run had them, as
+everything else that evaluates takes them.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ from utils.config_utils import config_from_dict, config_to_dict  # noqa: E402
 DROPPED = ("format", "saved_at", "optimizer", "ema", "base")
 
 
-def merge_checkpoint(checkpoint: dict[str, Any], dtype: torch.dtype, name_or_path: str | None) -> dict[str, Any]:
+BASES = ("model_name_or_path", "vision_model_name_or_path", "language_model_name_or_path")  # of model.vlm_config
+
+
+def merge_checkpoint(
+    checkpoint: dict[str, Any], dtype: torch.dtype, bases: dict[str, str | None] | None = None
+) -> dict[str, Any]:
     """The same policy without adapters and quantized weights.
 
     Args:
         checkpoint: as loaded, with LoRA, quantized weights or both.
         dtype: of the merged weights. float32 predicts as before; bfloat16 takes half the space and rounds the sum.
-        name_or_path: where the base is, if not where the run had it; for checkpoints without their frozen weights.
+        bases: per key of BASES where that base is; None: where the run had it. For checkpoints without their frozen
+            weights.
 
     Raises:
         CheckpointError: nothing to merge, or another base than the adapters were trained on.
@@ -45,8 +52,7 @@ def merge_checkpoint(checkpoint: dict[str, Any], dtype: torch.dtype, name_or_pat
     lora, quantization = vlm["lora"], vlm["quantization"]
     if lora is None and quantization == "none":
         raise CheckpointError("nothing to merge: the checkpoint has neither LoRA adapters nor quantized weights")
-    if name_or_path is not None:
-        vlm["model_name_or_path"] = name_or_path
+    vlm |= {key: name_or_path for key, name_or_path in (bases or {}).items() if name_or_path is not None}
     policy = VLAModel.from_checkpoint(checkpoint, config_from_dict(settings))
     merge_adapters(policy, dtype)
     for part, freeze in (("vision", "freeze_vision_tower"), ("language", "freeze_language_model")):
@@ -63,13 +69,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--output", required=True, type=pathlib.Path, help="file to write, such as merged.pth.tar")
-    parser.add_argument("--model_name_or_path", help="base of a checkpoint that does not hold its frozen weights")
+    for key in BASES:
+        parser.add_argument(f"--{key}", help="base of a checkpoint that does not hold its frozen weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the merged weights")
     args = parser.parse_args(arguments)
     checkpoint = load_checkpoint(args.checkpoint_path, for_inference=True)
     if args.output.exists():
         raise CheckpointError(f"{args.output} exists; choose another --output")
-    save_checkpoint(merge_checkpoint(checkpoint, getattr(torch, args.dtype), args.model_name_or_path), args.output)
+    bases = {key: getattr(args, key) for key in BASES}
+    save_checkpoint(merge_checkpoint(checkpoint, getattr(torch, args.dtype), bases), args.output)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:,.1f} MB")
 
 

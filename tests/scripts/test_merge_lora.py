@@ -70,6 +70,39 @@ def test_merged_predicts_alike_without_peft(make, tmp_path, capsys, monkeypatch,
     torch.testing.assert_close(predict(VLAModel.from_checkpoint(merged)), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_both_encoders_of_siglip_llm_whose_bases_have_moved(tmp_path, tiny_siglip_llm_dir, quantization):
+    vlm = {
+        "type": "siglip_llm",
+        "vision_model_name_or_path": str(tiny_siglip_llm_dir / "siglip"),
+        "language_model_name_or_path": str(tiny_siglip_llm_dir / "qwen2"),
+        "fusion": {"hidden_dim": 32, "num_latents": 4, "num_layers": 1, "num_heads": 2},
+        "lora": {"rank": 4, "vision": True, "language": True, "targets": ["q_proj", "v_proj"]},
+        "quantization": quantization,
+    }
+    config = policy_config(tmp_path, tmp_path, model={"vlm_config": vlm})
+    policy = make_policy(config)
+    adapters = [name for name, _ in policy.named_parameters() if ".lora_A." in name]
+    for tower in ("vision_tower", "language_model"):
+        assert any(tower in name and "q_proj" in name for name in adapters)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    checkpoint = {**checkpoint_of(policy, config), **policy.state_to_save(True), "optimizer": {}}
+    gone = {key: str(tmp_path / "gone") for key in vlm if key.endswith("_path")}
+    checkpoint["config"]["model"]["vlm_config"] |= gone
+    save_checkpoint(checkpoint, tmp_path / "lora.pth.tar")
+    arguments = ["--checkpoint_path", tmp_path / "lora.pth.tar", "--output", tmp_path / "merged.pth.tar"]
+    with pytest.raises(ConfigError, match="gone"):
+        run(*arguments)
+    run(*arguments, *(part for key in gone for part in (f"--{key}", vlm[key])))
+    merged = load_checkpoint(tmp_path / "merged.pth.tar")
+    assert not any("lora" in name for name in merged["model"])
+    tolerance = {"none": 1e-5, "4bit": 1e-5, "8bit": 0.05}[quantization]  # 8 bits round what they multiply as well
+    torch.testing.assert_close(predict(VLAModel.from_checkpoint(merged)), predict(policy), atol=tolerance, rtol=1e-4)
+
+
 def test_bfloat16_halves_the_merged_weights(make, tmp_path):
     path, wanted = make()
     run("--checkpoint_path", path, "--output", tmp_path / "m.pth.tar", "--dtype", "bfloat16")
