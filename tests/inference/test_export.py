@@ -79,6 +79,14 @@ def test_pickles_are_refused_even_when_the_digests_agree(exported):
         VLAPredictor.from_pretrained(exported)
 
 
+def test_adapters_without_their_base_are_merged_first(checkpoint, tmp_path):
+    content = load_checkpoint(checkpoint)
+    content["base"] = {"name_or_path": "weight/paligemma", "fingerprint": "0", "included": False}
+    with pytest.raises(CheckpointError, match="adapters without the weights of weight/paligemma; merge them first"):
+        export_policy(content, tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
 def break_manifest(exported, **changes):
     manifest = json.loads((exported / "policy.json").read_text()) | changes
     (exported / "policy.json").write_text(json.dumps(manifest))

@@ -93,6 +93,26 @@ def test_encoded_frames_own_names_and_lists(server, predictor):
     assert not np.array_equal(first, second), "requests without a seed draw their own noise"
 
 
+def test_two_cameras_with_a_history_under_mapped_names(tmp_path, tiny_paligemma_dir, caplog):
+    demos = write_episodes(tmp_path / "two.parquet", [6, 5], cameras=("image_1", "image_2"))
+    settings = {"vlm": {"use_aux_camera": True}, "data": {"max_seq_len": 2}}
+    predictor = VLAPredictor.from_checkpoint(train_tiny(tmp_path, tiny_paligemma_dir, [demos], **settings), "cpu")
+    front, wrist = np.stack([frame(0), frame(1)]), np.stack([frame(2), frame(3)])
+    common = {"prompt": "open it", "seed": 0}
+    with running(predictor, image_1_key="front", image_2_key="wrist", state_key="joints") as server:
+        client = PolicyClient(port=server.port)
+        assert client.policy["cameras"] == {"image_1": "front", "image_2": "wrist"}
+        both = client.predict({"front": front, "wrist": wrist, "joints": STATE, **common})
+        one = client.predict({"front": front, "joints": STATE, "depth": front, **common})
+        with pytest.raises(RuntimeError, match="image_2: 1 frames but image_1 has 2"):
+            client.predict({"front": front, "wrist": wrist[0], "joints": STATE, **common})
+        client.close()
+    np.testing.assert_allclose(both, predictor.predict(front, wrist, state=STATE, **common), atol=1e-6)
+    np.testing.assert_allclose(one, predictor.predict(front, state=STATE, **common), atol=1e-6)
+    assert not np.allclose(both, one)
+    assert caplog.text.count("requests carry keys that nothing reads: depth") == 1
+
+
 def nan_state():
     return np.array([0, np.nan, 0, 0], np.float32)
 
