@@ -77,7 +77,7 @@ class EpisodeStore:
             state_dim, per_action_dim: widths that the columns must have.
             cameras: image columns to keep, `image_1` and perhaps `image_2`.
             cache_dir: where caches live; None: `$XDG_CACHE_HOME/paligemma_vla`.
-            keep_cache: False builds into a temporary folder, which is removed with the last process that uses it.
+            keep_cache: False builds into a temporary folder of this process, which goes with its last store.
 
         Raises:
             DataError: a file breaks the schema or is damaged (the message names file, row and remedy), or there is no
@@ -94,9 +94,9 @@ class EpisodeStore:
         }
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
         root = Path(cache_dir) if cache_dir is not None else _default_cache_dir()
-        if not keep_cache:
-            root = Path(tempfile.mkdtemp(prefix="paligemma_vla_"))
-            weakref.finalize(self, _remove_own, root, os.getpid())
+        self._temporary = None if keep_cache else _Temporary.of_this_process()
+        if self._temporary is not None:
+            root = self._temporary.path
         self.folder = root / digest
         _build_once(self.files, spec, self.folder)
         size = sum(path.stat().st_size for path in self.folder.iterdir())
@@ -144,6 +144,25 @@ class EpisodeStore:
 
 def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paligemma_vla"
+
+
+class _Temporary:
+    """A folder for caches that are not kept; one for all stores of a process, so that its splits share a cache."""
+
+    _current: weakref.ref[_Temporary] | None = None
+
+    def __init__(self) -> None:
+        self.pid, self.path = os.getpid(), Path(tempfile.mkdtemp(prefix="paligemma_vla_"))
+        weakref.finalize(self, _remove_own, self.path, self.pid)
+
+    @classmethod
+    def of_this_process(cls) -> _Temporary:
+        """The folder that a living store holds, or else a new one."""
+        found = cls._current() if cls._current is not None else None
+        if found is None or found.pid != os.getpid():
+            found = cls()
+            cls._current = weakref.ref(found)
+        return found
 
 
 def _remove_own(folder: Path, pid: int) -> None:

@@ -76,8 +76,13 @@ def test_without_a_cache_nothing_stays(tmp_path):
     folder, encoded = store.folder, pq.read_table(path)["image_1"].to_pylist()
     assert bytes(store.image("image_1", 4)) == encoded[4] and folder.is_dir()
     assert not (tmp_path / "cache").exists()
+    other_split = EpisodeStore([path], keep_cache=False, **OPTIONS)
+    assert other_split.folder == folder, "built once for the process"
     del store
+    assert folder.is_dir()
+    del other_split
     assert not folder.exists()
+    assert EpisodeStore([path], keep_cache=False, **OPTIONS).folder != folder
 
 
 @pytest.fixture
