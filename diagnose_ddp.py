@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.launch import is_rank, launch, member_of_group
+from training.launch import is_rank, launch, master_port, member_of_group
 from utils.config_utils import ConfigError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -92,11 +92,13 @@ def shared_memory(folder: Path = SHARED_MEMORY, enough: int = ENOUGH_SHARED_MEMO
 
 def ports() -> list[Finding]:
     """Whether ranks can meet."""
-    wanted = int(os.environ.get("MASTER_PORT", 0))
     try:
+        wanted = master_port()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", wanted))
             port = probe.getsockname()[1]
+    except ConfigError as error:
+        return [Finding("problem", str(error))]
     except OSError as error:
         return [Finding("problem", f"MASTER_PORT is {wanted}, which is in use ({error}); unset it or choose another")]
     found = [Finding("ok", f"MASTER_PORT {port} is free" if wanted else f"a free port was found ({port})")]

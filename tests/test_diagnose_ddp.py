@@ -40,6 +40,12 @@ def test_a_port_in_use_is_a_problem_with_a_remedy():
     assert result.stdout.splitlines()[-1].startswith("verdict: not ready, 1 problem: MASTER_PORT")
 
 
+def test_a_port_that_is_none(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "http")
+    (found,) = diagnose_ddp.ports()
+    assert (found.kind, found.text) == ("problem", "MASTER_PORT is 'http'; give a number below 65536, or unset it")
+
+
 def test_little_shared_memory_is_a_warning_with_a_remedy(tmp_path):
     (found,) = diagnose_ddp.shared_memory(tmp_path, enough=1 << 60)
     assert found.kind == "warning" and "--shm-size=8g" in found.text

@@ -67,10 +67,12 @@ def launch(command: list[str], nproc: int | None, grace_s: float = GRACE_S) -> i
         The exit status: 0 when all ranks succeeded.
 
     Raises:
-        ConfigError: more ranks than GPUs, or MASTER_PORT is in use.
+        ConfigError: no rank or more ranks than GPUs, or MASTER_PORT is no free port.
     """
     gpus = torch.cuda.device_count()
-    nproc = nproc or max(1, gpus)
+    nproc = max(1, gpus) if nproc is None else nproc
+    if nproc < 1:
+        raise ConfigError(f"--nproc is {nproc}; give 1 or more")
     if gpus and nproc > gpus:
         raise ConfigError(f"--nproc is {nproc}, but {gpus} GPUs are visible; give at most {gpus}")
     store = _host_store()
@@ -136,6 +138,18 @@ def member_of_group(timeout_s: float) -> Iterator[Place]:
         os._exit(1)  # an orderly exit would wait for the other ranks, or abort over exchanges that never ended
 
 
+def master_port() -> int:
+    """The port that MASTER_PORT asks for; 0, any that is free, where it is not set.
+
+    Raises:
+        ConfigError: it is no port number.
+    """
+    text = os.environ.get("MASTER_PORT") or "0"
+    if not (text.isdecimal() and int(text) < 1 << 16):
+        raise ConfigError(f"MASTER_PORT is {text!r}; give a number below 65536, or unset it")
+    return int(text)
+
+
 def _join(timeout_s: float) -> torch.device:
     local_rank, timeout = int(os.environ.get("LOCAL_RANK", 0)), datetime.timedelta(seconds=timeout_s)
     if not torch.cuda.is_available():
@@ -152,7 +166,7 @@ def _join(timeout_s: float) -> torch.device:
 
 
 def _host_store() -> dist.TCPStore:
-    port = int(os.environ.get("MASTER_PORT", 0))  # 0: any that is free
+    port = master_port()
     try:
         return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     except (RuntimeError, OSError) as error:

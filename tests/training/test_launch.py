@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from training.launch import launch
 from utils.config_utils import ConfigError
@@ -169,3 +170,19 @@ def test_a_rank_that_fails_without_a_word(capfd):
     assert launch([sys.executable, "-c", "import sys; sys.exit(7)"], 1) == 7
     assert "rank 0 ended with status 7 and no message" in capfd.readouterr().err
     assert "RANK" not in os.environ
+
+
+@pytest.mark.parametrize("port", ["http", "70000", "-1"])
+def test_a_port_that_is_none(monkeypatch, port):
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(ConfigError, match=f"MASTER_PORT is '{port}'; give a number below 65536, or unset it"):
+        launch([sys.executable, "-c", "pass"], 1)
+
+
+def test_numbers_of_ranks_that_cannot_be(monkeypatch):
+    for nproc in (0, -1):
+        with pytest.raises(ConfigError, match=f"--nproc is {nproc}; give 1 or more"):
+            launch([sys.executable, "-c", "pass"], nproc)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="--nproc is 3, but 2 GPUs are visible; give at most 2"):
+        launch([sys.executable, "-c", "pass"], 3)
