@@ -42,6 +42,16 @@ def test_identical_actions(checkpoint, exported):
     assert np.array_equal(actions(VLAPredictor.from_checkpoint(exported)), ours), "wherever a checkpoint is taken"
 
 
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_adapters_and_quantized_weights_are_exported_with_their_base(tmp_path, tiny_paligemma_dir, quantization):
+    demos = write_episodes(tmp_path / "demos.parquet", [6, 5])
+    vlm = {"lora": {"rank": 2, "vision": True}, "quantization": quantization}
+    adapted = train_tiny(tmp_path, tiny_paligemma_dir, [demos], vlm=vlm)
+    exported = export_policy(load_checkpoint(adapted), tmp_path / "policy")
+    ours = actions(VLAPredictor.from_checkpoint(adapted))
+    assert np.array_equal(actions(VLAPredictor.from_pretrained(exported)), ours)
+
+
 def test_the_averaged_weights_are_shared(tmp_path, tiny_paligemma_dir):
     demos = write_episodes(tmp_path / "demos.parquet", [6, 5])
     averaged = train_tiny(tmp_path, tiny_paligemma_dir, [demos], steps=3, training={"ema_decay": 0.5})
