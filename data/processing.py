@@ -222,11 +222,14 @@ class PromptTokenizer:
 
     def tensor(self, prompt: str) -> Tensor:
         """The same as int64 (L,), made once per instruction and not to be changed; errors as above."""
-        if prompt not in self._known:
-            if len(self._known) >= MAX_KNOWN_PROMPTS:
-                del self._known[next(iter(self._known))]  # the oldest
-            self._known[prompt] = torch.tensor(self._encode(prompt), dtype=torch.int64)
-        return self._known[prompt]
+        ids_L = self._known.get(prompt)
+        if ids_L is None:
+            ids_L = torch.tensor(self._encode(prompt), dtype=torch.int64)
+            while len(self._known) >= MAX_KNOWN_PROMPTS:
+                # The oldest, from a copy: another thread of a server may change the dict meanwhile.
+                self._known.pop(next(iter(list(self._known)), None), None)
+            self._known[prompt] = ids_L
+        return ids_L
 
     def _encode(self, prompt: str) -> list[int]:
         text = " ".join(prompt.split())

@@ -11,12 +11,14 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from data.processing import MAX_KNOWN_PROMPTS, collate_fn, processors_from_checkpoint
+from data import processing
+from data.processing import MAX_KNOWN_PROMPTS, PromptTokenizer, collate_fn, processors_from_checkpoint
 from inference import sampler
 from inference.predictor import VLAPredictor
 from model.vla_model import VLAModel
@@ -214,6 +216,21 @@ def test_tokenized_prompts_are_bounded(plain):
         tokenizer.tensor(f"open {i}")
     assert len(tokenizer._known) == MAX_KNOWN_PROMPTS
     assert tokenizer("open the window") == first
+
+
+def test_threads_share_a_tokenizer(plain, monkeypatch):
+    """A server reads requests in several threads; prompts come and go under all of them."""
+    monkeypatch.setattr(processing, "MAX_KNOWN_PROMPTS", 2)
+    tokenizer = PromptTokenizer(plain.prompt_tokenizer.tokenizer, 24)
+    wanted = {f"open {i}": plain.prompt_tokenizer(f"open {i}") for i in range(7)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda i: (f"open {i % 7}", tokenizer(f"open {i % 7}")), range(6000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(ids == wanted[prompt] for prompt, ids in found)
 
 
 def test_the_global_generator_is_left_alone_by_a_seed(plain):
