@@ -32,11 +32,20 @@ def guilty_samples(dataset: Any, batches: list[Batch], losses: list[Tensor]) -> 
     return found
 
 
-def dump_batches(path: Path, step: int, batches: list[Batch], losses: list[Tensor]) -> Path:
-    """Write micro-batches and their losses, to be read with `torch.load(path, weights_only=True)`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"step": step, "batches": batches, "losses": [loss.cpu() for loss in losses]}, path)
-    return path
+def dump_batches(path: Path, step: int, batches: list[Batch], losses: list[Tensor]) -> str:
+    """Write micro-batches and their losses, to be read with `torch.load(path, weights_only=True)`.
+
+    Returns:
+        The path; or, so that a full disk does not hide the failure itself, why nothing lies there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"step": step, "batches": batches, "losses": [loss.cpu() for loss in losses]}, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        if path.is_file():
+            path.unlink()
+        return f"no file ({path} could not be written: {' '.join(str(error).split())[:200]})"
+    return str(path)
 
 
 def failure_message(step: int, total: float, grad_norm: float, guilty: list[str], dumps: list[str]) -> str:

@@ -394,7 +394,7 @@ class VLATrainer:
         guilty, dumps = self.gather_lists(own), []
         if own or not guilty:
             path = self.config.experiment_dir / "failures" / f"step_{self.step}_rank_{self.rank}.pt"
-            dumps = [str(dump_batches(path, self.step, batches, losses))]
+            dumps = [dump_batches(path, self.step, batches, losses)]
         return NonFiniteLossError(failure_message(self.step, total, grad_norm, guilty, self.gather_lists(dumps)))
 
 

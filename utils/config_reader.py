@@ -19,8 +19,19 @@ class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """A YAML file as nested dicts, over the file that its top-level `base:` names; ConfigError where it is none."""
+def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as nested dicts, over the file that its top-level `base:` names.
+
+    Args:
+        path: the file.
+        above: the files whose `base:` led here.
+
+    Raises:
+        ConfigError: no such file, no sections, or a file that is its own base.
+    """
+    if path.resolve() in above:
+        chain = " -> ".join(file.name for file in (*above, path))
+        raise ConfigError(f"{path}: is its own base ({chain}); remove one of these 'base:' lines")
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give --config_path one of configs/*.yaml or your own")
     try:
@@ -30,7 +41,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}; wanted sections such as 'data:' and 'model:'")
     base = tree.pop("base", None)
-    return tree if base is None else _merge(read_tree(path.parent / base), tree)
+    return tree if base is None else _merge(read_tree(path.parent / base, (*above, path.resolve())), tree)
 
 
 def _merge(base: dict[str, Any], difference: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from model.architecture import require_same_architecture
 from model.vla_model import VLAModel
 from tests.trainers import make_trainer, metrics_of, resumed_trainer
+from training.failure import dump_batches
 from training.trainer import NonFiniteLossError
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import ConfigError
@@ -113,6 +114,12 @@ def test_non_finite_loss_stops_before_the_step_and_names_the_samples(make_config
     assert dump["losses"][0].isnan().any(dim=1).tolist() == [False, False, True, False]
     assert trainer.step == 0
     assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+
+
+def test_a_dump_that_can_not_be_written_does_not_hide_the_failure(tmp_path):
+    (tmp_path / "failures").write_text("a file where the folder should be")
+    found = dump_batches(tmp_path / "failures" / "step_3.pt", 3, [{"state": torch.zeros(1)}], [torch.zeros(1)])
+    assert re.match(r"no file \(.*step_3.pt could not be written: .*\)", found)
 
 
 def test_checkpoint_of_another_architecture(make_config):

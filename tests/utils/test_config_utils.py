@@ -193,6 +193,13 @@ def test_files_that_are_no_config(tmp_path):
         load_config(path, set_args=["optimizer.lr=1"])
 
 
+def test_a_file_can_not_be_its_own_base(tmp_path):
+    for name, base in (("a", "b"), ("b", "c"), ("c", "b")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    with pytest.raises(ConfigError, match=r"is its own base \(a.yaml -> b.yaml -> c.yaml -> b.yaml\); remove one of"):
+        load_config(tmp_path / "a.yaml")
+
+
 def test_base_states_differences(tmp_path):
     (tmp_path / "base.yaml").write_text("data: {batch_size: 4, state_dim: 3}\n")
     (tmp_path / "child.yaml").write_text("base: base.yaml\ndata: {batch_size: 16}\n")
