@@ -28,8 +28,6 @@ from utils.config_utils import ConfigError
 
 SHARED_MEMORY = Path("/dev/shm")
 ENOUGH_SHARED_MEMORY = 1 << 30  # bytes; for NCCL, and batches larger than the memory that a loader shares itself
-    1 << 30
-)  # bytes; for NCCL's messages, and batches for which a loader's own shared memory is too small
 ROUNDS = 5  # all-reduces per timing, after one that is not timed
 
 
