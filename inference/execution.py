@@ -42,6 +42,7 @@ class ExecutionSettings:
         latency_steps: control steps between an observation and the arrival of the plan made from it.
         ensemble_decay: of `ensemble`: 0 weighs all predictions alike, more favours older ones.
         max_guidance_weight: of `rtc`: the clip beta.
+        guidance_steps: of `rtc`: how many steps of a new chunk follow the old one at most; None: all that it covers.
     """
 
     horizon: int
@@ -50,6 +51,7 @@ class ExecutionSettings:
     latency_steps: int = 0
     ensemble_decay: float = 0.01
     max_guidance_weight: float = 5.0
+    guidance_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in EXECUTION_STRATEGIES:
@@ -196,7 +198,8 @@ class RealTimeChunking(NaiveAsync):
         return ActionPrefix(action_TA[None], weight_T[None], self.settings.max_guidance_weight, self.clean)
 
     def _weights(self, horizon: int, delay: int, overlap: int) -> torch.Tensor:
-        return soft_mask(horizon, delay, overlap)
+        limit = self.settings.guidance_steps
+        return soft_mask(horizon, delay, overlap if limit is None else min(overlap, max(delay, limit)))
 
 
 class CleanPrefix(RealTimeChunking):

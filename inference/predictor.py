@@ -301,6 +301,7 @@ class VLAPredictor:
         latency_steps: int | None = None,
         n_action_steps: int | None = None,
         max_guidance_weight: float | None = None,
+        guidance_steps: int | None = None,
     ) -> ExecutionSettings:
         """How a rollout or a robot executes this policy's chunks; None: as the checkpoint's `inference` section says.
 
@@ -316,6 +317,7 @@ class VLAPredictor:
             _given(latency_steps, config.latency_steps),
             config.ensemble_decay,
             _given(max_guidance_weight, config.max_guidance_weight),
+            _given(guidance_steps, config.guidance_steps),
         )
         trained = self.config.model.action_head_config.max_clean_prefix
         if settings.strategy == "clean_prefix" and settings.latency_steps > trained:

@@ -431,6 +431,7 @@ class InferenceConfig:
     latency_steps: int = 0  # control steps from an observation to the arrival of its plan, as execution assumes
     ensemble_decay: float = 0.01  # ensemble: predictions for one step weigh exp(-decay i), i = 0 the oldest
     max_guidance_weight: float = 5.0  # rtc: clip of the guidance weight (beta)
+    guidance_steps: int | None = None  # rtc: steps of a chunk that follow the one before; null: all that it covers
     compile: Literal["none", "default", "max-autotune", "cuda_graph"] = "none"  # torch.compile's modes, or a CUDA graph
     quantization: Literal["none", "int8", "int4"] = "none"  # storage of the backbone's matrices; the head stays whole
     weight_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the compute precision on a GPU, else float32
@@ -439,6 +440,8 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         _positive(self, "inference", "num_inference_steps", "accuracy_threshold")
         _positive(self, "inference", "max_guidance_weight")
+        if self.guidance_steps is not None:
+            _positive(self, "inference", "guidance_steps")
         if self.n_action_steps is not None:
             _positive(self, "inference", "n_action_steps")
         if self.latency_steps < 0:

@@ -96,6 +96,13 @@ def test_rtc_passes_on_the_rest_of_the_chunk_that_runs():
         assert (prefix.action_BTA[0, 5:] == 0).all()
 
 
+@pytest.mark.parametrize(("guidance_steps", "overlap"), [(1, 2), (3, 3), (7, 5)])
+def test_rtc_may_follow_the_old_chunk_for_fewer_steps(guidance_steps, overlap):
+    _, policy, _ = drive("rtc", n_action_steps=3, latency_steps=2, limit=12, guidance_steps=guidance_steps)
+    for prefix in policy.prefixes[1:]:  # never fewer than the committed ones, nor more than there are
+        assert prefix.weight_BT[0].tolist() == soft_mask(HORIZON, delay=2, overlap=overlap).tolist()
+
+
 def test_clean_prefix_commits_what_will_be_executed_and_no_more():
     actions, policy, _ = drive("clean_prefix", n_action_steps=3, latency_steps=2, limit=12)
     for start, prefix in zip(policy.asked_at[1:], policy.prefixes[1:], strict=True):

@@ -137,6 +137,7 @@ def test_every_documented_key_is_accepted():
         ({"training": {"max_steps": 0}}, "training.max_steps is 0; it must be positive"),
         ({"inference": {"latency_steps": -1}}, "inference.latency_steps is -1; give 0 or more control steps"),
         ({"inference": {"max_guidance_weight": 0}}, "inference.max_guidance_weight is 0.0; it must be positive"),
+        ({"inference": {"guidance_steps": 0}}, "inference.guidance_steps is 0; it must be positive"),
         ({"inference": {"execution": "rct"}}, "did you mean rtc?"),
         (
             {"model": {"action_head_config": {"max_clean_prefix": 8}}},
