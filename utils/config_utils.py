@@ -397,8 +397,9 @@ class OptimizerConfig:
                 _positive(self, "optimizer", name)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas is {list(self.betas)}; give two numbers in [0, 1)")
-        if self.weight_decay < 0:
-            raise ConfigError(f"optimizer.weight_decay is {self.weight_decay}; give 0 or more")
+        _not_negative(self, "optimizer", "weight_decay")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"optimizer.momentum is {self.momentum}; give a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -414,8 +415,7 @@ class LRSchedulerConfig:
     gamma: float = 0.1  # StepLR
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ConfigError(f"lr_scheduler.warmup_steps is {self.warmup_steps}; give 0 or more")
+        _not_negative(self, "lr_scheduler", "warmup_steps", "eta_min")
         if self.T_max is not None:
             _positive(self, "lr_scheduler", "T_max")
         _positive(self, "lr_scheduler", "step_size", "gamma")
@@ -440,6 +440,7 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         _positive(self, "inference", "num_inference_steps", "accuracy_threshold")
         _positive(self, "inference", "max_guidance_weight")
+        _not_negative(self, "inference", "ensemble_decay")
         if self.guidance_steps is not None:
             _positive(self, "inference", "guidance_steps")
         if self.n_action_steps is not None:
@@ -649,3 +650,9 @@ def _positive(section: Any, place: str, *names: str) -> None:
     for name in names:
         if getattr(section, name) <= 0:
             raise ConfigError(f"{place}.{name} is {getattr(section, name)}; it must be positive")
+
+
+def _not_negative(section: Any, place: str, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < 0:
+            raise ConfigError(f"{place}.{name} is {getattr(section, name)}; give 0 or more")

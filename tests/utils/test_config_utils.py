@@ -137,6 +137,9 @@ def test_every_documented_key_is_accepted():
         ({"training": {"max_steps": 0}}, "training.max_steps is 0; it must be positive"),
         ({"inference": {"latency_steps": -1}}, "inference.latency_steps is -1; give 0 or more control steps"),
         ({"inference": {"max_guidance_weight": 0}}, "inference.max_guidance_weight is 0.0; it must be positive"),
+        ({"inference": {"ensemble_decay": -1}}, "inference.ensemble_decay is -1.0; give 0 or more"),
+        ({"optimizer": {"momentum": 1.0}}, "optimizer.momentum is 1.0; give a number in"),
+        ({"lr_scheduler": {"eta_min": -1e-5}}, "lr_scheduler.eta_min is -1e-05; give 0 or more"),
         ({"inference": {"guidance_steps": 0}}, "inference.guidance_steps is 0; it must be positive"),
         ({"inference": {"execution": "rct"}}, "did you mean rtc?"),
         (
