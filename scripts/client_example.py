@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
 if __name__ == "__main__":  # so that "python scripts/client_example.py" finds the repository
@@ -99,5 +100,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, WebSocketException) as error:
         sys.exit(f"error: {error}")

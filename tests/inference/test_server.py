@@ -249,6 +249,14 @@ def test_the_token_is_asked_for(predictor):
         np.testing.assert_allclose(client.infer(observation())["actions"], expected(predictor), atol=1e-6)
 
 
+def test_the_example_says_in_one_line_why_it_is_not_let_in(predictor):
+    with running(predictor, token="sesame") as server:
+        command = [sys.executable, "scripts/client_example.py", "--port", str(server.port), "--prompt", "wave"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: server rejected WebSocket connection: HTTP 401" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_more_clients_than_wanted_are_turned_away(predictor):
     with running(predictor, max_clients=1) as server:
         client = PolicyClient(port=server.port)
