@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import warnings
@@ -82,9 +83,14 @@ class VLATrainerDDP(VLATrainer):
         return value
 
     def gather_lists(self, items: list[str]) -> list[str]:
-        every: list[list[str]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(every, items)
-        return [item for one in every for item in one]
+        own = torch.tensor(list(json.dumps(items).encode()), dtype=torch.uint8, device=self.device)  # never pickled
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(own)
+        sizes = self.reduce_sum(sizes).tolist()
+        padded = torch.nn.functional.pad(own, (0, max(sizes) - len(own)))
+        every = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(every, padded)
+        return [item for one, size in zip(every, sizes, strict=True) for item in json.loads(bytes(one[:size].tolist()))]
 
     def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
         if not self.sharded or self.config.training.checkpoint_format == "shards":
