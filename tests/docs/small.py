@@ -136,11 +136,15 @@ def run_quickstart(terminal: Terminal) -> None:
     terminal.run("python scripts/make_tiny_paligemma.py --output_dir weight/tiny-paligemma")
     terminal.run("python utils/calculate_normalization_stats.py --config_path configs/quickstart.yaml")
     terminal.run("python main_train.py --config_path configs/quickstart.yaml")
+    policy, folder = "experiments/quickstart/checkpoints/model_best.pth.tar", "experiments/quickstart/offline"
+    evaluate = "python main_eval.py --eval_data_path demos/quickstart/val --num_plots 0"
+    terminal.run(f"{evaluate} --checkpoint_path {policy} --output_dir {folder}")
 
 
 def trained_policy(folder: Path) -> None:
     """A checkpoint and its offline metrics, as a page on deployment begins with them."""
     shutil.copy(folder / "experiments/quickstart/checkpoints/model_best.pth.tar", folder)
+    shutil.copytree(folder / "experiments/quickstart/offline", folder / "results")
 
 
 # Page -> what its reader has before the first command, beside the quickstart's results.
