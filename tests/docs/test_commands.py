@@ -42,6 +42,7 @@ SMALLER = (
     (r"(diagnose_ddp\.py)", r"\1 --nproc 2 --size_mb 1"),
     (r"--nproc_per_node=8", "--nproc_per_node=2"),
     (r"(run_ddp_training\.sh)", r"\1 --nproc 2"),
+    (r"(test_vla_offline\.py .*)", r"\1 || [ $? = 1 ]"),  # a policy of three steps fails its checks, as it should
     (r"(--execution rtc)", r"\1 --num_inference_steps 2"),
 )
 
@@ -70,7 +71,7 @@ RUN = {
     r"python main_eval\.py .*--eval_data_path": r"wrote \S+metrics\.json",
     r"python main_eval\.py .*--image1_paths": r"(-?\d+\.\d+\s+){3}",
     r"python main_eval\.py .*--env metaworld": r"wrote \S+rollouts\.json",
-    r"python test_vla_offline\.py": r"wrote report\.json",
+    r"python test_vla_offline\.py": r"(PASSED|FAILED)\nwrote report\.json",
     r"python scripts/compare_heads\.py": r"wrote \S+compare_heads\.md",
     r"python benchmarks/latency\.py": r"kept of the success without delay",
     r"python benchmarks/bench_inference\.py": r"cached_speedup \d",
