@@ -1,0 +1,70 @@
+"""Videos as one picture for a page or a paper: a row for each video, frames spread evenly from its first to its last.
+
+    python scripts/film_strip.py --videos results/policy/videos/window-open-v3_seed10000.mp4 --output strip.png
+    python scripts/film_strip.py --videos a.mp4 b.mp4 --frames 6 --height 120 --output strip.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+sys.path.insert(
+    0, str(pathlib.Path(__file__).resolve().parents[1])
+)  # so that "python scripts/x.py" finds the repository
+
+from av.error import FFmpegError  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from inference.video import read_video  # noqa: E402
+from utils.misc import atomic_path  # noqa: E402
+
+GAP = 4  # pixels between frames
+
+
+def film_strip(videos: Sequence[Sequence[np.ndarray]], num_frames: int, height: int) -> Image.Image:
+    """
+    Args:
+        videos: frames, uint8 (H, W, 3); a video shorter than `num_frames` repeats some.
+        num_frames: columns, 2 or more.
+        height: of each frame in pixels; widths follow.
+    """
+    rows = []
+    for video in videos:
+        chosen = np.linspace(0, len(video) - 1, num_frames).round().astype(int)
+        width = round(video[0].shape[1] * height / video[0].shape[0])
+        rows.append([Image.fromarray(video[i]).resize((width, height), Image.Resampling.LANCZOS) for i in chosen])
+    size = max(num_frames * (row[0].width + GAP) - GAP for row in rows), len(rows) * (height + GAP) - GAP
+    canvas = Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, frame in enumerate(row):
+            canvas.paste(frame, (x * (frame.width + GAP), y * (height + GAP)))
+    return canvas
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", nargs="+", required=True, metavar="MP4", help="one row each")
+    parser.add_argument("--frames", type=int, default=6, help="columns (default 6)")
+    parser.add_argument("--height", type=int, default=160, help="of a frame in pixels (default 160)")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="*.png")
+    args = parser.parse_args(arguments)
+    if args.frames < 2 or args.height < 8:
+        parser.error(f"--frames {args.frames} --height {args.height}: give at least 2 frames of 8 pixels")
+    videos = []
+    for path in args.videos:
+        try:
+            videos.append(read_video(path))
+        except (OSError, FFmpegError) as error:
+            sys.exit(f"error: --videos {path}: no readable video ({error}); give an MP4 such as main_eval.py writes")
+    with atomic_path(args.output) as temporary:
+        film_strip(videos, args.frames, args.height).save(temporary, format="PNG")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
