@@ -1,7 +1,8 @@
 """Videos as one picture for a page or a paper: a row for each video, frames spread evenly from its first to its last.
 
-    python scripts/film_strip.py --videos results/policy/videos/window-open-v3_seed10000.mp4 --output strip.png
     python scripts/film_strip.py --videos a.mp4 b.mp4 --frames 6 --height 120 --output strip.png
+
+The README's picture has the first filmed episode of each of the quickstart's tasks.
 """
 
 from __future__ import annotations
