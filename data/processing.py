@@ -71,12 +71,16 @@ class VLAImageProcessor:
         size = settings.get("size", {})
         if isinstance(size, int):
             size = {"height": size, "width": size}
+        fault = None
         if "height" not in size or "width" not in size:
-            raise ObservationError(f"image processor at {place!r}: size is {size}; wanted height and width")
-        if settings.get("do_center_crop") or settings.get("do_pad"):
-            raise ObservationError(f"image processor at {place!r}: do_center_crop and do_pad are not supported")
-        if abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
-            raise ObservationError(f"image processor at {place!r}: rescale_factor is not 1/255")
+            fault = f"size is {size}; wanted height and width"
+        elif settings.get("do_center_crop") or settings.get("do_pad"):
+            fault = "do_center_crop and do_pad are not supported; wanted both false"
+        elif abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+            fault = f"rescale_factor is {settings['rescale_factor']}; wanted 1/255"
+        if fault is not None:
+            remedy = "set data.image_processor_name_or_path to a directory or hub id whose preprocessing is such"
+            raise ObservationError(f"image processor at {place!r}: {fault}; {remedy}")
         mean, std = settings.get("image_mean", (0.5,) * 3), settings.get("image_std", (0.5,) * 3)
         return cls(size["height"], size["width"], mean, std, settings.get("resample", Image.Resampling.BICUBIC))
 

@@ -54,7 +54,10 @@ class VLAModel(nn.Module):
         head = config.model.action_head_config
         data, datasets = config.data, config.datasets
         if len(statistics) != len(datasets):
-            raise StatisticsError(f"statistics of {len(statistics)} datasets, config has {len(datasets)}")
+            raise StatisticsError(
+                f"statistics of {len(statistics)} datasets, but the config has {len(datasets)} "
+                f"({', '.join(dataset.name for dataset in datasets)}); calculate the statistics again for this config"
+            )
         for one, dataset in zip(statistics, datasets, strict=True):
             remedy = "calculate the statistics again for this config"
             place = f"statistics of dataset {dataset.name}"

@@ -13,7 +13,7 @@ from data.processing import processors_from_config
 from data.sampler import BLOCK, StepBatchSampler
 from model.vla_model import VLAModel
 from tests.helpers import episode_rows, write_episodes, write_rows
-from utils.calculate_normalization_stats import calculate_statistics
+from utils.calculate_normalization_stats import StatisticsError, calculate_statistics
 from utils.config_utils import config_from_dict
 from utils.parquet_utils import DataError
 from utils.splits import used_episodes, validation_episodes
@@ -252,3 +252,11 @@ def test_a_dataset_of_the_wrong_width_is_named(tmp_path, mixture):
     config = mixture()
     with pytest.raises(DataError, match=r"narrow\.parquet row 0: action has 3 values, config wants per_action_dim 2"):
         build_datasets(config, *processors_from_config(config))
+
+
+def test_statistics_of_another_number_of_datasets_are_refused(mixture):
+    config = mixture()
+    train, _ = build_datasets(config, *processors_from_config(config))
+    statistics = calculate_statistics(train.datasets[0].store.files, 4, 4)
+    with pytest.raises(StatisticsError, match=r"statistics of 1 datasets, but the config has 2 \(wide, narrow\); calc"):
+        VLAModel.from_pretrained(config, [statistics], (0.5,) * 3, (0.5,) * 3)

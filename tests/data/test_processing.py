@@ -172,9 +172,14 @@ def test_truncated_jpeg(processor, keep):
 def test_settings_round_trip_and_unsupported_ones_are_refused(processor):
     again = VLAImageProcessor.from_settings(processor.to_settings(), "x")
     assert vars(again) == vars(processor)
-    for spoiled in ({"size": {"shortest_edge": 3}}, {"do_center_crop": True}, {"rescale_factor": 1.0}):
-        with pytest.raises(ObservationError, match="image processor at 'x'"):
+    for spoiled, fault in (
+        ({"size": {"shortest_edge": 3}}, "size is {'shortest_edge': 3}; wanted height and width"),
+        ({"do_center_crop": True}, "do_center_crop and do_pad are not supported; wanted both false"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0; wanted 1/255"),
+    ):
+        with pytest.raises(ObservationError) as caught:
             VLAImageProcessor.from_settings(processor.to_settings() | spoiled, "x")
+        assert f"image processor at 'x': {fault}; set data.image_processor_name_or_path" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -260,8 +260,9 @@ def test_the_example_says_in_one_line_why_it_is_not_let_in(predictor):
 def test_more_clients_than_wanted_are_turned_away(predictor):
     with running(predictor, max_clients=1) as server:
         client = PolicyClient(port=server.port)
-        with pytest.raises(InvalidStatus, match="503"):
+        with pytest.raises(InvalidStatus, match="503") as refused:
             PolicyClient(port=server.port)
+        assert b"1 clients are connected, which is serving.max_clients; try again" in refused.value.response.body
         client.close()
         still_serves(server, predictor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_a_failed_cell_is_named_and_the_others_are_reported(config):
     assert "checkpoint_epoch_1.pth.tar" in (broken / "log.txt").read_text()
     rows = json.loads((config.parent / "out" / "compare_heads.json").read_text())["rows"]
     assert rows[0]["seeds"] == [0]
+
+
+def test_a_cell_that_another_comparison_runs_is_left_alone(config):
+    cell = config.parent / "out" / "paligemma-flow_matching-seed0"
+    cell.mkdir(parents=True)
+    with (cell / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(compare_heads.CellError, match="1 of 1 cells failed"):
+            compare(config, "--episodes", "0")
+    assert "is in use by another comparison; wait for it, or end it" in (cell / "log.txt").read_text()
+    assert not (cell / "checkpoints").exists()
 
 
 def test_same_seed_same_initial_backbone_and_another_seed_another_head(config):
