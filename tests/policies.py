@@ -20,20 +20,20 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def model_section(backbone_dir: Path, vlm: dict[str, Any] | None = None, **head: Any) -> dict[str, Any]:
+    """`model` of a tiny policy: a backbone directory in float32 and a small head, with these differences."""
+    size = {"horizon": HORIZON, "per_action_dim": ACTION_DIM, "hidden_dim": 32, "num_layers": 1, "num_heads": 4}
+    return {
+        "vlm_config": {"model_name_or_path": str(backbone_dir), "dtype": "float32", **(vlm or {})},
+        "action_head_config": {**size, **head},
+    }
+
+
 def policy_config(backbone_dir: Path, folder: Path, **changes: Any) -> Config:
     """The configuration of a policy on the tiny backbone of `tests/conftest.py`, writing below `folder`."""
     base = {
         "data": {"state_dim": STATE_DIM, "batch_size": 4, "num_workers": 0},
-        "model": {
-            "vlm_config": {"model_name_or_path": str(backbone_dir), "dtype": "float32"},
-            "action_head_config": {
-                "horizon": HORIZON,
-                "per_action_dim": ACTION_DIM,
-                "hidden_dim": 32,
-                "num_layers": 1,
-                "num_heads": 4,
-            },
-        },
+        "model": model_section(backbone_dir),
         "training": {"checkpoint_dir": str(folder / "experiments"), "experiment_name": "run"},
         "optimizer": {"lr": 1e-3},
     }

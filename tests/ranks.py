@@ -20,6 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from main_train import train
 from model.vla_model import VLAModel
 from tests.helpers import write_episodes
+from tests.policies import model_section
 from training.run_log import read_metrics
 from training.trainer import VLATrainer
 from training.trainer_ddp import VLATrainerDDP
@@ -46,16 +47,7 @@ def write_project(folder: Path, backbone: Path) -> Path:
             "num_workers": 0,
             "cache_dir": str(folder / "cache"),
         },
-        "model": {
-            "vlm_config": {"model_name_or_path": str(backbone), "dtype": "float32"},
-            "action_head_config": {
-                "horizon": 4,
-                "per_action_dim": 4,
-                "hidden_dim": 32,
-                "num_layers": 1,
-                "num_heads": 4,
-            },
-        },
+        "model": model_section(backbone),
         "training": {
             "checkpoint_dir": str(folder / "experiments"),
             "experiment_name": "run",

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from tests.helpers import episode_rows, write_episodes, write_rows
+from tests.policies import model_section
 from utils.checkpoint import load_checkpoint
 
 
@@ -34,16 +35,7 @@ def project(tmp_path, tiny_paligemma_dir):
             "num_workers": 1,
             "cache_dir": str(tmp_path / "cache"),
         },
-        "model": {
-            "vlm_config": {"model_name_or_path": str(tiny_paligemma_dir), "dtype": "float32"},
-            "action_head_config": {
-                "horizon": 4,
-                "per_action_dim": 4,
-                "hidden_dim": 32,
-                "num_layers": 1,
-                "num_heads": 4,
-            },
-        },
+        "model": model_section(tiny_paligemma_dir),
         "training": {"epochs": 2, "checkpoint_dir": str(tmp_path / "experiments"), "experiment_name": "a"},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

@@ -13,6 +13,7 @@ from data.processing import processors_from_config
 from data.sampler import BLOCK, StepBatchSampler
 from model.vla_model import VLAModel
 from tests.helpers import episode_rows, write_episodes, write_rows
+from tests.policies import model_section
 from utils.calculate_normalization_stats import StatisticsError, calculate_statistics
 from utils.config_utils import config_from_dict
 from utils.parquet_utils import DataError
@@ -24,7 +25,6 @@ def mixture(tmp_path, tiny_paligemma_dir):
     """A wide dataset with two cameras, and a narrow one with one camera and a shorter horizon."""
     wide = write_episodes(tmp_path / "wide.parquet", [9, 7], cameras=("image_1", "image_2"), image_size=32)
     narrow = write_episodes(tmp_path / "narrow.parquet", [6, 5, 8], seed=20, state_dim=3, action_dim=2, image_size=32)
-    head = {"horizon": 4, "per_action_dim": 4, "hidden_dim": 32, "num_layers": 1, "num_heads": 4}
 
     def make(**data):
         tree = {
@@ -45,14 +45,7 @@ def mixture(tmp_path, tiny_paligemma_dir):
                 "cache_dir": str(tmp_path / "cache"),
                 **data,
             },
-            "model": {
-                "vlm_config": {
-                    "model_name_or_path": str(tiny_paligemma_dir),
-                    "dtype": "float32",
-                    "use_aux_camera": True,
-                },
-                "action_head_config": head,
-            },
+            "model": model_section(tiny_paligemma_dir, {"use_aux_camera": True}),
         }
         return config_from_dict(tree)
 

@@ -10,11 +10,10 @@ import torch
 from data.loader import StepBatchSampler, VLADataset, make_loader
 from data.processing import processors_from_config
 from model.vla_model import VLAModel
+from tests.policies import model_section
 from training.trainer import VLATrainer
 from utils.calculate_normalization_stats import calculate_statistics
 from utils.config_utils import config_from_dict
-
-HEAD = {"horizon": 4, "per_action_dim": 4, "hidden_dim": 32, "num_layers": 1, "num_heads": 2}
 
 
 def train_tiny(folder: Path, backbone_dir: Path, files: list[Path], *, steps: int = 2, **sections: Any) -> Path:
@@ -30,10 +29,7 @@ def train_tiny(folder: Path, backbone_dir: Path, files: list[Path], *, steps: in
     config = config_from_dict(
         {
             "data": {"state_dim": 4, "num_workers": 0, "cache_dir": str(folder / "cache"), **sections.get("data", {})},
-            "model": {
-                "vlm_config": {"model_name_or_path": str(backbone_dir), "dtype": "float32", **sections.get("vlm", {})},
-                "action_head_config": {**HEAD, **sections.get("head", {})},
-            },
+            "model": model_section(backbone_dir, sections.get("vlm"), **{"num_heads": 2, **sections.get("head", {})}),
             "training": {
                 "checkpoint_dir": str(folder),
                 "experiment_name": "tiny",

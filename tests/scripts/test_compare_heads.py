@@ -17,6 +17,7 @@ from model.vla_model import VLAModel
 from scripts import compare_heads
 from scripts.compare_heads_report import OFFLINE, SMOOTHNESS, markdown, plot, summarize
 from tests.helpers import write_episodes
+from tests.policies import model_section
 from utils.calculate_normalization_stats import calculate_statistics
 from utils.config_utils import ConfigError, load_config
 
@@ -36,16 +37,7 @@ def config(tmp_path, tiny_paligemma_dir, monkeypatch) -> Path:
             "batch_size": 4,
             "num_workers": 0,
         },
-        "model": {
-            "vlm_config": {"model_name_or_path": str(tiny_paligemma_dir), "dtype": "float32"},
-            "action_head_config": {
-                "horizon": 4,
-                "per_action_dim": 4,
-                "hidden_dim": 32,
-                "num_layers": 1,
-                "num_heads": 2,
-            },
-        },
+        "model": model_section(tiny_paligemma_dir, num_heads=2),
         "training": {"max_steps": 3, "epochs": 100, "num_threads": 1, "log_interval": 1, "val_num_plots": 0},
         "inference": {"num_inference_steps": 2, "n_action_steps": 2},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers import write_episodes
-from tests.policies import merged
+from tests.policies import merged, model_section
 from utils.config_utils import Config, config_from_dict
 
 
@@ -24,17 +24,7 @@ def make_config(tmp_path, tiny_paligemma_dir):
                 "num_workers": 0,
                 "cache_dir": str(tmp_path / "cache"),
             },
-            "model": {
-                "vlm_config": {"model_name_or_path": str(tiny_paligemma_dir), "dtype": "float32"},
-                "action_head_config": {
-                    "horizon": 4,
-                    "per_action_dim": 4,
-                    "hidden_dim": 32,
-                    "num_layers": 1,
-                    "num_heads": 4,
-                    "dropout_prob": 0.1,
-                },
-            },
+            "model": model_section(tiny_paligemma_dir, dropout_prob=0.1),
             "training": {
                 "checkpoint_dir": str(tmp_path / "experiments"),
                 "experiment_name": "run",

@@ -13,6 +13,7 @@ from data.loader import VLADataset, make_loader
 from data.processing import processors_from_config
 from model.vla_model import VLAModel
 from tests.helpers import write_episodes
+from tests.policies import model_section
 from training.run_log import RunLog
 from training.validation import validate
 from utils.calculate_normalization_stats import calculate_statistics
@@ -28,16 +29,7 @@ def setting(tmp_path_factory, tiny_paligemma_dir):
     config = config_from_dict(
         {
             "data": {"state_dim": 4, "num_workers": 0, "cache_dir": str(folder / "cache")},
-            "model": {
-                "vlm_config": {"model_name_or_path": str(tiny_paligemma_dir), "dtype": "float32"},
-                "action_head_config": {
-                    "horizon": 4,
-                    "per_action_dim": 4,
-                    "hidden_dim": 32,
-                    "num_layers": 1,
-                    "num_heads": 2,
-                },
-            },
+            "model": model_section(tiny_paligemma_dir, num_heads=2),
             "training": {"checkpoint_dir": str(folder), "experiment_name": "run", "val_num_samples": 3},
             "inference": {"num_inference_steps": 2},
         }
