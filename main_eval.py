@@ -30,7 +30,8 @@ from envs import FIRST_EVALUATION_SEED, TIERS, expand_tasks, make_env
 from inference.eval_args import parse_args
 from inference.evaluate import difference_between, evaluate_offline
 from inference.export import policy_stamp
-from inference.parallel_rollout import Finished, Job, run_jobs
+from inference.parallel_rollout import Finished, run_jobs
+from inference.policies import Control, ExpertPolicy, ReplayPolicy
 from inference.predictor import VLAPredictor
 from inference.report import (
     action_table,
@@ -42,9 +43,10 @@ from inference.report import (
     write_json,
     write_predictions,
 )
-from inference.rollout import VIDEO_FPS, ExpertPolicy, ModelPolicy, Policy, ReplayPolicy, summarize_tasks
+from inference.rollout import ModelPolicy, summarize_tasks
 from inference.rollout_record import RolloutRecord
-from inference.video import write_grid
+from inference.simulator import Job
+from inference.video import VIDEO_FPS, write_grid
 from utils.misc import set_up_logging, user_message
 from utils.parquet_utils import DataError, resolve_parquet_files
 
@@ -214,7 +216,7 @@ def _prompts(args: argparse.Namespace, tasks: Sequence[str], make: Callable[[str
 
 def _policy(
     args: argparse.Namespace, predictor: VLAPredictor | None, tasks: Sequence[str], make: Callable[[str], Any]
-) -> ModelPolicy | dict[str, Policy]:
+) -> ModelPolicy | dict[str, Control]:
     """The trained policy, or per task what is run in its place."""
     if args.control == "expert":
         return {task: ExpertPolicy() for task in tasks}

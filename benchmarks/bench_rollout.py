@@ -1,9 +1,10 @@
 """Closed-loop evaluation in parallel: how much faster than serial, and whether any episode changed.
 
-    python benchmarks/bench_rollout.py --checkpoint_path C [--episodes 20] [--num_envs 2] [--quick] [--json F]
+    python benchmarks/bench_rollout.py --checkpoint_path C [--episodes 100] [--num_envs 4] [--quick] [--json F]
 
 The same seeds are run twice through main_eval.py, with one simulator process and with several; start-up is part of
-both. A flip is an episode with another outcome (batches round differently than single samples).
+both, and does not get shorter by processes: a few episodes gain little. A flip is an episode with another outcome
+(batches round differently than single samples).
 
 JSON keys: speedup (at least 1.7 on two cores), flips (wanted 0), episodes.
 """
@@ -41,8 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_path", required=True, type=lambda path: str(pathlib.Path(path).resolve()))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--episodes", type=int, default=20, help="per task")
-    parser.add_argument("--num_envs", type=int, default=os.cpu_count())
+    parser.add_argument("--episodes", type=int, default=100, help="per task")
+    parser.add_argument("--num_envs", type=int, default=2 * os.cpu_count(), help="default: two for each core")
     parser.add_argument("--quick", action="store_true", help="2 episodes per task")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     args = parser.parse_args()

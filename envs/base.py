@@ -6,6 +6,9 @@ Observation of one time step, a dict:
     image_2   uint8 (H, W, 3)        only where a second camera was asked for
     state     float32 (state_dim,)   proprioception only; what the cameras have to find out is not in it
 
+After ``reset(options={"images_on_request": True})`` the observations of that episode have no images, and
+``images()`` renders those of the current step: most frames of an evaluation are never looked at.
+
 An action is float32 (per_action_dim,) in the units of ``action_space``; it is clipped to that space.
 """
 
@@ -38,6 +41,10 @@ class RobotEnv(gymnasium.Env):
         Returns:
             float32 (per_action_dim,).
         """
+        raise NotImplementedError
+
+    def images(self) -> dict[str, np.ndarray]:
+        """The images of the current step's observation, by camera."""
         raise NotImplementedError
 
     def hold_action(self, previous: np.ndarray | None) -> np.ndarray:

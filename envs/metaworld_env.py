@@ -91,6 +91,7 @@ class MetaWorldEnv(RobotEnv):
         self._expert: Any = None
         self._raw_observation: np.ndarray | None = None
         self._n_steps = 0
+        self._images_on_request = False
 
         images = {"image_1": camera, "image_2": second_camera}
         self._camera_of = {key: name for key, name in images.items() if name is not None}
@@ -108,11 +109,18 @@ class MetaWorldEnv(RobotEnv):
 
         Args:
             seed: non-negative; None draws one from the environment's own generator.
-            options: none are known.
+            options: ``images_on_request``, see `envs.base`.
 
         Returns:
             Observation, and ``{"success": False, "seed": seed}``.
+
+        Raises:
+            ValueError: another option.
         """
+        options = options or {}
+        if unknown := options.keys() - {"images_on_request"}:
+            raise ValueError(f"unknown reset options {sorted(unknown)}; images_on_request is the only one")
+        self._images_on_request = bool(options.get("images_on_request", False))
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**31))
@@ -181,6 +189,9 @@ class MetaWorldEnv(RobotEnv):
         gripper = 0.0 if previous is None else previous[3]
         return np.array([0.0, 0.0, 0.0, gripper], np.float32)
 
+    def images(self) -> dict[str, np.ndarray]:
+        return {key: self._renderer.render(self._sim.data, name) for key, name in self._camera_of.items()}
+
     def render(self) -> np.ndarray:
         """The current ``image_1``, uint8 (image_size, image_size, 3)."""
         return self._renderer.render(self._sim.data, self.camera)
@@ -202,8 +213,7 @@ class MetaWorldEnv(RobotEnv):
 
     def _observe(self) -> dict[str, np.ndarray]:
         assert self._raw_observation is not None
-        data = self._sim.data
-        images = {key: self._renderer.render(data, name) for key, name in self._camera_of.items()}
+        images = {} if self._images_on_request else self.images()
         return {**images, "state": self._raw_observation[:STATE_DIM].astype(np.float32)}
 
 

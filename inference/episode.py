@@ -2,6 +2,8 @@
 
 An environment here gives observations `{"image_1": uint8 (H, W, 3), optionally "image_2", "state": float32}`,
 reports `info["success"]`, and carries `instruction` and `control_hz`; where plans take time, also `hold_action`.
+Rendering is most of a simulator's work, and most frames are never looked at: an environment may honour the reset option
+`images_on_request`, leave the images out, and give those of the present state by `images()`.
 
     episode = Episode(env, settings, seed)
     while (request := episode.advance()) is not None:       # runs until a plan is wanted or the episode has ended
@@ -14,13 +16,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import gymnasium
 import numpy as np
 
 from inference.execution import ExecutionSettings
 from inference.video import captioned
-from model.action_head.guidance import ActionPrefix
+
+if TYPE_CHECKING:
+    from model.action_head.guidance import ActionPrefix
 
 Observation = dict[str, np.ndarray]
 
@@ -92,7 +97,7 @@ class Episode:
         settings: how plans are executed.
         seed: of the initial state.
         prompt: instead of the environment's instruction.
-        max_seq_len: observations that a plan is made from.
+        max_seq_len: observations that a plan is made from; 0: the last state, without images.
         record: keep captioned frames of image_1.
     """
 
@@ -108,10 +113,11 @@ class Episode:
     ) -> None:
         self.env, self.settings, self.record = env, settings, record
         self._started = time.perf_counter()
-        observation, _ = env.reset(seed=seed)
+        self._looks = max_seq_len > 0
+        observation, _ = env.reset(seed=seed, options={"images_on_request": max_seq_len <= 1 and not record})
         self.prompt = env.unwrapped.instruction if prompt is None else prompt
         self.result = EpisodeResult(seed)
-        self._history: deque[Observation] = deque([observation], maxlen=max_seq_len)
+        self._history: deque[Observation] = deque([observation], maxlen=max(1, max_seq_len))
         self._execution = settings.start()
         self._under_way: tuple[int, np.ndarray] | None = None  # (step of arrival, actions)
         self._ended = False
@@ -126,6 +132,8 @@ class Episode:
         while not self._ended:
             self._deliver()
             if self._execution.wants_plan():
+                if self._looks and "image_1" not in self._history[-1]:
+                    self._history[-1] |= self.env.unwrapped.images()
                 self._asked = time.perf_counter()
                 return PlanRequest(tuple(self._history), self.prompt, self._execution.request())
             self._step()

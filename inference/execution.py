@@ -24,11 +24,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from model.action_head.guidance import ActionPrefix, soft_mask
+# Simulator processes import this module: only strategies that continue chunks import torch, which takes seconds.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.action_head.guidance import ActionPrefix
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,10 @@ class RealTimeChunking(NaiveAsync):
     clean = False
 
     def _prefix(self) -> ActionPrefix | None:
+        import torch
+
+        from model.action_head.guidance import ActionPrefix
+
         horizon, executed = self.settings.horizon, self.step - self._start
         rest_TA = self._plan_TA[executed:horizon]
         weight_T = self._weights(horizon, min(self.delay, len(rest_TA)), len(rest_TA))
@@ -197,7 +205,9 @@ class RealTimeChunking(NaiveAsync):
         action_TA[: len(rest_TA)] = torch.as_tensor(rest_TA)
         return ActionPrefix(action_TA[None], weight_T[None], self.settings.max_guidance_weight, self.clean)
 
-    def _weights(self, horizon: int, delay: int, overlap: int) -> torch.Tensor:
+    def _weights(self, horizon: int, delay: int, overlap: int) -> Tensor:
+        from model.action_head.guidance import soft_mask
+
         limit = self.settings.guidance_steps
         return soft_mask(horizon, delay, overlap if limit is None else min(overlap, max(delay, limit)))
 
@@ -207,7 +217,9 @@ class CleanPrefix(RealTimeChunking):
 
     clean = True
 
-    def _weights(self, horizon: int, delay: int, overlap: int) -> torch.Tensor:
+    def _weights(self, horizon: int, delay: int, overlap: int) -> Tensor:
+        import torch
+
         return (torch.arange(horizon) < delay).float()
 
 

@@ -5,49 +5,33 @@
     process n: Episode ─► request ─┘                    └─► plan
 
 A plan's noise depends on its episode's seed and its number in the episode alone, so that neither the number of
-processes nor what else is in a batch changes an episode, up to rounding. Messages between the processes are those
-of `inference.wire`.
+processes nor what else is in a batch changes an episode, up to rounding. The processes run `inference.simulator`;
+nothing is pickled on the way.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Protocol
 
-import gymnasium
 import numpy as np
 import torch
 
-from inference.episode import Asked, Episode, EpisodeResult, PlanRequest
-from inference.execution import ExecutionSettings
-from inference.rollout import VIDEO_FPS, Policy
-from inference.video import write_video
+from inference.episode import Asked, EpisodeResult, PlanRequest
+from inference.policies import Control, Policy
+from inference.simulator import Job, MakeEnv, own_planner, reference_to, run_job
 from inference.wire import pack, unpack
 from model.action_head.guidance import ActionPrefix
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One episode to be run.
-
-    Attributes:
-        task: what `make_env` takes.
-        seed: of the initial state and of the noise.
-        prompt: instead of the environment's instruction.
-        video: file that the episode is filmed into; None: it is not.
-    """
-
-    task: str
-    seed: int
-    prompt: str | None = None
-    video: str | None = None
 
 
 class Planner(Policy, Protocol):
@@ -76,13 +60,10 @@ class Finished:
     env_settings: dict[str, Any]
 
 
-MakeEnv = Callable[[str], gymnasium.Env]
-
-
 def run_jobs(
     jobs: Sequence[Job],
     make_env: MakeEnv,
-    policy: Planner | dict[str, Policy],
+    policy: Planner | dict[str, Control],
     on_finished: Callable[[Finished], None],
     *,
     num_envs: int,
@@ -91,8 +72,9 @@ def run_jobs(
 
     Args:
         jobs: in the order in which they are started.
-        make_env: task -> environment; called in the simulator processes, so it must be importable there.
-        policy: plans in this process, in batches; or, per task, a policy that each simulator process runs itself.
+        make_env: task -> environment: a function of a module, or a partial of one with plain values, so that the
+            simulator processes find it.
+        policy: plans in this process, in batches; or, per task, a control that each simulator process runs itself.
         on_finished: called in this process, in the order in which episodes end.
         num_envs: simulator processes; 1 simulates in this process.
 
@@ -104,46 +86,63 @@ def run_jobs(
         _run_here(jobs, make_env, policy, on_finished)
         return
     central = None if isinstance(policy, dict) else policy
-    context = multiprocessing.get_context("spawn")  # neither threads nor a renderer may be inherited
-    waiting, running = list(reversed(jobs)), {}
+    start: dict[str, Any] = {"env": reference_to(make_env)}
+    if central is not None:
+        start |= {"settings": asdict(central.execution), "max_seq_len": central.max_seq_len}
+    waiting = [
+        (job, {"job": asdict(job), "control": None if central else policy[job.task].described(job.seed)})
+        for job in reversed(jobs)
+    ]
+    running: dict[Connection, Job] = {}
     processes = []
     try:
         for _ in range(min(num_envs, len(jobs))):
-            here, there = context.Pipe()
-            settings = None if central is None else (central.execution, central.max_seq_len)
-            process = context.Process(target=_simulate, args=(there, make_env, settings, policy if not central else {}))
-            process.start()
-            there.close()
+            process, connection = start_simulator()
             processes.append(process)
-            _start_next(here, waiting, running)
+            connection.send_bytes(pack(start))
+            _start_next(connection, waiting, running)
         asked: dict[Connection, Asked] = {}
+        deadline = patience = 0.0
         while running:
-            for connection in wait(list(running.keys() - asked.keys()), timeout=0 if asked else None):
+            others = list(running.keys() - asked.keys())
+            ready = wait(others, max(0.0, deadline - time.monotonic()) if asked else None) if others else []
+            for connection in ready:
                 message = _receive(connection, running[connection])
                 if message["kind"] == "plan":
+                    # A batch waits for the others as long as a plan takes: a larger one costs hardly more.
+                    deadline = deadline if asked else time.monotonic() + patience
                     asked[connection] = _asked(message)
                 elif message["kind"] == "env" and central is not None:
                     central.check_widths(message["state_dim"], message["per_action_dim"])
                 elif message["kind"] == "finished":
                     on_finished(_finished(running[connection], message))
                     _start_next(connection, waiting, running)
-            # Whoever is ready is planned for; those still simulating join the next batch.
-            ready = wait(list(running.keys() - asked.keys()), timeout=0) if asked else []
             if asked and not ready:
+                started = time.monotonic()
                 for connection, action_TA in zip(asked, central.plan_many(list(asked.values())), strict=True):
                     connection.send_bytes(pack(np.ascontiguousarray(action_TA)))
-                asked = {}
+                asked, patience = {}, time.monotonic() - started
     finally:
         for process in processes:
             process.terminate()
         for process in processes:
-            process.join()
+            process.wait()
+
+
+def start_simulator() -> tuple[subprocess.Popen[bytes], Connection]:
+    """A simulator process, and this side of the line to it."""
+    here, there = socket.socketpair()
+    with there:
+        command = [sys.executable, "-m", "inference.simulator", str(there.fileno())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, pass_fds=[there.fileno()])
+    return process, Connection(here.detach())
 
 
 def _run_here(
     jobs: Sequence[Job],
     make_env: MakeEnv,
-    policy: Planner | dict[str, Policy],
+    policy: Planner | dict[str, Control],
     on_finished: Callable[[Finished], None],
 ) -> None:
     """The same in this process, one episode after the other."""
@@ -154,18 +153,19 @@ def _run_here(
                 env.close()
             env, task = make_env(job.task), job.task
         own = policy[job.task] if isinstance(policy, dict) else policy
-        result = _run(env, job, own.execution, own.max_seq_len, _own_planner(own, env, job.seed))
-        result.frames, result.actions = [], []
+        result = run_job(env, job, own.execution, own.max_seq_len, own_planner(own, env, job.seed))
         on_finished(Finished(job, result, env.unwrapped.instruction, env.unwrapped.settings()))
     if env is not None:
         env.close()
 
 
-def _start_next(connection: Connection, waiting: list[Job], running: dict[Connection, Job]) -> None:
+def _start_next(
+    connection: Connection, waiting: list[tuple[Job, dict[str, Any]]], running: dict[Connection, Job]
+) -> None:
     """Give a simulator process its next job, or let it go."""
     if waiting:
-        running[connection] = waiting.pop()
-        connection.send_bytes(pack(asdict(running[connection])))
+        running[connection], message = waiting.pop()
+        connection.send_bytes(pack(message))
     else:
         running.pop(connection, None)
         connection.send_bytes(pack(None))
@@ -194,74 +194,3 @@ def _asked(message: dict[str, Any]) -> Asked:
 
 def _finished(job: Job, message: dict[str, Any]) -> Finished:
     return Finished(job, EpisodeResult(**message["result"]), message["instruction"], message["env_settings"])
-
-
-def _simulate(
-    connection: Connection,
-    make_env: MakeEnv,
-    central: tuple[ExecutionSettings, int] | None,
-    policies: dict[str, Policy],
-) -> None:
-    """What a simulator process does: run jobs until there are none."""
-    torch.set_num_threads(1)
-    env, task = None, None
-    while (fields := unpack(connection.recv_bytes())) is not None:
-        job = Job(**fields)
-        try:
-            if job.task != task:
-                if env is not None:
-                    env.close()  # one live renderer per process
-                env, task = make_env(job.task), job.task
-                widths = {name: getattr(env.unwrapped, name) for name in ("state_dim", "per_action_dim")}
-                connection.send_bytes(pack({"kind": "env", **widths}))
-            if central is None:
-                plan = _own_planner(policies[job.task], env, job.seed)
-                settings, max_seq_len = policies[job.task].execution, policies[job.task].max_seq_len
-            else:
-                plan, (settings, max_seq_len) = _distant_planner(connection, job.seed), central
-            result = _run(env, job, settings, max_seq_len, plan)
-        except (ValueError, ModuleNotFoundError, RuntimeError) as error:
-            connection.send_bytes(pack({"kind": "error", "text": str(error)}))
-            return
-        result.frames, result.actions = [], []
-        facts = {"instruction": env.unwrapped.instruction, "env_settings": env.unwrapped.settings()}
-        connection.send_bytes(pack({"kind": "finished", "result": asdict(result), **facts}))
-    if env is not None:
-        env.close()
-
-
-def _run(
-    env: gymnasium.Env,
-    job: Job,
-    settings: ExecutionSettings,
-    max_seq_len: int,
-    plan: Callable[[PlanRequest], np.ndarray],
-) -> EpisodeResult:
-    episode = Episode(env, settings, job.seed, prompt=job.prompt, max_seq_len=max_seq_len, record=bool(job.video))
-    while (request := episode.advance()) is not None:
-        episode.give(plan(request))
-    if job.video:
-        write_video(Path(job.video), episode.result.frames, min(env.unwrapped.control_hz, VIDEO_FPS))
-    return episode.result
-
-
-def _own_planner(policy: Policy, env: gymnasium.Env, seed: int) -> Callable[[PlanRequest], np.ndarray]:
-    policy.reset(env, seed)
-    return lambda request: policy.plan(request.history, request.prompt, request.prefix)
-
-
-def _distant_planner(connection: Connection, seed: int) -> Callable[[PlanRequest], np.ndarray]:
-    number = 0
-
-    def plan(request: PlanRequest) -> np.ndarray:
-        nonlocal number
-        prefix = request.prefix
-        if prefix is not None:
-            tensors = {"action": prefix.action_BTA.numpy(), "weight": prefix.weight_BT.numpy()}
-            prefix = {**tensors, "max_guidance_weight": prefix.max_guidance_weight, "clean": prefix.clean}
-        message = {"kind": "plan", "seed": seed, "number": number, "history": list(request.history)}
-        connection.send_bytes(pack({**message, "prompt": request.prompt, "prefix": prefix}))
-        number += 1
-        return np.array(unpack(connection.recv_bytes()))
-
-    return plan

@@ -21,7 +21,7 @@ from types import TracebackType
 import numpy as np
 
 from inference.episode import Observation
-from inference.rollout import Policy
+from inference.policies import Policy
 from model.action_head.guidance import ActionPrefix
 
 logger = logging.getLogger(__name__)

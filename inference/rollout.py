@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -19,31 +19,15 @@ from data.processing import Sample, collate_fn
 from inference.episode import Asked, Episode, EpisodeResult, Observation, PlanRequest
 from inference.execution import ExecutionSettings
 from inference.metrics import wilson_interval
+from inference.policies import Policy
 from inference.predictor import VLAPredictor
-from inference.video import tiled, write_video
+from inference.video import VIDEO_FPS, tiled, write_video
 from model.action_head.guidance import ActionPrefix, joined
 from utils.misc import derive_seed
 
 logger = logging.getLogger(__name__)
 
 GREY = 128  # what a blank image holds: the middle of the range, near zero after the backbone's normalization
-VIDEO_FPS = 20  # at most, so that an episode of a fast simulator can be followed
-
-
-class Policy(Protocol):
-    """Anything that plans actions; one instance drives one episode at a time."""
-
-    max_seq_len: int  # frames of history that `plan` wants
-    execution: ExecutionSettings  # what becomes of its plans
-
-    def reset(self, env: gymnasium.Env, seed: int) -> None:
-        """Start an episode that was reset with `seed`."""
-
-    def plan(self, history: Sequence[Observation], prompt: str, prefix: ActionPrefix | None = None) -> np.ndarray:
-        """Actions (T, A), T at least `execution.horizon`, from the last frames (oldest first) and the instruction.
-
-        `prefix` is what the chunk has to continue, for strategies that need it.
-        """
 
 
 class ModelPolicy:
@@ -121,47 +105,6 @@ class ModelPolicy:
 
     def _seen(self, frame: np.ndarray) -> np.ndarray:
         return np.full_like(frame, GREY) if self.blind else frame
-
-
-class ReplayPolicy:
-    """Plays demonstrations back without looking: the floor that any policy must beat.
-
-    The episode's seed chooses the demonstration (seed modulo their number). After its end its last action is
-    repeated, so that the control has as much time as a policy has.
-
-    Args:
-        demonstrations: actions of one episode each, (steps, A), physical units.
-    """
-
-    max_seq_len = 1
-    execution = ExecutionSettings(horizon=1, n_action_steps=1)
-
-    def __init__(self, demonstrations: Sequence[np.ndarray]) -> None:
-        if not demonstrations:
-            raise ValueError("no demonstration to replay")
-        self.demonstrations = list(demonstrations)
-        self._actions, self._step = self.demonstrations[0], 0
-
-    def reset(self, env: gymnasium.Env, seed: int) -> None:
-        self._actions, self._step = self.demonstrations[seed % len(self.demonstrations)], 0
-
-    def plan(self, history: Sequence[Observation], prompt: str, prefix: ActionPrefix | None = None) -> np.ndarray:
-        step = min(self._step, len(self._actions) - 1)
-        self._step += 1
-        return self._actions[step : step + 1]
-
-
-class ExpertPolicy:
-    """The environment's own scripted expert: the ceiling of what its demonstrations can teach."""
-
-    max_seq_len = 1
-    execution = ExecutionSettings(horizon=1, n_action_steps=1)
-
-    def reset(self, env: gymnasium.Env, seed: int) -> None:
-        self._env = env.unwrapped
-
-    def plan(self, history: Sequence[Observation], prompt: str, prefix: ActionPrefix | None = None) -> np.ndarray:
-        return np.asarray(self._env.expert_action())[None]
 
 
 def run_episode(

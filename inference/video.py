@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 CAPTION_HEIGHT = 34  # pixels, two lines
+VIDEO_FPS = 20  # at most, so that an episode of a fast simulator can be followed
 MIN_HEIGHT = 240  # smaller frames are enlarged by a whole factor
 
 

@@ -50,6 +50,21 @@ def test_meets_the_interface(window):
     assert set(window.settings()) >= {"camera", "second_camera", "image_size", "hide_goal", "control_hz"}
 
 
+def test_images_on_request_are_those_of_the_step(window):
+    actions = np.random.default_rng(0).uniform(-1, 1, (4, 4)).astype(np.float32)
+    eager = run(window, 3, actions)
+    observation, _ = window.reset(seed=3, options={"images_on_request": True})
+    for step, wanted in enumerate(eager):
+        assert observation.keys() == {"state"}
+        if step in (0, 3, 4):  # those between are never rendered
+            assert_same({**window.images(), **observation}, wanted)
+        if step < len(actions):
+            observation = window.step(actions[step])[0]
+    assert "image_1" in window.reset(seed=3)[0], "of that episode alone"
+    with pytest.raises(ValueError, match=r"unknown reset options \['image'\]; images_on_request is the only one"):
+        window.reset(seed=3, options={"image": True})
+
+
 def test_every_task_has_a_simulation_and_an_expert():
     from envs.mujoco_rendering import import_mujoco
 

@@ -10,10 +10,12 @@ import pytest
 
 from envs import expand_tasks
 from inference.execution import ExecutionSettings
-from inference.parallel_rollout import Job, run_jobs
+from inference.parallel_rollout import run_jobs, start_simulator
+from inference.policies import ReplayPolicy
 from inference.predictor import VLAPredictor
-from inference.rollout import ModelPolicy, ReplayPolicy, summarize_tasks
+from inference.rollout import ModelPolicy, summarize_tasks
 from inference.rollout_record import RolloutRecord
+from inference.simulator import Job
 from inference.video import read_video
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
@@ -73,6 +75,13 @@ def test_policies_that_run_beside_their_simulator(tmp_path):
     serial, parallel = run(policies, jobs), run(policies, jobs, num_envs=2)
     assert [outcome(parallel[key]) for key in serial] == [outcome(episode) for episode in serial.values()]
     assert len(read_video(film)) == serial["to_3", 0].result.steps + 1
+
+
+def test_a_simulator_ends_with_whoever_started_it(capfd):
+    process, connection = start_simulator()
+    connection.close()
+    assert process.wait(timeout=30) == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_what_goes_wrong_in_a_process_is_told(predictor):

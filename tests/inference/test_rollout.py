@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 
 from inference.execution import ExecutionSettings
+from inference.policies import ExpertPolicy, ReplayPolicy
 from inference.predictor import VLAPredictor
-from inference.rollout import (
-    GREY,
-    ExpertPolicy,
-    ModelPolicy,
-    ReplayPolicy,
-    evaluate_task,
-    run_episode,
-    summarize_tasks,
-)
+from inference.rollout import GREY, ModelPolicy, evaluate_task, run_episode, summarize_tasks
 from inference.video import captioned, tiled
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
@@ -88,6 +81,33 @@ def test_history_holds_the_last_frames_of_every_step():
     env, policy = CountingEnv(goal=99, limit=6), Scripted(chunk(0, 0), n_action_steps=2, max_seq_len=3)
     run_episode(env, policy, seed=0)
     assert [frames for frames, _ in policy.seen] == [[0], [0, 1, 2], [2, 3, 4]]
+
+
+class OnRequestEnv(CountingEnv):
+    """Renders when asked; `rendered` are the steps that were."""
+
+    def reset(self, *, seed=None, options=None):
+        self.on_request, self.rendered = options["images_on_request"], []
+        return super().reset(seed=seed)
+
+    def images(self):
+        self.rendered.append(self.t)
+        return {"image_1": np.full((40, 40, 3), self.t, np.uint8)}
+
+    def _observe(self):
+        return {"state": np.full(4, self.offset, np.float32)} if self.on_request else super()._observe()
+
+
+def test_frames_that_nobody_looks_at_are_not_rendered():
+    env, policy = OnRequestEnv(goal=99, limit=7), Scripted(chunk(0, 0, 0), n_action_steps=3)
+    run_episode(env, policy, seed=0)
+    assert env.rendered == [0, 3, 6] and [frames for frames, _ in policy.seen] == [[0], [3], [6]]
+    run_episode(env, ReplayPolicy([np.zeros((2, 4), np.float32)]), seed=0)
+    assert env.on_request and env.rendered == [], "a replay does not look"
+    for options in ({"record": True}, {"max_seq_len": 2}):
+        policy = Scripted(chunk(0, 0, 0), 3, options.pop("max_seq_len", 1))
+        run_episode(env, policy, seed=0, **options)
+        assert not env.on_request and policy.seen[1][0][-1] == 3
 
 
 def test_success_at_any_step_ends_the_episode():
