@@ -133,7 +133,7 @@ def start_simulator() -> tuple[subprocess.Popen[bytes], Connection]:
     """A simulator process, and this side of the line to it."""
     here, there = socket.socketpair()
     with there:
-        command = [sys.executable, "-m", "inference.simulator", str(there.fileno())]
+        command = [sys.executable, "-P", "-m", "inference.simulator", str(there.fileno())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, env=environment, pass_fds=[there.fileno()])
     return process, Connection(here.detach())
