@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.helpers import write_episodes
-from tests.inference.checkpoints import HEAD
+from tests.policies import model_section
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("model", "utils", "data", "training", "inference", "envs", "scripts", "tests")
@@ -62,10 +62,7 @@ def test_the_document_s_head_trains_and_is_evaluated(checkout, tiny_paligemma_di
             "batch_size": 4,
             "num_workers": 0,
         },
-        "model": {
-            "vlm_config": {"model_name_or_path": str(tiny_paligemma_dir), "dtype": "float32"},
-            "action_head_config": {**HEAD, "type": "linear"},
-        },
+        "model": model_section(tiny_paligemma_dir, num_heads=2, type="linear"),
         "training": {"max_steps": 3, "experiment_name": "a"},
     }
     (checkout / "config.yaml").write_text(yaml.safe_dump(config))
