@@ -105,10 +105,12 @@ def base_weights(config: Config, name: str | None) -> tuple[dict[str, Tensor], s
     return {name: p.detach() for name, p in named if id(p) in pretrained}, vlm.pretrained_names
 
 
-def faults_of(policy: VLAModel, found: list[Measured]) -> list[str]:
-    """What deserves a look, worst first."""
+def faults_of(policy: VLAModel, found: list[Measured], merged: bool) -> list[str]:
+    """What deserves a look, worst first; merged weights no longer tell what trained, so that is not judged there."""
     broken = [one for one in found if one.non_finite]
     faults = [f"{one.name}: {one.non_finite:,} of {one.values:,} values are NaN or infinite" for one in broken]
+    if merged:
+        return faults
     for one in found:
         if one.trains and one.square == 0 and not one.non_finite and ".lora_" not in one.name:
             faults.append(f"{one.name}: dead: it trains, and every value is 0")
@@ -254,13 +256,15 @@ def main(arguments: list[str] | None = None) -> int:
         "modules": module_rows(found),
         "dtypes": dtype_rows(found),
         "adapters": adapter_rows(policy),
-        "faults": faults_of(policy, found),
+        "faults": faults_of(policy, found, "merged_from" in checkpoint),
     }
     averaged = f", averaged over {checkpoint['ema']['updates']} updates" if "ema" in checkpoint else ""
     print(f"{args.checkpoint_path}: step {checkpoint['step']}{averaged}; compared with {source}")
     for title in ("modules", "dtypes", "adapters"):
         print(f"\n{title}\n{table(report[title])}")
     print(f"\n{len(report['faults'])} findings")
+    if "merged_from" in checkpoint:
+        print("  (adapters were merged in: the run's own checkpoints tell dead, untouched and frozen weights)")
     for fault in report["faults"][:SHOWN]:
         print(f"  {fault}")
     if len(report["faults"]) > SHOWN:

@@ -12,6 +12,7 @@ everything else that evaluates takes them.
 from __future__ import annotations
 
 import argparse
+import copy
 import pathlib
 import sys
 from typing import Any
@@ -49,7 +50,7 @@ def merge_checkpoint(
     """
     settings = config_to_dict(config_from_dict(checkpoint["config"], source="checkpoint"))
     vlm = settings["model"]["vlm_config"]
-    lora, quantization = vlm["lora"], vlm["quantization"]
+    lora, quantization = copy.deepcopy(vlm["lora"]), vlm["quantization"]
     if lora is None and quantization == "none":
         raise CheckpointError("nothing to merge: the checkpoint has neither LoRA adapters nor quantized weights")
     vlm |= {key: name_or_path for key, name_or_path in (bases or {}).items() if name_or_path is not None}
@@ -62,7 +63,8 @@ def merge_checkpoint(
     vlm["lora"], vlm["quantization"] = None, "none"
     settings["training"]["save_adapters_only"] = False
     kept = {key: value for key, value in checkpoint.items() if key not in DROPPED}
-    return {**kept, "config": settings, "model": policy.state_dict()}
+    merged = {"lora": lora, "quantization": quantization}
+    return {**kept, "config": settings, "model": policy.state_dict(), "merged_from": merged}
 
 
 def main(arguments: list[str] | None = None) -> None:

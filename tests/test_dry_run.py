@@ -29,7 +29,7 @@ def config_path(tmp_path, tiny_paligemma_dir):
 
 
 def test_reports_and_leaves_nothing_behind(config_path, capsys):
-    main_train.main(["--config_path", str(config_path), "--dry_run"])
+    main_train.main(["--config_path", str(config_path), "--dry_run", "--set", "lr_scheduler.warmup_steps=50"])
     output = capsys.readouterr().out
     for expected in (
         "language model",
@@ -38,6 +38,7 @@ def test_reports_and_leaves_nothing_behind(config_path, capsys):
         "sum (calculated, not measured)",
         "micro-batch 4 of batch 4; tokens per sample: 16 in the vision tower, 64 in the language model",
         "16 samples, 4.0 steps per epoch, 8 steps",
+        "warning: lr_scheduler.warmup_steps 50 take 50 of the run's 8 steps: the learning rate never reaches its peak",
         "one step: loss ",
         "measured peak: only on a GPU",
     ):

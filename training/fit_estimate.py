@@ -19,6 +19,7 @@ from torch import nn
 
 from model.adapters import is_adapted
 from model.vla_model import BACKBONES, VLAModel
+from training.schedule import unfinished_warmup
 from utils.config_utils import Config
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def dry_run(trainer: VLATrainer) -> str:
     lines.append(
         f"{trainer.num_samples:,} samples, {trainer.epoch_steps:,.1f} steps per epoch, {trainer.total_steps:,} steps"
     )
+    warning = unfinished_warmup(config.lr_scheduler, trainer.total_steps, trainer.epoch_steps)
+    lines += [] if warning is None else [f"warning: {warning}"]
     batches = iter(trainer.train_loader)
     micro_batches = [next(batches) for _ in range(config.training.gradient_accumulation_steps)]
     on_gpu = trainer.device.type == "cuda"

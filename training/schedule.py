@@ -7,6 +7,17 @@ import math
 from utils.config_utils import LRSchedulerConfig
 
 
+def unfinished_warmup(config: LRSchedulerConfig, total_steps: int, epoch_steps: float) -> str | None:
+    """What to say of a run that ends before its learning rate has risen; None of another."""
+    warmup = config.warmup_steps * (epoch_steps if config.interval == "epoch" else 1)
+    if warmup < total_steps:
+        return None
+    return (
+        f"lr_scheduler.warmup_steps {config.warmup_steps} take {warmup:.0f} of the run's {total_steps} steps: the "
+        "learning rate never reaches its peak; lower them, or train longer"
+    )
+
+
 def learning_rate(step: int, base_lr: float, config: LRSchedulerConfig, total_steps: int, epoch_steps: float) -> float:
     """The learning rate of optimizer step `step`.
 

@@ -24,7 +24,7 @@ from training.ema import WeightAverage
 from training.failure import NonFiniteLossError, dump_batches, failure_message, guilty_samples
 from training.optimizer import build_optimizer
 from training.run_log import LogWindow, RunLog
-from training.schedule import learning_rate
+from training.schedule import learning_rate, unfinished_warmup
 from training.state import checkpoint_of, continue_from
 from training.stopping import BestValidation, StopRequest, require_defined
 from training.validation import validate
@@ -379,6 +379,8 @@ class VLATrainer:
             self.num_samples,
             self.epoch_steps,
         )
+        if (warning := unfinished_warmup(self.config.lr_scheduler, self.total_steps, self.epoch_steps)) is not None:
+            logger.warning(warning)
 
     def _say_why_it_ended(self) -> None:
         if self.best.exhausted:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import diagnose_weights
 from model.vla_model import VLAModel
 from scripts.make_tiny_paligemma import make_tiny_paligemma
 from scripts.merge_lora import main
@@ -126,6 +127,14 @@ def test_averaged_weights_are_what_is_merged(make, tmp_path):
     assert "ema" not in merged
     wanted = predict(VLAModel.from_checkpoint(averaged))
     torch.testing.assert_close(predict(VLAModel.from_checkpoint(merged)), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_trained_before_the_merge_is_not_guessed(make, tmp_path, capsys, dtype):
+    path, _ = make()
+    run("--checkpoint_path", path, "--output", tmp_path / "m.pth.tar", "--dtype", dtype)
+    assert diagnose_weights.main(["--checkpoint_path", str(tmp_path / "m.pth.tar")]) == 0
+    assert "0 findings\n  (adapters were merged in: the run's own checkpoints tell" in capsys.readouterr().out
 
 
 def test_a_merged_checkpoint_cannot_be_resumed(make, tmp_path):

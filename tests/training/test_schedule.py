@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.schedule import learning_rate
+from training.schedule import learning_rate, unfinished_warmup
 from utils.config_utils import LRSchedulerConfig
 
 
@@ -48,3 +48,12 @@ def test_epochs_as_the_unit():
 
 def test_constant():
     assert set(rates(10, type="constant")) == {0.1}
+
+
+def test_a_warmup_that_does_not_end_is_told():
+    assert unfinished_warmup(LRSchedulerConfig(warmup_steps=11), 12, 5.0) is None
+    told = unfinished_warmup(LRSchedulerConfig(warmup_steps=1000), 12, 5.5)
+    assert "lr_scheduler.warmup_steps 1000 take 1000 of the run's 12 steps" in told and "lower them" in told
+    assert "3 take 15 of the run's 12 steps" in unfinished_warmup(
+        LRSchedulerConfig(warmup_steps=3, interval="epoch"), 12, 5.0
+    )
