@@ -42,7 +42,7 @@ sys.path.insert(
     0, str(pathlib.Path(__file__).resolve().parents[1])
 )  # so that "python scripts/x.py" finds the repository
 
-from envs import FIRST_EVALUATION_SEED, check_task, make_env  # noqa: E402
+from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env  # noqa: E402
 
 if TYPE_CHECKING:
     from envs.base import RobotEnv
@@ -78,7 +78,7 @@ class TaskSummary:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="metaworld", help="simulator (default %(default)s)")
-    parser.add_argument("--tasks", nargs="+", required=True, help="tasks of the simulator, one file each")
+    parser.add_argument("--tasks", nargs="+", required=True, help="names, tiers (easy, ...) or all; one file each")
     parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
     parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="folder of the Parquet files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
@@ -127,7 +127,7 @@ def record(args: argparse.Namespace, on_episode: Callable[[Episode], None] | Non
         FileExistsError: an output file exists and ``args.overwrite`` is False; nothing has been recorded.
         RuntimeError: an expert failed too often, or rendering is impossible.
     """
-    _check(args)
+    args = _checked(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     # spawn, not fork: a GL context and its threads do not survive a fork
     executor = ProcessPoolExecutor(args.num_workers, mp_context=multiprocessing.get_context("spawn"))
@@ -189,11 +189,11 @@ def _worker_env(env: str, task: str, **options: Any) -> RobotEnv:
     return make_env(env, task, **options)
 
 
-def _check(args: argparse.Namespace) -> None:
-    for task in args.tasks:
-        check_task(args.env, task)
+def _checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the tasks that `all` and tiers stand for, if they can be."""
     if len(set(args.tasks)) < len(args.tasks):
         raise ValueError(f"--tasks names a task twice: {' '.join(args.tasks)}")
+    args = argparse.Namespace(**{**vars(args), "tasks": expand_tasks(args.env, args.tasks)})
     for name, least in (
         ("episodes", 1),
         ("num_workers", 1),
@@ -220,6 +220,7 @@ def _check(args: argparse.Namespace) -> None:
             args.episodes,
             FIRST_EVALUATION_SEED,
         )
+    return args
 
 
 def _path_of(args: argparse.Namespace, task: str) -> pathlib.Path:

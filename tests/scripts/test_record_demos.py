@@ -100,6 +100,15 @@ def test_arguments_that_cannot_be(tmp_path, flags, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tier_stands_for_its_tasks(tmp_path):
+    existing = tmp_path / "stick-push-v3.parquet"  # of the very hard ones
+    existing.write_bytes(b"precious")
+    for tasks in ("very_hard", "all"):
+        with pytest.raises(FileExistsError, match="stick-push-v3.parquet exists already"):
+            record(arguments(tmp_path, "--tasks", tasks))
+    assert list(tmp_path.iterdir()) == [existing]
+
+
 def test_existing_output_is_kept(tmp_path):
     existing = tmp_path / "reach-v3.parquet"
     existing.write_bytes(b"precious")
