@@ -90,7 +90,7 @@ def parse_args(argv: Sequence[str] | None, description: str) -> argparse.Namespa
     loop = parser.add_argument_group("closed loop").add_argument
     loop("--env", help="simulator, e.g. metaworld")
     loop("--tasks", nargs="+", metavar="TASK", help="names, a tier (easy, medium, hard, very_hard), or all")
-    loop("--num_envs", type=int, help="simulator processes, with one policy for all; default 1")
+    loop("--num_envs", type=int, help="simulator processes, with one policy for all; default 1; try two a core")
     loop("--restart", action="store_true", default=None, help="discard the episodes that --output_dir holds")
     loop("--episodes", type=int, help="per task; default 20")
     loop("--blind", action="store_true", default=None, help="feed grey images: what the policy does without looking")
