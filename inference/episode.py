@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -139,6 +140,12 @@ class Episode:
             self._step()
         self.result.seconds = time.perf_counter() - self._started
         return None
+
+    def run(self, plan: Callable[[PlanRequest], np.ndarray]) -> EpisodeResult:
+        """The whole episode, each plan made by `plan`; raises what it raises, and as `advance` does."""
+        while (request := self.advance()) is not None:
+            self.give(plan(request))
+        return self.result
 
     def give(self, action_TA: np.ndarray) -> None:
         """The plan (T, A) that `advance` asked for."""

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from inference.episode import Asked, EpisodeResult, PlanRequest
-from inference.policies import Control, Policy
-from inference.simulator import Job, MakeEnv, own_planner, reference_to, run_job
+from inference.policies import Control, Policy, own_planner
+from inference.simulator import Job, MakeEnv, reference_to, run_job
 from inference.wire import pack, unpack
 from model.action_head.guidance import ActionPrefix
 

@@ -5,13 +5,13 @@ Imports no model, so that simulator processes start at once; the trained policy 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import gymnasium
 import numpy as np
 
-from inference.episode import Observation
+from inference.episode import Observation, PlanRequest
 from inference.execution import ExecutionSettings
 
 if TYPE_CHECKING:
@@ -32,6 +32,12 @@ class Policy(Protocol):
 
         `prefix` is what the chunk has to continue, for strategies that need it.
         """
+
+
+def own_planner(policy: Policy, env: gymnasium.Env, seed: int) -> Callable[[PlanRequest], np.ndarray]:
+    """The plans of a policy in this process, for an episode that was reset with `seed`."""
+    policy.reset(env, seed)
+    return lambda request: policy.plan(request.history, request.prompt, request.prefix)
 
 
 class ReplayPolicy:

@@ -19,7 +19,7 @@ from data.processing import Sample, collate_fn
 from inference.episode import Asked, Episode, EpisodeResult, Observation, PlanRequest
 from inference.execution import ExecutionSettings
 from inference.metrics import wilson_interval
-from inference.policies import Policy
+from inference.policies import Policy, own_planner
 from inference.predictor import VLAPredictor
 from inference.video import VIDEO_FPS, tiled, write_video
 from model.action_head.guidance import ActionPrefix, joined
@@ -121,10 +121,7 @@ def run_episode(
         ValueError: a plan is too short or not finite.
     """
     episode = Episode(env, policy.execution, seed, prompt=prompt, max_seq_len=policy.max_seq_len, record=record)
-    policy.reset(env, seed)
-    while (request := episode.advance()) is not None:
-        episode.give(policy.plan(request.history, request.prompt, request.prefix))
-    return episode.result
+    return episode.run(own_planner(policy, env, seed))
 
 
 def evaluate_task(

@@ -27,7 +27,7 @@ import numpy as np
 
 from inference.episode import Episode, EpisodeResult, PlanRequest
 from inference.execution import ExecutionSettings
-from inference.policies import Policy, control_from
+from inference.policies import control_from, own_planner
 from inference.video import VIDEO_FPS, write_video
 from inference.wire import pack, unpack
 
@@ -60,18 +60,11 @@ def run_job(
 ) -> EpisodeResult:
     """One episode, filmed where the job says so; actions and frames are not kept."""
     episode = Episode(env, settings, job.seed, prompt=job.prompt, max_seq_len=max_seq_len, record=bool(job.video))
-    while (request := episode.advance()) is not None:
-        episode.give(plan(request))
+    episode.run(plan)
     if job.video:
         write_video(Path(job.video), episode.result.frames, min(env.unwrapped.control_hz, VIDEO_FPS))
     episode.result.frames, episode.result.actions = [], []
     return episode.result
-
-
-def own_planner(policy: Policy, env: gymnasium.Env, seed: int) -> Callable[[PlanRequest], np.ndarray]:
-    """Plans made in this process."""
-    policy.reset(env, seed)
-    return lambda request: policy.plan(request.history, request.prompt, request.prefix)
 
 
 def reference_to(make_env: MakeEnv) -> dict[str, Any]:
@@ -102,7 +95,8 @@ def simulate(connection: Connection) -> None:
     """Run jobs until there are none, or until nobody is left to give any."""
     start = unpack(connection.recv_bytes())
     place = start["env"]
-    make_env = functools.partial(getattr(importlib.import_module(place["module"]), place["name"]), *place["args"])
+    function = getattr(importlib.import_module(place["module"]), place["name"])
+    make_env = functools.partial(function, *place["args"], **place["options"])
     env, task = None, None
     while (message := unpack(connection.recv_bytes())) is not None:
         job = Job(**message["job"])
@@ -110,7 +104,7 @@ def simulate(connection: Connection) -> None:
             if job.task != task:
                 if env is not None:
                     env.close()  # one live renderer per process
-                env, task = make_env(job.task, **place["options"]), job.task
+                env, task = make_env(job.task), job.task
                 widths = {name: getattr(env.unwrapped, name) for name in ("state_dim", "per_action_dim")}
                 connection.send_bytes(pack({"kind": "env", **widths}))
             if message["control"] is None:

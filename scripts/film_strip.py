@@ -28,7 +28,8 @@ GAP = 4  # pixels between frames
 
 
 def film_strip(videos: Sequence[Sequence[np.ndarray]], num_frames: int, height: int) -> Image.Image:
-    """
+    """Frames side by side.
+
     Args:
         videos: frames, uint8 (H, W, 3); a video shorter than `num_frames` repeats some.
         num_frames: columns, 2 or more.

@@ -12,7 +12,6 @@ everything else that evaluates takes them.
 from __future__ import annotations
 
 import argparse
-import copy
 import pathlib
 import sys
 from typing import Any
@@ -50,7 +49,7 @@ def merge_checkpoint(
     """
     settings = config_to_dict(config_from_dict(checkpoint["config"], source="checkpoint"))
     vlm = settings["model"]["vlm_config"]
-    lora, quantization = copy.deepcopy(vlm["lora"]), vlm["quantization"]
+    lora, quantization = vlm["lora"], vlm["quantization"]
     if lora is None and quantization == "none":
         raise CheckpointError("nothing to merge: the checkpoint has neither LoRA adapters nor quantized weights")
     vlm |= {key: name_or_path for key, name_or_path in (bases or {}).items() if name_or_path is not None}
