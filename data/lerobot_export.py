@@ -29,15 +29,12 @@ from data.conversion import run_jobs
 from data.episode_reader import Episode, Span, read_episodes, read_images
 from data.episode_writer import RECORD
 from data.lerobot import DONE
+from data.lerobot_files import CHUNKS_SIZE, DATA_PATH, ROWS_PER_BLOCK, VIDEO_PATH, DataFiles, VideoFiles
 from data.lerobot_stats import Stats, count_pixels, image_stats, sampled_frames, vector_stats
-from data.video import VideoEncoding, VideoJoiner, encode_video, video_info
+from data.video import VideoEncoding, encode_video, video_info
 from utils.parquet_utils import DataError, open_parquet
 
-CHUNKS_SIZE = 1000  # files per chunk folder
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
-ROWS_PER_BLOCK = 64
 EPISODES_PER_GROUP = 10  # row groups of meta/episodes, as lerobot buffers them
 STATE, ACTION = "observation.state", "action"
 FACTS = ("fps", "robot_type", "cameras", "state_names", "action_names")
@@ -159,9 +156,9 @@ class _Writer:
         self._numbers: dict[str, list[np.ndarray]] = {}
         self._counts: dict[str, np.ndarray] = {}
         self._num_sampled = self._num_rows = self._num_episodes = 0
-        self._data = _DataFiles(root, layout.data_files_size_in_mb)
+        self._data = DataFiles(root, layout.data_files_size_in_mb)
         self._videos = {
-            feature: _VideoFiles(root, feature, layout.fps, layout.video_files_size_in_mb)
+            feature: VideoFiles(root, feature, layout.fps, layout.video_files_size_in_mb)
             for feature in (layout.cameras.values() if layout.video else ())
         }
         self._pending: list[dict[str, Any]] = []  # rows of meta/episodes
@@ -319,74 +316,6 @@ def _image_blocks(episode: Episode, camera: str) -> Iterator[pa.StructArray]:
         paths = [f"frame-{i:06d}.{suffix}" for i, _ in block]
         fields = [pa.array([image for _, image in block], pa.binary()), pa.array(paths, pa.string())]
         yield pa.StructArray.from_arrays(fields, ["bytes", "path"])
-
-
-class _DataFiles:
-    """data/chunk-…/file-….parquet: one row group for each episode."""
-
-    def __init__(self, root: Path, limit_mb: float) -> None:
-        self._root, self._limit = root, limit_mb * 2**20
-        self._number, self._rows = -1, 0
-        self._writer: pq.ParquetWriter | None = None
-
-    def append(self, table: pa.Table, length: int) -> tuple[int, int]:
-        """Write an episode; (chunk index, file index)."""
-        if self._writer is not None:
-            size = self._path.stat().st_size
-            if size + size / self._rows * length >= self._limit:
-                self.close()
-        if self._writer is None:
-            self._number, self._rows = self._number + 1, 0
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(
-                self._path,
-                table.schema,
-                compression="snappy",
-                use_dictionary=True,
-                write_batch_size=ROWS_PER_BLOCK,  # a page is as long as this at least: 1024 images otherwise
-            )
-        self._writer.write_table(table, row_group_size=length)
-        self._rows += length
-        return divmod(self._number, CHUNKS_SIZE)
-
-    @property
-    def _path(self) -> Path:
-        chunk, file = divmod(self._number, CHUNKS_SIZE)
-        return self._root / DATA_PATH.format(chunk_index=chunk, file_index=file)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
-class _VideoFiles:
-    """videos/<feature>/chunk-…/file-….mp4: the videos of several episodes, joined."""
-
-    def __init__(self, root: Path, feature: str, fps: float, limit_mb: float) -> None:
-        self._root, self._feature, self._fps, self._limit = root, feature, fps, limit_mb * 2**20
-        self._number = -1
-        self._joiner: VideoJoiner | None = None
-
-    def append(self, video: Path) -> tuple[int, int, float, float]:
-        """Add an episode's video and delete it; (chunk index, file index, start, stop in seconds)."""
-        if self._joiner is not None and self._joiner.size + video.stat().st_size >= self._limit:
-            self.close()
-        if self._joiner is None:
-            self._number += 1
-            chunk, file = divmod(self._number, CHUNKS_SIZE)
-            path = self._root / VIDEO_PATH.format(video_key=self._feature, chunk_index=chunk, file_index=file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._joiner = VideoJoiner(path, self._fps)
-        start = self._joiner.num_frames
-        self._joiner.append(video)
-        video.unlink()
-        return *divmod(self._number, CHUNKS_SIZE), start / self._fps, self._joiner.num_frames / self._fps
-
-    def close(self) -> None:
-        if self._joiner is not None:
-            self._joiner.close()
-            self._joiner = None
 
 
 def _features(layout: Layout, episode: Episode, frames: dict[str, _Frames]) -> dict[str, dict[str, Any]]:
