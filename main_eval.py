@@ -27,11 +27,14 @@ from data.episode_store import EpisodeStore
 from data.loader import VLADataset, make_loader
 from data.processing import Batch, ObservationError
 from envs import FIRST_EVALUATION_SEED, TIERS, expand_tasks, make_env
+from inference.closed_loop.parallel import Finished, run_jobs
+from inference.closed_loop.policies import Control, ExpertPolicy, ReplayPolicy
+from inference.closed_loop.record import RolloutRecord
+from inference.closed_loop.rollout import ModelPolicy, summarize_tasks
+from inference.closed_loop.simulator import Job
+from inference.closed_loop.video import VIDEO_FPS, write_grid
 from inference.eval_args import parse_args
 from inference.evaluate import difference_between, evaluate_offline
-from inference.export import policy_stamp
-from inference.parallel_rollout import Finished, run_jobs
-from inference.policies import Control, ExpertPolicy, ReplayPolicy
 from inference.predictor import VLAPredictor
 from inference.report import (
     action_table,
@@ -43,10 +46,7 @@ from inference.report import (
     write_json,
     write_predictions,
 )
-from inference.rollout import ModelPolicy, summarize_tasks
-from inference.rollout_record import RolloutRecord
-from inference.simulator import Job
-from inference.video import VIDEO_FPS, write_grid
+from inference.serving.export import policy_stamp
 from utils.misc import set_up_logging, user_message
 from utils.parquet_utils import DataError, resolve_parquet_files
 

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from data.analysis import (
+from data.doctor.analysis import (
     action_chunks,
     describe_dimensions,
     describe_episodes,
@@ -31,8 +31,8 @@ from data.analysis import (
     split_rows,
     unused_episodes,
 )
+from data.doctor.plots import Trace, image_grid, plot_episodes, plot_split, plot_vectors
 from data.loader import MixtureDataset, build_datasets, build_sampler
-from data.plots import Trace, image_grid, plot_episodes, plot_split, plot_vectors
 from data.processing import PromptTokenizer, collate_fn, processors_from_config
 from inference.report import table, write_json
 from model.normalizer import Normalizer

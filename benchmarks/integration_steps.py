@@ -28,9 +28,9 @@ import torch  # noqa: E402
 from data.loader import make_loader  # noqa: E402
 from data.processing import processors_from_checkpoint  # noqa: E402
 from envs import FIRST_EVALUATION_SEED, make_env  # noqa: E402
+from inference.closed_loop.rollout import ModelPolicy, evaluate_task, summarize_tasks  # noqa: E402
 from inference.evaluate import evaluate_offline  # noqa: E402
 from inference.predictor import VLAPredictor  # noqa: E402
-from inference.rollout import ModelPolicy, evaluate_task, summarize_tasks  # noqa: E402
 from main_eval import open_dataset  # noqa: E402
 from model.vla_model import VLAModel  # noqa: E402
 from utils.checkpoint import load_checkpoint  # noqa: E402

@@ -38,9 +38,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "pyth
 
 from data.episode_store import EpisodeStore  # noqa: E402
 from envs import FIRST_EVALUATION_SEED, make_env  # noqa: E402
+from inference.closed_loop.rollout import ModelPolicy, run_episode  # noqa: E402
 from inference.metrics import wilson_interval  # noqa: E402
 from inference.predictor import VLAPredictor  # noqa: E402
-from inference.rollout import ModelPolicy, run_episode  # noqa: E402
 from utils.misc import atomic_path  # noqa: E402
 from utils.parquet_utils import resolve_parquet_files  # noqa: E402
 

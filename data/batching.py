@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data.processing import ObservationError
-from data.transport import ImageBlock, PackedBatch
+from data.shared_memory import ImageBlock, PackedBatch
 from utils.parquet_utils import DataError
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from data.processing import (
     collate_fn,
 )
 from data.sampler import PassBatchSampler, StepBatchSampler
-from data.transport import PackedBatch, SlotPool, end_only_for_parent, use_pool
+from data.shared_memory import PackedBatch, SlotPool, end_only_for_parent, use_pool
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
 from utils.parquet_utils import DataError, Source, open_parquet, resolve_parquet_files
@@ -226,7 +226,7 @@ class MixtureDataset(Dataset):
 
 
 class BatchLoader:
-    """torch's DataLoader over samples, with pixels handed over in shared memory (see `data/transport.py`)."""
+    """torch's DataLoader over samples, with pixels handed over in shared memory (see `data/shared_memory.py`)."""
 
     def __init__(self, dataset: VLADataset | MixtureDataset, loader: DataLoader, pool: SlotPool | None) -> None:
         self.dataset, self.batch_sampler = dataset, loader.batch_sampler

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from inference.execution import EXECUTION_STRATEGIES
+from inference.closed_loop.execution import EXECUTION_STRATEGIES
 from utils.config_reader import choices
 from utils.config_utils import InferenceConfig
 

@@ -29,10 +29,10 @@ from data.processing import (
     processors_from_checkpoint,
 )
 from inference.acceleration import choose_weight_dtype, store_weights
-from inference.execution import ExecutionSettings
-from inference.export import read_policy
+from inference.closed_loop.execution import ExecutionSettings
 from inference.quantization import quantize
 from inference.sampler import Sampler
+from inference.serving.export import read_policy
 from model.action_head.guidance import ActionPrefix
 from model.context import Context
 from model.vla_model import VLAModel
@@ -200,7 +200,7 @@ class VLAPredictor:
             state: (state_dim,), physical units; may be None only for a policy that takes no state.
             seed: of the sampling noise; the same seed gives the same actions. None: torch's global generator.
             num_inference_steps: sampling steps; None: the predictor's default.
-            prefix: what the actions have to continue (physical units, B = 1); see `inference.execution`.
+            prefix: what the actions have to continue (physical units, B = 1); see `inference.closed_loop.execution`.
 
         Returns:
             float32 (horizon, per_action_dim), physical units.

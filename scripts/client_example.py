@@ -2,7 +2,7 @@
 
     python scripts/client_example.py --port 8000 --prompt "open the window"
 
-Copy this file and inference/wire.py to the robot. Here, random pixels stand for the camera and a zero state for
+Copy this file and inference/serving/wire.py to the robot. Here, random pixels stand for the camera and a zero state for
 the robot: replace `observe` and `execute`.
 """
 
@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 if __name__ == "__main__":  # so that "python scripts/client_example.py" finds the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inference.wire import pack, unpack
+from inference.serving.wire import pack, unpack
 
 
 class PolicyClient:

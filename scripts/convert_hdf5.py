@@ -17,9 +17,9 @@ sys.path.insert(
     0, str(pathlib.Path(__file__).resolve().parents[1])
 )  # so that "python scripts/x.py" finds the repository
 
-from data.conversion import add_conversion_arguments  # noqa: E402
-from data.episode_writer import ImageEncoding  # noqa: E402
-from data.hdf5 import convert_hdf5  # noqa: E402
+from data.convert.conversion import add_conversion_arguments  # noqa: E402
+from data.convert.episode_writer import ImageEncoding  # noqa: E402
+from data.convert.hdf5 import convert_hdf5  # noqa: E402
 from utils.parquet_utils import DataError  # noqa: E402
 
 

@@ -19,11 +19,11 @@ sys.path.insert(
     0, str(pathlib.Path(__file__).resolve().parents[1])
 )  # so that "python scripts/x.py" finds the repository
 
-from data.conversion import CAMERAS, add_conversion_arguments, parse_cameras  # noqa: E402
-from data.episode_writer import ImageEncoding  # noqa: E402
-from data.lerobot import TERMINAL, convert_lerobot  # noqa: E402
-from data.lerobot_export import Layout, export_lerobot, read_facts  # noqa: E402
-from data.video import ENCODERS, VideoEncoding  # noqa: E402
+from data.convert.conversion import CAMERAS, add_conversion_arguments, parse_cameras  # noqa: E402
+from data.convert.episode_writer import ImageEncoding  # noqa: E402
+from data.convert.lerobot import TERMINAL, convert_lerobot  # noqa: E402
+from data.convert.lerobot_export import Layout, export_lerobot, read_facts  # noqa: E402
+from data.convert.video import ENCODERS, VideoEncoding  # noqa: E402
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files  # noqa: E402
 
 # flags that have a meaning in one direction only

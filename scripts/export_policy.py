@@ -16,7 +16,7 @@ sys.path.insert(
     0, str(pathlib.Path(__file__).resolve().parents[1])
 )  # so that "python scripts/x.py" finds the repository
 
-from inference.export import export_policy  # noqa: E402
+from inference.serving.export import export_policy  # noqa: E402
 from utils.checkpoint import load_checkpoint  # noqa: E402
 
 

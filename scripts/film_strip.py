@@ -21,7 +21,7 @@ sys.path.insert(
 from av.error import FFmpegError  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from inference.video import read_video  # noqa: E402
+from inference.closed_loop.video import read_video  # noqa: E402
 from utils.misc import atomic_path  # noqa: E402
 
 GAP = 4  # pixels between frames

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # so that "python scripts/serve_policy.py" finds the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inference.predictor import VLAPredictor
-from inference.server import PolicyServer
+from inference.serving.server import PolicyServer
 from utils.config_reader import choices
 from utils.config_utils import ConfigError, InferenceConfig, override_config
 from utils.misc import set_up_logging

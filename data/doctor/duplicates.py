@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data.analysis import row_digests
+from data.doctor.analysis import row_digests
 from data.doctor.findings import Findings
 from data.doctor.rows import READ_ERRORS, VECTORS, Rows, open_bytes
 from utils.parquet_utils import Source

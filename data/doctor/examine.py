@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data.analysis import describe_dimensions, describe_lengths
 from data.doctor import duplicates, images, numbers, structure
+from data.doctor.analysis import describe_dimensions, describe_lengths
 from data.doctor.findings import KINDS, Finding, Findings
 from data.doctor.frames import DECODED
 from data.doctor.images import Frames

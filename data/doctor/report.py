@@ -10,8 +10,8 @@ import pandas as pd
 
 from data.doctor.examine import Examination, three_rows
 from data.doctor.findings import KINDS
+from data.doctor.plots import Cell, Trace, contact_sheet, plot_vectors
 from data.doctor.rows import VECTORS
-from data.plots import Cell, Trace, contact_sheet, plot_vectors
 
 SUMS = ("errors", "warnings", "seconds")
 SHOWN_FINDINGS = 3  # of each kind, in the printed text

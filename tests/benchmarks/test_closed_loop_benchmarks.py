@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import latency, metaworld_mt50
 from envs import TIERS
-from inference.rollout import summarize_tasks
+from inference.closed_loop.rollout import summarize_tasks
 
 
 def test_mt50_evaluates_policy_blind_and_replay_alike(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data.lerobot import convert_lerobot
-from tests.data.lerobot_fixtures import CAMERAS, DATASETS, FIXTURES, PNG
+from data.convert.lerobot import convert_lerobot
+from tests.data.convert.lerobot_fixtures import CAMERAS, DATASETS, FIXTURES, PNG
 
 
 @pytest.fixture(scope="session")

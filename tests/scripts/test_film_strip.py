@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inference.video import write_video
+from inference.closed_loop.video import write_video
 from scripts.film_strip import film_strip, main
 
 

@@ -1,0 +1,1 @@
+"""Other formats: one reader each, one writer; and export to LeRobot."""

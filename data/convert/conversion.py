@@ -1,0 +1,341 @@
+"""What every converter into the schema of docs/data_format.md shares: resuming, processes, options.
+
+A conversion is a list of `OutputFile`s of whole episodes. Each is renamed into place when it is complete, and its
+metadata record what it was made from and how: an interrupted conversion goes on where it stopped, and files of
+another source or of other settings are noticed instead of being mixed in. Files are a function of the source and
+the settings, never of the number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data.convert.episode_writer import RECORD, OutputFile
+from utils.parquet_utils import DataError
+
+logger = logging.getLogger(__name__)
+
+CAMERAS = ("image_1", "image_2")
+MAX_FILES = 500  # beyond so many episodes, a file holds several of them
+UNITS = "unknown: the source does not record them"
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did."""
+
+    written: int  # files
+    skipped: int  # files that were complete before
+    episodes: int
+    rows: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.episodes} episodes, {self.rows} steps: {self.written} files written, {self.skipped} complete "
+            f"before, {self.seconds:.1f} s"
+        )
+
+
+def plan_files(
+    output_dir: Path,
+    episodes: Sequence[int],
+    *,
+    total: int,
+    lengths: Mapping[int, int],
+    settings: dict[str, Any],
+    sources: Callable[[tuple[int, ...]], dict[str, Any]],
+) -> list[OutputFile]:
+    """Group episodes into files `episode_<first>.parquet`: one each, several each beyond MAX_FILES episodes.
+
+    Args:
+        output_dir: folder of the files.
+        episodes: those to convert, ascending.
+        total: episodes of the whole source; the grouping depends on it and not on the selection.
+        lengths: steps of each episode.
+        settings, sources: see `OutputFile`; `sources` is called with the episodes of each file.
+    """
+    per_file = -(-total // MAX_FILES)
+    groups: dict[int, list[int]] = {}
+    for episode in episodes:
+        groups.setdefault(episode // per_file, []).append(episode)
+    return [
+        OutputFile(
+            path=output_dir / f"episode_{group * per_file:06d}.parquet",
+            episodes=tuple(members),
+            rows=sum(lengths[episode] for episode in members),
+            settings={**settings, "episodes_per_file": per_file},
+            sources=sources(tuple(members)),
+        )
+        for group, members in sorted(groups.items())
+    ]
+
+
+def convert_files(
+    files: Sequence[OutputFile], convert: Callable[[OutputFile], None], *, num_workers: int, overwrite: bool
+) -> Summary:
+    """Make every file that is not there yet, in parallel.
+
+    Args:
+        files: all in one folder, which is created.
+        convert: makes one file with `EpisodeFileWriter`; picklable when `num_workers` > 1.
+        num_workers: processes.
+        overwrite: make every file again, and delete files of conversions with other settings.
+
+    Raises:
+        DataError: the folder holds files made from something else or otherwise, or files of unknown origin;
+            another conversion is writing there; a fault in the source.
+    """
+    started = time.perf_counter()
+    output_dir = files[0].path.parent
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with _only_writer(output_dir):
+        for leftover in output_dir.glob(".*.parquet.tmp"):
+            leftover.unlink()
+        _check_folder(output_dir, files, overwrite)
+        missing = [file for file in files if overwrite or not is_complete(file)]
+        episodes = sum(len(file.episodes) for file in files)
+        before = episodes - sum(len(file.episodes) for file in missing)
+        with tqdm(total=episodes, initial=before, unit="episode", disable=None) as progress:
+            for file, _ in zip(missing, run_jobs(convert, missing, num_workers), strict=True):
+                progress.update(len(file.episodes))
+    return Summary(
+        written=len(missing),
+        skipped=len(files) - len(missing),
+        episodes=episodes,
+        rows=sum(file.rows for file in files),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def is_complete(file: OutputFile) -> bool:
+    """Whether the file is there, whole, and what this conversion would make.
+
+    Raises:
+        DataError: it is a whole file of another source or of other settings.
+    """
+    if not file.path.exists():
+        return False
+    record, rows = read_record(file.path)
+    if rows is None:
+        logger.warning("%s is damaged: it is made again", file.path)
+        return False
+    if record != file.record:
+        raise DataError(
+            f"{file.path} was made from something else or otherwise ({_difference(record, file.record)}); choose "
+            "another --output_dir, or make it again with --overwrite"
+        )
+    return rows == file.rows
+
+
+def read_record(path: Path) -> tuple[dict[str, Any] | None, int | None]:
+    """(what a conversion recorded in a Parquet file, its rows); None where there is no record, or no whole file."""
+    try:
+        with pq.ParquetFile(path) as file:
+            text = (file.schema_arrow.metadata or {}).get(RECORD.encode())
+            return (json.loads(text) if text else None), file.metadata.num_rows
+    except (pa.ArrowInvalid, OSError):
+        return None, None
+
+
+def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], num_workers: int) -> Iterator[Result]:
+    """Yield `function(job)` in order, computed by `num_workers` processes (1: in this one).
+
+    Never more than three jobs for each process are under way, so that memory stays flat.
+
+    Raises:
+        DataError: a process died.
+    """
+    if num_workers == 1:
+        yield from map(function, jobs)
+        return
+    # spawn, not fork: the decoders' and Arrow's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_prepare_worker)
+    pending: deque[Future[Result]] = deque()
+    try:
+        for job in jobs:
+            if len(pending) == 3 * num_workers:
+                yield pending.popleft().result()
+            pending.append(executor.submit(function, job))
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, perhaps for want of memory: start again with fewer --num_workers; what is "
+            "complete is kept"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    def follow_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # a parent that was killed can't stop its workers
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # Ctrl-C reaches every process: no traceback from each
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another conversion is writing there; wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_folder(folder: Path, files: Sequence[OutputFile], overwrite: bool) -> None:
+    """Refuse Parquet files that would be read together with these; delete outdated ones where that is wished."""
+    wanted = {file.path for file in files}
+    for path in sorted(folder.glob("*.parquet")):
+        record, rows = read_record(path)
+        if path in wanted and rows is None:
+            continue  # damaged: it is made again
+        if record is None:
+            raise DataError(
+                f"{path} is not of a conversion and would be mixed with its files; choose another --output_dir, or "
+                "move that file away"
+            )
+        if path in wanted or record["settings"] == files[0].settings:
+            continue
+        if not overwrite:
+            raise DataError(
+                f"{path} was made from something else or otherwise "
+                f"({_difference(record['settings'], files[0].settings, 'settings')}) and would be mixed with these "
+                "files; choose another --output_dir, or delete such files with --overwrite"
+            )
+        path.unlink()
+
+
+def _difference(found: Any, wanted: Any, name: str = "") -> str:
+    """Where two records differ first: `settings.image_format is "png", now "jpeg"`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                return _difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    return f"{name} is {json.dumps(found)}, now {json.dumps(wanted)}"
+
+
+def fingerprint(path: Path) -> list[int]:
+    """[size in bytes, modification time in ns] of a source file.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; the source is incomplete, so fetch that file again") from None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def check_names(names: Iterable[str], available: Sequence[str], what: str, where: str) -> None:
+    """Raise a DataError that lists what there is, and the nearest name, when one of `names` is not available."""
+    for name in names:
+        if name not in available:
+            nearest = difflib.get_close_matches(name, available, n=1, cutoff=0.3)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise DataError(f"{where}: no {what} {name!r} (found: {', '.join(available) or 'none'}){hint}")
+
+
+def parse_cameras(texts: Sequence[str], available: Sequence[str], where: str) -> dict[str, str]:
+    """`["observation.images.front=image_1"]` as {"observation.images.front": "image_1"}, image_1 first.
+
+    Args:
+        texts: the values of --cameras.
+        available: cameras of the source; those without a mapping are left out, and a log line says so.
+        where: the source, for messages.
+
+    Raises:
+        DataError: another form, an unknown camera, a camera or column given twice, none for image_1.
+    """
+    mapping: dict[str, str] = {}
+    for text in texts:
+        camera, _, column = text.partition("=")
+        if not camera or column not in CAMERAS:
+            raise DataError(f"--cameras {text!r}: wanted <camera>=image_1 or <camera>=image_2")
+        if camera in mapping or column in mapping.values():
+            raise DataError(f"--cameras {text!r}: {camera!r} or {column!r} is given twice")
+        mapping[camera] = column
+    check_names(mapping, available, "camera", where)
+    if "image_1" not in mapping.values():
+        raise DataError(
+            f"--cameras: no camera for image_1, which every step needs; give <camera>=image_1 (cameras of {where}: "
+            f"{', '.join(available) or 'none'})"
+        )
+    left_out = [camera for camera in available if camera not in mapping]
+    if left_out:
+        logger.info("left out, since --cameras does not name them: %s", ", ".join(left_out))
+    return dict(sorted(mapping.items(), key=lambda item: item[1]))
+
+
+def parse_episodes(texts: Sequence[str] | None, available: Sequence[int], where: str) -> list[int]:
+    """The episodes that --episodes names (numbers and ranges such as 3-7), ascending; all of them for None.
+
+    Raises:
+        DataError: another form, or an episode that is not there.
+    """
+    if texts is None:
+        return sorted(available)
+    chosen: set[int] = set()
+    for text in texts:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise DataError(f"--episodes {text!r}: wanted a number or a range such as 3-7")
+        chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    unknown = sorted(chosen - set(available))
+    if unknown:
+        raise DataError(
+            f"--episodes: {where} has no episode {unknown[0]} (it has {len(available)}, from {min(available)} to "
+            f"{max(available)})"
+        )
+    return sorted(chosen)
+
+
+def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all converters share."""
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder that is written")
+    parser.add_argument("--episodes", nargs="+", metavar="N", help="numbers and ranges such as 3-7 (default: all)")
+    parser.add_argument("--num_workers", type=_positive, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="of frames that are encoded")
+    parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95, 4:4:4 (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="make everything again")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value

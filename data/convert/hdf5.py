@@ -1,0 +1,327 @@
+"""HDF5 episodes in the ALOHA layout, one file each, into the schema of docs/data_format.md.
+
+The layout is that of tonyzhaozh/aloha (record_episodes.py) and act-plus-plus:
+
+    /action                      (T, per_action_dim) float
+    /observations/qpos           (T, state_dim) float
+    /observations/images/<cam>   (T, H, W, 3) uint8; or compressed: (T, longest) uint8, JPEG bytes padded with zeros
+    /compress_len                (cameras, T), lengths of the compressed frames; optional
+    attributes                   sim (bool), compress (bool)
+
+Compressed frames go over untouched, without their padding. The file says nothing about rate, instruction or the
+order of colour channels, so these are options.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from data.convert.conversion import (
+    UNITS,
+    Summary,
+    check_names,
+    convert_files,
+    fingerprint,
+    parse_cameras,
+    parse_episodes,
+    plan_files,
+)
+from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Rows
+from utils.parquet_utils import DataError
+
+IMAGES = "observations/images"
+ROWS_PER_BLOCK = 64
+SUFFIXES = (".hdf5", ".h5")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is converted, and how.
+
+    Attributes:
+        cameras: group member of observations/images -> image_1 or image_2.
+        state_keys: datasets that make up `state`, in order.
+        action_key: dataset that is `action`.
+        encoding: of raw frames, and of compressed ones in `bgr` order.
+        fps: control rate, for the time stamps.
+        prompt: instruction of every episode that has no `prompt_attribute`.
+        prompt_attribute: attribute of the file that holds its instruction.
+        channel_order: of raw pixels, and of compressed ones as a standard decoder gives them: `rgb` or `bgr`.
+        terminal: whether the episodes ended by themselves, not by a time limit.
+    """
+
+    cameras: dict[str, str]
+    state_keys: tuple[str, ...]
+    action_key: str
+    encoding: ImageEncoding
+    fps: float
+    prompt: str | None
+    prompt_attribute: str | None
+    channel_order: str
+    terminal: bool
+
+    def __post_init__(self) -> None:
+        if self.channel_order not in ("rgb", "bgr"):
+            raise DataError(f"--channel_order is {self.channel_order!r}; wanted rgb or bgr")
+        if not self.fps > 0:
+            raise DataError(f"--fps is {self.fps}; wanted more than 0")
+        if not self.prompt and not self.prompt_attribute:
+            raise DataError(
+                "every step needs an instruction: give --prompt, or --prompt_attribute where files have one"
+            )
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file holds, without reading it."""
+
+    length: int
+    state_dim: int
+    per_action_dim: int
+
+
+def convert_hdf5(
+    hdf5_dir: Path,
+    output_dir: Path,
+    cameras: Sequence[str],
+    *,
+    prompt: str | None = None,
+    prompt_attribute: str | None = None,
+    state_keys: Sequence[str] = ("observations/qpos",),
+    action_key: str = "action",
+    episodes: Sequence[str] | None = None,
+    encoding: ImageEncoding | None = None,
+    fps: float = 50,
+    channel_order: str = "rgb",
+    terminal: bool = False,
+    num_workers: int = 1,
+    overwrite: bool = False,
+) -> Summary:
+    """Convert every `.hdf5` and `.h5` file of a folder, searched recursively, into Parquet files of our schema.
+
+    Args:
+        hdf5_dir: the folder; episodes are numbered by the natural order of the files' names.
+        output_dir: where the files go (see `plan_files`).
+        cameras: `<camera>=image_1` and perhaps `<camera>=image_2`.
+        episodes: numbers and ranges such as "3-7"; None: all.
+        num_workers, overwrite: see `convert_files`.
+        prompt, prompt_attribute, state_keys, action_key, encoding, fps, channel_order, terminal: see `Options`.
+
+    Raises:
+        DataError: a fault in a file or in the options, naming place and remedy.
+    """
+    paths = find_episodes(hdf5_dir)
+    with _open(paths[0]) as file:
+        available = sorted(_get(file, IMAGES, h5py.Group, paths[0]))
+    options = Options(
+        cameras=parse_cameras(cameras, available, str(paths[0])),
+        state_keys=tuple(state_keys),
+        action_key=action_key,
+        encoding=encoding or ImageEncoding(),
+        fps=fps,
+        prompt=prompt,
+        prompt_attribute=prompt_attribute,
+        channel_order=channel_order,
+        terminal=terminal,
+    )
+    chosen = parse_episodes(episodes, range(len(paths)), str(hdf5_dir))
+    headers = {index: _read_header(paths[index], options) for index in chosen}
+    first = headers[chosen[0]]
+    for index, header in headers.items():
+        if (header.state_dim, header.per_action_dim) != (first.state_dim, first.per_action_dim):
+            raise DataError(
+                f"{paths[index]}: state has {header.state_dim} values and action {header.per_action_dim}, in "
+                f"{paths[chosen[0]]} they have {first.state_dim} and {first.per_action_dim}; convert these files apart"
+            )
+    files = plan_files(
+        output_dir,
+        chosen,
+        total=len(paths),
+        lengths={index: header.length for index, header in headers.items()},
+        settings=_settings(options),
+        sources=lambda members: {
+            paths[index].relative_to(hdf5_dir).as_posix(): fingerprint(paths[index]) for index in members
+        },
+    )
+    convert = functools.partial(_convert_file, hdf5_dir, options, (first.state_dim, first.per_action_dim))
+    return convert_files(files, convert, num_workers=num_workers, overwrite=overwrite)
+
+
+def find_episodes(folder: Path) -> list[Path]:
+    """The HDF5 files of a folder, `episode_2` before `episode_10`.
+
+    Raises:
+        DataError: there are none.
+    """
+    paths = [path for path in folder.rglob("*") if path.suffix in SUFFIXES]
+    if not paths:
+        raise DataError(f"--hdf5_dir: {folder} holds no file that ends in {' or '.join(SUFFIXES)}")
+    return sorted(paths, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))])
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    """The options that files depend on."""
+    return {
+        "cameras": options.cameras,
+        "state_keys": list(options.state_keys),
+        "action_key": options.action_key,
+        "fps": options.fps,
+        "prompt": options.prompt,
+        "prompt_attribute": options.prompt_attribute,
+        "channel_order": options.channel_order,
+        "terminal": options.terminal,
+        **options.encoding.settings(),
+    }
+
+
+def _convert_file(folder: Path, options: Options, widths: tuple[int, int], file: OutputFile) -> None:
+    paths = [folder / name for name in file.sources]
+    with _open(paths[0]) as first:
+        sim = first.attrs.get("sim")
+    with EpisodeFileWriter(
+        file,
+        cameras=list(options.cameras.values()),
+        state_dim=widths[0],
+        per_action_dim=widths[1],
+        metadata={
+            "source": folder.resolve().name,
+            "source_format": "HDF5, ALOHA layout",
+            "fps": options.fps,
+            "robot_type": None,
+            "cameras": options.cameras,
+            "state_keys": list(options.state_keys),
+            "state_names": None,
+            "action_names": None,
+            "units": UNITS,
+            "sim": None if sim is None else bool(sim),
+        },
+        source=str(folder),
+    ) as writer:
+        for index, path in zip(file.episodes, paths, strict=True):
+            length = _read_header(path, options).length
+            with _open(path) as episode:
+                writer.write_episode(index, length, _read_episode(episode, path, length, options))
+
+
+def _read_header(path: Path, options: Options) -> _Header:
+    """Check that a file has everything that is wanted of it, in arrays of one length."""
+    with _open(path) as file:
+        check_names(options.cameras, sorted(_get(file, IMAGES, h5py.Group, path)), "camera", str(path))
+        lengths, widths = {}, {}
+        for key in (*options.state_keys, options.action_key):
+            array = _get(file, key, h5py.Dataset, path)
+            if array.ndim != 2 or array.dtype.kind not in "fiu":
+                raise DataError(f"{path}: {key} is {array.dtype} {array.shape}; wanted numbers (steps, values)")
+            lengths[key], widths[key] = array.shape
+        for camera in options.cameras:
+            array = _get(file, f"{IMAGES}/{camera}", h5py.Dataset, path)
+            lengths[f"{IMAGES}/{camera}"] = len(array)
+            _is_compressed(array, path, camera)
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{key} {length}" for key, length in lengths.items())
+            raise DataError(f"{path}: steps differ ({found}); the file is damaged or incomplete, so record it again")
+        length = lengths[options.action_key]
+        if length == 0:
+            raise DataError(f"{path}: holds no steps; remove it or record it again")
+    return _Header(length, sum(widths[key] for key in options.state_keys), widths[options.action_key])
+
+
+def _read_episode(file: h5py.File, path: Path, length: int, options: Options) -> Iterator[Rows]:
+    prompt = _prompt(file, path, options)
+    frames = {column: _frames(file, path, camera, options) for camera, column in options.cameras.items()}
+    for begin in range(0, length, ROWS_PER_BLOCK):
+        end = min(begin + ROWS_PER_BLOCK, length)
+        yield Rows(
+            images={column: [next(images) for _ in range(begin, end)] for column, images in frames.items()},
+            state=np.concatenate([file[key][begin:end] for key in options.state_keys], axis=1),
+            action=file[options.action_key][begin:end],
+            timestamp=np.arange(begin, end) / options.fps,
+            prompts=[prompt] * (end - begin),
+            terminal=options.terminal,
+        )
+
+
+def _frames(file: h5py.File, path: Path, camera: str, options: Options) -> Iterator[bytes]:
+    """The encoded frames of one camera."""
+    array = file[f"{IMAGES}/{camera}"]
+    compressed = _is_compressed(array, path, camera)
+    lengths = np.asarray(file["compress_len"]) if compressed and "compress_len" in file else None
+    for begin in range(0, len(array), ROWS_PER_BLOCK):
+        block = array[begin : begin + ROWS_PER_BLOCK]
+        if not compressed:
+            for image in block:
+                yield options.encoding(image if options.channel_order == "rgb" else image[..., ::-1])
+            continue
+        encoded = [np.asarray(frame, dtype=np.uint8).tobytes().rstrip(b"\0") for frame in block]
+        if lengths is not None:  # one row for each camera, in an order that the file does not tell
+            found = np.array([len(frame) for frame in encoded])
+            lengths = lengths[(lengths[:, begin : begin + len(found)] == found).all(axis=1)]
+            if not len(lengths):
+                raise DataError(
+                    f"{path}: {camera} from frame {begin} on is not as long as compress_len says for any camera; the "
+                    "file is damaged, so record it again"
+                )
+        for i, frame in enumerate(encoded, start=begin):
+            if not (frame.startswith(b"\xff\xd8\xff") and frame.endswith(b"\xff\xd9")):
+                raise DataError(f"{path}: {camera} frame {i} is not a whole JPEG image; record that episode again")
+            yield frame if options.channel_order == "rgb" else options.encoding(_swapped(frame, path, camera, i))
+
+
+def _swapped(frame: bytes, path: Path, camera: str, index: int) -> np.ndarray:
+    """A JPEG image with red and blue exchanged."""
+    try:
+        with Image.open(io.BytesIO(frame)) as image:
+            return np.asarray(image.convert("RGB"))[..., ::-1]
+    except OSError as error:
+        raise DataError(f"{path}: {camera} frame {index} can't be decoded ({error}); record it again") from None
+
+
+def _is_compressed(array: h5py.Dataset, path: Path, camera: str) -> bool:
+    """Whether frames are JPEG bytes rather than pixels, from the array's shape."""
+    if array.ndim == 4 and array.shape[3] == 3 and array.dtype == np.uint8:
+        return False
+    if (array.ndim == 2 and array.dtype == np.uint8) or (
+        array.ndim == 1 and h5py.check_vlen_dtype(array.dtype) == np.uint8
+    ):
+        return True
+    raise DataError(
+        f"{path}: {IMAGES}/{camera} is {array.dtype} {array.shape}; wanted uint8 (steps, height, width, 3), or JPEG "
+        "bytes as uint8 (steps, longest)"
+    )
+
+
+def _prompt(file: h5py.File, path: Path, options: Options) -> str:
+    name = options.prompt_attribute
+    if name is not None and name in file.attrs:
+        value = file.attrs[name]
+        return value.decode() if isinstance(value, bytes) else str(value)
+    if options.prompt:
+        return options.prompt
+    raise DataError(f"{path}: no attribute {name!r} (found: {', '.join(file.attrs) or 'none'}); give --prompt as well")
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"{path}: not a readable HDF5 file ({error}); record or fetch it again") from None
+
+
+def _get(file: h5py.File, key: str, kind: type, path: Path) -> Any:
+    """A group or a dataset of a file, or a DataError that lists what there is."""
+    found = file.get(key)
+    if not isinstance(found, kind):
+        names: list[str] = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, kind) else None)
+        check_names([key], [name for name in names if name != key], kind.__name__.lower(), str(path))
+    return found

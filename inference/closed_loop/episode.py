@@ -1,0 +1,186 @@
+"""One episode in a gymnasium environment, step by step, apart from whoever plans the actions.
+
+An environment here gives observations `{"image_1": uint8 (H, W, 3), optionally "image_2", "state": float32}`,
+reports `info["success"]`, and carries `instruction` and `control_hz`; where plans take time, also `hold_action`.
+Rendering is most of a simulator's work, and most frames are never looked at: an environment may honour the reset option
+`images_on_request`, leave the images out, and give those of the present state by `images()`.
+
+    episode = Episode(env, settings, seed)
+    while (request := episode.advance()) is not None:       # runs until a plan is wanted or the episode has ended
+        episode.give(policy.plan(request.history, request.prompt, request.prefix))
+    episode.result
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import gymnasium
+import numpy as np
+
+from inference.closed_loop.execution import ExecutionSettings
+from inference.closed_loop.video import captioned
+
+if TYPE_CHECKING:
+    from model.action_head.guidance import ActionPrefix
+
+Observation = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is to be made from.
+
+    Attributes:
+        history: the last observations, oldest first, as many as `max_seq_len` or, near the start, as there are.
+        prompt: the instruction.
+        prefix: what the plan has to continue (B = 1, physical units), or None.
+    """
+
+    history: tuple[Observation, ...]
+    prompt: str
+    prefix: ActionPrefix | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for a plan, from one of several episodes.
+
+    Attributes:
+        seed: of the episode. number: how many plans the episode has had before.
+        request: what the plan is to be made from.
+    """
+
+    seed: int
+    number: int
+    request: PlanRequest
+
+
+@dataclass
+class EpisodeResult:
+    """One episode.
+
+    Attributes:
+        seed: given to `env.reset`.
+        success: reported at any step; the episode ends there.
+        steps: environment steps taken. plans: how often a plan was asked for.
+        held_steps: those of the steps that no plan covered, where the robot held still.
+        total_reward: sum of rewards.
+        seconds, plan_seconds: wall time, and the part of it spent waiting for plans.
+        actions: what was sent, one (A,) per step.
+        frames: captioned frames, one per step and the first; empty unless recorded.
+    """
+
+    seed: int
+    success: bool = False
+    steps: int = 0
+    plans: int = 0
+    held_steps: int = 0
+    total_reward: float = 0.0
+    seconds: float = 0.0
+    plan_seconds: float = 0.0
+    actions: list[np.ndarray] = field(default_factory=list, repr=False)
+    frames: list[np.ndarray] = field(default_factory=list, repr=False)
+
+
+class Episode:
+    """An episode in progress, until success, termination or truncation.
+
+    A plan takes `settings.latency_steps` control steps to arrive, however long it took to compute. Where no plan
+    covers a step the robot holds still: `env.hold_action`.
+
+    Args:
+        env: see the module's text; it is reset. Actions are sent as planned; clipping is its business.
+        settings: how plans are executed.
+        seed: of the initial state.
+        prompt: instead of the environment's instruction.
+        max_seq_len: observations that a plan is made from; 0: the last state, without images.
+        record: keep captioned frames of image_1.
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        settings: ExecutionSettings,
+        seed: int,
+        *,
+        prompt: str | None = None,
+        max_seq_len: int = 1,
+        record: bool = False,
+    ) -> None:
+        self.env, self.settings, self.record = env, settings, record
+        self._started = time.perf_counter()
+        self._looks = max_seq_len > 0
+        observation, _ = env.reset(seed=seed, options={"images_on_request": max_seq_len <= 1 and not record})
+        self.prompt = env.unwrapped.instruction if prompt is None else prompt
+        self.result = EpisodeResult(seed)
+        self._history: deque[Observation] = deque([observation], maxlen=max(1, max_seq_len))
+        self._execution = settings.start()
+        self._under_way: tuple[int, np.ndarray] | None = None  # (step of arrival, actions)
+        self._ended = False
+        self._keep_frame()
+
+    def advance(self) -> PlanRequest | None:
+        """Execute control steps until a plan is wanted; None: the episode has ended.
+
+        Raises:
+            ValueError: a plan is too short or not finite.
+        """
+        while not self._ended:
+            self._deliver()
+            if self._execution.wants_plan():
+                if self._looks and "image_1" not in self._history[-1]:
+                    self._history[-1] |= self.env.unwrapped.images()
+                self._asked = time.perf_counter()
+                return PlanRequest(tuple(self._history), self.prompt, self._execution.request())
+            self._step()
+        self.result.seconds = time.perf_counter() - self._started
+        return None
+
+    def run(self, plan: Callable[[PlanRequest], np.ndarray]) -> EpisodeResult:
+        """The whole episode, each plan made by `plan`; raises what it raises, and as `advance` does."""
+        while (request := self.advance()) is not None:
+            self.give(plan(request))
+        return self.result
+
+    def give(self, action_TA: np.ndarray) -> None:
+        """The plan (T, A) that `advance` asked for."""
+        self.result.plan_seconds += time.perf_counter() - self._asked
+        self.result.plans += 1
+        self._under_way = self._execution.step + self.settings.latency_steps, action_TA
+
+    def _deliver(self) -> None:
+        """Take in the plan under way, if it arrives at this step."""
+        if self._under_way is None or self._execution.step < self._under_way[0]:
+            return
+        try:
+            self._execution.deliver(self._under_way[1])
+        except ValueError as error:
+            raise ValueError(f"seed {self.result.seed} step {self.result.steps}: {error}") from None
+        self._under_way = None
+
+    def _step(self) -> None:
+        result = self.result
+        action = self._execution.act()
+        if action is None:
+            action = self.env.unwrapped.hold_action(result.actions[-1] if result.actions else None)
+            result.held_steps += 1
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._history.append(observation)
+        result.actions.append(np.asarray(action))
+        result.steps += 1
+        result.total_reward += float(reward)
+        result.success = bool(info["success"])
+        self._ended = terminated or truncated or result.success
+        self._keep_frame()
+
+    def _keep_frame(self) -> None:
+        if self.record:
+            result = self.result
+            state = f"seed {result.seed}  step {result.steps}" + ("  success" if result.success else "")
+            frame = captioned(self._history[-1]["image_1"], (self.prompt, state), good=result.success)
+            result.frames.append(frame)

@@ -1,0 +1,196 @@
+"""Closed-loop episodes in several simulator processes, with one policy that plans for all of them in batches.
+
+    process 1: Episode ─► request ─┐                    ┌─► plan
+    process 2: Episode ─► request ─┼─► planner, batched ┼─► plan
+    process n: Episode ─► request ─┘                    └─► plan
+
+A plan's noise depends on its episode's seed and its number in the episode alone, so that neither the number of
+processes nor what else is in a batch changes an episode, up to rounding. The processes run
+`inference.closed_loop.simulator`; nothing is pickled on the way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from inference.closed_loop.episode import Asked, EpisodeResult, PlanRequest
+from inference.closed_loop.policies import Control, Policy, own_planner
+from inference.closed_loop.simulator import Job, MakeEnv, reference_to, run_job
+from inference.serving.wire import pack, unpack
+from model.action_head.guidance import ActionPrefix
+
+logger = logging.getLogger(__name__)
+
+
+class Planner(Policy, Protocol):
+    """A policy that also plans for several episodes at once."""
+
+    def check_widths(self, state_dim: int, per_action_dim: int) -> None:
+        """Raise a ValueError where an environment does not fit the policy."""
+
+    def plan_many(self, asked: Sequence[Asked]) -> list[np.ndarray]:
+        """A plan (T, A) for each."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An episode that was run.
+
+    Attributes:
+        job, result: what was asked for, and what came of it; without frames and actions.
+        instruction: the environment's own.
+        env_settings: see `RobotEnv.settings`.
+    """
+
+    job: Job
+    result: EpisodeResult
+    instruction: str
+    env_settings: dict[str, Any]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    make_env: MakeEnv,
+    policy: Planner | dict[str, Control],
+    on_finished: Callable[[Finished], None],
+    *,
+    num_envs: int,
+) -> None:
+    """Run every job, several at a time.
+
+    Args:
+        jobs: in the order in which they are started.
+        make_env: task -> environment: a function of a module, or a partial of one with plain values, so that the
+            simulator processes find it.
+        policy: plans in this process, in batches; or, per task, a control that each simulator process runs itself.
+        on_finished: called in this process, in the order in which episodes end.
+        num_envs: simulator processes; 1 simulates in this process.
+
+    Raises:
+        ValueError: what an episode raises: a plan that is not finite, an environment that does not fit the policy.
+        RuntimeError: a simulator process died.
+    """
+    if num_envs == 1:
+        _run_here(jobs, make_env, policy, on_finished)
+        return
+    central = None if isinstance(policy, dict) else policy
+    start: dict[str, Any] = {"env": reference_to(make_env)}
+    if central is not None:
+        start |= {"settings": asdict(central.execution), "max_seq_len": central.max_seq_len}
+    waiting = [
+        (job, {"job": asdict(job), "control": None if central else policy[job.task].described(job.seed)})
+        for job in reversed(jobs)
+    ]
+    running: dict[Connection, Job] = {}
+    processes = []
+    try:
+        for _ in range(min(num_envs, len(jobs))):
+            process, connection = start_simulator()
+            processes.append(process)
+            connection.send_bytes(pack(start))
+            _start_next(connection, waiting, running)
+        asked: dict[Connection, Asked] = {}
+        deadline = patience = 0.0
+        while running:
+            others = list(running.keys() - asked.keys())
+            ready = wait(others, max(0.0, deadline - time.monotonic()) if asked else None) if others else []
+            for connection in ready:
+                message = _receive(connection, running[connection])
+                if message["kind"] == "plan":
+                    # A batch waits for the others as long as a plan takes: a larger one costs hardly more.
+                    deadline = deadline if asked else time.monotonic() + patience
+                    asked[connection] = _asked(message)
+                elif message["kind"] == "env" and central is not None:
+                    central.check_widths(message["state_dim"], message["per_action_dim"])
+                elif message["kind"] == "finished":
+                    on_finished(_finished(running[connection], message))
+                    _start_next(connection, waiting, running)
+            if asked and not ready:
+                started = time.monotonic()
+                for connection, action_TA in zip(asked, central.plan_many(list(asked.values())), strict=True):
+                    connection.send_bytes(pack(np.ascontiguousarray(action_TA)))
+                asked, patience = {}, time.monotonic() - started
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+def start_simulator() -> tuple[subprocess.Popen[bytes], Connection]:
+    """A simulator process, and this side of the line to it."""
+    here, there = socket.socketpair()
+    with there:
+        command = [sys.executable, "-P", "-m", "inference.closed_loop.simulator", str(there.fileno())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, pass_fds=[there.fileno()])
+    return process, Connection(here.detach())
+
+
+def _run_here(
+    jobs: Sequence[Job],
+    make_env: MakeEnv,
+    policy: Planner | dict[str, Control],
+    on_finished: Callable[[Finished], None],
+) -> None:
+    """The same in this process, one episode after the other."""
+    env, task = None, None
+    for job in jobs:
+        if job.task != task:
+            if env is not None:
+                env.close()
+            env, task = make_env(job.task), job.task
+        own = policy[job.task] if isinstance(policy, dict) else policy
+        result = run_job(env, job, own.execution, own.max_seq_len, own_planner(own, env, job.seed))
+        on_finished(Finished(job, result, env.unwrapped.instruction, env.unwrapped.settings()))
+    if env is not None:
+        env.close()
+
+
+def _start_next(
+    connection: Connection, waiting: list[tuple[Job, dict[str, Any]]], running: dict[Connection, Job]
+) -> None:
+    """Give a simulator process its next job, or let it go."""
+    if waiting:
+        running[connection], message = waiting.pop()
+        connection.send_bytes(pack(message))
+    else:
+        running.pop(connection, None)
+        connection.send_bytes(pack(None))
+
+
+def _receive(connection: Connection, job: Job) -> dict[str, Any]:
+    try:
+        message = unpack(connection.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        raise RuntimeError(
+            f"the simulator process of {job.task} seed {job.seed} died (killed for want of memory, or a crash of the "
+            "renderer); run the evaluation again to go on, perhaps with fewer --num_envs"
+        ) from None
+    if message["kind"] == "error":
+        raise ValueError(f"{job.task}: {message['text']}")
+    return message
+
+
+def _asked(message: dict[str, Any]) -> Asked:
+    prefix = message["prefix"]
+    if prefix is not None:
+        tensors = (torch.from_numpy(np.array(prefix[name])) for name in ("action", "weight"))
+        prefix = ActionPrefix(*tensors, prefix["max_guidance_weight"], prefix["clean"])
+    return Asked(message["seed"], message["number"], PlanRequest(tuple(message["history"]), message["prompt"], prefix))
+
+
+def _finished(job: Job, message: dict[str, Any]) -> Finished:
+    return Finished(job, EpisodeResult(**message["result"]), message["instruction"], message["env_settings"])

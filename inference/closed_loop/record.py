@@ -1,0 +1,100 @@
+"""What closed-loop episodes leave behind, one line each, so that a killed evaluation goes on where it was.
+
+{folder}/rollout_settings.json    what was evaluated; another evaluation may not continue it
+{folder}/episodes.jsonl           one finished episode per line
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from inference.closed_loop.episode import EpisodeResult
+from inference.closed_loop.parallel import Finished
+from inference.closed_loop.rollout import task_summary
+from utils.misc import atomic_path
+
+logger = logging.getLogger(__name__)
+
+FIELDS = ("seed", "success", "steps", "plans", "held_steps", "total_reward", "seconds", "plan_seconds")
+
+
+class RolloutRecord:
+    """The finished episodes of one evaluation."""
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any], restart: bool = False) -> None:
+        """Open the record, or begin one.
+
+        Args:
+            folder: of the evaluation.
+            settings: everything that decides an episode; JSON-able.
+            restart: forget what is there.
+
+        Raises:
+            ValueError: the folder holds the episodes of an evaluation with other settings.
+        """
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path, settings_path = self.folder / "episodes.jsonl", self.folder / "rollout_settings.json"
+        settings = json.loads(json.dumps(settings))
+        if restart:
+            self.path.unlink(missing_ok=True)
+            settings_path.unlink(missing_ok=True)
+        self.lines: list[dict[str, Any]] = []
+        if settings_path.is_file() and self.path.is_file():
+            found = json.loads(settings_path.read_text(encoding="utf-8"))
+            differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds episodes of another evaluation: {', '.join(differing)} differ"
+                    f"{'s' if len(differing) == 1 else ''} (there {found.get(differing[0])!r}, now "
+                    f"{settings.get(differing[0])!r}); choose another --output_dir, or discard them with --restart"
+                )
+            self._read()
+        with atomic_path(settings_path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def done(self) -> set[tuple[str, int]]:
+        """(task, seed) of every finished episode."""
+        return {(line["task"], line["seed"]) for line in self.lines}
+
+    @property
+    def env_settings(self) -> dict[str, Any]:
+        """Of the environment, as the episodes tell; see `RobotEnv.settings`."""
+        return self.lines[0]["env_settings"] if self.lines else {}
+
+    def add(self, episode: Finished) -> None:
+        """Append a finished episode; it is on disk when this returns."""
+        job, values = episode.job, asdict(episode.result)
+        line = {"task": job.task, "instruction": episode.instruction, "prompt": job.prompt or episode.instruction}
+        line |= {field: values[field] for field in FIELDS}
+        line |= {"video": job.video, "env_settings": episode.env_settings}
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def task(self, name: str, seeds: Sequence[int]) -> dict[str, Any]:
+        """The summary of a task over its seeds, in their order; see `task_summary`."""
+        by_seed = {line["seed"]: line for line in self.lines if line["task"] == name}
+        lines = [by_seed[seed] for seed in seeds]
+        results = [EpisodeResult(**{field: line[field] for field in FIELDS}) for line in lines]
+        videos = [line["video"] for line in lines if line["video"]]
+        return task_summary(results, lines[0]["instruction"], lines[0]["prompt"], videos)
+
+    def _read(self) -> None:
+        """Read finished episodes; a last line that a kill cut off is removed."""
+        whole = []
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                self.lines.append(json.loads(text))
+                whole.append(text + "\n")
+            except json.JSONDecodeError:
+                logger.warning("%s: a line cut off by a crash is left out: %r", self.path, text[:60])
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(whole), encoding="utf-8")
+        logger.info("%s: %d episodes were finished before and are not repeated", self.path, len(self.lines))

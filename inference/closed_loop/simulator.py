@@ -1,0 +1,133 @@
+"""A simulator process: runs the episodes that it is given, and asks whoever started it for every plan.
+
+Started by `inference.closed_loop.parallel` as `python -m inference.closed_loop.simulator FD`, FD being its end of a
+socket pair.
+Messages are those of `inference.serving.wire`:
+
+    from the start    {"env": where `make_env` is, "settings", "max_seq_len"}, once; then a job, and None at the end
+    from here         "env" when one was made, "plan" whenever one is wanted, "finished", "error"
+
+It imports neither torch nor the program that started it: of a run with many processes, start-up is the part that does
+not get shorter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from inference.closed_loop.episode import Episode, EpisodeResult, PlanRequest
+from inference.closed_loop.execution import ExecutionSettings
+from inference.closed_loop.policies import control_from, own_planner
+from inference.closed_loop.video import VIDEO_FPS, write_video
+from inference.serving.wire import pack, unpack
+
+MakeEnv = Callable[[str], gymnasium.Env]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One episode to be run.
+
+    Attributes:
+        task: what `make_env` takes.
+        seed: of the initial state and of the noise.
+        prompt: instead of the environment's instruction.
+        video: file that the episode is filmed into; None: it is not.
+    """
+
+    task: str
+    seed: int
+    prompt: str | None = None
+    video: str | None = None
+
+
+def run_job(
+    env: gymnasium.Env,
+    job: Job,
+    settings: ExecutionSettings,
+    max_seq_len: int,
+    plan: Callable[[PlanRequest], np.ndarray],
+) -> EpisodeResult:
+    """One episode, filmed where the job says so; actions and frames are not kept."""
+    episode = Episode(env, settings, job.seed, prompt=job.prompt, max_seq_len=max_seq_len, record=bool(job.video))
+    episode.run(plan)
+    if job.video:
+        write_video(Path(job.video), episode.result.frames, min(env.unwrapped.control_hz, VIDEO_FPS))
+    episode.result.frames, episode.result.actions = [], []
+    return episode.result
+
+
+def reference_to(make_env: MakeEnv) -> dict[str, Any]:
+    """Where a function of a module, or a partial of one, is found again, as plain values."""
+    partial = make_env if isinstance(make_env, functools.partial) else functools.partial(make_env)
+    place = {"module": partial.func.__module__, "name": partial.func.__qualname__}
+    return {**place, "args": list(partial.args), "options": partial.keywords}
+
+
+def _distant_planner(connection: Connection, seed: int) -> Callable[[PlanRequest], np.ndarray]:
+    number = 0
+
+    def plan(request: PlanRequest) -> np.ndarray:
+        nonlocal number
+        prefix = request.prefix
+        if prefix is not None:
+            tensors = {"action": prefix.action_BTA.numpy(), "weight": prefix.weight_BT.numpy()}
+            prefix = {**tensors, "max_guidance_weight": prefix.max_guidance_weight, "clean": prefix.clean}
+        message = {"kind": "plan", "seed": seed, "number": number, "history": list(request.history)}
+        connection.send_bytes(pack({**message, "prompt": request.prompt, "prefix": prefix}))
+        number += 1
+        return np.array(unpack(connection.recv_bytes()))
+
+    return plan
+
+
+def simulate(connection: Connection) -> None:
+    """Run jobs until there are none, or until nobody is left to give any."""
+    start = unpack(connection.recv_bytes())
+    place = start["env"]
+    function = getattr(importlib.import_module(place["module"]), place["name"])
+    make_env = functools.partial(function, *place["args"], **place["options"])
+    env, task = None, None
+    while (message := unpack(connection.recv_bytes())) is not None:
+        job = Job(**message["job"])
+        try:
+            if job.task != task:
+                if env is not None:
+                    env.close()  # one live renderer per process
+                env, task = make_env(job.task), job.task
+                widths = {name: getattr(env.unwrapped, name) for name in ("state_dim", "per_action_dim")}
+                connection.send_bytes(pack({"kind": "env", **widths}))
+            if message["control"] is None:
+                settings, max_seq_len = ExecutionSettings(**start["settings"]), start["max_seq_len"]
+                plan = _distant_planner(connection, job.seed)
+            else:
+                control = control_from(message["control"])
+                settings, max_seq_len = control.execution, control.max_seq_len
+                plan = own_planner(control, env, job.seed)
+            result = run_job(env, job, settings, max_seq_len, plan)
+        except (ValueError, ModuleNotFoundError, RuntimeError) as error:
+            connection.send_bytes(pack({"kind": "error", "text": str(error)}))
+            return
+        facts = {"instruction": env.unwrapped.instruction, "env_settings": env.unwrapped.settings()}
+        connection.send_bytes(pack({"kind": "finished", "result": asdict(result), **facts}))
+    if env is not None:
+        env.close()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
+    try:
+        simulate(Connection(int(sys.argv[1])))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        sys.exit(1)  # whoever started it is gone

@@ -1,0 +1,1 @@
+"""A policy as a server and as a folder to share."""

@@ -1,0 +1,39 @@
+"""A policy server in a thread of the test process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from inference.predictor import VLAPredictor
+from inference.serving.server import PolicyServer
+from utils.config_utils import ServingConfig
+
+
+@contextlib.contextmanager
+def running(predictor: VLAPredictor, token: str | None = None, **limits: Any) -> Iterator[PolicyServer]:
+    """A server that listens on `server.port`, stopped on leaving; `limits` are fields of ServingConfig."""
+    server = PolicyServer(predictor, ServingConfig(**limits), token)
+    loop, stopping = asyncio.new_event_loop(), asyncio.Event()
+    listening = threading.Event()
+
+    async def run() -> None:
+        task = asyncio.ensure_future(server.run("127.0.0.1", 0, stopping))
+        while server.port is None and not task.done():
+            await asyncio.sleep(0.01)
+        listening.set()
+        await task
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),), daemon=True)
+    thread.start()
+    assert listening.wait(20) and server.port is not None
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(stopping.set)
+        thread.join(20)
+        assert not thread.is_alive(), "the server did not stop"
+        loop.close()

@@ -1,0 +1,411 @@
+"""The policy server over real sockets: the same actions as in process, and nothing that a client sends breaks it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from PIL import Image
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from inference.predictor import VLAPredictor
+from inference.serving.wire import pack, unpack
+from scripts.client_example import PolicyClient
+from tests.helpers import write_episodes
+from tests.inference.checkpoints import train_tiny
+from tests.inference.serving.servers import running
+from utils.config_utils import ConfigError, ServingConfig
+
+STATE = np.array([0.1, -0.2, 0.3, 0.4], np.float32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_paligemma_dir):
+    folder = tmp_path_factory.mktemp("run")
+    demos = write_episodes(folder / "demos.parquet", [6, 5])
+    return train_tiny(folder, tiny_paligemma_dir, [demos])
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint):
+    return VLAPredictor.from_checkpoint(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(predictor):
+    with running(predictor, max_message_bytes=500_000, max_image_pixels=100_000, timeout_s=4) as server:
+        yield server
+
+
+def frame(seed=0, size=40):
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def observation(number=0, **changes):
+    keys = {"observation/image": frame(number), "observation/state": STATE, "prompt": "open it", "seed": number}
+    return {key: value for key, value in (keys | changes).items() if value is not None}
+
+
+def expected(predictor, seed=0):
+    return predictor.predict(frame(seed), prompt="open it", state=STATE, seed=seed)
+
+
+def still_serves(server, predictor):
+    client = PolicyClient(port=server.port)
+    np.testing.assert_allclose(client.predict(observation(3)), expected(predictor, 3), atol=1e-6)
+    client.close()
+
+
+def test_openpis_client_gets_the_actions_of_the_process(server, predictor):
+    client = WebsocketClientPolicy("127.0.0.1", server.port)
+    assert client.get_server_metadata()["horizon"] == predictor.horizon
+    for seed in range(3):
+        reply = client.infer(observation(seed))
+        np.testing.assert_allclose(reply["actions"], expected(predictor, seed), atol=1e-6)
+        assert reply["server_timing"]["infer_ms"] > 0
+
+
+def test_encoded_frames_own_names_and_lists(server, predictor):
+    encoded = io.BytesIO()
+    Image.fromarray(frame()).save(encoded, "PNG")
+    client = PolicyClient(port=server.port)
+    own = {"image_1": [encoded.getvalue()], "state": STATE.tolist(), "prompt": "open it", "seed": 0}
+    np.testing.assert_allclose(client.predict(own), expected(predictor), atol=1e-6)
+    first, second = (client.predict(observation(seed=None, **{"observation/image": frame()})) for _ in range(2))
+    assert not np.array_equal(first, second), "requests without a seed draw their own noise"
+
+
+def test_two_cameras_with_a_history_under_mapped_names(tmp_path, tiny_paligemma_dir, caplog):
+    demos = write_episodes(tmp_path / "two.parquet", [6, 5], cameras=("image_1", "image_2"))
+    settings = {"vlm": {"use_aux_camera": True}, "data": {"max_seq_len": 2}}
+    predictor = VLAPredictor.from_checkpoint(train_tiny(tmp_path, tiny_paligemma_dir, [demos], **settings), "cpu")
+    front, wrist = np.stack([frame(0), frame(1)]), np.stack([frame(2), frame(3)])
+    common = {"prompt": "open it", "seed": 0}
+    with running(predictor, image_1_key="front", image_2_key="wrist", state_key="joints") as server:
+        client = PolicyClient(port=server.port)
+        assert client.policy["cameras"] == {"image_1": "front", "image_2": "wrist"}
+        both = client.predict({"front": front, "wrist": wrist, "joints": STATE, **common})
+        one = client.predict({"front": front, "joints": STATE, "depth": front, **common})
+        with pytest.raises(RuntimeError, match="image_2: 1 frames but image_1 has 2"):
+            client.predict({"front": front, "wrist": wrist[0], "joints": STATE, **common})
+        client.close()
+    np.testing.assert_allclose(both, predictor.predict(front, wrist, state=STATE, **common), atol=1e-6)
+    np.testing.assert_allclose(one, predictor.predict(front, state=STATE, **common), atol=1e-6)
+    assert not np.allclose(both, one)
+    assert caplog.text.count("requests carry keys that nothing reads: depth") == 1
+
+
+def nan_state():
+    return np.array([0, np.nan, 0, 0], np.float32)
+
+
+def bomb():
+    encoded = io.BytesIO()
+    Image.new("RGB", (3000, 3000)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+PICKLED = b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94."
+OBJECTS = {b"__ndarray__": True, b"data": PICKLED, b"dtype": "|O", b"shape": [1]}
+MALFORMED = {
+    "text": ("hello", "text message"),
+    "no msgpack": (b"\xc1\x00", "no msgpack"),
+    "pickle": (PICKLED, "no msgpack|holds a"),
+    "a list": (pack([1, 2]), "holds a list"),
+    "cut off": (pack(observation())[:-3], "no msgpack"),
+    "object array": (msgpack.packb({"observation/image": OBJECTS}), r"dtype '\|O'"),
+    "size that lies": (
+        msgpack.packb({"a": {b"__ndarray__": True, b"data": b"", b"dtype": "|u1", b"shape": [9, 9, 3]}}),
+        "wanted 243 bytes",
+    ),
+    "no image": (pack(observation(**{"observation/image": None})), "'observation/image' is missing"),
+    "no prompt": (pack(observation(prompt=None)), "'prompt' is missing"),
+    "no state": (pack(observation(**{"observation/state": None})), "state is missing"),
+    "empty prompt": (pack(observation(prompt=" ")), "prompt is ' '"),
+    "endless prompt": (pack(observation(prompt="open " * 2000)), "10000 characters; at most 4096 are taken"),
+    "prompt of bytes": (pack(observation(prompt=b"open")), "'prompt' is a bytes"),
+    "float image": (pack(observation(**{"observation/image": frame() / 255.0})), "float64"),
+    "channels first": (
+        pack(observation(**{"observation/image": frame().transpose(2, 0, 1).copy()})),
+        r"\(3, 40, 40\); wanted uint8 \(H, W, 3\)",
+    ),
+    "empty image": (pack(observation(**{"observation/image": frame()[:0]})), r"\(0, 40, 3\)"),
+    "image as text": (pack(observation(**{"observation/image": "a.png"})), "holds a str"),
+    "broken jpeg": (pack(observation(**{"observation/image": b"\xff\xd8\xff\xe0 no"})), "no readable JPEG or PNG"),
+    "image bomb": (pack(observation(**{"observation/image": bomb()})), "max_image_pixels"),
+    "too many frames": (pack(observation(**{"observation/image": [frame()] * 3})), "3 frames"),
+    "short state": (pack(observation(**{"observation/state": STATE[:2]})), "this policy takes 4"),
+    "state of text": (pack(observation(**{"observation/state": ["a"] * 4})), "wanted 4 numbers"),
+    "NaN in state": (pack(observation(**{"observation/state": nan_state()})), r"state\[1\] is nan"),
+    "infinite state": (pack(observation(**{"observation/state": np.full(4, np.inf)})), r"state\[0\] is inf"),
+    "seed of text": (pack(observation(seed="x")), "'seed' is 'x'"),
+    "endless seed": (pack(observation(seed="x" * 100_000)), r"'seed' is 'x{400,500} \.\.\.$"),
+    "too many lists": (msgpack.packb([[[]] * 1000] * 2), "more than 1024 lists"),
+    "negative seed": (pack(observation(seed=-1)), "'seed' is -1"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_message_gets_a_clear_reply_and_the_connection_goes_on(server, predictor, kind):
+    message, reason = MALFORMED[kind]
+    with connect(f"ws://127.0.0.1:{server.port}", compression=None) as connection:
+        connection.recv()
+        connection.send(message)
+        reply = connection.recv(timeout=10)
+        assert isinstance(reply, str) and reply.startswith("error: ") and re.search(reason, reply), reply
+        connection.send(pack(observation(3)))
+        np.testing.assert_allclose(unpack(connection.recv(timeout=10))["actions"], expected(predictor, 3), atol=1e-6)
+
+
+def test_openpis_client_shows_the_reason(server):
+    with pytest.raises(RuntimeError, match="'prompt' is missing"):
+        WebsocketClientPolicy("127.0.0.1", server.port).infer(observation(prompt=None))
+
+
+def test_an_oversized_message_closes_that_connection_alone(server, predictor):
+    with connect(f"ws://127.0.0.1:{server.port}", compression=None) as connection:
+        connection.recv()
+        with pytest.raises(ConnectionClosed) as closed:
+            connection.send(pack(observation(**{"observation/image": frame(size=600)})))
+            connection.recv(timeout=10)
+        assert closed.value.rcvd.code == 1009
+    still_serves(server, predictor)
+
+
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("kind", ["never speaks", "no http", "slow frame", "half closed", "vanishes"])
+def test_bad_sockets_are_closed_and_forgotten(predictor, kind):
+    with running(predictor, timeout_s=2) as server, socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.settimeout(15)
+        if kind == "no http":
+            raw.sendall(b"\x16\x03\x01\x00\xa5 this is not http\r\n\r\n")
+        if kind in ("slow frame", "half closed", "vanishes"):
+            raw.sendall(HANDSHAKE)
+            assert b"101" in raw.recv(4096)
+            raw.sendall(b"\x82\xfe\x10\x00abcd" + b"x")  # a frame of 4096 bytes, of which one is sent
+        if kind == "half closed":
+            raw.shutdown(socket.SHUT_WR)
+        if kind == "vanishes":
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            raw.close()
+        else:
+            while raw.recv(4096):  # until the server closes: at most the handshake's or the ping's timeout
+                pass
+        deadline = time.monotonic() + 10
+        while server.metrics.num_clients and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert server.metrics.num_clients == 0
+        still_serves(server, predictor)
+
+
+def get(server, path, **headers):
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.read().decode()
+
+
+def test_health_and_metrics(server, predictor):
+    still_serves(server, predictor)
+    assert get(server, "/healthz") == "ok\n"
+    text = get(server, "/metrics")
+    assert float(re.search(r'vla_requests_total{outcome="ok"} (\S+)', text)[1]) >= 1
+    assert float(re.search(r'vla_request_seconds_recent{percentile="95"} (\S+)', text)[1]) > 0
+    assert "vla_queue 0.0" in text and "vla_clients" in text
+
+
+def test_the_token_is_asked_for(predictor):
+    with running(predictor, token="sesame") as server:
+        for wrong in (None, "open", "sesam"):
+            with pytest.raises(InvalidStatus, match="401"):
+                PolicyClient(port=server.port, token=wrong)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(server, "/metrics")
+        assert get(server, "/healthz") == "ok\n"
+        assert "vla_requests" in get(server, "/metrics", Authorization="Bearer sesame")
+        client = WebsocketClientPolicy("127.0.0.1", server.port, api_key="sesame")
+        np.testing.assert_allclose(client.infer(observation())["actions"], expected(predictor), atol=1e-6)
+
+
+def test_the_example_says_in_one_line_why_it_is_not_let_in(predictor):
+    with running(predictor, token="sesame") as server:
+        command = [sys.executable, "scripts/client_example.py", "--port", str(server.port), "--prompt", "wave"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: server rejected WebSocket connection: HTTP 401" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_more_clients_than_wanted_are_turned_away(predictor):
+    with running(predictor, max_clients=1) as server:
+        client = PolicyClient(port=server.port)
+        with pytest.raises(InvalidStatus, match="503") as refused:
+            PolicyClient(port=server.port)
+        assert b"1 clients are connected, which is serving.max_clients; try again" in refused.value.response.body
+        client.close()
+        still_serves(server, predictor)
+
+
+def test_clients_share_a_pass_and_get_their_own_answers(predictor):
+    with running(predictor, batch_window_ms=200) as server:
+        answers = {}
+
+        def ask(seed):
+            with connect(f"ws://127.0.0.1:{server.port}", compression=None) as connection:
+                connection.recv()
+                ready.wait()
+                connection.send(pack(observation(seed)))
+                answers[seed] = unpack(connection.recv(timeout=20))
+
+        ready = threading.Barrier(4)
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(answer["server_timing"]["batch_size"] for answer in answers.values()) > 1
+        for seed, answer in answers.items():
+            np.testing.assert_allclose(answer["actions"], expected(predictor, seed), atol=1e-5)
+
+
+def test_a_full_queue_and_a_late_prediction_are_told(predictor, monkeypatch):
+    with running(predictor, max_waiting=1, max_batch_size=1, timeout_s=1) as server:
+        slow, real = threading.Event(), server._predict
+        monkeypatch.setattr(server.batcher, "predict", lambda *a: slow.wait(5) and real(*a))
+        with contextlib.ExitStack() as stack:
+            clients = [
+                stack.enter_context(connect(f"ws://127.0.0.1:{server.port}", compression=None)) for _ in range(3)
+            ]
+            for client in clients:
+                client.recv()
+                client.send(pack(observation()))
+                time.sleep(0.1)
+            replies = [client.recv(timeout=10) for client in clients]
+            assert "1 requests are waiting" in replies[2]
+            assert "no prediction within 1 s" in replies[0] and "no prediction within 1 s" in replies[1]
+            slow.set()
+            still_serves(server, predictor)
+
+
+def test_actions_that_are_not_finite_never_leave(predictor, monkeypatch):
+    with running(predictor) as server:
+        monkeypatch.setattr(server.batcher, "predict", lambda samples, seeds: np.full((1, 4, 4), np.nan))
+        with pytest.raises(RuntimeError, match="not finite"):
+            PolicyClient(port=server.port).predict(observation())
+
+
+def test_a_prediction_that_fails_is_told_and_the_connection_goes_on(predictor, monkeypatch, caplog):
+    def out_of_memory(samples, seeds):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    with running(predictor) as server:
+        client = PolicyClient(port=server.port)
+        with monkeypatch.context() as patch:
+            patch.setattr(server.batcher, "predict", out_of_memory)
+            with pytest.raises(RuntimeError, match="the prediction failed .CUDA out of memory..; the server's log"):
+                client.predict(observation())
+        assert "Tried to allocate" in caplog.text and 'outcome="failed"} 1.0' in get(server, "/metrics")
+        np.testing.assert_allclose(client.predict(observation(3)), expected(predictor, 3), atol=1e-6)
+
+
+@contextlib.contextmanager
+def process(checkpoint, *flags, **environment):
+    command = [sys.executable, "scripts/serve_policy.py", "--checkpoint_path", str(checkpoint), "--port", "0", *flags]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        server.log = lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if found := re.search(r"serving on \S+ port (\d+)", line):
+                yield server, int(found[1])
+                return
+        raise AssertionError(f"the server did not start:\n{''.join(lines)}")
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()
+
+
+def test_sigterm_finishes_what_is_in_flight(checkpoint, predictor):
+    with process(checkpoint, "--set", "serving.image_1_key=front") as (server, port):
+        client = PolicyClient(port=port)
+        idle = PolicyClient(port=port)
+        request = pack(observation(2, **{"observation/image": None, "front": frame(2)}))
+        client._connection.send(request)
+        server.send_signal(signal.SIGTERM)
+        np.testing.assert_allclose(unpack(client._connection.recv())["actions"], expected(predictor, 2), atol=1e-6)
+        for connection in (client, idle):
+            with pytest.raises(ConnectionClosed) as closed:
+                connection._connection.recv(timeout=10)
+            assert closed.value.rcvd.code == 1001
+        assert server.wait(timeout=15) == 0
+
+
+@pytest.mark.slow
+def test_the_scripts_own_errors(checkpoint, tmp_path):
+    def run(*flags):
+        command = [sys.executable, "scripts/serve_policy.py", *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "NO_SUCH_TOKEN: no such environment variable" in run(
+        "--checkpoint_path", str(checkpoint), "--token_env", "NO_SUCH_TOKEN"
+    )
+    assert "did you mean serving.image_1_key" in run("--checkpoint_path", str(checkpoint), "--set", "serving.image_1=a")
+    inference = run("--checkpoint_path", str(checkpoint), "--set", "inference.compile=default")
+    assert "--set inference.compile=default: only serving.key=value is read here" in inference
+    graph = run("--checkpoint_path", str(checkpoint), "--device", "cpu", "--compile", "cuda_graph")
+    assert "error: inference.compile is cuda_graph, but the policy runs on cpu" in graph
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "can't listen there" in run("--checkpoint_path", str(checkpoint), "--port", str(taken.getsockname()[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ on a CPU")
+def test_no_client_waits_for_a_compiler(checkpoint, predictor):
+    with process(checkpoint, "--compile", "default", "--set", "serving.max_batch_size=2") as (server, port):
+        assert all(
+            any(f"first prediction of {size}, compile default" in line for line in server.log) for size in (1, 2)
+        )
+        client = PolicyClient(port=port)
+        np.testing.assert_allclose(client.predict(observation(2)), expected(predictor, 2), atol=1e-4)
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_2_key": "observation/image"}, "not distinct"),
+        ({"prompt_key": "seed"}, "one is 'seed'"),
+        ({"timeout_s": 0}, "serving.timeout_s is 0"),
+        ({"batch_window_ms": -1}, "batch_window_ms is -1"),
+    ],
+)
+def test_limits_are_checked(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        ServingConfig(**fields)
