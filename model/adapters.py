@@ -186,6 +186,9 @@ def quantize_linears(module: nn.Module, quantization: str, setting: str = "model
             if quantization == "4bit":
                 options = {"compress_statistics": False, "quant_type": "nf4"}
                 new = bnb.Linear4bit(*sizes, bias=bias, compute_dtype=dtype, device="meta", **options)
+                # On CPUs with AVX512-BF16 a layer repacks its weights in place when it is called in evaluation mode:
+                # impossible at some widths, in bfloat16, and its product has no gradient when training goes on.
+                new.support_avx512bf16_for_cpu = False
                 new.weight = bnb.Params4bit(weight, requires_grad=False, module=new, **options)
             else:
                 new = bnb.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=6.0, device="meta")
