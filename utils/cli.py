@@ -1,10 +1,18 @@
-"""The flags that main_train.py and main_train_ddp.py share, and how they reach the configuration."""
+"""Command lines: flags made from settings, the flags of training, and how they reach the configuration."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
+import io
 import logging
-from typing import Any
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from utils.checkpoint import SUFFIX, newest_checkpoint
 from utils.config_utils import Config, ConfigError, load_config
@@ -24,6 +32,48 @@ OVERRIDES = {
     "wandb_project_name": "wandb.project",
     "wandb_entity": "wandb.entity",
 }
+
+
+def add_setting_flags(parser: Any, section_class: type, names: Iterable[str]) -> None:
+    """Add a flag `--name` for each of these settings; a flag that is not given is None, and changes nothing.
+
+    The type, the choices of a Literal and the help (the comment beside the field) come from the field itself. A
+    tuple takes several values, a bool has a `--no-` form.
+
+    Args:
+        parser: an ArgumentParser or a group of one.
+        section_class: a dataclass of the config, such as InferenceConfig, defined in a file.
+        names: its fields, in the order of the help; not those that are sections themselves.
+
+    Raises:
+        KeyError: the section has no such field.
+    """
+    hints, comments = typing.get_type_hints(section_class), field_comments(section_class)
+    for name in names:
+        help_text = comments.get(name, "").replace("%", "%%")
+        parser.add_argument(f"--{name}", help=help_text, default=None, **_flag_options(hints[name]))
+
+
+def field_comments(section_class: type) -> dict[str, str]:
+    """The comment beside each field of a dataclass, read from its source; fields without one are left out."""
+    source = textwrap.dedent(inspect.getsource(section_class))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    by_line = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    found = {field.target.id: by_line.get(field.end_lineno, "").lstrip("# ") for field in fields}
+    return {name: comment for name, comment in found.items() if comment}
+
+
+def _flag_options(hint: Any) -> dict[str, Any]:
+    """What argparse is told about a field of this type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _flag_options(next(arg for arg in args if arg is not type(None)))
+    if origin is Literal:
+        return {"choices": args}
+    if origin is tuple:
+        return {**_flag_options(args[0]), "nargs": "+" if args[-1] is Ellipsis else len(args)}
+    return {"action": argparse.BooleanOptionalAction} if hint is bool else {"type": hint}
 
 
 def train_parser(description: str | None) -> argparse.ArgumentParser:
