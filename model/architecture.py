@@ -5,33 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from utils.config_utils import Config, ConfigError, config_from_dict
-
-# Settings that a run may change between a checkpoint and its continuation: they alter no weight's meaning.
-FREE_SETTINGS = {
-    "model_name_or_path",
-    "vision_model_name_or_path",
-    "language_model_name_or_path",
-    "dtype",
-    "freeze_vision_tower",
-    "freeze_language_model",
-    "gradient_checkpointing",
-    "attn_implementation",
-    "num_image_tokens",
-    "num_action_dims",
-    "dropout_prob",
-    "noise_draws_per_sample",
-    "time_distribution",
-    "time_beta",
-    "time_clamp",
-    "integrator",
-    "decoding",
-    "scheduler",
-    "inference_steps",
-    "clip_sample_range",
-    "lora.dropout",
-    "max_clean_prefix",
-}
+from utils.config_utils import Config, ConfigError, config_from_dict, is_free
 
 
 def require_same_architecture(saved: dict[str, Any], config: Config, path: str) -> None:
@@ -49,7 +23,9 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
         differences += [
             f"model.{section}.{key}: checkpoint {before.get(key)!r}, config {now.get(key)!r}"
             for key in before | now
-            if key not in FREE_SETTINGS and before.get(key) != now.get(key) and not _may_be_added(key, saved)
+            if not is_free(getattr(config.model, section), key)
+            and before.get(key) != now.get(key)
+            and not _may_be_added(key, saved)
         ]
     for key in ("state_dim", "action_mode", "absolute_action_dims", "normalization_type", "action_bounds"):
         before, now = getattr(old.data, key), getattr(config.data, key)

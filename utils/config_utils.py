@@ -1,4 +1,7 @@
-"""The configuration: one frozen dataclass tree whose defaults live here and nowhere else.
+"""The configuration: one frozen dataclass tree that holds every default.
+
+The sections of data, model and training are in config_data.py, config_model.py and config_training.py beside this
+file; the others, and how a configuration is read and written, are here.
 
 A YAML file states differences from these defaults, `--set section.key=value` states differences from the
 file, and a named flag of an entry script (`--lr`, `--batch_size`, ...) has the last word. Keys that do not
@@ -14,411 +17,44 @@ from typing import Any, Literal
 
 import yaml
 
+from utils.config_data import AugmentationConfig, DataConfig, MixtureEntry
+from utils.config_fields import is_free, not_negative, positive
+from utils.config_model import (
+    ActionHeadConfig,
+    FusionConfig,
+    LoRAConfig,
+    ModelConfig,
+    VisionResamplerConfig,
+    VLMConfig,
+)
 from utils.config_reader import ConfigError, build, read_tree, set_dotted
+from utils.config_training import LRSchedulerConfig, OptimizerConfig, TrainingConfig
 
-__all__ = ["Config", "ConfigError", "config_from_dict", "config_to_dict", "load_config", "save_config"]
-
-
-@dataclass(frozen=True)
-class MixtureEntry:
-    """One dataset of a mixture. Widths may be smaller than the model's: the rest is padding, masked everywhere."""
-
-    path: tuple[str, ...] = ()  # files, folders or globs, as train_parquet_files
-    name: str = ""  # names the dataset in statistics, logs, metrics and at inference
-    weight: float = 1.0  # share of the samples, relative to the other weights
-    state_dim: int | None = None  # width of its state column; None: data.state_dim
-    per_action_dim: int | None = None  # width of its action column; None: the head's
-    horizon: int | None = None  # actions that are true targets, for datasets of a lower rate; None: the head's
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ConfigError(f"data.mixture {self.name}: weight is {self.weight}; give 0 or more")
-        for name in ("state_dim", "per_action_dim", "horizon"):
-            if getattr(self, name) is not None:
-                _positive(self, f"data.mixture {self.name}", name)
-
-
-@dataclass(frozen=True)
-class AugmentationConfig:
-    """Random changes to training images, drawn anew for every sample; all frames and cameras of it alike."""
-
-    enabled: bool = False
-    crop_scale: float = 0.9  # side of the random crop relative to the image; evaluation takes the centre crop
-    scale_jitter: float = 0.05  # the crop's side varies by up to this much either way
-    brightness: float = 0.2  # factor drawn from [1 - b, 1 + b]
-    contrast: float = 0.2  # the same, about the image's mean
-    saturation: float = 0.2  # the same, about the pixel's grey
-    hue: float = 0.02  # rotation in turns, from [-h, h]
-
-    def __post_init__(self) -> None:
-        place = "data.augmentation"
-        if not 0 < self.crop_scale <= 1:
-            raise ConfigError(f"{place}.crop_scale is {self.crop_scale}; give a number in (0, 1]")
-        if not 0 <= self.scale_jitter < self.crop_scale:
-            raise ConfigError(f"{place}.scale_jitter is {self.scale_jitter}; give 0 or more, below crop_scale")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{place}.{name} is {getattr(self, name)}; give a number in [0, 1)")
-        if not 0 <= self.hue <= 0.5:
-            raise ConfigError(f"{place}.hue is {self.hue}; give turns in [0, 0.5]")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the demonstrations are and how samples are cut from them."""
-
-    train_parquet_files: tuple[str, ...] = ()  # each entry a file, a folder or a glob
-    val_parquet_files: tuple[str, ...] = ()  # held-out episodes; empty: none, or val_fraction of the training files
-    val_fraction: float = 0.0  # share of the training files' episodes that is held out instead of trained on
-    split_seed: int = 0  # which episodes val_fraction holds out, and which max_episodes leaves
-    max_episodes: int | None = None  # per dataset, of the training files, those held out included; None: all
-    mixture: tuple[MixtureEntry, ...] = ()  # several datasets at once, instead of train_parquet_files
-    sample_weighting: Literal["step", "episode", "task"] = "step"  # what is drawn uniformly within a dataset
-    tokenizer_name_or_path: str | None = None  # directory or hub id; None: the backbone's own
-    image_processor_name_or_path: str | None = None  # directory or hub id; None: siglip_model_name, else backbone
-    siglip_model_name: str | None = None  # SigLIP checkpoint whose image processor is used
-    max_seq_len: int = 1  # observation frames per sample, the current one included
-    prompt_max_len: int = 48  # text tokens per prompt, <bos> and the closing newline included
-    batch_size: int = 8  # samples per optimizer step, over all ranks and micro-batches
-    num_workers: int = 2  # loader processes per rank
-    normalization_stats_path: str | None = None  # JSON from utils/calculate_normalization_stats.py
-    normalization_type: Literal["min_max", "quantile", "mean_std"] = "min_max"
-    clip_normalized: float | None = None  # clip normalized states and predicted actions to [-c, c]
-    action_mode: Literal["absolute", "delta"] = "absolute"  # delta: relative to the current state's same dimension
-    absolute_action_dims: tuple[int, ...] = ()  # dimensions that stay absolute in delta mode, such as grippers
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    state_dim: int = 7  # width of the state column (of the widest dataset in a mixture)
-    action_bounds: tuple[float, float] = (-1.0, 1.0)  # normalized range that min_max and quantile map onto
-    cache: bool = True  # keep the episode cache for later runs; false (--no_cache): remove it when the run ends
-    cache_dir: str | None = None  # episode cache; None: $XDG_CACHE_HOME/paligemma_vla
-
-    def __post_init__(self) -> None:
-        _positive(self, "data", "max_seq_len", "batch_size", "state_dim")
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigError(f"data.val_fraction is {self.val_fraction}; give a number in [0, 1)")
-        if self.val_fraction and self.val_parquet_files:
-            raise ConfigError(
-                "data.val_fraction and data.val_parquet_files both say what is held out; give one of them"
-            )
-        if self.mixture and self.train_parquet_files:
-            raise ConfigError("data.mixture and data.train_parquet_files both name training data; give one of them")
-        for name in ("clip_normalized", "max_episodes"):
-            if getattr(self, name) is not None:
-                _positive(self, "data", name)
-        self._check_mixture()
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers is {self.num_workers}; give 0 (load in this process) or more")
-        if self.prompt_max_len < 3:
-            raise ConfigError(
-                f"data.prompt_max_len is {self.prompt_max_len}; <bos>, one word and the newline need at least 3"
-            )
-        if len(self.action_bounds) != 2 or self.action_bounds[0] >= self.action_bounds[1]:
-            raise ConfigError(f"data.action_bounds is {list(self.action_bounds)}; give [low, high] with low < high")
-
-    def _check_mixture(self) -> None:
-        names = [entry.name for entry in self.mixture]
-        if not all(entry.path and entry.name for entry in self.mixture):
-            raise ConfigError(f"data.mixture: every entry needs both a path and a name (names: {names})")
-        if len(set(names)) != len(names):
-            raise ConfigError(f"data.mixture: names {names} are not distinct")
-        if self.mixture and not any(entry.weight for entry in self.mixture):
-            raise ConfigError("data.mixture: every weight is 0; give one dataset a positive weight")
-        for entry in self.mixture:
-            if entry.state_dim is not None and entry.state_dim > self.state_dim:
-                raise ConfigError(
-                    f"data.mixture {entry.name}: state_dim {entry.state_dim} exceeds data.state_dim {self.state_dim}; "
-                    "set data.state_dim to the widest"
-                )
-
-
-@dataclass(frozen=True)
-class FusionConfig:
-    """How a siglip_llm backbone fuses image and text features: learnable latents read both by cross-attention."""
-
-    hidden_dim: int = 512  # width of features, latents and context
-    num_latents: int = 64  # context tokens
-    num_layers: int = 2
-    num_heads: int = 8
-
-    def __post_init__(self) -> None:
-        place = "model.vlm_config.fusion"
-        _positive(self, place, "hidden_dim", "num_latents", "num_layers", "num_heads")
-        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
-            raise ConfigError(
-                f"{place}: hidden_dim is {self.hidden_dim} and num_heads {self.num_heads}; give a width that is a "
-                "multiple of the heads and of 4 (sines and cosines of two coordinates)"
-            )
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters around linear layers of frozen pretrained parts; the adapters train, and the head."""
-
-    rank: int = 16  # columns of the one and rows of the other matrix
-    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
-    dropout: float = 0.0  # of the adapter's input, in training
-    targets: tuple[str, ...] = ()  # last part of the layers' names, as in [q_proj, v_proj]; empty: every linear layer
-    language: bool = True  # adapt (and freeze) the language model
-    vision: bool = False  # adapt (and freeze) the vision tower
-
-    def __post_init__(self) -> None:
-        place = "model.vlm_config.lora"
-        _positive(self, place, "rank", "alpha")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"{place}.dropout is {self.dropout}; give a number in [0, 1)")
-        if not (self.language or self.vision):
-            raise ConfigError(f"{place}: neither language nor vision; set one of them, or lora: null for no adapters")
-
-
-@dataclass(frozen=True)
-class VLMConfig:
-    """The pretrained backbone."""
-
-    type: Literal["paligemma", "siglip_llm"] = "paligemma"
-    model_name_or_path: str = "./weight/paligemma-3b-pt-224"  # paligemma: Hugging Face directory or hub id
-    vision_model_name_or_path: str = "./weight/siglip-base-patch16-224"  # siglip_llm: directory or hub id of a SigLIP
-    language_model_name_or_path: str = "./weight/Qwen2.5-0.5B"  # siglip_llm: of a causal language model
-    fusion: FusionConfig = field(default_factory=FusionConfig)  # siglip_llm
-    use_aux_camera: bool = False  # read image_2 as well
-    freeze_vision_tower: bool = False
-    freeze_language_model: bool = False
-    dtype: str = "bfloat16"  # compute precision (autocast) and storage of frozen weights; trained weights are fp32
-    num_image_tokens: int | None = None  # per image, before the resampler; derived, checked when given
-    attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"  # auto: SDPA unless the model caps its logits
-    gradient_checkpointing: bool = False
-    lora: LoRAConfig | None = None  # a section (which may be empty: {}) turns adapters on
-    quantization: Literal["none", "8bit", "4bit"] = "none"  # storage of frozen linear layers, by bitsandbytes
-    num_language_layers: int | None = None  # keep the first k layers of the language model; None: all
-
-    def __post_init__(self) -> None:
-        name = self.dtype.removeprefix("torch.")
-        aliases = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-        name = aliases.get(name, name)
-        if name not in ("bfloat16", "float16", "float32"):
-            raise ConfigError(
-                f"model.vlm_config.dtype is {self.dtype!r}; give bfloat16, float16 or float32 (torch.bfloat16, ... too)"
-            )
-        object.__setattr__(self, "dtype", name)
-        if self.num_language_layers is not None:
-            _positive(self, "model.vlm_config", "num_language_layers")
-
-    @property
-    def pretrained_names(self) -> str:
-        """Directories or hub ids that the weights come from."""
-        if self.type == "paligemma":
-            return self.model_name_or_path
-        return f"{self.vision_model_name_or_path} and {self.language_model_name_or_path}"
-
-
-@dataclass(frozen=True)
-class VisionResamplerConfig:
-    """What happens to image tokens between the projector and the language model."""
-
-    type: Literal["identity", "mlp", "perceiver"] = "identity"
-    output_dim: int | None = None  # the language model's width; derived, checked when given
-    num_latents: int = 64  # perceiver: tokens per image after resampling
-    num_layers: int = 2  # perceiver: cross-attention blocks
-    num_heads: int = 8  # perceiver: attention heads
-
-    def __post_init__(self) -> None:
-        _positive(self, "model.vision_resampler_config", "num_latents", "num_layers", "num_heads")
-
-
-@dataclass(frozen=True)
-class ActionHeadConfig:
-    """The action head: what it predicts, and its size."""
-
-    type: str = "flow_matching"  # a key of ACTION_HEADS (model/action_head): also regression, discrete, diffusion
-    use_state_input: bool = True
-    horizon: int = 8  # T, action steps per prediction
-    per_action_dim: int = 7  # A, values per action step
-    action_dim: int | None = None  # horizon x per_action_dim; derived, checked when given
-    num_action_dims: int | None = None  # older spelling of per_action_dim
-    num_action_bins: int = 256  # bins per dimension, of the discrete head and of binned accuracy
-    mlp_hidden_dims: tuple[int, ...] = (1024, 512)  # discrete: hidden widths of the MLP
-    decoding: Literal["argmax", "expectation", "sample"] = "argmax"  # discrete: from bin probabilities to actions
-    dropout_prob: float = 0.0
-    hidden_dim: int = 1024  # width of the action-token transformer, and of the state encoder
-    num_layers: int = 8
-    num_heads: int = 8
-    noise_draws_per_sample: int = 1  # (noise, time) draws per backbone pass in training
-    noise_distribution: Literal["gaussian", "uniform"] = "gaussian"  # flow_matching: uniform is in [-1, 1]
-    time_distribution: Literal["uniform", "beta"] = "beta"  # flow_matching
-    time_beta: tuple[float, float] = (1.0, 1.5)  # flow_matching: Beta(a, b) of t in [0, 1], t = 0 is pure noise
-    time_clamp: tuple[float, float] = (0.0, 1.0)  # flow_matching: t is mapped linearly into this range
-    integrator: Literal["euler", "midpoint", "heun"] = "euler"  # flow_matching: the last two take two velocities a step
-    denoiser: Literal["unet", "transformer"] = "unet"  # diffusion: 1-D U-Net over time, or the flow head's transformer
-    unet_width: int = 256  # diffusion: channels of the U-Net's first level, doubled at each further one
-    unet_levels: int = 3  # diffusion: levels of the U-Net, each half as long in time as the one before
-    num_train_timesteps: int = 100  # diffusion: noise levels in training
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"  # diffusion
-    prediction_type: Literal["epsilon", "sample", "v", "v_prediction"] = "epsilon"  # diffusion; v: short for the last
-    scheduler: Literal["ddim", "ddpm"] = "ddim"  # diffusion: sampler; ddim's only noise is the start's
-    inference_steps: int | None = None  # older spelling of inference.num_inference_steps
-    clip_sample_range: float | None = None  # diffusion: |denoised action| at most; None: the largest of the statistics
-    max_clean_prefix: int = 0  # flow_matching: train with up to so many leading actions given, without loss; 0: none
-
-    def __post_init__(self) -> None:
-        place = "model.action_head_config"
-        if self.num_action_dims is not None:
-            default = ActionHeadConfig.__dataclass_fields__["per_action_dim"].default
-            if self.per_action_dim not in (default, self.num_action_dims):
-                raise ConfigError(
-                    f"{place}: num_action_dims is {self.num_action_dims} but per_action_dim is "
-                    f"{self.per_action_dim}; they are the same number, so give one of them (per_action_dim)"
-                )
-            object.__setattr__(self, "per_action_dim", self.num_action_dims)
-        _positive(self, place, "horizon", "per_action_dim", "num_action_bins", "hidden_dim", "num_layers", "num_heads")
-        _positive(self, place, "noise_draws_per_sample", "unet_width", "unet_levels", "num_train_timesteps")
-        for name in ("inference_steps", "clip_sample_range"):
-            if getattr(self, name) is not None:
-                _positive(self, place, name)
-        object.__setattr__(self, "type", self.type.lower())
-        if self.prediction_type == "v":
-            object.__setattr__(self, "prediction_type", "v_prediction")
-        if self.unet_width % 8:
-            raise ConfigError(f"{place}: unet_width is {self.unet_width}; give a multiple of 8 (the norms' groups)")
-        if self.num_action_bins < 2 or any(width < 1 for width in self.mlp_hidden_dims):
-            raise ConfigError(
-                f"{place}: num_action_bins is {self.num_action_bins} and mlp_hidden_dims {list(self.mlp_hidden_dims)}; "
-                "give at least 2 bins and positive widths"
-            )
-        flat = self.horizon * self.per_action_dim
-        if self.action_dim is not None and self.action_dim != flat:
-            raise ConfigError(
-                f"{place}: action_dim is {self.action_dim} but horizon {self.horizon} x per_action_dim "
-                f"{self.per_action_dim} = {flat}; remove action_dim or correct one of the three"
-            )
-        object.__setattr__(self, "action_dim", flat)
-        if self.hidden_dim % self.num_heads or (self.hidden_dim // self.num_heads) % 2:
-            raise ConfigError(
-                f"{place}: hidden_dim {self.hidden_dim} does not split into {self.num_heads} heads of even width"
-            )
-        if not 0 <= self.dropout_prob < 1:
-            raise ConfigError(f"{place}: dropout_prob is {self.dropout_prob}; give a number in [0, 1)")
-        if not 0 <= self.time_clamp[0] < self.time_clamp[1] <= 1:
-            raise ConfigError(f"{place}: time_clamp is {list(self.time_clamp)}; give [low, high] within [0, 1]")
-        if not 0 <= self.max_clean_prefix < self.horizon:
-            raise ConfigError(
-                f"{place}: max_clean_prefix is {self.max_clean_prefix}; give 0 to {self.horizon - 1}, so that at least "
-                f"one of the {self.horizon} actions is left to predict"
-            )
-        if min(self.time_beta) <= 0:
-            raise ConfigError(f"{place}: time_beta is {list(self.time_beta)}; both parameters must be positive")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Backbone, resampler and head."""
-
-    vlm_config: VLMConfig = field(default_factory=VLMConfig)
-    vision_resampler_config: VisionResamplerConfig = field(default_factory=VisionResamplerConfig)
-    action_head_config: ActionHeadConfig = field(default_factory=ActionHeadConfig)
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How long to train, what to write and when."""
-
-    epochs: int = 10
-    max_steps: int | None = None  # optimizer steps; stops earlier than epochs when reached
-    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step; data.batch_size is their total
-    log_interval: int = 10  # optimizer steps between log lines
-    checkpoint_dir: str = "experiments"  # everything goes to {checkpoint_dir}/{experiment_name}/
-    experiment_name: str = "default"
-    grad_clip_norm: float | None = 1.0  # None: no clipping
-    seed: int = 42
-    max_hours: float | None = None  # wall-clock hours of one start; then it saves and exits, to be resumed
-    save_every_n_epochs: int = 1
-    save_every_n_steps: int | None = None  # optimizer steps between checkpoints within epochs; None: none
-    keep_last_k: int | None = None  # keep this many checkpoint_* files, besides model_best; None: all
-    val_every_n_epochs: int = 1
-    val_max_batches: int | None = None  # None: the whole validation set
-    val_num_samples: int = 1  # draws per held-out sample; 2 or more add spread and best-of-k of heads that sample
-    val_num_plots: int = 4  # held-out samples whose predictions are drawn at every validation; 0: none
-    save_adapters_only: bool = False  # leave frozen weights out of checkpoints: they are read from the backbone again
-    best_metric: str = "val_loss"  # what model_best is best in: any validation metric, such as val_action_mse
-    early_stopping_patience: int | None = None  # validations without a new best before training stops; None: never
-    ema_decay: float | None = None  # average weights over updates, for evaluation; 0.999, say; None: no average
-    log_samples: bool = False  # write which samples each step takes to logs/samples_rank_{r}.jsonl
-    compile: bool = False  # torch.compile of the transformer layers: slow first steps, then faster ones on a GPU
-    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # the latter searches for faster kernels
-    num_threads: int | None = None  # CPU threads of the training process; None: torch's choice
-    strategy: Literal["ddp", "fsdp"] = "ddp"  # main_train_ddp.py: whole model on every rank, or sharded over them
-    checkpoint_format: Literal["file", "shards"] = "file"  # shards: every fsdp rank writes its part beside the file
-    distributed_timeout_s: float = 1800.0  # seconds that a rank waits for the others before it gives up
-
-    def __post_init__(self) -> None:
-        _positive(self, "training", "epochs", "gradient_accumulation_steps", "log_interval")
-        _positive(self, "training", "save_every_n_epochs", "val_every_n_epochs", "val_num_samples")
-        if self.val_num_plots < 0:
-            raise ConfigError(f"training.val_num_plots is {self.val_num_plots}; give 0 (no plots) or more")
-        _positive(self, "training", "distributed_timeout_s")
-        if self.checkpoint_format == "shards" and self.strategy != "fsdp":
-            raise ConfigError(
-                "training.checkpoint_format is shards, but training.strategy ddp shards nothing; take file, or fsdp"
-            )
-        for name in (
-            "max_steps",
-            "max_hours",
-            "save_every_n_steps",
-            "keep_last_k",
-            "val_max_batches",
-            "early_stopping_patience",
-            "num_threads",
-            "grad_clip_norm",
-        ):
-            if getattr(self, name) is not None:
-                _positive(self, "training", name)
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number in (0, 1), or null for none")
-        if not self.experiment_name or "/" in self.experiment_name:
-            raise ConfigError(f"training.experiment_name is {self.experiment_name!r}; give a plain folder name")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer over every parameter that trains."""
-
-    type: Literal["AdamW", "AdamW8bit", "SGD"] = "AdamW"  # AdamW8bit: bitsandbytes, a byte per moment
-    lr: float = 5e-5  # peak; of every parameter without a rate of its own
-    vision_lr: float | None = None  # peak of the vision tower and its projector; None: lr
-    language_lr: float | None = None  # peak of the language model; None: lr
-    head_lr: float | None = None  # peak of the action head and the vision resampler; None: lr
-    weight_decay: float = 0.01  # not applied to norms and biases
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW
-    eps: float = 1e-8  # AdamW
-    momentum: float = 0.9  # SGD
-
-    def __post_init__(self) -> None:
-        _positive(self, "optimizer", "lr", "eps")
-        for name in ("vision_lr", "language_lr", "head_lr"):
-            if getattr(self, name) is not None:
-                _positive(self, "optimizer", name)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer.betas is {list(self.betas)}; give two numbers in [0, 1)")
-        _not_negative(self, "optimizer", "weight_decay")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"optimizer.momentum is {self.momentum}; give a number in [0, 1)")
-
-
-@dataclass(frozen=True)
-class LRSchedulerConfig:
-    """The learning rate as a function of the step; lengths count optimizer steps, or epochs if `interval` says so."""
-
-    type: Literal["CosineAnnealingLR", "StepLR", "warmup_cosine", "constant"] = "warmup_cosine"
-    interval: Literal["step", "epoch"] = "step"  # unit of warmup_steps, T_max and step_size
-    warmup_steps: int = 0  # linear from 0, before any of the schedules
-    T_max: int | None = None  # where the cosine reaches eta_min and stays; None: the end of training
-    eta_min: float = 0.0  # final learning rate of the cosines
-    step_size: int = 1000  # StepLR
-    gamma: float = 0.1  # StepLR
-
-    def __post_init__(self) -> None:
-        _not_negative(self, "lr_scheduler", "warmup_steps", "eta_min")
-        if self.T_max is not None:
-            _positive(self, "lr_scheduler", "T_max")
-        _positive(self, "lr_scheduler", "step_size", "gamma")
+__all__ = [
+    "ActionHeadConfig",
+    "AugmentationConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "FusionConfig",
+    "InferenceConfig",
+    "LRSchedulerConfig",
+    "LoRAConfig",
+    "MixtureEntry",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ServingConfig",
+    "TrainingConfig",
+    "VLMConfig",
+    "VisionResamplerConfig",
+    "WandbConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "is_free",
+    "load_config",
+    "override_config",
+    "save_config",
+]
 
 
 @dataclass(frozen=True)
@@ -438,13 +74,13 @@ class InferenceConfig:
     accuracy_threshold: float = 0.1  # threshold accuracy: |error| below this, in normalized units
 
     def __post_init__(self) -> None:
-        _positive(self, "inference", "num_inference_steps", "accuracy_threshold")
-        _positive(self, "inference", "max_guidance_weight")
-        _not_negative(self, "inference", "ensemble_decay")
+        positive(self, "inference", "num_inference_steps", "accuracy_threshold")
+        positive(self, "inference", "max_guidance_weight")
+        not_negative(self, "inference", "ensemble_decay")
         if self.guidance_steps is not None:
-            _positive(self, "inference", "guidance_steps")
+            positive(self, "inference", "guidance_steps")
         if self.n_action_steps is not None:
-            _positive(self, "inference", "n_action_steps")
+            positive(self, "inference", "n_action_steps")
         if self.latency_steps < 0:
             raise ConfigError(f"inference.latency_steps is {self.latency_steps}; give 0 or more control steps")
 
@@ -467,8 +103,8 @@ class ServingConfig:
     timeout_s: float = 20.0  # for a handshake, a prediction, a client that answers no ping, and the end of a connection
 
     def __post_init__(self) -> None:
-        _positive(self, "serving", "max_batch_size", "max_waiting", "max_clients", "max_message_bytes")
-        _positive(self, "serving", "max_image_pixels", "max_prompt_chars", "timeout_s")
+        positive(self, "serving", "max_batch_size", "max_waiting", "max_clients", "max_message_bytes")
+        positive(self, "serving", "max_image_pixels", "max_prompt_chars", "timeout_s")
         if self.batch_window_ms < 0:
             raise ConfigError(f"serving.batch_window_ms is {self.batch_window_ms}; give 0 or more")
         if len(set(self.keys.values())) < len(self.keys) or "seed" in self.keys.values():
@@ -644,15 +280,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _positive(section: Any, place: str, *names: str) -> None:
-    for name in names:
-        if getattr(section, name) <= 0:
-            raise ConfigError(f"{place}.{name} is {getattr(section, name)}; it must be positive")
-
-
-def _not_negative(section: Any, place: str, *names: str) -> None:
-    for name in names:
-        if getattr(section, name) < 0:
-            raise ConfigError(f"{place}.{name} is {getattr(section, name)}; give 0 or more")

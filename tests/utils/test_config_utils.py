@@ -9,7 +9,17 @@ import pytest
 import yaml
 
 from utils.cli import config_from_args, refuse_to_overwrite, train_parser
-from utils.config_utils import Config, ConfigError, config_from_dict, config_to_dict, load_config, save_config
+from utils.config_utils import (
+    ActionHeadConfig,
+    Config,
+    ConfigError,
+    VLMConfig,
+    config_from_dict,
+    config_to_dict,
+    is_free,
+    load_config,
+    save_config,
+)
 
 
 def test_defaults_round_trip(tmp_path):
@@ -256,3 +266,13 @@ def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     refuse_to_overwrite(config, {"config": {"training": {"experiment_name": "old"}}})
     with pytest.raises(ConfigError, match="already holds a run"):
         refuse_to_overwrite(config, {"config": {"training": {"experiment_name": "another"}}})
+
+
+def test_fields_tell_which_settings_are_free():
+    assert is_free(VLMConfig, "dtype") and not is_free(VLMConfig, "type")
+    assert is_free(ActionHeadConfig(), "dropout_prob") and not is_free(ActionHeadConfig(), "horizon")
+    assert is_free(VLMConfig(), "lora.dropout") and not is_free(VLMConfig, "lora.rank")
+    assert not is_free(VLMConfig, "fusion.num_latents") and not is_free(VLMConfig, "lora")
+    with pytest.raises(KeyError):
+        is_free(VLMConfig, "lora.ranks")
+    assert ActionHeadConfig().dropout_prob == 0.0 and ActionHeadConfig(dropout_prob=0.5).dropout_prob == 0.5

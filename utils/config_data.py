@@ -1,0 +1,121 @@
+"""The `data` section of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from utils.config_fields import positive
+from utils.config_reader import ConfigError
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One dataset of a mixture. Widths may be smaller than the model's: the rest is padding, masked everywhere."""
+
+    path: tuple[str, ...] = ()  # files, folders or globs, as train_parquet_files
+    name: str = ""  # names the dataset in statistics, logs, metrics and at inference
+    weight: float = 1.0  # share of the samples, relative to the other weights
+    state_dim: int | None = None  # width of its state column; None: data.state_dim
+    per_action_dim: int | None = None  # width of its action column; None: the head's
+    horizon: int | None = None  # actions that are true targets, for datasets of a lower rate; None: the head's
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ConfigError(f"data.mixture {self.name}: weight is {self.weight}; give 0 or more")
+        for name in ("state_dim", "per_action_dim", "horizon"):
+            if getattr(self, name) is not None:
+                positive(self, f"data.mixture {self.name}", name)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes to training images, drawn anew for every sample; all frames and cameras of it alike."""
+
+    enabled: bool = False
+    crop_scale: float = 0.9  # side of the random crop relative to the image; evaluation takes the centre crop
+    scale_jitter: float = 0.05  # the crop's side varies by up to this much either way
+    brightness: float = 0.2  # factor drawn from [1 - b, 1 + b]
+    contrast: float = 0.2  # the same, about the image's mean
+    saturation: float = 0.2  # the same, about the pixel's grey
+    hue: float = 0.02  # rotation in turns, from [-h, h]
+
+    def __post_init__(self) -> None:
+        place = "data.augmentation"
+        if not 0 < self.crop_scale <= 1:
+            raise ConfigError(f"{place}.crop_scale is {self.crop_scale}; give a number in (0, 1]")
+        if not 0 <= self.scale_jitter < self.crop_scale:
+            raise ConfigError(f"{place}.scale_jitter is {self.scale_jitter}; give 0 or more, below crop_scale")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{place}.{name} is {getattr(self, name)}; give a number in [0, 1)")
+        if not 0 <= self.hue <= 0.5:
+            raise ConfigError(f"{place}.hue is {self.hue}; give turns in [0, 0.5]")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the demonstrations are and how samples are cut from them."""
+
+    train_parquet_files: tuple[str, ...] = ()  # each entry a file, a folder or a glob
+    val_parquet_files: tuple[str, ...] = ()  # held-out episodes; empty: none, or val_fraction of the training files
+    val_fraction: float = 0.0  # share of the training files' episodes that is held out instead of trained on
+    split_seed: int = 0  # which episodes val_fraction holds out, and which max_episodes leaves
+    max_episodes: int | None = None  # per dataset, of the training files, those held out included; None: all
+    mixture: tuple[MixtureEntry, ...] = ()  # several datasets at once, instead of train_parquet_files
+    sample_weighting: Literal["step", "episode", "task"] = "step"  # what is drawn uniformly within a dataset
+    tokenizer_name_or_path: str | None = None  # directory or hub id; None: the backbone's own
+    image_processor_name_or_path: str | None = None  # directory or hub id; None: siglip_model_name, else backbone
+    siglip_model_name: str | None = None  # SigLIP checkpoint whose image processor is used
+    max_seq_len: int = 1  # observation frames per sample, the current one included
+    prompt_max_len: int = 48  # text tokens per prompt, <bos> and the closing newline included
+    batch_size: int = 8  # samples per optimizer step, over all ranks and micro-batches
+    num_workers: int = 2  # loader processes per rank
+    normalization_stats_path: str | None = None  # JSON from utils/calculate_normalization_stats.py
+    normalization_type: Literal["min_max", "quantile", "mean_std"] = "min_max"
+    clip_normalized: float | None = None  # clip normalized states and predicted actions to [-c, c]
+    action_mode: Literal["absolute", "delta"] = "absolute"  # delta: relative to the current state's same dimension
+    absolute_action_dims: tuple[int, ...] = ()  # dimensions that stay absolute in delta mode, such as grippers
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    state_dim: int = 7  # width of the state column (of the widest dataset in a mixture)
+    action_bounds: tuple[float, float] = (-1.0, 1.0)  # normalized range that min_max and quantile map onto
+    cache: bool = True  # keep the episode cache for later runs; false (--no_cache): remove it when the run ends
+    cache_dir: str | None = None  # episode cache; None: $XDG_CACHE_HOME/paligemma_vla
+
+    def __post_init__(self) -> None:
+        positive(self, "data", "max_seq_len", "batch_size", "state_dim")
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"data.val_fraction is {self.val_fraction}; give a number in [0, 1)")
+        if self.val_fraction and self.val_parquet_files:
+            raise ConfigError(
+                "data.val_fraction and data.val_parquet_files both say what is held out; give one of them"
+            )
+        if self.mixture and self.train_parquet_files:
+            raise ConfigError("data.mixture and data.train_parquet_files both name training data; give one of them")
+        for name in ("clip_normalized", "max_episodes"):
+            if getattr(self, name) is not None:
+                positive(self, "data", name)
+        self._check_mixture()
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers is {self.num_workers}; give 0 (load in this process) or more")
+        if self.prompt_max_len < 3:
+            raise ConfigError(
+                f"data.prompt_max_len is {self.prompt_max_len}; <bos>, one word and the newline need at least 3"
+            )
+        if len(self.action_bounds) != 2 or self.action_bounds[0] >= self.action_bounds[1]:
+            raise ConfigError(f"data.action_bounds is {list(self.action_bounds)}; give [low, high] with low < high")
+
+    def _check_mixture(self) -> None:
+        names = [entry.name for entry in self.mixture]
+        if not all(entry.path and entry.name for entry in self.mixture):
+            raise ConfigError(f"data.mixture: every entry needs both a path and a name (names: {names})")
+        if len(set(names)) != len(names):
+            raise ConfigError(f"data.mixture: names {names} are not distinct")
+        if self.mixture and not any(entry.weight for entry in self.mixture):
+            raise ConfigError("data.mixture: every weight is 0; give one dataset a positive weight")
+        for entry in self.mixture:
+            if entry.state_dim is not None and entry.state_dim > self.state_dim:
+                raise ConfigError(
+                    f"data.mixture {entry.name}: state_dim {entry.state_dim} exceeds data.state_dim {self.state_dim}; "
+                    "set data.state_dim to the widest"
+                )

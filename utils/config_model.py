@@ -1,0 +1,197 @@
+"""The `model` section of the configuration: backbone, resampler and action head.
+
+The fields marked `free` may change between a checkpoint and a run that goes on from it: they alter no weight's meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from utils.config_fields import free, positive
+from utils.config_reader import ConfigError
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How a siglip_llm backbone fuses image and text features: learnable latents read both by cross-attention."""
+
+    hidden_dim: int = 512  # width of features, latents and context
+    num_latents: int = 64  # context tokens
+    num_layers: int = 2
+    num_heads: int = 8
+
+    def __post_init__(self) -> None:
+        place = "model.vlm_config.fusion"
+        positive(self, place, "hidden_dim", "num_latents", "num_layers", "num_heads")
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
+            raise ConfigError(
+                f"{place}: hidden_dim is {self.hidden_dim} and num_heads {self.num_heads}; give a width that is a "
+                "multiple of the heads and of 4 (sines and cosines of two coordinates)"
+            )
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters around linear layers of frozen pretrained parts; the adapters train, and the head."""
+
+    rank: int = 16  # columns of the one and rows of the other matrix
+    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    dropout: float = free(0.0)  # of the adapter's input, in training
+    targets: tuple[str, ...] = ()  # last part of the layers' names, as in [q_proj, v_proj]; empty: every linear layer
+    language: bool = True  # adapt (and freeze) the language model
+    vision: bool = False  # adapt (and freeze) the vision tower
+
+    def __post_init__(self) -> None:
+        place = "model.vlm_config.lora"
+        positive(self, place, "rank", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{place}.dropout is {self.dropout}; give a number in [0, 1)")
+        if not (self.language or self.vision):
+            raise ConfigError(f"{place}: neither language nor vision; set one of them, or lora: null for no adapters")
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """The pretrained backbone."""
+
+    type: Literal["paligemma", "siglip_llm"] = "paligemma"
+    model_name_or_path: str = free("./weight/paligemma-3b-pt-224")  # paligemma: Hugging Face directory or hub id
+    vision_model_name_or_path: str = free("./weight/siglip-base-patch16-224")  # siglip_llm: of a SigLIP
+    language_model_name_or_path: str = free("./weight/Qwen2.5-0.5B")  # siglip_llm: of a causal language model
+    fusion: FusionConfig = field(default_factory=FusionConfig)  # siglip_llm
+    use_aux_camera: bool = False  # read image_2 as well
+    freeze_vision_tower: bool = free(False)
+    freeze_language_model: bool = free(False)
+    dtype: str = free("bfloat16")  # of compute (autocast) and of frozen weights as stored; trained weights are fp32
+    num_image_tokens: int | None = free(None)  # per image, before the resampler; derived, checked when given
+    attn_implementation: Literal["auto", "sdpa", "eager"] = free("auto")  # auto: SDPA unless the model caps its logits
+    gradient_checkpointing: bool = free(False)
+    lora: LoRAConfig | None = None  # a section (which may be empty: {}) turns adapters on
+    quantization: Literal["none", "8bit", "4bit"] = "none"  # storage of frozen linear layers, by bitsandbytes
+    num_language_layers: int | None = None  # keep the first k layers of the language model; None: all
+
+    def __post_init__(self) -> None:
+        name = self.dtype.removeprefix("torch.")
+        aliases = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+        name = aliases.get(name, name)
+        if name not in ("bfloat16", "float16", "float32"):
+            raise ConfigError(
+                f"model.vlm_config.dtype is {self.dtype!r}; give bfloat16, float16 or float32 (torch.bfloat16, ... too)"
+            )
+        object.__setattr__(self, "dtype", name)
+        if self.num_language_layers is not None:
+            positive(self, "model.vlm_config", "num_language_layers")
+
+    @property
+    def pretrained_names(self) -> str:
+        """Directories or hub ids that the weights come from."""
+        if self.type == "paligemma":
+            return self.model_name_or_path
+        return f"{self.vision_model_name_or_path} and {self.language_model_name_or_path}"
+
+
+@dataclass(frozen=True)
+class VisionResamplerConfig:
+    """What happens to image tokens between the projector and the language model."""
+
+    type: Literal["identity", "mlp", "perceiver"] = "identity"
+    output_dim: int | None = None  # the language model's width; derived, checked when given
+    num_latents: int = 64  # perceiver: tokens per image after resampling
+    num_layers: int = 2  # perceiver: cross-attention blocks
+    num_heads: int = 8  # perceiver: attention heads
+
+    def __post_init__(self) -> None:
+        positive(self, "model.vision_resampler_config", "num_latents", "num_layers", "num_heads")
+
+
+@dataclass(frozen=True)
+class ActionHeadConfig:
+    """The action head: what it predicts, and its size."""
+
+    type: str = "flow_matching"  # a key of ACTION_HEADS (model/action_head): also regression, discrete, diffusion
+    use_state_input: bool = True
+    horizon: int = 8  # T, action steps per prediction
+    per_action_dim: int = 7  # A, values per action step
+    action_dim: int | None = None  # horizon x per_action_dim; derived, checked when given
+    num_action_dims: int | None = free(None)  # older spelling of per_action_dim
+    num_action_bins: int = 256  # bins per dimension, of the discrete head and of binned accuracy
+    mlp_hidden_dims: tuple[int, ...] = (1024, 512)  # discrete: hidden widths of the MLP
+    decoding: Literal["argmax", "expectation", "sample"] = free("argmax")  # discrete: from bin probabilities to actions
+    dropout_prob: float = free(0.0)
+    hidden_dim: int = 1024  # width of the action-token transformer, and of the state encoder
+    num_layers: int = 8
+    num_heads: int = 8
+    noise_draws_per_sample: int = free(1)  # (noise, time) draws per backbone pass in training
+    noise_distribution: Literal["gaussian", "uniform"] = "gaussian"  # flow_matching: uniform is in [-1, 1]
+    time_distribution: Literal["uniform", "beta"] = free("beta")  # flow_matching
+    time_beta: tuple[float, float] = free((1.0, 1.5))  # flow_matching: Beta(a, b) of t in [0, 1], t = 0 is pure noise
+    time_clamp: tuple[float, float] = free((0.0, 1.0))  # flow_matching: t is mapped linearly into this range
+    integrator: Literal["euler", "midpoint", "heun"] = free("euler")  # flow_matching: the last two read 2 velocities
+    denoiser: Literal["unet", "transformer"] = "unet"  # diffusion: 1-D U-Net over time, or the flow head's transformer
+    unet_width: int = 256  # diffusion: channels of the U-Net's first level, doubled at each further one
+    unet_levels: int = 3  # diffusion: levels of the U-Net, each half as long in time as the one before
+    num_train_timesteps: int = 100  # diffusion: noise levels in training
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"  # diffusion
+    prediction_type: Literal["epsilon", "sample", "v", "v_prediction"] = "epsilon"  # diffusion; v: short for the last
+    scheduler: Literal["ddim", "ddpm"] = free("ddim")  # diffusion: sampler; ddim's only noise is the start's
+    inference_steps: int | None = free(None)  # older spelling of inference.num_inference_steps
+    clip_sample_range: float | None = free(None)  # diffusion: limit of |denoised action|; None: from statistics
+    max_clean_prefix: int = free(0)  # flow_matching: train with up to so many leading actions given, without loss
+
+    def __post_init__(self) -> None:
+        place = "model.action_head_config"
+        if self.num_action_dims is not None:
+            default = ActionHeadConfig.__dataclass_fields__["per_action_dim"].default
+            if self.per_action_dim not in (default, self.num_action_dims):
+                raise ConfigError(
+                    f"{place}: num_action_dims is {self.num_action_dims} but per_action_dim is "
+                    f"{self.per_action_dim}; they are the same number, so give one of them (per_action_dim)"
+                )
+            object.__setattr__(self, "per_action_dim", self.num_action_dims)
+        positive(self, place, "horizon", "per_action_dim", "num_action_bins", "hidden_dim", "num_layers", "num_heads")
+        positive(self, place, "noise_draws_per_sample", "unet_width", "unet_levels", "num_train_timesteps")
+        for name in ("inference_steps", "clip_sample_range"):
+            if getattr(self, name) is not None:
+                positive(self, place, name)
+        object.__setattr__(self, "type", self.type.lower())
+        if self.prediction_type == "v":
+            object.__setattr__(self, "prediction_type", "v_prediction")
+        if self.unet_width % 8:
+            raise ConfigError(f"{place}: unet_width is {self.unet_width}; give a multiple of 8 (the norms' groups)")
+        if self.num_action_bins < 2 or any(width < 1 for width in self.mlp_hidden_dims):
+            raise ConfigError(
+                f"{place}: num_action_bins is {self.num_action_bins} and mlp_hidden_dims {list(self.mlp_hidden_dims)}; "
+                "give at least 2 bins and positive widths"
+            )
+        flat = self.horizon * self.per_action_dim
+        if self.action_dim is not None and self.action_dim != flat:
+            raise ConfigError(
+                f"{place}: action_dim is {self.action_dim} but horizon {self.horizon} x per_action_dim "
+                f"{self.per_action_dim} = {flat}; remove action_dim or correct one of the three"
+            )
+        object.__setattr__(self, "action_dim", flat)
+        if self.hidden_dim % self.num_heads or (self.hidden_dim // self.num_heads) % 2:
+            raise ConfigError(
+                f"{place}: hidden_dim {self.hidden_dim} does not split into {self.num_heads} heads of even width"
+            )
+        if not 0 <= self.dropout_prob < 1:
+            raise ConfigError(f"{place}: dropout_prob is {self.dropout_prob}; give a number in [0, 1)")
+        if not 0 <= self.time_clamp[0] < self.time_clamp[1] <= 1:
+            raise ConfigError(f"{place}: time_clamp is {list(self.time_clamp)}; give [low, high] within [0, 1]")
+        if not 0 <= self.max_clean_prefix < self.horizon:
+            raise ConfigError(
+                f"{place}: max_clean_prefix is {self.max_clean_prefix}; give 0 to {self.horizon - 1}, so that at least "
+                f"one of the {self.horizon} actions is left to predict"
+            )
+        if min(self.time_beta) <= 0:
+            raise ConfigError(f"{place}: time_beta is {list(self.time_beta)}; both parameters must be positive")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone, resampler and head."""
+
+    vlm_config: VLMConfig = field(default_factory=VLMConfig)
+    vision_resampler_config: VisionResamplerConfig = field(default_factory=VisionResamplerConfig)
+    action_head_config: ActionHeadConfig = field(default_factory=ActionHeadConfig)

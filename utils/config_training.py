@@ -1,0 +1,114 @@
+"""The sections of training: `training`, `optimizer` and `lr_scheduler`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.config_fields import not_negative, positive
+from utils.config_reader import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train, what to write and when."""
+
+    epochs: int = 10
+    max_steps: int | None = None  # optimizer steps; stops earlier than epochs when reached
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step; data.batch_size is their total
+    log_interval: int = 10  # optimizer steps between log lines
+    checkpoint_dir: str = "experiments"  # everything goes to {checkpoint_dir}/{experiment_name}/
+    experiment_name: str = "default"
+    grad_clip_norm: float | None = 1.0  # None: no clipping
+    seed: int = 42
+    max_hours: float | None = None  # wall-clock hours of one start; then it saves and exits, to be resumed
+    save_every_n_epochs: int = 1
+    save_every_n_steps: int | None = None  # optimizer steps between checkpoints within epochs; None: none
+    keep_last_k: int | None = None  # keep this many checkpoint_* files, besides model_best; None: all
+    val_every_n_epochs: int = 1
+    val_max_batches: int | None = None  # None: the whole validation set
+    val_num_samples: int = 1  # draws per held-out sample; 2 or more add spread and best-of-k of heads that sample
+    val_num_plots: int = 4  # held-out samples whose predictions are drawn at every validation; 0: none
+    save_adapters_only: bool = False  # leave frozen weights out of checkpoints: they are read from the backbone again
+    best_metric: str = "val_loss"  # what model_best is best in: any validation metric, such as val_action_mse
+    early_stopping_patience: int | None = None  # validations without a new best before training stops; None: never
+    ema_decay: float | None = None  # average weights over updates, for evaluation; 0.999, say; None: no average
+    log_samples: bool = False  # write which samples each step takes to logs/samples_rank_{r}.jsonl
+    compile: bool = False  # torch.compile of the transformer layers: slow first steps, then faster ones on a GPU
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # the latter searches for faster kernels
+    num_threads: int | None = None  # CPU threads of the training process; None: torch's choice
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # main_train_ddp.py: whole model on every rank, or sharded over them
+    checkpoint_format: Literal["file", "shards"] = "file"  # shards: every fsdp rank writes its part beside the file
+    distributed_timeout_s: float = 1800.0  # seconds that a rank waits for the others before it gives up
+
+    def __post_init__(self) -> None:
+        positive(self, "training", "epochs", "gradient_accumulation_steps", "log_interval")
+        positive(self, "training", "save_every_n_epochs", "val_every_n_epochs", "val_num_samples")
+        if self.val_num_plots < 0:
+            raise ConfigError(f"training.val_num_plots is {self.val_num_plots}; give 0 (no plots) or more")
+        positive(self, "training", "distributed_timeout_s")
+        if self.checkpoint_format == "shards" and self.strategy != "fsdp":
+            raise ConfigError(
+                "training.checkpoint_format is shards, but training.strategy ddp shards nothing; take file, or fsdp"
+            )
+        for name in (
+            "max_steps",
+            "max_hours",
+            "save_every_n_steps",
+            "keep_last_k",
+            "val_max_batches",
+            "early_stopping_patience",
+            "num_threads",
+            "grad_clip_norm",
+        ):
+            if getattr(self, name) is not None:
+                positive(self, "training", name)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number in (0, 1), or null for none")
+        if not self.experiment_name or "/" in self.experiment_name:
+            raise ConfigError(f"training.experiment_name is {self.experiment_name!r}; give a plain folder name")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer over every parameter that trains."""
+
+    type: Literal["AdamW", "AdamW8bit", "SGD"] = "AdamW"  # AdamW8bit: bitsandbytes, a byte per moment
+    lr: float = 5e-5  # peak; of every parameter without a rate of its own
+    vision_lr: float | None = None  # peak of the vision tower and its projector; None: lr
+    language_lr: float | None = None  # peak of the language model; None: lr
+    head_lr: float | None = None  # peak of the action head and the vision resampler; None: lr
+    weight_decay: float = 0.01  # not applied to norms and biases
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW
+    eps: float = 1e-8  # AdamW
+    momentum: float = 0.9  # SGD
+
+    def __post_init__(self) -> None:
+        positive(self, "optimizer", "lr", "eps")
+        for name in ("vision_lr", "language_lr", "head_lr"):
+            if getattr(self, name) is not None:
+                positive(self, "optimizer", name)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas is {list(self.betas)}; give two numbers in [0, 1)")
+        not_negative(self, "optimizer", "weight_decay")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"optimizer.momentum is {self.momentum}; give a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LRSchedulerConfig:
+    """The learning rate as a function of the step; lengths count optimizer steps, or epochs if `interval` says so."""
+
+    type: Literal["CosineAnnealingLR", "StepLR", "warmup_cosine", "constant"] = "warmup_cosine"
+    interval: Literal["step", "epoch"] = "step"  # unit of warmup_steps, T_max and step_size
+    warmup_steps: int = 0  # linear from 0, before any of the schedules
+    T_max: int | None = None  # where the cosine reaches eta_min and stays; None: the end of training
+    eta_min: float = 0.0  # final learning rate of the cosines
+    step_size: int = 1000  # StepLR
+    gamma: float = 0.1  # StepLR
+
+    def __post_init__(self) -> None:
+        not_negative(self, "lr_scheduler", "warmup_steps", "eta_min")
+        if self.T_max is not None:
+            positive(self, "lr_scheduler", "T_max")
+        positive(self, "lr_scheduler", "step_size", "gamma")
