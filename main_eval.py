@@ -26,7 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from data.episode_store import EpisodeStore
 from data.loader import VLADataset, make_loader
 from data.processing import Batch, ObservationError
-from envs import FIRST_EVALUATION_SEED, TIERS, expand_tasks, make_env
+from envs import FIRST_EVALUATION_SEED, SIMULATORS, expand_tasks, make_env
 from inference.closed_loop.parallel import Finished, run_jobs
 from inference.closed_loop.policies import Control, ExpertPolicy, ReplayPolicy
 from inference.closed_loop.record import RolloutRecord
@@ -167,7 +167,7 @@ def evaluate_closed_loop(args: argparse.Namespace, predictor: VLAPredictor | Non
     result = {
         "settings": {**settings, "env_settings": record.env_settings, "seed": first},
         "tasks": results,
-        "summary": summarize_tasks(results, {task: TIERS[args.env][task] for task in tasks}),
+        "summary": summarize_tasks(results, {task: SIMULATORS[args.env].tiers[task] for task in tasks}),
         "seconds": time.perf_counter() - started,
     }
     write_json(output / "rollouts.json", result)

@@ -8,10 +8,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from envs import suggest
 from envs.base import RobotEnv
 from envs.metaworld_tasks import TASKS
 from envs.mujoco_rendering import OffscreenRenderer, import_mujoco
+from envs.simulator import suggest
 
 STATE_DIM = 4  # hand x, y, z in metres; gripper opening from 0 (shut) to 1 (open)
 ACTION_DIM = 4  # hand displacement x, y, z in centimetres a step; gripper effort (+ shuts)

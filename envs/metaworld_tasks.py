@@ -72,3 +72,4 @@ TASKS: dict[str, MetaWorldTask] = {
     "window-close-v3": MetaWorldTask("slide the window closed", "easy"),
     "window-open-v3": MetaWorldTask("slide the window open", "easy"),
 }
+TIERS: dict[str, str] = {name: task.tier for name, task in TASKS.items()}

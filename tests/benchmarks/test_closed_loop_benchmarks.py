@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import latency, metaworld_mt50
-from envs import TIERS
+from envs.metaworld_tasks import TIERS
 from inference.closed_loop.rollout import summarize_tasks
 
 
@@ -39,10 +39,10 @@ def test_mt50_evaluates_policy_blind_and_replay_alike(tmp_path, monkeypatch):
 def test_mt50_table_weighs_tiers_alike(capsys):
     successes = {"window-open-v3": 10, "reach-v3": 8, "soccer-v3": 3, "push-v3": 1, "stick-push-v3": 0}
     tasks = {name: {"successes": n, "episodes": 10, "success_rate": n / 10} for name, n in successes.items()}
-    summary = summarize_tasks(tasks, {name: TIERS["metaworld"][name] for name in tasks})
+    summary = summarize_tasks(tasks, {name: TIERS[name] for name in tasks})
     by_tier = {}
     for name, n in successes.items():
-        by_tier.setdefault(TIERS["metaworld"][name], []).append(10 * n)
+        by_tier.setdefault(TIERS[name], []).append(10 * n)
     tier_means = [sum(rates) / len(rates) for rates in by_tier.values()]
     metaworld_mt50.print_table({name: {"summary": summary} for name in metaworld_mt50.RUNS})
     printed = capsys.readouterr().out

@@ -4,15 +4,18 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from envs import ENVS, TASKS, check_task, make_env
-from envs.metaworld_tasks import TASKS as METAWORLD_TASKS
+from envs import SIMULATORS, check_task, make_env
+from envs.metaworld_tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_each_of_the_50_tasks_has_its_own_instruction():
-    instructions = [task.instruction for task in METAWORLD_TASKS.values()]
+    instructions = [task.instruction for task in TASKS.values()]
     assert len(instructions) == 50
     assert len(set(instructions)) == 50
     for instruction in instructions:
@@ -20,7 +23,7 @@ def test_each_of_the_50_tasks_has_its_own_instruction():
 
 
 def test_tiers_are_those_of_the_literature():
-    counts = Counter(task.tier for task in METAWORLD_TASKS.values())
+    counts = Counter(task.tier for task in TASKS.values())
     assert counts == {"easy": 28, "medium": 11, "hard": 6, "very hard": 5}  # as in LeRobot's table
 
 
@@ -31,7 +34,14 @@ def test_unknown_names_come_with_the_nearest_valid_one():
         make_env("metaworld", "window-open-v2")
     with pytest.raises(ValueError, match="valid names: assembly-v3, "):
         check_task("metaworld", "zzzz")
-    assert set(ENVS) == set(TASKS)
+
+
+@pytest.mark.parametrize("simulator", SIMULATORS.values(), ids=SIMULATORS)
+def test_a_record_names_what_is_there(simulator):
+    module, _, name = simulator.environment.rpartition(".")
+    path = ROOT / (module.replace(".", "/") + ".py")
+    assert f"class {name}(RobotEnv)" in path.read_text()
+    assert (ROOT / simulator.requirements).is_file() and simulator.tiers and simulator.packages
 
 
 def test_missing_package_names_the_command(monkeypatch):

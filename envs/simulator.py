@@ -1,0 +1,42 @@
+"""What is known of a simulator before any of its packages is imported."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from envs.base import RobotEnv
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """One simulator.
+
+    Attributes:
+        environment: module and class of its RobotEnv, "envs.metaworld_env.MetaWorldEnv"; imported when the first one
+            is made, since a program that only trains does not have the simulator's packages.
+        tiers: how hard each of its tasks is; results are summed up by tier.
+        packages: top-level packages that its module imports, so that one that is missing can be told from a fault.
+        requirements: file that installs them.
+    """
+
+    environment: str
+    tiers: Mapping[str, str]
+    packages: tuple[str, ...]
+    requirements: str = "requirements-sim.txt"
+
+    def make(self, task: str, **options: Any) -> RobotEnv:
+        """An environment of this simulator; arguments and errors as its class has them."""
+        module, _, name = self.environment.rpartition(".")
+        return getattr(importlib.import_module(module), name)(task, **options)
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: "did you mean 'x'?", else all valid names."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(names)}"
