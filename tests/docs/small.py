@@ -16,6 +16,7 @@ from PIL import Image
 from scripts.make_tiny_paligemma import make_tiny_paligemma
 from tests.docs.pages import ROOT, Page
 from tests.docs.terminal import Terminal
+from tests.envs.test_adding_a_simulator import add_simulator
 from tests.helpers import PROMPTS, write_episodes
 
 # Differences from the configs that the pages name: fewer steps, smaller heads. Everything else is as it is published.
@@ -159,6 +160,7 @@ READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
     ),
     "CONTRIBUTING.md": (),
     "docs/adding_a_head.md": (own_head,),
+    "docs/adding_a_simulator.md": (add_simulator,),
     "docs/data_format.md": (simulator_demonstrations,),
     "docs/deployment.md": (trained_policy,),
     "docs/finetune_paligemma.md": (pretrained_weights, lerobot_dataset, own_configuration),

@@ -25,7 +25,7 @@ from tests.docs.small import READERS, run_quickstart, shrink_configs
 from tests.docs.terminal import ENVIRONMENT, Terminal, copy_repository, python_on_path
 
 PAGES = {page.name: page for page in written_pages() if page.commands and not page.name.endswith(".zh-CN.md")}
-SIMULATOR = re.compile(r"--env metaworld|benchmarks/latency\.py")
+SIMULATOR = re.compile(r"--env |benchmarks/latency\.py")
 
 # What is made smaller in a command, and why the size it names is not for a test.
 SMALLER = (
@@ -70,7 +70,7 @@ RUN = {
     r"python scripts/merge_lora\.py": r"\.pth\.tar: .* MB",
     r"python main_eval\.py .*--eval_data_path": r"wrote \S+metrics\.json",
     r"python main_eval\.py .*--image1_paths": r"(-?\d+\.\d+\s+){3}",
-    r"python main_eval\.py .*--env metaworld": r"wrote \S+rollouts\.json",
+    r"python main_eval\.py .*--env (metaworld|dot)": r"wrote \S+rollouts\.json",
     r"python scripts/film_strip\.py": r"wrote strip\.png",
     r"python test_vla_offline\.py": r"(PASSED|FAILED)\nwrote report\.json",
     r"python scripts/compare_heads\.py": r"wrote \S+compare_heads\.md",
