@@ -37,9 +37,9 @@ from data.processing import PromptTokenizer, collate_fn, processors_from_config
 from inference.report import table, write_json
 from model.normalizer import Normalizer
 from model.vla_model import VLAModel
-from utils.calculate_normalization_stats import load_statistics
 from utils.config_utils import Config, load_config
 from utils.misc import derive_seed, set_up_logging
+from utils.statistics import load_statistics
 
 logger = logging.getLogger(__name__)
 MAX_SAMPLES = 4096  # of a split whose normalized values are looked at

@@ -19,8 +19,8 @@ from data.loader import build_datasets, build_sampler
 from data.processing import processors_from_config
 from tests.helpers import PROMPTS, write_episodes
 from utils import calculate_normalization_stats
-from utils.calculate_normalization_stats import StatisticsError
 from utils.config_utils import load_config
+from utils.statistics import StatisticsError
 
 ROOT = Path(__file__).resolve().parents[1]
 
