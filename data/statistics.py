@@ -15,15 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.schema import episode_numbers, flags, vectors
 from utils.config_utils import Config
 from utils.parquet_utils import (
-    DataError,
     Source,
     batches,
     fingerprint,
     open_parquet,
     resolve_parquet_files,
-    vectors,
 )
 from utils.splits import used_episodes, validation_episodes
 from utils.statistics import StatisticsError, statistics_settings
@@ -220,16 +219,16 @@ def _read(task: tuple[list[Source], int], spec: _Spec, held_out: np.ndarray) -> 
     for path in paths:
         with open_parquet(path) as file:
             for row, batch in batches(file, path, columns, ROWS_PER_BATCH, use_threads=False):
-                state = vectors(batch.column("state"), spec.state_dim, path, row, "state|state_dim").T
-                action = vectors(batch.column("action"), spec.per_action_dim, path, row, "action|per_action_dim").T
+                state, action = (
+                    vectors(batch.column(name), name, width, path, row, width_from=key).T
+                    for name, width, key in (
+                        ("state", spec.state_dim, "state_dim"),
+                        ("action", spec.per_action_dim, "per_action_dim"),
+                    )
+                )
                 episode = np.zeros(batch.num_rows, np.int64)
                 if spec.needs_episodes:
-                    episode = np.cumsum(_is_first(batch, path, row)) + (episodes - 1)
-                    if episode[0] < 0:
-                        raise DataError(
-                            f"{path} row {row}: the data begin here but is_first is false; an episode runs from "
-                            "is_first to is_last"
-                        )
+                    episode = episode_numbers(_is_first(batch, path, row), episodes, path, row)
                     episodes = int(episode[-1]) + 1
                     keep = ~held_out[episode]
                     state, action, episode = state[:, keep], action[:, keep], episode[keep]
@@ -240,13 +239,7 @@ def _read(task: tuple[list[Source], int], spec: _Spec, held_out: np.ndarray) -> 
 
 
 def _is_first(batch: pa.RecordBatch, path: Source, row: int) -> np.ndarray:
-    column = batch.column("is_first")
-    if not pa.types.is_boolean(column.type):
-        raise DataError(f"{path}: column 'is_first' is {column.type}; wanted bool")
-    if column.null_count:
-        row += int(np.flatnonzero(np.asarray(column.is_null()))[0])
-        raise DataError(f"{path} row {row}: is_first is null; wanted true or false")
-    return np.asarray(column)
+    return flags(batch.column("is_first"), "is_first", path, row)
 
 
 def _bytes_needed(file: pq.ParquetFile, columns: list[str]) -> int:
