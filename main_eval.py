@@ -96,7 +96,7 @@ def open_dataset(predictor: VLAPredictor, spec: str, flag: str) -> VLADataset:
         cameras=predictor.cameras,
         image_processor=predictor.image_processor,
         prompt_tokenizer=predictor.prompt_tokenizer,
-        own=predictor.dataset,
+        entry=predictor.dataset,
         dataset_index=predictor.dataset_index,
     )
 

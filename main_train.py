@@ -20,11 +20,11 @@ from model.architecture import require_same_architecture
 from model.vla_model import VLAModel
 from training.fit_estimate import dry_run, without_traces
 from training.trainer import NonFiniteLossError, VLATrainer
-from utils.calculate_normalization_stats import load_statistics
 from utils.checkpoint import load_checkpoint
 from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_parser
 from utils.config_utils import Config
 from utils.misc import derive_seed, pick_device, set_up_logging, user_message
+from utils.statistics import load_statistics
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from data.doctor.analysis import (
-    action_chunks,
     describe_dimensions,
     describe_episodes,
     describe_lengths,
@@ -37,9 +36,9 @@ from data.processing import PromptTokenizer, collate_fn, processors_from_config
 from inference.report import table, write_json
 from model.normalizer import Normalizer
 from model.vla_model import VLAModel
-from utils.calculate_normalization_stats import load_statistics
 from utils.config_utils import Config, load_config
 from utils.misc import derive_seed, set_up_logging
+from utils.statistics import load_statistics
 
 logger = logging.getLogger(__name__)
 MAX_SAMPLES = 4096  # of a split whose normalized values are looked at
@@ -139,7 +138,7 @@ def describe_split(split: MixtureDataset) -> list[dict[str, Any]]:
         counts: dict[str, int] = {}
         for episode in episodes:
             counts[episode["prompt"]] = counts.get(episode["prompt"], 0) + 1
-        state, action, is_pad = action_chunks(one, spread(len(one), MAX_SAMPLES))
+        samples = one.numbers(spread(len(one), MAX_SAMPLES))
         lengths = np.array([episode["steps"] for episode in episodes])
         result.append(
             {
@@ -149,9 +148,9 @@ def describe_split(split: MixtureDataset) -> list[dict[str, Any]]:
                 "samples": len(one),
                 "length": describe_lengths(lengths),
                 "prompts": counts,
-                "action_padding": float(is_pad.mean()),
-                "state": describe_dimensions(state[:, : store.state.shape[1]]),
-                "action": describe_dimensions(action[:, 0, : store.action.shape[1]]),
+                "action_padding": float(samples["action_is_pad"].mean()),
+                "state": describe_dimensions(samples["state"][:, : store.state.shape[1]]),
+                "action": describe_dimensions(samples["action"][:, 0, : store.action.shape[1]]),
             }
         )
     return result
@@ -181,12 +180,11 @@ def describe_normalized(split: MixtureDataset, normalizer: Normalizer, config: C
     low, high = config.data.action_bounds
     result = []
     for one in split.datasets:
-        state, action, is_pad = action_chunks(one, spread(len(one), MAX_SAMPLES))
-        index = torch.full((len(state),), one.dataset_index)
-        state_NS, action_NTA = torch.from_numpy(state), torch.from_numpy(action)
+        samples = one.numbers(spread(len(one), MAX_SAMPLES))
+        state_NS, action_NTA, index = (torch.from_numpy(samples[key]) for key in ("state", "action", "dataset_index"))
         normalized = {
             "state": normalizer.normalize_state(state_NS, index)[:, : one.store.state.shape[1]].numpy(),
-            "action": normalizer.normalize_action(action_NTA, state_NS, index).numpy()[~is_pad],
+            "action": normalizer.normalize_action(action_NTA, state_NS, index).numpy()[~samples["action_is_pad"]],
         }
         normalized["action"] = normalized["action"][:, : one.store.action.shape[1]]
         about: dict[str, Any] = {"dataset": one.name}

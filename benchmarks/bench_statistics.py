@@ -34,7 +34,7 @@ import pandas as pd  # here, since pyarrow would import it at its first conversi
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
 
 from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset  # noqa: E402
-from utils.calculate_normalization_stats import calculate_statistics  # noqa: E402
+from data.statistics import calculate_statistics  # noqa: E402
 
 DIMS, FILES, IMAGE_SIZE, HORIZON = 14, 8, 96, 8
 LIMITS = {"seconds": 10.0, "bytes_read_ratio": 0.05}

@@ -14,8 +14,8 @@ from data.processing import PromptTokenizer, VLAImageProcessor
 from model.paligemma_vlm import PaliGemmaVLM
 from model.vla_model import VLAModel
 from scripts.make_tiny_paligemma import make_tiny_paligemma
-from utils.calculate_normalization_stats import STATISTICS
 from utils.config_utils import Config, load_config
+from utils.statistics import STATISTICS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"quickstart": ROOT / "configs/quickstart.yaml", "paligemma-3b": ROOT / "configs/vla_config.yaml"}

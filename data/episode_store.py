@@ -26,13 +26,25 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from utils.parquet_utils import DataError, Source, batches, fingerprint, open_parquet, require_columns, vectors
+from data.schema import (
+    FLAGS,
+    MAIN_CAMERA,
+    PROMPT,
+    REQUIRED,
+    VECTORS,
+    camera_column,
+    encoded_frames,
+    episode_starts,
+    flags,
+    prompts,
+    vectors,
+)
+from utils.parquet_utils import DataError, Source, batches, fingerprint, open_parquet, require_columns
 
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
 ROWS_PER_BATCH = 512
-FLAGS = ("is_first", "is_last", "is_terminal")
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class EpisodeStore:
         Args:
             files: Parquet files in order; an episode may go on from one file into the next.
             state_dim, per_action_dim: widths that the columns must have.
-            cameras: image columns to keep, `image_1` and perhaps `image_2`.
+            cameras: names of the cameras whose frames are kept.
             cache_dir: where caches live; None: `$XDG_CACHE_HOME/paligemma_vla`.
             keep_cache: False builds into a temporary folder of this process, which goes with its last store.
 
@@ -105,7 +117,7 @@ class EpisodeStore:
         self.prompts: list[str] = meta["prompts"]
         self.file_starts = np.array(meta["file_starts"], dtype=np.int64)
         self.state, self.action, self.prompt_index = (
-            np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))  # a plain view: memmap's own is slower
+            np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))  # indexing a memmap itself is slower
             for name in ("state", "action", "prompt_index")
         )
         self.episode_starts = np.load(self.folder / "episode_starts.npy")
@@ -153,25 +165,26 @@ class _Temporary:
 
     def __init__(self) -> None:
         self.pid, self.path = os.getpid(), Path(tempfile.mkdtemp(prefix="paligemma_vla_"))
-        weakref.finalize(self, _remove_own, self.path, self.pid)
+        weakref.finalize(self, _remove, self.path, self.pid)
 
     @classmethod
     def of_this_process(cls) -> _Temporary:
         """The folder that a living store holds, or else a new one."""
-        found = cls._current() if cls._current is not None else None
-        if found is None or found.pid != os.getpid():
-            found = cls()
-            cls._current = weakref.ref(found)
-        return found
+        current = cls._current() if cls._current is not None else None
+        if current is None or current.pid != os.getpid():
+            current = cls()
+            cls._current = weakref.ref(current)
+        return current
 
 
-def _remove_own(folder: Path, pid: int) -> None:
-    if os.getpid() == pid:  # loader workers inherit the store, and must not take it from the others
+def _remove(folder: Path, pid: int) -> None:
+    """Delete a folder in the process that made it; loader workers inherit the store, and the others still read it."""
+    if os.getpid() == pid:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
-    """Make the cache unless it is there. One process builds; others that want the same wait for it."""
+    """Make the cache unless it is there. One process builds it; others that open the same files wait for it."""
     if (folder / "meta.json").is_file():
         return
     try:
@@ -181,7 +194,7 @@ def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "meta.json").is_file():
                 _build(files, spec, folder)
-    except OSError as error:  # of writing: what can't be read is a DataError
+    except OSError as error:  # raised by writing: a source that can't be read is a DataError
         needed = sum(size for _, size, _ in spec["files"])
         raise DataError(
             f"episode cache: {folder.parent} can't take it ({error}); it needs about {needed:,} bytes there: make "
@@ -191,7 +204,7 @@ def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None
 
 def _build(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
     """Make the cache; the caller holds its lock."""
-    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed while it built
+    for leftover in folder.parent.glob(f".{folder.name}.*"):  # a process was killed while it built
         shutil.rmtree(leftover)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -203,121 +216,64 @@ def _build(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
 
 def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
     columns = [_image_columns(open_parquet(path), path, spec["cameras"]) for path in files]
-    cameras = [camera for camera in spec["cameras"] if any(camera in found for found in columns)]
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("state", "action", "prompt_index", *FLAGS)}
-    prompts: dict[str, int] = {}
+    cameras = [camera for camera in spec["cameras"] if any(camera in of_file for of_file in columns)]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*VECTORS, "prompt_index", *FLAGS)}
+    known_prompts: dict[str, int] = {}
     file_starts, rows = [], 0
     schema = pa.schema([(camera, pa.large_binary()) for camera in cameras])
     with ipc.new_file(folder / "images.arrow", schema) as writer:
-        for path, found in zip(files, columns, strict=True):
+        for path, column_of in zip(files, columns, strict=True):
             file = open_parquet(path)
             file_starts.append(rows)
-            names = ["state", "action", "prompt", *FLAGS, *found.values()]
+            names = [*REQUIRED, *column_of.values()]
             for first_row, batch in batches(file, path, names, ROWS_PER_BATCH):
-                _append_numbers(parts, prompts, batch, path, first_row, spec)
-                images = [_frames(batch, found.get(camera), camera, path, first_row) for camera in cameras]
+                _append_numbers(parts, known_prompts, batch, path, first_row, spec)
+                images = [_frames(batch, column_of.get(camera), camera, path, first_row) for camera in cameras]
                 writer.write_batch(pa.record_batch(images, schema=schema))
             rows += file.metadata.num_rows
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
-    starts = _episode_starts(arrays, files, np.array(file_starts))
-    for name in ("state", "action", "prompt_index"):
+    starts = episode_starts(arrays, files, file_starts)
+    for name in (*VECTORS, "prompt_index"):
         np.save(folder / f"{name}.npy", arrays[name])
     np.save(folder / "episode_starts.npy", starts)
-    meta = {"spec": spec, "prompts": list(prompts), "file_starts": file_starts, "cameras": cameras}
+    meta = {"spec": spec, "prompts": list(known_prompts), "file_starts": file_starts, "cameras": cameras}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _image_columns(file: pq.ParquetFile, path: Source, cameras: Sequence[str]) -> dict[str, str]:
     """camera -> its column in this file, after checking that the columns are there."""
-    require_columns(file, path, ["state", "action", *FLAGS, "prompt"])
-    present = file.schema_arrow.names
-    found = {}
-    for camera in cameras:
-        spellings = [name for name in (camera, f"{camera}_bytes") if name in present]
-        if len(spellings) == 2:
-            raise DataError(f"{path}: both {camera!r} and '{camera}_bytes' are columns; keep one of them")
-        if spellings:
-            found[camera] = spellings[0]
-    if "image_1" not in found:
-        raise DataError(
-            f"{path}: no column 'image_1' or 'image_1_bytes' (found: {', '.join(present)}); see docs/data_format.md"
-        )
-    return found
+    require_columns(file, path, REQUIRED)
+    columns = {camera: camera_column(camera, file.schema_arrow.names, path) for camera in (MAIN_CAMERA, *cameras)}
+    return {camera: columns[camera] for camera in cameras if columns[camera] is not None}
 
 
 def _append_numbers(
     parts: dict[str, list[np.ndarray]],
-    prompts: dict[str, int],
+    known_prompts: dict[str, int],
     batch: pa.RecordBatch,
     path: Source,
     first_row: int,
     spec: dict[str, Any],
 ) -> None:
-    state = vectors(batch.column("state"), spec["state_dim"], path, first_row, "state|data.state_dim")
-    action = vectors(batch.column("action"), spec["per_action_dim"], path, first_row, "action|per_action_dim")
-    parts["state"].append(state)
-    parts["action"].append(action)
-    for flag in FLAGS:
-        column = batch.column(flag)
-        if not pa.types.is_boolean(column.type):
-            raise DataError(f"{path}: column {flag!r} is {column.type}; wanted bool")
-        if column.null_count:
-            row = first_row + int(np.flatnonzero(np.asarray(column.is_null()))[0])
-            raise DataError(f"{path} row {row}: {flag} is null; wanted true or false")
-        parts[flag].append(np.asarray(column))
-    column = batch.column("prompt")
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise DataError(f"{path}: column 'prompt' is {column.type}; wanted string")
-    indices = np.empty(batch.num_rows, dtype=np.int32)
-    for i, prompt in enumerate(column.to_pylist()):
-        if not prompt or not prompt.strip():
-            raise DataError(f"{path} row {first_row + i}: prompt is {prompt!r}; every time step needs its instruction")
-        indices[i] = prompts.setdefault(prompt, len(prompts))
-    parts["prompt_index"].append(indices)
+    for name, key in (("state", "data.state_dim"), ("action", "per_action_dim")):
+        width = spec[key.removeprefix("data.")]
+        parts[name].append(vectors(batch.column(name), name, width, path, first_row, width_from=key))
+    for name in FLAGS:
+        parts[name].append(flags(batch.column(name), name, path, first_row))
+    texts = prompts(batch.column(PROMPT), path, first_row)
+    indices = [known_prompts.setdefault(text, len(known_prompts)) for text in texts]
+    parts["prompt_index"].append(np.array(indices, dtype=np.int32))
 
 
 def _frames(batch: pa.RecordBatch, name: str | None, camera: str, path: Source, first_row: int) -> pa.Array:
     """One camera's encoded frames as large_binary, null where absent."""
     if name is None:
         return pa.nulls(batch.num_rows, pa.large_binary())
-    column = batch.column(name)
-    if pa.types.is_struct(column.type):
-        fields = [column.type.field(i).name for i in range(column.type.num_fields)]
-        if "bytes" not in fields:
-            raise DataError(f"{path}: column {name!r} is a struct of {', '.join(fields)}; wanted a field 'bytes'")
-        column = column.flatten()[fields.index("bytes")]
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        raise DataError(f"{path}: column {name!r} is {column.type}; wanted binary (encoded JPEG or PNG)")
-    if camera == "image_1":
-        absent = np.flatnonzero(np.asarray(column.is_null()))
-        if len(absent):
-            raise DataError(f"{path} row {first_row + int(absent[0])}: {name} is null; image_1 is needed at every step")
-    return column.cast(pa.large_binary())
-
-
-def _episode_starts(arrays: dict[str, np.ndarray], files: list[Source], file_starts: np.ndarray) -> np.ndarray:
-    """Episode boundaries from the flags, or a DataError at the first row where the flags contradict each other."""
-    first, last, terminal = (arrays[flag] for flag in FLAGS)
-    ends_before = np.concatenate([[True], last[:-1]])  # whether the row before ends an episode
-    faults = {
-        "is_first is true but the row before is not is_last": first & ~ends_before,
-        "is_first is false but the row before is is_last": ~first & ends_before,
-        "is_terminal is true but is_last is not": terminal & ~last,
-    }
-    faults = {message: np.flatnonzero(rows) for message, rows in faults.items() if rows.any()}
-    if not last[-1]:
-        faults["the data end here but is_last is false"] = np.array([len(last) - 1])
-    if faults:
-        message, rows = min(faults.items(), key=lambda item: item[1][0])
-        if rows[0] == 0 and message.startswith("is_first is false"):
-            message = "the data begin here but is_first is false"
-        file = int(np.searchsorted(file_starts, rows[0], side="right")) - 1
-        raise DataError(
-            f"{files[file]} row {rows[0] - file_starts[file]}: {message}; an episode runs from is_first to is_last"
-        )
-    return np.concatenate([np.flatnonzero(first), [len(first)]]).astype(np.int64)
+    frames = encoded_frames(batch.column(name), name, path)
+    if camera == MAIN_CAMERA and frames.null_count:
+        row = first_row + int(np.flatnonzero(np.asarray(frames.is_null()))[0])
+        raise DataError(f"{path} row {row}: {name} is null; {MAIN_CAMERA} is needed at every step")
+    return frames.cast(pa.large_binary())
 
 
 def _map_images(path: Path, camera: str) -> _Images:

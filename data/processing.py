@@ -1,7 +1,7 @@
-"""From camera frames, an instruction and a state to the model's batch: the one path of training and serving.
+"""From camera frames, an instruction and a state to the model's inputs, for training and serving alike.
 
-`VLADataset` and `VLAPredictor` both call `build_observation` and `collate_fn`, so a frame that was trained on
-and the same frame seen by the robot give the same tensors.
+`VLADataset` and `VLAPredictor` decode with the same `VLAImageProcessor` and tokenize with the same `PromptTokenizer`,
+so a frame that was trained on and the same frame seen by the robot give the same tensors (tested).
 """
 
 from __future__ import annotations
@@ -322,18 +322,20 @@ def build_observation(
 def collate_fn(samples: Sequence[Sample]) -> Batch:
     """Stack samples into the batch of the data contract.
 
-    Prompts are right-padded to the longest of the batch; `prompt_mask` is False on padding. Every other
-    tensor is stacked along a new first dimension, and text is collected into a list. Images keep the memory
-    layout that decoders produce (channels last), so that no pixel is moved twice.
+    Prompts are right-padded to the longest of the batch; `prompt_mask` is False on padding, and samples without padding
+    may leave it out. Every other tensor is stacked along a new first dimension, and text is collected into a list.
+    Images keep the memory layout that decoders produce (channels last), so that no pixel is moved twice.
     """
     batch: Batch = {}
     for key, first in samples[0].items():
         values = [sample[key] for sample in samples]
         if key == "input_ids":
-            padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=0)
-            lengths = torch.tensor([len(value) for value in values])
-            batch["input_ids"] = padded
-            batch["prompt_mask"] = torch.arange(padded.shape[1]) < lengths[:, None]
+            masks = [sample.get("prompt_mask", torch.ones_like(sample[key], dtype=torch.bool)) for sample in samples]
+            batch["input_ids"], batch["prompt_mask"] = (
+                torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True) for tensors in (values, masks)
+            )
+        elif key == "prompt_mask":
+            continue  # padded together with its ids
         elif isinstance(first, Tensor) and first.ndim == 4:
             batch[key] = torch.stack([value.permute(0, 2, 3, 1) for value in values]).permute(0, 1, 4, 2, 3)
         elif isinstance(first, Tensor):

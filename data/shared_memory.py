@@ -1,8 +1,8 @@
 """From loader workers to training without copying pixels or paging in new memory for every batch.
 
-Workers decode into slots of memory that all processes share. What travels through the pipe is the slot's number
-and the small arrays. A slot is used again when nothing of its batch is referenced any more; a worker that finds
-none free allocates memory of its own, so a batch that someone keeps is never overwritten.
+Workers decode into slots of memory that all processes share. Through the pipe travel the slot's number and the small
+arrays. A slot is used again when nothing of its batch is referenced any more. A worker without a free slot allocates
+new memory for the batch, so a batch that someone keeps is never overwritten.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import signal
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-_pool: SlotPool | None = None  # of this worker process
+from data.dataset import Arrays, as_batch
+from data.processing import Batch
+
+_pool: SlotPool | None = None  # this worker process's memory
 
 
 class SlotPool:
@@ -52,7 +54,7 @@ class SlotPool:
 
 
 def use_pool(pool: SlotPool) -> None:
-    """Make `image_block` of this worker process take memory from `pool`."""
+    """Make `ImageBlock` of this worker process take memory from `pool`."""
     global _pool
     _pool = pool
 
@@ -80,28 +82,25 @@ class ImageBlock:
 
     def __init__(self, shape: Sequence[int]) -> None:
         worker = get_worker_info()
-        found = _pool.take(worker.id, shape) if _pool is not None and worker is not None else None
-        self.slot, self.images = found if found is not None else (None, np.empty(tuple(shape), np.uint8))
+        taken = _pool.take(worker.id, shape) if _pool is not None and worker is not None else None
+        self.slot, self.images = taken if taken is not None else (None, np.empty(tuple(shape), np.uint8))
 
 
 class PackedBatch:
     """A batch on its way: images by slot, everything else by value."""
 
-    def __init__(self, rest: dict[str, Any], cameras: Sequence[str], block: ImageBlock) -> None:
+    def __init__(self, arrays: Arrays, cameras: Sequence[str], block: ImageBlock) -> None:
         """
         Args:
-            rest: every other key: numpy arrays, and lists as they are.
+            arrays: everything but the images.
             cameras: names of the block's first dimension.
             block: the images.
         """
         self.cameras, self.slot, self.shape = list(cameras), block.slot, block.images.shape
         self.images = torch.from_numpy(block.images) if block.slot is None else None
-        self.rest = rest
+        self.arrays = arrays
 
-    def unpack(self, pool: SlotPool | None) -> dict[str, Any]:
-        """The batch as `collate_fn` made it."""
+    def unpack(self, pool: SlotPool | None) -> Batch:
+        """The batch, in the training process."""
         images = self.images if self.slot is None else pool.receive(self.slot, self.shape)
-        batch = {camera: images[i].permute(0, 1, 4, 2, 3) for i, camera in enumerate(self.cameras)}
-        for key, value in self.rest.items():
-            batch[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        return batch
+        return as_batch(self.arrays, self.cameras, images)

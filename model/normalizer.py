@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.calculate_normalization_stats import STATISTICS
 from utils.config_utils import Config
+from utils.statistics import STATISTICS
 
 
 class ActionRange(NamedTuple):

@@ -27,9 +27,9 @@ from model.context import Context
 from model.normalizer import Normalizer
 from model.paligemma_vlm import PaliGemmaVLM
 from model.siglip_llm import SiglipLLM
-from utils.calculate_normalization_stats import StatisticsError, check_statistics
 from utils.checkpoint import CheckpointError, evaluation_weights
 from utils.config_utils import Config, ConfigError, config_from_dict
+from utils.statistics import StatisticsError, check_statistics
 
 BACKBONES: dict[str, type[Backbone]] = {
     "paligemma": PaliGemmaVLM,

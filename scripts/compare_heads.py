@@ -51,11 +51,11 @@ from model.action_head import ACTION_HEADS
 from scripts.compare_heads_report import markdown, plot, summarize
 from test_vla_offline import latency
 from training.run_log import read_metrics
-from utils.calculate_normalization_stats import load_statistics
 from utils.checkpoint import newest_checkpoint
 from utils.config_utils import Config, ConfigError, config_to_dict, load_config
 from utils.misc import atomic_path, count_parameters, set_up_logging, user_message
 from utils.parquet_utils import DataError
+from utils.statistics import load_statistics
 
 logger = logging.getLogger("compare_heads")
 

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 import simple_analysis
@@ -19,8 +18,8 @@ from data.loader import build_datasets, build_sampler
 from data.processing import processors_from_config
 from tests.helpers import PROMPTS, write_episodes
 from utils import calculate_normalization_stats
-from utils.calculate_normalization_stats import StatisticsError
 from utils.config_utils import load_config
+from utils.statistics import StatisticsError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -180,24 +179,6 @@ def test_mixture(tmp_path, make_config, capsys):
     assert result["batch"]["dataset_index"]["max"] == 1
     for name in ("narrow_action.png", "wide_state.png", "narrow_split.png", "wide_episodes.png"):
         assert (tmp_path / "out" / name).is_file()
-
-
-def test_windows_are_the_loaders(tmp_path, make_config):
-    """`action_chunks` reads what the dataset itself gives, padding included."""
-    path = write_episodes(tmp_path / "a.parquet", [6, 3], action_dim=2, state_dim=3)
-    config = load_config(
-        make_config(
-            f"state_dim: 4, mixture: [{{name: n, path: [{path}], state_dim: 3, per_action_dim: 2, horizon: 3}}]",
-            statistics=False,
-        )
-    )
-    dataset = build_datasets(config, *processors_from_config(config))[0].datasets[0]
-    state, action, is_pad = simple_analysis.action_chunks(dataset, np.arange(len(dataset)))
-    for i in range(len(dataset)):
-        sample = dataset[i]
-        assert torch.equal(torch.from_numpy(state[i]), sample["state"])
-        assert torch.equal(torch.from_numpy(action[i]), sample["action"])
-        assert torch.equal(torch.from_numpy(is_pad[i]), sample["action_is_pad"])
 
 
 def test_errors_name_the_remedy(tmp_path, make_config):

@@ -1,4 +1,4 @@
-"""Finding Parquet files and reading their numeric columns, with errors that name file and row."""
+"""Finding, opening and streaming Parquet files, here or on another filesystem, with errors that name file and row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -56,14 +55,18 @@ def open_parquet(path: Source) -> pq.ParquetFile:
     """Open one file, turning pyarrow's errors for damaged or empty files into a DataError that names it."""
     try:
         # Unbuffered ahead: pyarrow would read whole column chunks, images of hundreds of episodes, at once.
-        file = pq.ParquetFile(
-            _open_uri(str(path)) if is_uri(path) else path, pre_buffer=False, buffer_size=STREAM_BUFFER
-        )
+        file = pq.ParquetFile(open_bytes(path) if is_uri(path) else path, pre_buffer=False, buffer_size=STREAM_BUFFER)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); record or convert it again") from None
     if file.metadata.num_rows == 0:
         raise DataError(f"{path}: holds no rows; remove it or record it again")
     return file
+
+
+def open_bytes(path: Source) -> pa.NativeFile:
+    """A local path or a URI as a file of bytes."""
+    filesystem, name = fs.FileSystem.from_uri(str(path)) if is_uri(path) else (fs.LocalFileSystem(), str(path))
+    return filesystem.open_input_file(name)
 
 
 def fingerprint(path: Source) -> list[str | int]:
@@ -107,11 +110,6 @@ def _expand_uri(entry: str, key: str) -> list[Source]:
     return [f"{root}{path}{question}{options}" for path in names]
 
 
-def _open_uri(uri: str) -> pa.NativeFile:
-    filesystem, name = fs.FileSystem.from_uri(uri)
-    return filesystem.open_input_file(name)
-
-
 def require_columns(file: pq.ParquetFile, path: Source, names: Sequence[str]) -> None:
     """Raise a DataError when one of `names` is not a column of the file."""
     present = file.schema_arrow.names
@@ -143,46 +141,3 @@ def batches(
             return
         yield row, batch
         row += batch.num_rows
-
-
-def vectors(column: pa.ChunkedArray | pa.Array, width: int, path: Source, first_row: int, wanted_by: str) -> np.ndarray:
-    """A list column as a float32 array (rows, width).
-
-    Args:
-        column: list, large_list or fixed_size_list of numbers.
-        width: values that every row must have.
-        path, first_row: where the column's first row lies, for error messages.
-        wanted_by: column name and config key, as in `action|per_action_dim`.
-
-    Raises:
-        DataError: another type, a null row, another width, NaN or infinity.
-    """
-    name, key = wanted_by.split("|")
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):  # zero chunks stay chunked
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
-    kind = array.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
-        raise DataError(f"{path}: column {name!r} is {kind}; wanted a list of float32 with {width} values per row")
-    if array.null_count:
-        row = first_row + int(np.flatnonzero(np.asarray(array.is_null()))[0])
-        raise DataError(f"{path} row {row}: {name} is null; every time step needs {width} values")
-    widths = np.asarray(array.value_lengths().fill_null(0))
-    if (widths != width).any():
-        row = int(np.flatnonzero(widths != width)[0])
-        raise DataError(
-            f"{path} row {first_row + row}: {name} has {widths[row]} values, config wants {key} {width}; "
-            "correct the config or the file"
-        )
-    values = array.flatten()
-    flat = np.asarray(values.cast(pa.float32(), safe=False).fill_null(float("nan")), dtype=np.float32)
-    matrix = flat.reshape(len(array), width)
-    finite = np.isfinite(matrix)
-    if not finite.all():
-        row, dim = (int(index) for index in np.argwhere(~finite)[0])
-        raise DataError(
-            f"{path} row {first_row + row}: {name}[{dim}] is {matrix[row, dim]}; "
-            "every value must be a finite number, so drop or mend that episode"
-        )
-    return matrix

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from utils.quantile_sketch import QuantileSketch
+from utils.statistics import STATISTICS
 
-STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
 PAIRS_PER_BLOCK = 65536  # deltas per dimension that are formed at once
 
 
-class Summary:
+class StreamSummary:
     """Exact extremes, float64 moments and a quantile sketch of D streams fed in pieces.
 
     Pieces are combined as Chan, Golub and LeVeque do (Updating formulae and a pairwise algorithm for computing sample
@@ -40,7 +40,7 @@ class Summary:
             self._combine(values.shape[1], values.min(axis=1), values.max(axis=1), mean, squares)
             self.sketch.add(values)
 
-    def merge(self, other: Summary) -> None:
+    def merge(self, other: StreamSummary) -> None:
         """Take in what another summary has seen."""
         if other.count:
             self._combine(other.count, other.min, other.max, other.mean, other.squares)
@@ -105,8 +105,8 @@ class StepStatistics:
         """
         self.delta_dims, self.reach = delta_dims, horizon - 1
         self.plain_dims = [d for d in range(per_action_dim) if d not in delta_dims]
-        self.state = Summary(state_dim)
-        self.plain, self.delta = Summary(len(self.plain_dims)), Summary(len(delta_dims))
+        self.state = StreamSummary(state_dim)
+        self.plain, self.delta = StreamSummary(len(self.plain_dims)), StreamSummary(len(delta_dims))
         nothing = np.empty((len(delta_dims), 0), np.float32)
         self._head = self._tail = _Window(nothing, nothing, np.empty(0, np.int64))  # first and last `reach` steps
 

@@ -28,11 +28,10 @@ from data.convert.conversion import (
     parse_episodes,
     plan_files,
 )
-from data.convert.episode_reader import open_streaming
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Rows
 from data.convert.lerobot_metadata import Episode, LeRobotDataset
 from data.convert.video import VideoReader
-from utils.parquet_utils import DataError, require_columns
+from utils.parquet_utils import DataError, open_parquet, require_columns
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +225,7 @@ def _read_episode(
 
 def _read_rows(path: Path, episode_index: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """The rows of one episode, skipping row groups that hold none of it."""
-    with open_streaming(path) as file:
+    with open_parquet(path) as file:
         require_columns(file, path, columns)
         groups = [i for i in range(file.num_row_groups) if _may_hold(file.metadata.row_group(i), episode_index)]
         for batch in file.iter_batches(batch_size=ROWS_PER_BLOCK, row_groups=groups, columns=columns) if groups else ():

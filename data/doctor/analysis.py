@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from data.loader import VLADataset
+    from data.dataset import VLADataset
 
 
 def row_digests(values: np.ndarray) -> np.ndarray:
@@ -102,25 +102,6 @@ def overlap(train: VLADataset, val: VLADataset) -> list[int]:
     if train.store.files == val.store.files:
         shared |= set(train.episodes.tolist()) & set(val.episodes.tolist())
     return sorted(shared)
-
-
-def action_chunks(dataset: VLADataset, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What samples hold but for images and text, in physical units, padded to the model's widths.
-
-    Args:
-        samples: int64 (N,), indices of the dataset's samples.
-
-    Returns:
-        state float32 (N, state_dim), action float32 (N, T, per_action_dim), is_pad bool (N, T).
-    """
-    store, steps = dataset.store, np.arange(dataset.horizon)
-    rows = np.array([dataset.row(int(i)) for i in samples])
-    ends = store.episode_starts[np.searchsorted(store.episode_starts, rows, side="right")]
-    is_pad = steps >= np.minimum(ends - rows, dataset.own_horizon)[:, None]
-    action = np.where(is_pad[..., None], 0.0, store.action[np.minimum(rows[:, None] + steps, ends[:, None] - 1)])
-    missing = dataset.per_action_dim - action.shape[2]
-    state = np.pad(store.state[rows], ((0, 0), (0, dataset.state_dim - store.state.shape[1])))
-    return state, np.pad(action, ((0, 0), (0, 0), (0, missing))).astype(np.float32), is_pad
 
 
 def split_rows(dataset: VLADataset) -> np.ndarray:

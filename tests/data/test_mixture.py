@@ -14,10 +14,11 @@ from data.sampler import BLOCK, StepBatchSampler
 from model.vla_model import VLAModel
 from tests.helpers import episode_rows, write_episodes, write_rows
 from tests.policies import model_section
-from utils.calculate_normalization_stats import StatisticsError, calculate_statistics
+from utils.calculate_normalization_stats import calculate_statistics
 from utils.config_utils import config_from_dict
 from utils.parquet_utils import DataError
 from utils.splits import used_episodes, validation_episodes
+from utils.statistics import StatisticsError
 
 
 @pytest.fixture

@@ -14,20 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import utils.calculate_normalization_stats as module
+import data.statistics as module
 from data.loader import build_datasets
 from data.processing import processors_from_config
 from tests.helpers import episode_rows, write_broken, write_episodes, write_rows
-from utils.calculate_normalization_stats import (
-    StatisticsError,
-    calculate_for_config,
-    calculate_statistics,
-    load_statistics,
-)
+from utils.calculate_normalization_stats import calculate_for_config, calculate_statistics
 from utils.config_utils import Config, config_from_dict
 from utils.parquet_utils import DataError
 from utils.splits import used_episodes, validation_episodes
-from utils.streaming_statistics import STATISTICS, StepStatistics
+from utils.statistics import STATISTICS, StatisticsError, load_statistics
+from utils.streaming_statistics import StepStatistics
 
 COMMAND = "python utils/calculate_normalization_stats.py --config_path c.yaml --output_path"
 

@@ -240,7 +240,7 @@ def test_faulty_exports(tmp_path):
     )
     flags = episode_rows(4, image_size=16)
     flags[2]["is_first"] = True
-    fails(write_rows(tmp_path / "flags.parquet", flags), "flags.parquet row 2: is_first is True", "--fps", "10")
+    fails(write_rows(tmp_path / "flags.parquet", flags), "flags.parquet row 2: is_first is true", "--fps", "10")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["used"]  # no half datasets
 
 

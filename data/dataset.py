@@ -1,0 +1,305 @@
+"""Samples of the batch contract from Parquet episodes: one per time step, frames up to now and actions from now on.
+
+Timeline of one sample at step t, `max_seq_len` S = 2 and `horizon` T = 4:
+
+    step      t-2  t-1   t   t+1  t+2  t+3
+    frames          *    *
+    state                *
+    action               *    *    *    *      past the episode's end: zeros, `action_is_pad` True
+
+Samples are made a batch at a time: a few numpy operations gather the numbers, and every frame is decoded into its place
+in one block of memory. A single sample is the batch of one without its first axis.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.episode_store import EpisodeStore
+from data.processing import Batch, ObservationError, PromptTokenizer, Sample, VLAImageProcessor
+from utils.config_utils import DataConfig, MixtureEntry
+from utils.parquet_utils import DataError, Source
+from utils.splits import used_episodes, validation_episodes
+
+logger = logging.getLogger(__name__)
+
+Arrays = dict[str, Any]  # a batch without its images: numpy arrays, and the list of instructions
+PROMPT_KEYS = ("input_ids", "prompt_mask")
+
+
+class VLADataset(Dataset):
+    """Parquet episodes as samples of the batch contract, one per time step, in physical units."""
+
+    def __init__(
+        self,
+        files: Sequence[Source],
+        config: DataConfig,
+        *,
+        horizon: int,
+        per_action_dim: int,
+        cameras: Sequence[str],
+        image_processor: VLAImageProcessor,
+        prompt_tokenizer: PromptTokenizer,
+        entry: MixtureEntry | None = None,
+        dataset_index: int = 0,
+        split: Literal["all", "train", "val"] = "all",
+    ) -> None:
+        """Open the files (see `EpisodeStore`) and tokenize their instructions once.
+
+        Args:
+            files: Parquet files in order.
+            config: the `data` section: state_dim, max_seq_len, cache_dir.
+            horizon: T, actions per sample.
+            per_action_dim: A, values per action.
+            cameras: the cameras that the model reads, in slot order; no other frame is ever decoded.
+            image_processor, prompt_tokenizer: the same objects that serving uses.
+            entry: a mixture's dataset: its name, widths and horizon; samples are padded to the model's. None: a dataset
+                called "default" with the model's widths.
+            dataset_index: which statistics the model uses for these samples.
+            split: all episodes, or those that `max_episodes` and `val_fraction` leave for training, or those that
+                `val_fraction` holds out.
+
+        Raises:
+            DataError: the files break the schema.
+        """
+        self.name = entry.name if entry is not None else "default"
+        self.store = EpisodeStore(
+            files,
+            state_dim=(entry and entry.state_dim) or config.state_dim,
+            per_action_dim=(entry and entry.per_action_dim) or per_action_dim,
+            cameras=cameras,
+            cache_dir=config.cache_dir,
+            keep_cache=config.cache,
+        )
+        self.horizon, self.max_seq_len, self.cameras = horizon, config.max_seq_len, tuple(cameras)
+        self.valid_horizon = (entry and entry.horizon) or horizon  # steps past it are padding in every sample
+        self.state_dim, self.per_action_dim, self.dataset_index = config.state_dim, per_action_dim, dataset_index
+        counted, seed, limit = (self.name, self.store.num_episodes), config.split_seed, config.max_episodes
+        used = used_episodes(*counted, seed, limit)
+        held_out = validation_episodes(*counted, config.val_fraction, seed, limit)
+        chosen = {"all": np.ones_like(used), "train": used & ~held_out, "val": held_out}[split]
+        self.episodes = np.flatnonzero(chosen)  # numbers of the store's episodes, in order
+        self._rows: np.ndarray | None = None  # the store's row of each sample; None: sample i is row i
+        if not chosen.all():
+            self._rows = np.flatnonzero(np.repeat(chosen, np.diff(self.store.episode_starts)))
+        self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
+        for camera in cameras:
+            if not self.store.has_camera(camera):
+                logger.warning("no file has %s: its slot is masked in every sample", camera)
+        tokens = [prompt_tokenizer(prompt) for prompt in self.store.prompts]
+        lengths = np.array([len(ids) for ids in tokens])
+        self._prompt_mask = np.arange(lengths.max()) < lengths[:, None]  # (prompts, tokens of the longest)
+        self._prompt_ids = np.zeros(self._prompt_mask.shape, dtype=np.int64)
+        self._prompt_ids[self._prompt_mask] = np.concatenate(tokens)
+
+    def __len__(self) -> int:
+        return len(self.store) if self._rows is None else len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample: the batch of one without its first axis; see `batch`."""
+        return {key: values[0] for key, values in self.batch([range(len(self))[index]]).items()}
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The samples at `indices`, each from 0 to len(self) - 1, as one batch.
+
+        Returns:
+            Every key of the batch contract (`utils/batch.py`). State and action are padded with zeros to the model's
+            widths; frames before the episode's start and frames of an absent camera are zeros.
+
+        Raises:
+            DataError: a frame that can't be decoded, naming file and row.
+        """
+        images = np.empty(self.image_shape(len(indices)), dtype=np.uint8)
+        arrays = self.arrays(np.asarray(indices), images.swapaxes(0, 1))
+        return as_batch(arrays, self.cameras, torch.from_numpy(images))
+
+    def image_shape(self, count: int) -> tuple[int, ...]:
+        """(V, B, S, H, W, 3) of the images of a batch of `count` samples."""
+        height, width = self.image_processor.height, self.image_processor.width
+        return len(self.cameras), count, self.max_seq_len, height, width, 3
+
+    def arrays(self, indices: np.ndarray, images: Iterable[np.ndarray]) -> Arrays:
+        """A batch whose images are decoded into given memory.
+
+        Args:
+            indices: int (B,), samples of this dataset.
+            images: of each sample the memory of its frames, uint8 (V, S, H, W, 3), contiguous in its last three axes.
+
+        Returns:
+            Every key of the batch but the cameras', as numpy arrays.
+
+        Raises:
+            DataError: a frame that can't be decoded, naming file and row.
+        """
+        arrays = self.numbers(indices)
+        num_frames = arrays["vlm_attention_mask"].sum(axis=1).tolist()
+        arrays["image_mask"] = np.array(
+            [
+                [self._decode(camera, row, count, frames) for camera, frames in zip(self.cameras, memory, strict=True)]
+                for row, count, memory in zip(self.rows(indices).tolist(), num_frames, images, strict=True)
+            ]
+        )
+        return arrays
+
+    def numbers(self, indices: np.ndarray) -> Arrays:
+        """Everything of a batch but what takes decoding: all keys except `image_mask` and the cameras'."""
+        store, rows = self.store, self.rows(indices)
+        episodes = store.episode_starts.searchsorted(rows, side="right") - 1
+        begins = store.episode_starts[episodes]
+        action, is_pad = self._action_window(rows, store.episode_starts[episodes + 1])
+        prompts = store.prompt_index[rows]
+        prompt_mask = self._prompt_mask[prompts]
+        longest = int(prompt_mask.sum(axis=1).max())
+        state = np.zeros((len(rows), self.state_dim), dtype=np.float32)
+        state[:, : store.state.shape[1]] = store.state[rows]
+        return {
+            "vlm_attention_mask": rows[:, None] + np.arange(1 - self.max_seq_len, 1) >= begins[:, None],
+            "raw_prompt_text": [store.prompts[prompt] for prompt in prompts.tolist()],
+            "input_ids": np.ascontiguousarray(self._prompt_ids[prompts, :longest]),
+            "prompt_mask": np.ascontiguousarray(prompt_mask[:, :longest]),
+            "state": state,
+            "action": action,
+            "action_is_pad": is_pad,
+            "dataset_index": np.full(len(rows), self.dataset_index, dtype=np.int64),
+            "episode_index": episodes,
+            "frame_index": rows - begins,
+        }
+
+    def _action_window(self, rows: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The next T actions from each row of the store on, and which of them are padding.
+
+        Args:
+            rows: int64 (B,).
+            ends: int64 (B,), the row after the last of each row's episode.
+
+        Returns:
+            float32 (B, T, A), zeros where padded, and bool (B, T).
+        """
+        store, steps = self.store, np.arange(self.horizon)
+        is_pad = steps >= np.minimum(self.valid_horizon, ends - rows)[:, None]
+        values = store.action[np.minimum(rows[:, None] + steps, len(store) - 1)]
+        values[is_pad] = 0.0
+        action = np.zeros((len(rows), self.horizon, self.per_action_dim), dtype=np.float32)
+        action[..., : values.shape[-1]] = values
+        return action, is_pad
+
+    def _decode(self, camera: str, row: int, count: int, frames: np.ndarray) -> bool:
+        """Decode a camera's `count` frames up to a row of the store into the end of `frames`, (S, H, W, 3).
+
+        The rest of `frames` becomes zeros. Returns False, and decodes nothing, where one of the frames is absent.
+        """
+        encoded = [self.store.image(camera, r) for r in range(row - count + 1, row + 1)]
+        present = all(frame is not None for frame in encoded)
+        before = self.max_seq_len - count if present else self.max_seq_len
+        frames[:before] = 0
+        if present:
+            try:
+                for frame, memory in zip(encoded, frames[before:], strict=True):
+                    self.image_processor.decode_into(frame, memory)
+            except ObservationError as error:
+                raise DataError(f"{self.describe(row)}: {camera}: {error}; drop or mend that episode") from None
+        return present
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """The store's rows of samples, int64 (B,)."""
+        return np.asarray(indices) if self._rows is None else self._rows[indices]
+
+    def previous_action(self, row: int) -> np.ndarray | None:
+        """The action executed just before a row of the store, float32 (A,), physical units, padded to the model's
+        width; None at an episode's start."""
+        if self.store.locate(row)[1] == 0:
+            return None
+        action = self.store.action[row - 1]
+        return np.pad(action, (0, self.per_action_dim - len(action)))
+
+    def describe(self, row: int) -> str:
+        """Where a row of the store comes from: file, row in it, episode and step."""
+        return self.store.describe(row)
+
+    def describe_step(self, dataset_index: int, episode: int, step: int) -> str:
+        """The same by the numbers that a batch carries."""
+        return self.describe(int(self.store.episode_starts[episode]) + step)
+
+    def sample_probabilities(self, weighting: Literal["step", "episode", "task"]) -> np.ndarray | None:
+        """Probability of each sample when episodes or tasks (prompts) are to count alike, float64; None: all alike."""
+        if weighting == "step":
+            return None
+        rows = self.rows(np.arange(len(self)))
+        groups = self.store.prompt_index[rows]
+        if weighting == "episode":
+            groups = np.searchsorted(self.store.episode_starts, rows, side="right")
+        _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
+        return 1.0 / (len(counts) * counts[inverse])
+
+
+class MixtureDataset(Dataset):
+    """Several datasets behind one index: the samples of the first, then those of the second, and so on."""
+
+    def __init__(self, datasets: Sequence[VLADataset]) -> None:
+        self.datasets = list(datasets)
+        self.starts = np.concatenate([[0], np.cumsum([len(dataset) for dataset in datasets])])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        dataset, local = self._locate(index)
+        return dataset[local]
+
+    def arrays(self, indices: np.ndarray, images: Sequence[np.ndarray]) -> Arrays:
+        """See `VLADataset.arrays`; prompts are padded to the longest of all datasets' samples."""
+        dataset_of = self.starts.searchsorted(indices, side="right") - 1
+        positions = [np.flatnonzero(dataset_of == number) for number in range(len(self.datasets))]
+        parts = [
+            dataset.arrays(indices[chosen] - start, [images[i] for i in chosen])
+            for dataset, start, chosen in zip(self.datasets, self.starts[:-1], positions, strict=True)
+            if len(chosen)
+        ]
+        return parts[0] if len(parts) == 1 else _merge(parts, np.concatenate(positions))
+
+    def describe(self, index: int) -> str:
+        """Where a sample comes from: dataset, file, row, episode and step."""
+        dataset, local = self._locate(index)
+        return f"{dataset.name}: {dataset.describe(int(dataset.rows(np.array([local]))[0]))}"
+
+    def describe_step(self, dataset_index: int, episode: int, step: int) -> str:
+        """Where a time step comes from, by the numbers that a batch carries: dataset, file, row, episode and step."""
+        dataset = self.datasets[dataset_index]
+        return f"{dataset.name}: {dataset.describe_step(dataset_index, episode, step)}"
+
+    def _locate(self, index: int) -> tuple[VLADataset, int]:
+        number = int(self.starts.searchsorted(index, side="right")) - 1
+        return self.datasets[number], index - int(self.starts[number])
+
+
+def _merge(parts: Sequence[Arrays], positions: np.ndarray) -> Arrays:
+    """One batch of several datasets' samples; `positions` says where each sample of the parts in turn belongs."""
+    longest = max(part["input_ids"].shape[1] for part in parts)
+    order = np.argsort(positions)
+    merged: Arrays = {}
+    for key in parts[0]:
+        values = [part[key] for part in parts]
+        if key in PROMPT_KEYS:
+            values = [np.pad(array, ((0, 0), (0, longest - array.shape[1]))) for array in values]
+        if isinstance(values[0], list):
+            texts = list(itertools.chain(*values))
+            merged[key] = [texts[i] for i in order.tolist()]
+        else:
+            merged[key] = np.concatenate(values)[order]
+    return merged
+
+
+def as_batch(arrays: Arrays, cameras: Sequence[str], images: Tensor) -> Batch:
+    """Numpy arrays and a block of images, uint8 (V, B, S, H, W, 3), as a batch; nothing is copied."""
+    batch = {camera: images[i].permute(0, 1, 4, 2, 3) for i, camera in enumerate(cameras)}
+    for key, values in arrays.items():
+        batch[key] = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    return batch

@@ -1,0 +1,268 @@
+"""Normalization statistics of training data: one pass over the numeric columns, images are never read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.schema import episode_numbers, flags, vectors
+from utils.config_utils import Config
+from utils.parquet_utils import (
+    Source,
+    batches,
+    fingerprint,
+    open_parquet,
+    resolve_parquet_files,
+)
+from utils.splits import used_episodes, validation_episodes
+from utils.statistics import StatisticsError, statistics_settings
+from utils.streaming_statistics import StepStatistics
+
+logger = logging.getLogger(__name__)
+ROWS_PER_BATCH = 16384
+BYTES_PER_TASK = 32 * 2**20  # smaller files are read several to a task
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def calculate_statistics(
+    files: Sequence[Source],
+    state_dim: int,
+    per_action_dim: int,
+    *,
+    name: str = "default",
+    val_fraction: float = 0.0,
+    split_seed: int = 0,
+    max_episodes: int | None = None,
+    action_mode: str = "absolute",
+    absolute_action_dims: Sequence[int] = (),
+    horizon: int = 1,
+    num_workers: int | None = None,
+) -> dict[str, Any]:
+    """Statistics per dimension of `state` and `action` of one dataset's training episodes, in physical units.
+
+    `absolute` actions count once per time step. `delta` actions, `action[t + k] - state[t]` in float32, count once
+    for every step t and k < horizon with both in one episode: each pair that carries loss when every step is
+    drawn alike. Dimensions that stay absolute count once per time step in either mode.
+
+    Memory grows with the logarithm of the number of rows alone: a worker holds the `state` and `action` of one row
+    group as they are stored, a few batches, and what `StepStatistics` keeps. The work is divided by files alone and
+    the parts are merged in file order, so the number of workers changes nothing.
+
+    Args:
+        files: Parquet files in order; an episode may go on from one into the next.
+        state_dim, per_action_dim: widths of the columns.
+        name: of the dataset; its held-out episodes depend on it, see `validation_episodes`.
+        val_fraction, split_seed, max_episodes: which episodes are held out or unused, and left out here.
+        action_mode: `absolute`, or `delta` for actions relative to the current state's same dimension.
+        absolute_action_dims: dimensions that stay absolute in delta mode; those past `per_action_dim` are ignored.
+        horizon: actions per sample, for delta mode.
+        num_workers: threads; None: one per core. Reading, summing and sorting run outside the interpreter's lock,
+            so threads scale as processes would and start at once.
+
+    Returns:
+        `{"state": {"min": [state_dim numbers], "max", "mean", "std", "q01", "q99", "count", "quantile_rank_error"},
+        "action": {...}, "files": [...], "rows", "bytes_read", "file_bytes"}`, in delta mode also `"horizon"` and
+        `action["pairs"]`. `count` is the number of time steps. min and max are exact, mean and std (the
+        population's) to float64 rounding; q01 and q99 equal `numpy.quantile` up to 65,536 values, beyond which
+        their ranks are off by at most the share `quantile_rank_error` (`QuantileSketch`). A dimension that never
+        changes has std 0 and min = mean = max: the normalizer handles it. `rows` counts held-out steps too;
+        `bytes_read` are the column chunks and footers that were needed, out of `file_bytes` (pyarrow reads the last
+        64 KiB of a file at once, which in small files covers more than the footer).
+
+    Raises:
+        DataError: missing column, wrong width or type, null, NaN or infinity, naming file and row.
+        StatisticsError: delta mode without a state dimension for an action dimension that is not absolute.
+    """
+    delta = action_mode == "delta"
+    spec = _Spec(
+        state_dim,
+        per_action_dim,
+        delta_dims=[d for d in range(per_action_dim) if delta and d not in absolute_action_dims],
+        horizon=horizon if delta else 1,
+        needs_episodes=delta or val_fraction > 0 or max_episodes is not None,
+    )
+    unmatched = [d for d in spec.delta_dims if d >= state_dim]
+    if unmatched:
+        raise StatisticsError(
+            f"dataset {name}: action_mode delta subtracts state[i] from action[i], but its state_dim {state_dim} has "
+            f"no value for action dimensions {unmatched}; list them in data.absolute_action_dims"
+        )
+    num_workers = num_workers or os.cpu_count() or 1
+    sizes = [int(fingerprint(path)[1]) for path in files]
+    tasks = list(_tasks(files, sizes))
+    episodes_before, flag_bytes, held_out = [0] * len(tasks), 0, np.zeros(0, dtype=bool)
+    if spec.needs_episodes:
+        counts = list(_in_order(_count_episodes, tasks, num_workers))
+        flag_bytes = sum(size for _, size in counts)
+        *episodes_before, episodes = np.cumsum([0, *(number for number, _ in counts)]).tolist()
+        used = used_episodes(name, episodes, split_seed, max_episodes)
+        held_out = ~used | validation_episodes(name, episodes, val_fraction, split_seed, max_episodes)
+    parts = _in_order(
+        partial(_read, spec=spec, held_out=held_out), zip(tasks, episodes_before, strict=True), num_workers
+    )
+    total, rows, bytes_read = next(parts)
+    for part in parts:
+        total.merge(part.statistics)
+        rows += part.rows
+        bytes_read += part.bytes_read
+    result: dict[str, Any] = total.result()
+    result |= {"files": [str(path) for path in files], "rows": rows}
+    result |= {"bytes_read": flag_bytes + bytes_read, "file_bytes": sum(sizes)}
+    return result | {"horizon": horizon} if delta else result
+
+
+def calculate_for_config(config: Config, num_workers: int | None = None) -> dict[str, Any]:
+    """The content of the statistics file of a config: every dataset, on its training episodes.
+
+    Raises:
+        DataError, StatisticsError: see `calculate_statistics`.
+    """
+    data = config.data
+    datasets = {}
+    for entry in config.datasets:
+        key = f"data.mixture {entry.name}: path" if data.mixture else "data.train_parquet_files"
+        started = time.perf_counter()
+        statistics = calculate_statistics(
+            resolve_parquet_files(entry.path, key),
+            entry.state_dim,
+            entry.per_action_dim,
+            name=entry.name,
+            val_fraction=data.val_fraction,
+            split_seed=data.split_seed,
+            max_episodes=data.max_episodes,
+            action_mode=data.action_mode,
+            absolute_action_dims=data.absolute_action_dims,
+            horizon=entry.horizon,
+            num_workers=num_workers,
+        )
+        _log_summary(entry.name, statistics, time.perf_counter() - started)
+        datasets[entry.name] = statistics
+    return statistics_settings(data) | {"datasets": datasets}
+
+
+class _Spec(NamedTuple):
+    """What to make statistics of; see `StepStatistics`."""
+
+    state_dim: int
+    per_action_dim: int
+    delta_dims: list[int]
+    horizon: int
+    needs_episodes: bool  # whether is_first has to be read
+
+
+class _Part(NamedTuple):
+    """What one task found."""
+
+    statistics: StepStatistics
+    rows: int
+    bytes_read: int
+
+
+def _tasks(files: Sequence[Source], sizes: list[int]) -> Iterator[list[Source]]:
+    """Consecutive files, so many to a task that reading them outweighs handing them over."""
+    task, filled = [], 0
+    for path, size in zip(files, sizes, strict=True):
+        task.append(path)
+        filled += size
+        if filled >= BYTES_PER_TASK:
+            yield task
+            task, filled = [], 0
+    if task:
+        yield task
+
+
+def _in_order(function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int) -> Iterator[Result]:
+    """Results in the order of the tasks; one more is under way than workers, so that results never pile up."""
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(num_workers) as executor:
+        try:
+            for task in tasks:
+                pending.append(executor.submit(function, task))
+                if len(pending) > num_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _count_episodes(paths: list[Source]) -> tuple[int, int]:
+    """(episodes that begin in these files, bytes read)."""
+    episodes = bytes_read = 0
+    for path in paths:
+        with open_parquet(path) as file:
+            for row, batch in batches(file, path, ["is_first"], ROWS_PER_BATCH, use_threads=False):
+                episodes += int(_is_first(batch, path, row).sum())
+            bytes_read += _bytes_needed(file, ["is_first"])
+    return episodes, bytes_read
+
+
+def _read(task: tuple[list[Source], int], spec: _Spec, held_out: np.ndarray) -> _Part:
+    """The statistics of some files' training steps; a task is the files and how many episodes begin before them."""
+    paths, episodes = task
+    statistics = StepStatistics(spec.state_dim, spec.per_action_dim, spec.delta_dims, spec.horizon)
+    columns = ["state", "action", "is_first"] if spec.needs_episodes else ["state", "action"]
+    rows = bytes_read = 0
+    for path in paths:
+        with open_parquet(path) as file:
+            for row, batch in batches(file, path, columns, ROWS_PER_BATCH, use_threads=False):
+                state, action = (
+                    vectors(batch.column(name), name, width, path, row, width_from=key).T
+                    for name, width, key in (
+                        ("state", spec.state_dim, "state_dim"),
+                        ("action", spec.per_action_dim, "per_action_dim"),
+                    )
+                )
+                episode = np.zeros(batch.num_rows, np.int64)
+                if spec.needs_episodes:
+                    episode = episode_numbers(_is_first(batch, path, row), episodes, path, row)
+                    episodes = int(episode[-1]) + 1
+                    keep = ~held_out[episode]
+                    state, action, episode = state[:, keep], action[:, keep], episode[keep]
+                statistics.add(np.ascontiguousarray(state), np.ascontiguousarray(action), episode)
+                rows += batch.num_rows
+            bytes_read += _bytes_needed(file, columns)
+    return _Part(statistics, rows, bytes_read)
+
+
+def _is_first(batch: pa.RecordBatch, path: Source, row: int) -> np.ndarray:
+    return flags(batch.column("is_first"), "is_first", path, row)
+
+
+def _bytes_needed(file: pq.ParquetFile, columns: list[str]) -> int:
+    """Compressed bytes of the columns' chunks, and of the footer."""
+    metadata = file.metadata
+    first = metadata.row_group(0)  # asked instead of metadata.schema, which pyarrow never frees with its metadata
+    leaves = [i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] in columns]
+    chunks = (
+        metadata.row_group(group).column(leaf).total_compressed_size
+        for group in range(metadata.num_row_groups)
+        for leaf in leaves
+    )
+    return metadata.serialized_size + sum(chunks)
+
+
+def _log_summary(name: str, statistics: dict[str, Any], seconds: float) -> None:
+    for key in ("state", "action"):
+        found = statistics[key]
+        constant = [i for i, (low, high) in enumerate(zip(found["min"], found["max"], strict=True)) if low == high]
+        note = f", constant dimensions {constant}" if constant else ""
+        rows = f"{found['count']} of {statistics['rows']} rows"
+        logger.info("%s %s: %s, %d dimensions%s", name, key, rows, len(found["min"]), note)
+    size, total = statistics["bytes_read"], statistics["file_bytes"]
+    logger.info(
+        "%s: %.1f s, %.1f of %.1f MB read (%.1f %%)", name, seconds, size / 1e6, total / 1e6, 100 * size / total
+    )

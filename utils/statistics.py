@@ -1,0 +1,116 @@
+"""Normalization statistics as a file: what it holds, and whether it belongs to a config.
+
+The file holds `{"action_mode", "absolute_action_dims", "val_fraction", "split_seed", "max_episodes", "datasets": {name:
+statistics}}`; a single dataset is called "default". A dataset's statistics are `{"state": {"min": [state_dim numbers],
+"max", "mean", "std", "q01", "q99", ...}, "action": {...}, ...}` in physical units: STATISTICS are what the normalizer
+needs, and what else is there tells where the numbers come from. `data/statistics.py` computes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.config_utils import Config, DataConfig, MixtureEntry
+
+STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+
+
+class StatisticsError(ValueError):
+    """A statistics file is missing, unreadable, or does not belong to the config."""
+
+
+def load_statistics(path: str | None, config: Config, config_path: str) -> list[dict[str, Any]]:
+    """Read a statistics file and check that it belongs to the config.
+
+    Args:
+        path: `data.normalization_stats_path`.
+        config: the configuration that trains.
+        config_path: where it was read from, for the command in error messages.
+
+    Returns:
+        Statistics per dataset as `calculate_statistics` gives them, in the order of `config.datasets`.
+
+    Raises:
+        StatisticsError: no path or no file (the message is the command that makes it), not JSON, a dataset or
+            statistic missing, another number of dimensions, another action mode, horizon or split.
+    """
+    target = path or "stats.json"
+    command = f"python utils/calculate_normalization_stats.py --config_path {config_path} --output_path {target}"
+    if path is None:
+        raise StatisticsError(f"data.normalization_stats_path is not set; set it to {target} and run: {command}")
+    if not Path(path).is_file():
+        raise StatisticsError(f"data.normalization_stats_path: {path} does not exist; make it with: {command}")
+    remedy = f"make it again with: {command}"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise StatisticsError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("datasets"), dict):
+        raise StatisticsError(f"{path}: no section 'datasets'; {remedy}")
+    _check_settings(content, config, path, command)
+    return [_dataset_statistics(content["datasets"], entry, config, path, remedy) for entry in config.datasets]
+
+
+def check_statistics(statistics: dict[str, Any], state_dim: int, per_action_dim: int, place: str, remedy: str) -> None:
+    """Raise a StatisticsError unless every statistic is there with the right number of finite values."""
+    for name, key, width in (("state", "data.state_dim", state_dim), ("action", "per_action_dim", per_action_dim)):
+        for statistic in STATISTICS:
+            values = statistics.get(name, {}).get(statistic)
+            if values is None:
+                raise StatisticsError(f"{place}: no {name}.{statistic}; {remedy}")
+            if len(values) != width:
+                raise StatisticsError(
+                    f"{place}: {name}.{statistic} has {len(values)} values, config wants {key} {width}; {remedy}"
+                )
+            if not np.isfinite(values).all():
+                raise StatisticsError(f"{place}: {name}.{statistic} is not finite: {values}; {remedy}")
+
+
+def statistics_settings(data: DataConfig) -> dict[str, Any]:
+    """The settings that the statistics of every dataset depend on."""
+    return {
+        "action_mode": data.action_mode,
+        "absolute_action_dims": sorted(data.absolute_action_dims),
+        "val_fraction": data.val_fraction,
+        "split_seed": data.split_seed,
+        "max_episodes": data.max_episodes,
+    }
+
+
+def _check_settings(content: dict[str, Any], config: Config, path: str, command: str) -> None:
+    wanted = statistics_settings(config.data)
+    if config.data.action_mode == "absolute":
+        del wanted["absolute_action_dims"]
+    if config.data.val_fraction == 0 and config.data.max_episodes is None:
+        del wanted["split_seed"]
+    others = {key: value for key, value in wanted.items() if content.get(key) != value}
+    if others:
+        found = ", ".join(f"{key} {content.get(key)}" for key in others)
+        needed = ", ".join(f"data.{key} {value}" for key, value in others.items())
+        flags = " ".join(f"'data.{key}={'null' if value is None else value}'" for key, value in others.items())
+        raise StatisticsError(
+            f"{path}: made with {found}, config wants {needed}; make it again with: {command} --set {flags}"
+        )
+
+
+def _dataset_statistics(
+    datasets: dict[str, Any], entry: MixtureEntry, config: Config, path: str, remedy: str
+) -> dict[str, Any]:
+    if entry.name not in datasets:
+        near = difflib.get_close_matches(entry.name, datasets, n=1, cutoff=0.0)
+        hint = f" (nearest: {near[0]!r})" if near else ""
+        raise StatisticsError(f"{path}: no statistics of dataset {entry.name!r}{hint}; {remedy}")
+    statistics = datasets[entry.name]
+    place = f"{path}: dataset {entry.name}"
+    check_statistics(statistics, entry.state_dim, entry.per_action_dim, place, remedy)
+    if config.data.action_mode == "delta" and statistics.get("horizon") != entry.horizon:
+        raise StatisticsError(
+            f"{place}: made with horizon {statistics.get('horizon')}, config wants horizon {entry.horizon}, and "
+            f"statistics of delta actions depend on it; {remedy}"
+        )
+    return statistics
