@@ -263,5 +263,5 @@ def _require_causal(language_model: PreTrainedModel, name_or_path: str) -> None:
     if not torch.allclose(first_2E[0], first_2E[1], atol=1e-4, rtol=1e-4):
         raise ConfigError(
             f"{_place('language', name_or_path)}: a token's features change with the tokens after it, wanted a causal "
-            f"language model; {_remedy('Qwen/Qwen2.5-0.5B')}"
+            f"language model; {_remedy('language')}"
         )
