@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from model.adapters import ADAPTER, is_adapted
-from model.vla_model import BACKBONES, VLAModel
+from model.backbone import backbone_class
+from model.vla_model import VLAModel
 from utils.checkpoint import evaluation_weights, load_checkpoint
 from utils.config_utils import Config, config_from_dict
 from utils.misc import atomic_path
@@ -95,10 +96,10 @@ def base_weights(config: Config, name: str | None) -> tuple[dict[str, Tensor], s
     vlm = dataclasses.replace(config.model.vlm_config, lora=None, quantization="none")
     if name is not None:
         vlm = dataclasses.replace(vlm, model_name_or_path=name)
-    elif not all(Path(one).is_dir() for one in vlm.pretrained_names.split(" and ")):
+    elif not all(Path(path).is_dir() for path in vlm.pretrained_paths):
         return {}, f"nothing: {vlm.pretrained_names} is not here; give --base"
     resampler = config.model.vision_resampler_config
-    backbone = BACKBONES[vlm.type].from_pretrained(vlm, resampler, (0.5,) * 3, (0.5,) * 3)
+    backbone = backbone_class(vlm.type).from_pretrained(vlm, resampler, config.cameras, (0.5,) * 3, (0.5,) * 3)
     parts = [module for name, module in backbone.components().items() if name in PRETRAINED]
     pretrained = {id(parameter) for part in parts for parameter in part.parameters()}
     named = backbone.named_parameters(prefix="backbone")

@@ -115,13 +115,13 @@ def stages(predictor: VLAPredictor) -> dict[str, Callable[[Tensors], Any]]:
     def action_head(tensors: Tensors) -> Tensor:
         found = Context(tensors["tokens"], tensors["mask"], tensors["normalized_state"])
         with model.autocast():
-            return model.action_head.sample_from(found, tensors["noise"], STEPS, schedule)
+            return model.action_head.sample(found, tensors["noise"], STEPS, schedule)
 
     return {"vision": vision, "context": context, "action head": action_head}
 
 
 def _noise(predictor: VLAPredictor) -> Tensor:
-    return predictor.model.draw_noise(1, [torch.Generator().manual_seed(SEED)], STEPS)[0]
+    return predictor.model.draw_noise([[SEED]], STEPS)[0]
 
 
 def _physical(predictor: VLAPredictor, action_BTA: Tensor, tensors: Tensors) -> np.ndarray:

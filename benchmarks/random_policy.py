@@ -44,13 +44,15 @@ def random_policy(
     torch.manual_seed(0)
     if size == "quickstart":
         image_processor = VLAImageProcessor.from_pretrained(str(folder))
-        backbone = PaliGemmaVLM.from_pretrained(vlm, resampler, image_processor.mean, image_processor.std)
+        backbone = PaliGemmaVLM.from_pretrained(
+            vlm, resampler, config.cameras, image_processor.mean, image_processor.std
+        )
     else:
         image_processor = VLAImageProcessor(224, 224, (0.5,) * 3, (0.5,) * 3, Image.Resampling.BICUBIC)
         plain = dataclasses.replace(vlm, lora=None, quantization="none")
         shape = PaliGemmaVLM.read_config(dataclasses.replace(vlm, model_name_or_path=str(PALIGEMMA_3B)))
         with device:
-            backbone = PaliGemmaVLM.from_config(shape, plain, resampler, (0.5,) * 3, (0.5,) * 3)
+            backbone = PaliGemmaVLM.from_config(shape, plain, resampler, config.cameras, (0.5,) * 3, (0.5,) * 3)
             _draw_weights(backbone)
             backbone.adapt(vlm)
     entry = config.datasets[0]

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.backbones import BACKBONE_SPECS
 from utils.config_utils import Config
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,8 @@ class PromptTokenizer:
             backbone: `model.vlm_config.type`.
         """
         self.tokenizer, self.max_len = tokenizer, max_len
-        self.prefix = [tokenizer.bos_token_id] if backbone == "paligemma" else _own_prefix(tokenizer)
+        starts_with_bos = BACKBONE_SPECS[backbone].prompt_start == "bos"
+        self.prefix = [tokenizer.bos_token_id] if starts_with_bos else _own_prefix(tokenizer)
         self._known: dict[str, Tensor] = {}
         self._warned = False
 
@@ -194,8 +196,10 @@ class PromptTokenizer:
                 f"tokenizer: none at {name_or_path!r} ({reason}); set data.tokenizer_name_or_path to a directory or "
                 "hub id that has one"
             ) from None
-        if backbone == "paligemma" and tokenizer.bos_token_id is None:
-            raise ObservationError(f"tokenizer at {name_or_path!r} has no <bos> token, which PaliGemma's prompt needs")
+        if BACKBONE_SPECS[backbone].prompt_start == "bos" and tokenizer.bos_token_id is None:
+            raise ObservationError(
+                f"tokenizer at {name_or_path!r} has no <bos> token, which the prompt of a {backbone} needs"
+            )
         return cls(tokenizer, max_len, backbone)
 
     @classmethod
@@ -365,12 +369,11 @@ def processors_from_config(config: Config) -> tuple[VLAImageProcessor, PromptTok
     """
     vlm = config.model.vlm_config
     image_source, tokenizer_source = processor_sources(config)
-    for key, hub_id, tiny in _PARTS[vlm.type]:
-        folder = getattr(vlm, key)
+    spec = BACKBONE_SPECS[vlm.type]
+    for part, folder in zip(spec.parts, vlm.pretrained_paths, strict=True):
         if folder.startswith(("/", "./", "../", "~")) and not Path(folder).is_dir():
             raise ObservationError(
-                f"model.vlm_config.{key}: no folder {folder!r}; download the model there (hf download {hub_id} "
-                f"--local-dir {folder}), or write a small untrained one: {tiny}"
+                f"model.vlm_config.{part.key}: no folder {folder!r}; {spec.remedy(part.key, folder)}"
             )
     return (
         VLAImageProcessor.from_pretrained(image_source),
@@ -380,23 +383,6 @@ def processors_from_config(config: Config) -> tuple[VLAImageProcessor, PromptTok
 
 def processor_sources(config: Config) -> tuple[str, str]:
     """Directories or hub ids of the image processor and of the tokenizer."""
-    data, parts = (
-        config.data,
-        [getattr(config.model.vlm_config, key) for key, *_ in _PARTS[config.model.vlm_config.type]],
-    )
-    image_source = data.image_processor_name_or_path or data.siglip_model_name or parts[0]
-    return image_source, data.tokenizer_name_or_path or parts[-1]
-
-
-# Per backbone its parts, the one that sees first and the one that reads last: config key, what to download, and how to
-# write a small untrained one.
-_TINY_SIGLIP_LLM = "python scripts/make_tiny_siglip_llm.py --output_dir DIR, and give DIR/"
-_PARTS = {
-    "paligemma": (
-        ("model_name_or_path", "google/paligemma-3b-pt-224", "python scripts/make_tiny_paligemma.py --output_dir DIR"),
-    ),
-    "siglip_llm": (
-        ("vision_model_name_or_path", "google/siglip-base-patch16-224", f"{_TINY_SIGLIP_LLM}siglip"),
-        ("language_model_name_or_path", "Qwen/Qwen2.5-0.5B", f"{_TINY_SIGLIP_LLM}qwen2"),
-    ),
-}
+    data, paths = config.data, config.model.vlm_config.pretrained_paths
+    image_source = data.image_processor_name_or_path or data.siglip_model_name or paths[0]
+    return image_source, data.tokenizer_name_or_path or paths[-1]

@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.processing import Batch
 from inference.acceleration import TensorFunction, Tensors, accelerate
-from model.action_head.base import Generators
-from model.action_head.guidance import ActionPrefix
+from model.context import ActionPrefix
 from model.vla_model import VLAModel
 
 OBSERVATION = ("image_mask", "vlm_attention_mask", "state", "dataset_index")  # read beside the images and the prompt
@@ -53,21 +52,23 @@ class Sampler:
     def __call__(
         self,
         batch: Batch,
-        generators: Sequence[Generators],
+        generators: Sequence[torch.Generator | Sequence[torch.Generator] | None],
         num_inference_steps: int,
         prefix: ActionPrefix | None = None,
     ) -> Tensor:
-        """Actions, float32 (K, B, T, A), physical units; arguments as `VLAModel.predict_draws` takes them.
+        """Actions, float32 (K, B, T, A), physical units; arguments one entry of `generators` per draw.
 
         With a prefix the model runs as it is, whatever `compile` says: guidance differentiates the network.
         """
         tensors = self.prepared(batch)
-        noise = self.model.draw_noise(len(batch["state"]), generators, num_inference_steps)
-        if noise is not None:
-            tensors["noise"] = noise
+        rows = [_per_sample(draw, len(batch["state"])) for draw in generators]
+        noise = [self.model.action_head.draw_noise(row, self.device, num_inference_steps) for row in rows]
+        if noise[0] is not None:
+            tensors["noise"] = torch.stack(noise)
         if prefix is not None:
             schedule = self._schedule(num_inference_steps)
-            return self.model.act(tensors, len(generators), num_inference_steps, schedule, prefix)
+            steps = {"num_draws": len(generators), "num_inference_steps": num_inference_steps}
+            return self.model.act(tensors, **steps, schedule=schedule, prefix=prefix)
         return self._function(len(generators), num_inference_steps)(tensors)
 
     @torch.no_grad()
@@ -104,3 +105,12 @@ class Sampler:
                 torch._dynamo.mark_static_address(tensor)  # as weights are: else inductor's graphs copy it every time
         function = functools.partial(self.model.act, **steps, schedule=schedule)
         return accelerate(function, self.compile, self.device)
+
+
+def _per_sample(
+    generators: torch.Generator | Sequence[torch.Generator] | None, batch_size: int
+) -> Sequence[torch.Generator]:
+    """One generator per sample; None: seeded by torch's global one."""
+    if generators is None:
+        return [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (batch_size,)).tolist()]
+    return [generators] if isinstance(generators, torch.Generator) else generators

@@ -1,4 +1,4 @@
-"""What every backbone offers, and what backbones share: pixels that exist, and only those, go through the vision tower.
+"""What every backbone offers, and what backbones share: only images that exist go through the vision tower.
 
 Shape letters: B batch, S observation frames, V cameras, H height, W width, N images of the whole batch,
 n tokens per image, L context tokens, E width of image tokens.
@@ -6,6 +6,7 @@ n tokens per image, L context tokens, E width of image tokens.
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -14,26 +15,80 @@ import torch
 from torch import Tensor, nn
 
 from model.adapters import adapt
-from utils.config_utils import VLMConfig
+from model.context import Context, ContextSpec
+from utils.backbones import BACKBONE_SPECS
+from utils.batch import Batch
+from utils.config_utils import VisionResamplerConfig, VLMConfig
 
 
 class Backbone(nn.Module, ABC):
-    """Images and a prompt in, context tokens out. `model.vla_model.BACKBONES` maps the config's `type` to a class.
+    """Images and a prompt in, a `Context` out.
 
-    A class is made by `from_pretrained(vlm_config, resampler_config, image_mean, image_std)`, from Hugging Face
-    directories, or by `from_config(backbone_config, ...)`, from what `backbone_config_dict` returned and without
-    weight files.
+    `utils.backbones.BACKBONE_SPECS` says which backbones there are, and what each is made of.
+
+    Attributes:
+        cameras: names of the cameras that it reads, in slot order.
+        language_sees_images: whether image tokens run through the language model, so that its keys and values tell a
+            head about the whole observation; without that there are none to hand over.
     """
 
-    def __init__(self, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
+    language_sees_images: bool = True
+
+    def __init__(self, cameras: Sequence[str], image_mean: Sequence[float], image_std: Sequence[float]) -> None:
         super().__init__()
+        self.cameras = tuple(cameras)
         self.register_buffer("image_mean", torch.tensor(image_mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("image_std", torch.tensor(image_std, dtype=torch.float32).view(-1, 1, 1))
 
+    @classmethod
+    @abstractmethod
+    def from_pretrained(
+        cls,
+        vlm_config: VLMConfig,
+        resampler_config: VisionResamplerConfig,
+        cameras: Sequence[str],
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> Backbone:
+        """Load the pretrained parts from Hugging Face directories or hub ids.
+
+        Args:
+            vlm_config: `model.vlm_config`; it names the directories.
+            resampler_config: `model.vision_resampler_config`.
+            cameras: names of the cameras to read, in slot order.
+            image_mean, image_std: per RGB channel, on the scale of pixels in [0, 1], from the image processor.
+
+        Raises:
+            ConfigError: nothing loadable is there, it is a model of another kind, weights are missing from it or left
+                over, or a setting contradicts the model.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls,
+        backbone_config: dict[str, Any],
+        vlm_config: VLMConfig,
+        resampler_config: VisionResamplerConfig,
+        cameras: Sequence[str],
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> Backbone:
+        """Build the same module without weight files; its weights are undefined until a state dict is loaded.
+
+        Args:
+            backbone_config: what `backbone_config_dict()` returned.
+            vlm_config, resampler_config, cameras, image_mean, image_std: as for `from_pretrained`, whose directories
+                are not read here.
+
+        Raises:
+            ConfigError: a setting contradicts the model.
+        """
+
     @property
     @abstractmethod
-    def embed_dim(self) -> int:
-        """Width of the context tokens."""
+    def spec(self) -> ContextSpec:
+        """What its contexts look like."""
 
     @property
     @abstractmethod
@@ -67,33 +122,25 @@ class Backbone(nn.Module, ABC):
         """The pretrained parts' architecture as plain values, for JSON, for checkpoints and for `from_config`."""
 
     @abstractmethod
-    def forward(
-        self,
-        images: Sequence[Tensor],
-        image_mask_BV: Tensor,
-        frame_mask_BS: Tensor,
-        input_ids_BL: Tensor,
-        prompt_mask_BL: Tensor,
-        *,
-        text_BLE: Tensor | None = None,
-        image_slots_N: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def num_context_tokens(self, num_images: int, text_len: int) -> int:
+        """L, context tokens of a sample with so many images (of all frames and cameras) and text tokens."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, *, keys_values: bool = False) -> Context:
         """Fuse images and prompt.
 
         Args:
-            images: one uint8 (B, S, 3, H, W) per camera, V of them, pixels 0 to 255.
-            image_mask_BV: bool, False where a sample lacks that camera.
-            frame_mask_BS: bool, False for frames before the episode's start.
-            input_ids_BL: int64, text tokens only, padded on the right.
-            prompt_mask_BL: bool, True for text tokens that exist.
-            text_BLE: `embed_prompt(input_ids_BL)` where the caller has kept it; `input_ids_BL` is then not read.
-            image_slots_N: see `encode_images`.
+            batch: the data contract, on the backbone's device. Read are each camera's images (uint8 (B, S, 3, H, W)),
+                `image_mask`, `vlm_attention_mask`, `input_ids` (padded on the right) and `prompt_mask`. A caller may
+                add what it has kept: `prompt_embeds`, which is `embed_prompt(input_ids)` and then read instead, and
+                `image_slots`, see `encode_images`.
+            keys_values: also hand over the language model's keys and values.
 
         Returns:
-            tokens_BLE, without meaning where the mask is False, and mask_BL, bool, True for tokens that exist.
+            `tokens_BLE`, without meaning where `mask_BL` is False, `mask_BL`, and `keys_values` where asked for.
 
         Raises:
-            ValueError: images of another size than `image_size`.
+            ValueError: images of another size than `image_size`, or a backbone that has no keys and values to give.
         """
 
     @abstractmethod
@@ -104,6 +151,10 @@ class Backbone(nn.Module, ABC):
     def image_features(self, pixels_N3HW: Tensor) -> Tensor:
         """Tokens (N, n, E) of normalized images."""
 
+    def slot_mask(self, batch: Batch) -> Tensor:
+        """Which images of a batch exist, bool (B, S, V)."""
+        return batch["vlm_attention_mask"][:, :, None] & batch["image_mask"][:, None, :]
+
     def encode_images(
         self, images: Sequence[Tensor], slot_mask_BSV: Tensor, image_slots_N: Tensor | None = None
     ) -> Tensor:
@@ -113,7 +164,7 @@ class Backbone(nn.Module, ABC):
             images: one uint8 (B, S, 3, H, W) per camera, pixels 0 to 255.
             slot_mask_BSV: bool, True for images that exist.
             image_slots_N: int64, which of the flattened B·S·V slots hold an image, ascending, at least one, where
-                the caller knows it; None: found from the mask, for which a GPU must be waited for.
+                the caller knows it. None: read from the mask, for which the host must wait for the GPU.
 
         Returns:
             (B, S·V·n, E), frames outer, cameras inner, with zeros in the slots that are empty.
@@ -128,7 +179,7 @@ class Backbone(nn.Module, ABC):
         valid_N = slot_mask_BSV.flatten().nonzero().squeeze(1) if image_slots_N is None else image_slots_N
         all_valid = valid_N.numel() == slot_mask_BSV.numel()
         if valid_N.numel() == 0:
-            # One image in vain: DDP waits for the vision tower's gradients on every rank.
+            # Encode one empty image all the same: DDP waits for the vision tower's gradients on every rank.
             valid_N = valid_N.new_zeros(1)
         if not all_valid:
             pixels_N3HW = pixels_N3HW[valid_N]
@@ -139,12 +190,18 @@ class Backbone(nn.Module, ABC):
         return features_NnE.view(batch, slots * features_NnE.shape[1], features_NnE.shape[2])
 
     def _check_images(self, images: Sequence[Tensor]) -> None:
-        for camera, image_BS3HW in enumerate(images, start=1):
+        for camera, image_BS3HW in zip(self.cameras, images, strict=True):
             assert image_BS3HW.ndim == 5 and image_BS3HW.dtype == torch.uint8, (image_BS3HW.shape, image_BS3HW.dtype)
             height, width = image_BS3HW.shape[-2:]
             if (height, width) != (self.image_size, self.image_size):
                 raise ValueError(
-                    f"image_{camera} is {height} x {width} pixels, but the backbone takes {self.image_size} x "
+                    f"{camera} is {height} x {width} pixels, but the backbone takes {self.image_size} x "
                     f"{self.image_size}; resize with the backbone's own image processor "
                     "(data.image_processor_name_or_path), or choose a backbone for that size"
                 )
+
+
+def backbone_class(name: str) -> type[Backbone]:
+    """The class of a backbone, a key of `BACKBONE_SPECS`; only the file of that one is imported."""
+    module, _, class_name = BACKBONE_SPECS[name].model_class.rpartition(".")
+    return getattr(importlib.import_module(module), class_name)

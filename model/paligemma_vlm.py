@@ -16,6 +16,8 @@ from transformers import PaliGemmaConfig, PaliGemmaModel
 from transformers.initialization import no_init_weights
 
 from model.backbone import Backbone
+from model.context import Context, ContextSpec
+from model.keys_values import KeysValues, collecting
 from model.pretrained import (
     attention_of,
     check_num_image_tokens,
@@ -27,6 +29,8 @@ from model.pretrained import (
     truncate_layers,
 )
 from model.vision_encoder_module import build_vision_resampler
+from utils.backbones import BACKBONE_SPECS
+from utils.batch import Batch
 from utils.config_utils import VisionResamplerConfig, VLMConfig
 
 
@@ -45,14 +49,14 @@ class PaliGemmaVLM(Backbone):
         backbone: PaliGemmaModel,
         resampler: nn.Module,
         vlm_config: VLMConfig,
+        cameras: Sequence[str],
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> None:
         """Use `from_pretrained` or `from_config`: they check the configuration before any weights are made."""
-        super().__init__(image_mean, image_std)
+        super().__init__(cameras, image_mean, image_std)
         self.backbone = backbone
         self.resampler = resampler
-
         self.adapt(vlm_config)
         if vlm_config.gradient_checkpointing:
             enable_checkpointing(backbone)
@@ -63,25 +67,16 @@ class PaliGemmaVLM(Backbone):
         cls,
         vlm_config: VLMConfig,
         resampler_config: VisionResamplerConfig,
+        cameras: Sequence[str],
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> PaliGemmaVLM:
-        """Load the backbone from a Hugging Face directory or hub id.
-
-        Args:
-            vlm_config: `model.vlm_config`; `model_name_or_path` names the directory or hub id.
-            resampler_config: `model.vision_resampler_config`.
-            image_mean, image_std: per RGB channel, on the scale of pixels in [0, 1], from the image processor.
-
-        Raises:
-            ConfigError: nothing loadable is there, it is no PaliGemma, weights are missing from it or left over,
-                or a setting contradicts the model.
-        """
+        """See `Backbone.from_pretrained`; `vlm_config.model_name_or_path` names a PaliGemma."""
         config = _read_backbone_config(vlm_config.model_name_or_path)
         check_num_image_tokens(vlm_config, config.vision_config)
         resampler = build_vision_resampler(resampler_config, config.text_config.hidden_size)
         backbone = _load_backbone(vlm_config, config)
-        return cls(backbone, resampler, vlm_config, image_mean, image_std)
+        return cls(backbone, resampler, vlm_config, cameras, image_mean, image_std)
 
     @classmethod
     def from_config(
@@ -89,19 +84,11 @@ class PaliGemmaVLM(Backbone):
         backbone_config: dict[str, Any],
         vlm_config: VLMConfig,
         resampler_config: VisionResamplerConfig,
+        cameras: Sequence[str],
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> PaliGemmaVLM:
-        """Build the same module without weight files; its weights are undefined until a state dict is loaded.
-
-        Args:
-            backbone_config: what `backbone_config_dict()` returned.
-            vlm_config, resampler_config, image_mean, image_std: as for `from_pretrained`, whose
-                `model_name_or_path` is not read here.
-
-        Raises:
-            ConfigError: a setting contradicts the model.
-        """
+        """See `Backbone.from_config`."""
         config = PaliGemmaConfig.from_dict(copy.deepcopy(backbone_config))
         truncate_layers(config.text_config, vlm_config.num_language_layers)
         check_num_image_tokens(vlm_config, config.vision_config)
@@ -109,7 +96,7 @@ class PaliGemmaVLM(Backbone):
         config._attn_implementation = _attn_implementation(vlm_config, config)
         with no_init_weights():  # minutes of random numbers for a 3B model, all overwritten by the state dict
             backbone = PaliGemmaModel(config)
-        return cls(backbone, resampler, vlm_config, image_mean, image_std)
+        return cls(backbone, resampler, vlm_config, cameras, image_mean, image_std)
 
     @staticmethod
     def read_config(vlm_config: VLMConfig) -> dict[str, Any]:
@@ -130,9 +117,16 @@ class PaliGemmaVLM(Backbone):
         }
 
     @property
-    def embed_dim(self) -> int:
-        """E, width of the fused tokens."""
-        return self.backbone.config.text_config.hidden_size
+    def spec(self) -> ContextSpec:
+        """See `Backbone.spec`; keys and values are those of the whole prefix."""
+        text = self.backbone.config.text_config
+        return ContextSpec(
+            width=text.hidden_size,
+            num_layers=text.num_hidden_layers,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            rope_theta=text.rope_parameters["rope_theta"],
+        )
 
     @property
     def image_size(self) -> int:
@@ -144,50 +138,33 @@ class PaliGemmaVLM(Backbone):
         """n, context tokens that one image takes, after the resampler."""
         return self.resampler.tokens_per_image(num_image_tokens(self.backbone.config.vision_config))
 
-    def forward(
-        self,
-        images: Sequence[Tensor],
-        image_mask_BV: Tensor,
-        frame_mask_BS: Tensor,
-        input_ids_BL: Tensor,
-        prompt_mask_BL: Tensor,
-        *,
-        text_BLE: Tensor | None = None,
-        image_slots_N: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Fuse images and prompt.
+    def num_context_tokens(self, num_images: int, text_len: int) -> int:
+        """See `Backbone.num_context_tokens`."""
+        return num_images * self.tokens_per_image + text_len
 
-        Args:
-            images: one uint8 (B, S, 3, H, W) per camera, V of them, pixels 0 to 255.
-            image_mask_BV: bool, False where a sample lacks that camera.
-            frame_mask_BS: bool, False for frames before the episode's start.
-            input_ids_BL: int64, text tokens only (`<bos>` prompt newline), padded on the right.
-            prompt_mask_BL: bool, True for text tokens that exist.
-            text_BLE: `embed_prompt(input_ids_BL)` where the caller has kept it; `input_ids_BL` is then not read.
-            image_slots_N: int64, which of the flattened B·S·V slots hold an image, ascending, at least one, where
-                the caller knows it; None: found from the masks, for which a GPU must be waited for.
+    def forward(self, batch: Batch, *, keys_values: bool = False) -> Context:
+        """See `Backbone.forward`.
 
         Returns:
-            tokens_BLE: the backbone's last hidden states. The images come first (frames outer, cameras inner,
-                `tokens_per_image` each), then the text. float32, or the autocast or storage dtype where the
-                language model computes in that; without meaning where the mask is False.
-            mask_BL: bool, True for tokens that exist.
-
-        Raises:
-            ValueError: images of another size than `image_size`.
+            `tokens_BLE`: the backbone's last hidden states. The images come first (frames outer, cameras inner,
+            `tokens_per_image` each), then the text. float32, or the autocast or storage dtype where the language model
+            computes in that.
         """
-        slot_mask_BSV = frame_mask_BS[:, :, None] & image_mask_BV[:, None, :]
-        features_BLE = self.encode_images(images, slot_mask_BSV, image_slots_N)
+        slot_mask_BSV = self.slot_mask(batch)
+        images = [batch[camera] for camera in self.cameras]
+        features_BLE = self.encode_images(images, slot_mask_BSV, batch.get("image_slots"))
+        text_BLE = batch.get("prompt_embeds")
         if text_BLE is None:
-            text_BLE = self.embed_prompt(input_ids_BL)
+            text_BLE = self.embed_prompt(batch["input_ids"])
         # PaliGemmaModel.forward puts image features among the text embeddings as they are: only text embeddings are
         # scaled by sqrt(E), and in transformers 5 the embedding does that by itself.
         embeds_BLE = torch.cat([features_BLE.to(text_BLE.dtype), text_BLE], dim=1)
 
         image_mask_BL = slot_mask_BSV.flatten(1).repeat_interleave(self.tokens_per_image, dim=1)
-        mask_BL = torch.cat([image_mask_BL, prompt_mask_BL], dim=1)
+        mask_BL = torch.cat([image_mask_BL, batch["prompt_mask"]], dim=1)
         # Positions count the tokens that exist, from 1: what is masked out moves nothing.
         position_ids_BL = mask_BL.cumsum(dim=1)
+        collected = KeysValues() if keys_values else None
         # token_type_ids 0 mark one bidirectional block; without them PaliGemmaModel is causal. In the block Gemma 2's
         # sliding windows don't apply, in stock transformers as here. The mask is given even where all are True:
         # without one, positions that repeat would be taken for several packed sequences.
@@ -197,8 +174,10 @@ class PaliGemmaVLM(Backbone):
             position_ids=position_ids_BL,
             token_type_ids=torch.zeros_like(position_ids_BL),
             use_cache=False,
+            **({} if collected is None else {"keys_values": collected}),
         )
-        return outputs.last_hidden_state, mask_BL
+        layers = None if collected is None else collected.close()
+        return Context(outputs.last_hidden_state, mask_BL, keys_values=layers)
 
     def embed_prompt(self, input_ids_BL: Tensor) -> Tensor:
         """Text tokens as the language model takes them, (B, L, E); they depend on the instruction alone."""
@@ -214,7 +193,7 @@ class PaliGemmaVLM(Backbone):
 
 def _attn_implementation(vlm_config: VLMConfig, config: PaliGemmaConfig) -> dict[str, str]:
     """Attention of each sub-model. Only the text model's is a choice: SigLIP caps nothing and runs on SDPA."""
-    choice = attention_of(config.text_config, vlm_config.attn_implementation)
+    choice = collecting(attention_of(config.text_config, vlm_config.attn_implementation))
     return {"": choice, "text_config": choice, "vision_config": "sdpa"}
 
 
@@ -223,10 +202,7 @@ def _place(name_or_path: str) -> str:
 
 
 def _read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
-    remedy = (
-        "download a PaliGemma (accept its license, then: hf download google/paligemma-3b-pt-224 --local-dir "
-        "weight/paligemma-3b-pt-224), or make a small untrained one (python scripts/make_tiny_paligemma.py)"
-    )
+    remedy = BACKBONE_SPECS["paligemma"].remedy("model_name_or_path")
     values = read_model_config(name_or_path, _place(name_or_path), ["paligemma"], remedy)
     config = PaliGemmaConfig.from_dict(values)
     config.vision_config.vision_use_head = False  # SigLIP's pooling head: nothing here reads it, it could not train

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import attend, split_heads
 from model.vision_encoder_module import MLPBlock
 from utils.config_utils import FusionConfig
 
@@ -115,15 +116,9 @@ class _Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x_BqD: Tensor, memory_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:
-        key_BMD, value_BMD = self.key_value(memory_BMD).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(
-            *map(self._split_heads, (self.query(x_BqD), key_BMD, value_BMD)),
-            attn_mask=None if mask_BM is None else mask_BM[:, None, None, :],
-        )
-        return self.out(attended.transpose(1, 2).flatten(2))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        keys, values = (split_heads(x, self.num_heads) for x in self.key_value(memory_BMD).chunk(2, dim=-1))
+        mask = None if mask_BM is None else mask_BM[:, None, None, :]
+        return self.out(attend(self.query(x_BqD), keys, values, mask))
 
 
 def sines(positions: Tensor, width: int, longest: float) -> Tensor:

@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from model.backbone import Backbone
+from model.context import Context, ContextSpec
 from model.perceiver_fusion import PerceiverFusion
 from model.pretrained import (
     attention_of,
@@ -35,6 +36,8 @@ from model.pretrained import (
     read_model_config,
     truncate_layers,
 )
+from utils.backbones import BACKBONE_SPECS
+from utils.batch import Batch
 from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
 
 
@@ -48,23 +51,26 @@ class SiglipLLM(Backbone):
     inside and outside of `torch.autocast`.
     """
 
+    language_sees_images = False
+
     def __init__(
         self,
         vision_tower: SiglipVisionModel,
         language_model: PreTrainedModel,
         vlm_config: VLMConfig,
+        cameras: Sequence[str],
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> None:
         """Use `from_pretrained` or `from_config`: they check the configuration before any weights are made."""
-        super().__init__(image_mean, image_std)
+        super().__init__(cameras, image_mean, image_std)
         self.vision_tower = vision_tower
         self.language_model = language_model
         self.fusion = PerceiverFusion(
             vlm_config.fusion,
             vision_tower.config.hidden_size,
             language_model.config.hidden_size,
-            num_cameras=2 if vlm_config.use_aux_camera else 1,
+            num_cameras=len(self.cameras),
             num_image_tokens=num_image_tokens(vision_tower.config),
         )
         self.adapt(vlm_config)
@@ -78,19 +84,14 @@ class SiglipLLM(Backbone):
         cls,
         vlm_config: VLMConfig,
         resampler_config: VisionResamplerConfig,
+        cameras: Sequence[str],
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> SiglipLLM:
-        """Load both models from Hugging Face directories or hub ids; the fusion starts untrained.
+        """See `Backbone.from_pretrained`; the fusion starts untrained.
 
-        Args:
-            vlm_config: `model.vlm_config`; `vision_model_name_or_path` and `language_model_name_or_path` name them.
-            resampler_config: `model.vision_resampler_config`; must be the identity, for the fusion resamples.
-            image_mean, image_std: per RGB channel, on the scale of pixels in [0, 1], from the image processor.
-
-        Raises:
-            ConfigError: nothing loadable is there, it is no SigLIP or no causal language model, weights are missing
-                from it or left over, or a setting contradicts the models.
+        `vlm_config.vision_model_name_or_path` names a SigLIP, `language_model_name_or_path` a causal language model.
+        `resampler_config` must be the identity, since the fusion resamples.
         """
         vision_name, language_name = vlm_config.vision_model_name_or_path, vlm_config.language_model_name_or_path
         vision_config = _read_vision_config(vision_name)
@@ -116,7 +117,7 @@ class SiglipLLM(Backbone):
             attn_implementation=attention,
         )
         _require_causal(language_model, language_name)
-        return cls(vision_tower, language_model, vlm_config, image_mean, image_std)
+        return cls(vision_tower, language_model, vlm_config, cameras, image_mean, image_std)
 
     @classmethod
     def from_config(
@@ -124,19 +125,11 @@ class SiglipLLM(Backbone):
         backbone_config: dict[str, Any],
         vlm_config: VLMConfig,
         resampler_config: VisionResamplerConfig,
+        cameras: Sequence[str],
         image_mean: Sequence[float],
         image_std: Sequence[float],
     ) -> SiglipLLM:
-        """Build the same module without weight files; its weights are undefined until a state dict is loaded.
-
-        Args:
-            backbone_config: what `backbone_config_dict()` returned.
-            vlm_config, resampler_config, image_mean, image_std: as for `from_pretrained`, whose
-                `*_model_name_or_path` are not read here.
-
-        Raises:
-            ConfigError: a setting contradicts the models.
-        """
+        """See `Backbone.from_config`."""
         values = copy.deepcopy(backbone_config)
         vision_config = SiglipVisionConfig.from_dict(values["vision"])
         language_config = CONFIG_MAPPING[values["language"]["model_type"]].from_dict(values["language"])
@@ -146,7 +139,7 @@ class SiglipLLM(Backbone):
         with no_init_weights():  # random numbers that the state dict would overwrite
             vision_tower = SiglipVisionModel._from_config(vision_config, attn_implementation="sdpa")
             language_model = AutoModel.from_config(language_config, attn_implementation=attention)
-        return cls(vision_tower, language_model, vlm_config, image_mean, image_std)
+        return cls(vision_tower, language_model, vlm_config, cameras, image_mean, image_std)
 
     @staticmethod
     def read_config(vlm_config: VLMConfig) -> dict[str, Any]:
@@ -168,9 +161,9 @@ class SiglipLLM(Backbone):
         return {"vision tower": self.vision_tower, "language model": self.language_model, "fusion": self.fusion}
 
     @property
-    def embed_dim(self) -> int:
-        """D, width of the context tokens."""
-        return self.fusion.latents_qD.shape[1]
+    def spec(self) -> ContextSpec:
+        """See `Backbone.spec`. There are no keys and values to hand over: the language model reads the prompt alone."""
+        return ContextSpec(width=self.fusion.latents_qD.shape[1])
 
     @property
     def image_size(self) -> int:
@@ -182,30 +175,31 @@ class SiglipLLM(Backbone):
         """n, features that the latents read from one image; the context has `fusion.num_latents` tokens."""
         return num_image_tokens(self.vision_tower.config)
 
-    def forward(
-        self,
-        images: Sequence[Tensor],
-        image_mask_BV: Tensor,
-        frame_mask_BS: Tensor,
-        input_ids_BL: Tensor,
-        prompt_mask_BL: Tensor,
-        *,
-        text_BLE: Tensor | None = None,
-        image_slots_N: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Fuse images and prompt; arguments and errors as in `Backbone.forward`.
+    def num_context_tokens(self, num_images: int, text_len: int) -> int:
+        """See `Backbone.num_context_tokens`; always one per latent."""
+        return len(self.fusion.latents_qD)
+
+    def forward(self, batch: Batch, *, keys_values: bool = False) -> Context:
+        """See `Backbone.forward`.
 
         Returns:
-            tokens_BqD: the latents after reading, float32 or the autocast dtype.
-            mask_Bq: bool, all True: latents always exist.
+            `tokens_BLE`: the latents after reading, float32 or the autocast dtype; `mask_BL` is all True, for latents
+            always exist.
+
+        Raises:
+            ValueError: images of another size than `image_size`, or `keys_values`.
         """
-        slot_mask_BSV = frame_mask_BS[:, :, None] & image_mask_BV[:, None, :]
-        image_BMD = self.encode_images(images, slot_mask_BSV, image_slots_N)
-        if text_BLE is None:
-            text_BLE = self.embed_prompt(input_ids_BL)
+        if keys_values:
+            raise ValueError("a siglip_llm backbone hands over no keys and values: its language model sees no images")
+        slot_mask_BSV = self.slot_mask(batch)
+        images = [batch[camera] for camera in self.cameras]
+        image_BMD = self.encode_images(images, slot_mask_BSV, batch.get("image_slots"))
+        text_BLD = batch.get("prompt_embeds")
+        if text_BLD is None:
+            text_BLD = self.embed_prompt(batch["input_ids"])
         image_BSVnD = image_BMD.unflatten(1, (*slot_mask_BSV.shape[1:], -1))
-        tokens_BqD = self.fusion(image_BSVnD, slot_mask_BSV, text_BLE, prompt_mask_BL)
-        return tokens_BqD, torch.ones(tokens_BqD.shape[:2], dtype=torch.bool, device=tokens_BqD.device)
+        tokens_BqD = self.fusion(image_BSVnD, slot_mask_BSV, text_BLD, batch["prompt_mask"])
+        return Context(tokens_BqD, torch.ones(tokens_BqD.shape[:2], dtype=torch.bool, device=tokens_BqD.device))
 
     def embed_prompt(self, input_ids_BL: Tensor) -> Tensor:
         """Text tokens as the fusion takes them, (B, L, D); they depend on the instruction alone.
@@ -225,24 +219,21 @@ def _place(kind: str, name_or_path: str) -> str:
     return f"model.vlm_config.{kind}_model_name_or_path is {name_or_path!r}"
 
 
-def _remedy(hub_id: str) -> str:
-    return (
-        f"download one (hf download {hub_id} --local-dir weight/{hub_id.split('/')[1]}), or make a small untrained one "
-        "(python scripts/make_tiny_siglip_llm.py)"
-    )
+def _remedy(kind: str) -> str:
+    return BACKBONE_SPECS["siglip_llm"].remedy(f"{kind}_model_name_or_path")
 
 
 def _read_vision_config(name_or_path: str) -> SiglipVisionConfig:
     wanted = ["siglip", "siglip_vision_model"]
     place = _place("vision", name_or_path)
-    values = read_model_config(name_or_path, place, wanted, _remedy("google/siglip-base-patch16-224"))
+    values = read_model_config(name_or_path, place, wanted, _remedy("vision"))
     config = SiglipVisionConfig.from_dict(values["vision_config"] if values["model_type"] == "siglip" else values)
     config.vision_use_head = False  # SigLIP's pooling head: nothing here reads it, it could not train
     return config
 
 
 def _read_language_config(name_or_path: str) -> PretrainedConfig:
-    place, remedy = _place("language", name_or_path), _remedy("Qwen/Qwen2.5-0.5B")
+    place, remedy = _place("language", name_or_path), _remedy("language")
     values = read_model_config(name_or_path, place, None, remedy)
     kind = values["model_type"]
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -272,5 +263,5 @@ def _require_causal(language_model: PreTrainedModel, name_or_path: str) -> None:
     if not torch.allclose(first_2E[0], first_2E[1], atol=1e-4, rtol=1e-4):
         raise ConfigError(
             f"{_place('language', name_or_path)}: a token's features change with the tokens after it, wanted a causal "
-            f"language model; {_remedy('Qwen/Qwen2.5-0.5B')}"
+            f"language model; {_remedy('language')}"
         )

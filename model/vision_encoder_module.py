@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import attend, split_heads
 from utils.config_utils import ConfigError, VisionResamplerConfig
 
 
@@ -108,14 +109,8 @@ class _PerceiverBlock(nn.Module):
     def forward(self, latents_NqE: Tensor, features_NnE: Tensor) -> Tensor:
         normed_NqE = self.norm_latents(latents_NqE)
         memory = torch.cat([self.norm_features(features_NnE), normed_NqE], dim=1)
-        key, value = self.key_value(memory).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(
-            self._split_heads(self.query(normed_NqE)), self._split_heads(key), self._split_heads(value)
-        )
-        return self.mlp(latents_NqE + self.out(attended.transpose(1, 2).flatten(2)))
-
-    def _split_heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        keys, values = (split_heads(x, self.num_heads) for x in self.key_value(memory).chunk(2, dim=-1))
+        return self.mlp(latents_NqE + self.out(attend(self.query(normed_NqE), keys, values)))
 
 
 VISION_RESAMPLERS: dict[str, type[nn.Module]] = {

@@ -6,7 +6,6 @@ Shape letters: B batch, V cameras, L context tokens, E embedding width, T horizo
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -17,26 +16,14 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.action_head import build_action_head, head_class
-from model.action_head.base import Generators
-from model.action_head.guidance import ActionPrefix
-from model.adapters import base_fingerprint, load_state, trained_state
-from model.architecture import is_plain
 from model.augmentation import ImageAugmentation
-from model.backbone import Backbone
-from model.context import Context
+from model.backbone import Backbone, backbone_class
+from model.checkpointing import frozen_base, policy_from_checkpoint
+from model.context import ActionPrefix, Context
 from model.normalizer import Normalizer
-from model.paligemma_vlm import PaliGemmaVLM
-from model.siglip_llm import SiglipLLM
-from utils.checkpoint import CheckpointError, evaluation_weights
-from utils.config_utils import Config, ConfigError, config_from_dict
+from utils.batch import Batch
+from utils.config_utils import Config, ConfigError
 from utils.statistics import StatisticsError, check_statistics
-
-BACKBONES: dict[str, type[Backbone]] = {
-    "paligemma": PaliGemmaVLM,
-    "siglip_llm": SiglipLLM,
-}
-
-logger = logging.getLogger(__name__)
 
 
 class VLAModel(nn.Module):
@@ -47,11 +34,15 @@ class VLAModel(nn.Module):
 
         Args:
             config: read for the `data` section's normalization and the head's section.
-            backbone: images and prompt -> fused tokens.
+            backbone: images and prompt -> context.
             statistics: per dataset, in the order of `dataset_index`.
+
+        Raises:
+            ConfigError: the head wants keys and values that this backbone cannot hand over.
+            StatisticsError: statistics of another size.
         """
         super().__init__()
-        head = config.model.action_head_config
+        _check_head_and_backbone(config)
         data, datasets = config.data, config.datasets
         if len(statistics) != len(datasets):
             raise StatisticsError(
@@ -62,14 +53,15 @@ class VLAModel(nn.Module):
             remedy = "calculate the statistics again for this config"
             place = f"statistics of dataset {dataset.name}"
             check_statistics(one, dataset.state_dim, dataset.per_action_dim, place, remedy)
-        self.cameras = config.cameras
         self.statistics = list(statistics)
-        self.base: dict[str, Any] | None = None  # which pretrained weights are frozen beneath, see `state_to_save`
+        self.base: dict[str, Any] | None = None  # see `model.checkpointing.frozen_base`
         self.compute_dtype = getattr(torch, config.model.vlm_config.dtype)
         self.normalizer = Normalizer.from_config(config, statistics)
         self.augmentation = ImageAugmentation(data.augmentation)
         self.backbone = backbone
-        self.action_head = build_action_head(head, backbone.embed_dim, data.state_dim, self.normalizer.action_range)
+        self.action_head = build_action_head(
+            config.model.action_head_config, backbone.spec, data.state_dim, self.normalizer.action_range
+        )
 
     @classmethod
     def from_pretrained(
@@ -85,11 +77,11 @@ class VLAModel(nn.Module):
             ConfigError: the backbone's directory is missing or does not fit the config.
             StatisticsError: statistics of another size.
         """
-        head_class(config.model.action_head_config.type)  # a misspelt head is named before the weights are read
+        _check_head_and_backbone(config)  # before the weights are read
         vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
-        backbone = BACKBONES[vlm.type].from_pretrained(vlm, resampler, image_mean, image_std)
-        policy = cls(config, backbone, statistics)
-        policy.base = _base_of(backbone, vlm.pretrained_names)
+        settings = resampler, config.cameras, image_mean, image_std
+        policy = cls(config, backbone_class(vlm.type).from_pretrained(vlm, *settings), statistics)
+        policy.base = frozen_base(policy.backbone, vlm.pretrained_names)
         return policy
 
     @classmethod
@@ -113,91 +105,9 @@ class VLAModel(nn.Module):
         Raises:
             CheckpointError: the weights do not fit the architecture that the config describes.
         """
-        config = config or config_from_dict(checkpoint["config"], source="checkpoint")
-        vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
-        mean, std = checkpoint["image_processor"]["image_mean"], checkpoint["image_processor"]["image_std"]
-        weights = evaluation_weights(checkpoint) if use_ema else checkpoint["model"]
-        base = checkpoint.get("base")
-        base_name = None if base is None else base["name_or_path"]
-        adapted_later = is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
-        if base is not None and not base["included"]:
-            backbone = BACKBONES[vlm.type].from_pretrained(vlm, resampler, mean, std)
-        else:
-            built = dataclasses.replace(vlm, lora=None, quantization="none") if adapted_later else vlm
-            backbone = BACKBONES[vlm.type].from_config(checkpoint["backbone_config"], built, resampler, mean, std)
-        model = cls(config, backbone, checkpoint["statistics"] if statistics is None else statistics)
-        if base is not None and not base["included"]:
-            weights, base_name = model.with_base(weights, base), vlm.pretrained_names
-        if statistics is not None:
-            fresh = {f"normalizer.{name}": value for name, value in model.normalizer.state_dict().items()}
-            weights = {**weights, **fresh}
-        model.load_weights(weights)
-        if adapted_later:
-            model.backbone.adapt(vlm)
-        model.base = _base_of(backbone, base_name)
-        if config.training.save_adapters_only and model.base is not None and model.base["name_or_path"] is None:
-            raise ConfigError(
-                "training.save_adapters_only needs frozen weights that a later run can read again, but these come from "
-                "a checkpoint; set training.save_adapters_only: false"
-            )
-        return model
+        return policy_from_checkpoint(cls, checkpoint, config, statistics, use_ema=use_ema)
 
-    def state_to_save(self, adapters_only: bool = False) -> dict[str, Any]:
-        """What a checkpoint holds of the policy.
-
-        Args:
-            adapters_only: leave out what is frozen, which `from_checkpoint` then reads from the pretrained weights.
-
-        Returns:
-            `model` (weights), `base` (which pretrained weights lie beneath; None where nothing is frozen),
-            `statistics`, `cameras` and `backbone_config`.
-        """
-        left_out = adapters_only and self.base is not None
-        return {
-            "model": trained_state(self) if left_out else self.state_dict(),
-            "base": None if self.base is None else {**self.base, "included": not left_out},
-            "statistics": self.statistics,
-            "cameras": list(self.cameras),
-            "backbone_config": self.backbone.backbone_config_dict(),
-        }
-
-    def with_base(self, trained: dict[str, Tensor], base: dict[str, Any]) -> dict[str, Tensor]:
-        """The weights of an adapter checkpoint, completed by this model's frozen ones.
-
-        Raises:
-            CheckpointError: the adapters were trained on another base.
-        """
-        found = base_fingerprint(self.backbone)
-        if found != base["fingerprint"]:
-            raise CheckpointError(
-                f"adapters trained on {base['name_or_path']} (fingerprint {base['fingerprint'][:12]}), but the frozen "
-                f"weights found have fingerprint {found[:12]}; name the right base in "
-                "model.vlm_config (--model_name_or_path; vision_ and language_model_name_or_path of a siglip_llm)"
-            )
-        own = trained_state(self).keys()
-        return {key: value for key, value in self.state_dict().items() if key not in own} | trained
-
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Strictly load weights.
-
-        Raises:
-            CheckpointError: naming the first parameters that are missing, left over or of another shape.
-        """
-        own = self.state_dict()
-        faults = [f"{key} is missing" for key in own if key not in weights]
-        faults += [f"{key} is not part of this model" for key in weights if key not in own]
-        for key in own.keys() & weights.keys():
-            if own[key].shape != weights[key].shape:
-                faults.append(f"{key} is {tuple(weights[key].shape)}, wanted {tuple(own[key].shape)}")
-        if faults:
-            raise CheckpointError(
-                f"checkpoint of another architecture: {'; '.join(faults[:4])}"
-                f"{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}; "
-                "use the config that the checkpoint was trained with, or start anew without it"
-            )
-        load_state(self, weights)
-
-    def forward(self, batch: dict[str, Any]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Training loss per action step, float32 (B, T), zero where `action_is_pad`.
 
         Args:
@@ -208,76 +118,55 @@ class VLAModel(nn.Module):
             action_BTA = self.normalizer.normalize_action(batch["action"], batch["state"], batch["dataset_index"])
             return self.action_head.loss(context, action_BTA, batch["action_is_pad"])
 
-    @torch.no_grad()
-    def predict(
-        self,
-        batch: dict[str, Any],
-        generator: Generators = None,
-        num_inference_steps: int = 10,
-        prefix: ActionPrefix | None = None,
-    ) -> Tensor:
-        """Sampled actions, float32 (B, T, A), physical units.
+    def draw_noise(self, seeds_KB: Sequence[Sequence[int]], num_inference_steps: int) -> Tensor | None:
+        """The noise of K draws, (K, B, ...) on the model's device, or None for heads that sample nothing.
 
         Args:
-            batch: the data contract; actions are not needed.
-            generator: see `ActionHeadBase.sample`.
-            num_inference_steps: integration steps of heads that iterate.
+            seeds_KB: per draw one seed per sample, so that a sample's noise does not depend on the rest of the batch.
+            num_inference_steps: as for `act`.
+        """
+        draws = []
+        for seeds_B in seeds_KB:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds_B]
+            draws.append(self.action_head.draw_noise(generators, self._device, num_inference_steps))
+        return None if draws[0] is None else torch.stack(draws)
+
+    @torch.no_grad()
+    def act(
+        self,
+        batch: Batch,
+        num_inference_steps: int,
+        *,
+        num_draws: int = 1,
+        schedule: Any = None,
+        prefix: ActionPrefix | None = None,
+    ) -> Tensor:
+        """Actions, float32 (K, B, T, A), physical units: K draws for each observation, which is encoded once.
+
+        Nothing in it is random, and without a prefix the host never waits for the GPU, so that it can be compiled or
+        captured as a graph.
+
+        Args:
+            batch: the data contract, without actions, and as `noise` what `draw_noise` returned for K draws. Heads that
+                sample nothing need no noise.
+            num_inference_steps: integration or denoising steps, for heads that iterate.
+            num_draws: K.
+            schedule: `action_head.schedule(num_inference_steps, device)`, where the caller has kept it.
             prefix: what the actions have to continue, physical units; it is normalized for this batch's state, so
                 delta actions stay where they are in the world.
 
         Raises:
             ValueError: the head cannot continue such a prefix.
         """
-        return self.predict_draws(batch, [generator], num_inference_steps, prefix)[0]
-
-    @torch.no_grad()
-    def predict_draws(
-        self,
-        batch: dict[str, Any],
-        generators: Sequence[Generators],
-        num_inference_steps: int = 10,
-        prefix: ActionPrefix | None = None,
-    ) -> Tensor:
-        """Several draws for each observation, which is encoded once: float32 (K, B, T, A), physical units.
-
-        Args:
-            batch: the data contract; actions are not needed.
-            generators: one entry per draw, each as `ActionHeadBase.sample` takes it.
-            num_inference_steps: integration steps of heads that iterate.
-            prefix: as for `predict`.
-        """
-        noise = self.draw_noise(len(batch["state"]), generators, num_inference_steps)
-        batch = batch if noise is None else {**batch, "noise": noise}
-        return self.act(batch, len(generators), num_inference_steps, prefix=prefix)
-
-    def draw_noise(self, batch_size: int, generators: Sequence[Generators], num_inference_steps: int) -> Tensor | None:
-        """All that chance decides in K draws, (K, B, ...) on the model's device; None where it decides nothing."""
-        device, draw = self.normalizer.state_center.device, self.action_head.draw_noise
-        noise = [draw(batch_size, generator, device, num_inference_steps) for generator in generators]
-        return None if noise[0] is None else torch.stack(noise)
-
-    @torch.no_grad()
-    def act(
-        self,
-        batch: dict[str, Any],
-        num_draws: int,
-        num_inference_steps: int,
-        schedule: Any = None,
-        prefix: ActionPrefix | None = None,
-    ) -> Tensor:
-        """`predict_draws` from noise that is already drawn: without a prefix a function fit for compilers and graphs.
-
-        Args:
-            batch: the data contract, what `encode` may find there, and as `noise` what `draw_noise` returned.
-            num_draws, num_inference_steps, prefix: as for `predict_draws`.
-            schedule: `action_head.schedule(num_inference_steps)`, where the caller has kept it.
-        """
-        place = batch["state"], batch["dataset_index"]
+        head, place = self.action_head, (batch["state"], batch["dataset_index"])
         noise_K = batch.get("noise", (None,) * num_draws)
-        prefix = None if prefix is None else self._normalized(prefix, *place)
+        assert len(noise_K) == num_draws, f"noise of {len(noise_K)} draws, wanted {num_draws}"
+        assert "noise" in batch or not head.is_stochastic, f"{type(head).__name__} needs batch['noise'] (draw_noise)"
+        if prefix is not None:
+            prefix = self._normalized(prefix, *place)
         with self.autocast():
             context = self.encode(batch)
-            draws = [self.action_head.sample_from(context, x, num_inference_steps, schedule, prefix) for x in noise_K]
+            draws = [head.sample(context, noise, num_inference_steps, schedule, prefix) for noise in noise_K]
         return torch.stack([self.normalizer.denormalize_action(action.float(), *place) for action in draws])
 
     def _normalized(self, prefix: ActionPrefix, state_BS: Tensor, dataset_index_B: Tensor) -> ActionPrefix:
@@ -289,24 +178,25 @@ class VLAModel(nn.Module):
         action_BTA = self.normalizer.normalize_action(prefix.action_BTA, state_BS, dataset_index_B)
         return dataclasses.replace(prefix, action_BTA=action_BTA)
 
-    def encode(self, batch: dict[str, Any]) -> Context:
+    def encode(self, batch: Batch) -> Context:
         """The fused observation that the head sees; the same for training, evaluation and serving.
 
-        In training mode images are augmented; in evaluation mode they get the matching centre crop. A predictor may
-        add what it knows beforehand: `prompt_embeds` (`backbone.embed_prompt` of the same tokens) and `image_slots`
-        (see the backbone's forward).
+        In training mode images are augmented; in evaluation mode they get the matching centre crop. What a batch may
+        hold beside the observation: see `Backbone.forward`.
         """
-        tokens_BLE, mask_BL = self.backbone(
-            self.augmentation([batch[camera] for camera in self.cameras]),
-            batch["image_mask"],
-            batch["vlm_attention_mask"],
-            batch.get("input_ids"),
-            batch["prompt_mask"],
-            text_BLE=batch.get("prompt_embeds"),
-            image_slots_N=batch.get("image_slots"),
+        images = self.augmentation([batch[camera] for camera in self.cameras])
+        seen = {**batch, **dict(zip(self.cameras, images, strict=True))}
+        context = self.backbone(seen, keys_values=self.action_head.wants_keys_values)
+        return dataclasses.replace(
+            context,
+            state_BS=self.normalizer.normalize_state(batch["state"], batch["dataset_index"]),
+            action_dim_mask_BA=self.normalizer.action_dim_mask(batch["dataset_index"]),
         )
-        state_BS = self.normalizer.normalize_state(batch["state"], batch["dataset_index"])
-        return Context(tokens_BLE, mask_BL, state_BS, self.normalizer.action_dim_mask(batch["dataset_index"]))
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the cameras that it reads, in slot order."""
+        return self.backbone.cameras
 
     def components(self) -> dict[str, nn.Module]:
         """The policy's parts by name, as reports show them; every parameter is in exactly one."""
@@ -336,13 +226,19 @@ class VLAModel(nn.Module):
 
     def autocast(self) -> AbstractContextManager:
         """The compute precision, as a context."""
-        device = self.normalizer.state_center.device
         enabled = self.compute_dtype != torch.float32
-        return torch.autocast(device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+        return torch.autocast(self._device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.normalizer.state_center.device
 
 
-def _base_of(backbone: Backbone, name_or_path: str | None) -> dict[str, Any] | None:
-    """Which weights lie frozen in a backbone, and where they came from (None: a checkpoint); None where all train."""
-    if all(parameter.requires_grad for parameter in backbone.parameters()):
-        return None
-    return {"name_or_path": name_or_path, "fingerprint": base_fingerprint(backbone)}
+def _check_head_and_backbone(config: Config) -> None:
+    """Raise a ConfigError where there is no such head, or the backbone cannot hand over what it reads."""
+    head, backbone = config.model.action_head_config.type, config.model.vlm_config.type
+    if head_class(head).wants_keys_values and not backbone_class(backbone).language_sees_images:
+        raise ConfigError(
+            f"model.action_head_config.type {head} reads the keys and values of the backbone's language model, but "
+            f"that of model.vlm_config.type {backbone} sees no images; choose another head or another backbone"
+        )

@@ -51,6 +51,7 @@ from model.action_head import ACTION_HEADS
 from scripts.compare_heads_report import markdown, plot, summarize
 from test_vla_offline import latency
 from training.run_log import read_metrics
+from utils.backbones import BACKBONE_SPECS
 from utils.checkpoint import newest_checkpoint
 from utils.config_utils import Config, ConfigError, config_to_dict, load_config
 from utils.misc import atomic_path, count_parameters, set_up_logging, user_message
@@ -61,11 +62,6 @@ logger = logging.getLogger("compare_heads")
 
 # How the data of the config is made where it is missing: the quickstart's recipe. Folder -> episodes, first seed.
 DEMONSTRATIONS = {"train_parquet_files": (60, 0), "val_parquet_files": (4, 5000)}
-# Backbone -> the vlm_config keys of its folders.
-BACKBONES = {
-    "paligemma": ("model_name_or_path",),
-    "siglip_llm": ("vision_model_name_or_path", "language_model_name_or_path"),
-}
 LATENCY_REPEATS = 200
 SPEED_WINDOWS, SPEED_STEPS = 12, 4  # of the short training that is timed
 
@@ -286,10 +282,11 @@ def prepare(plan: Plan, backbones: Sequence[str]) -> None:
         run_script("utils/calculate_normalization_stats.py", "--config_path", plan.config_path, *settings)
     load_statistics(config.data.normalization_stats_path, config, plan.config_path)
     for backbone in backbones:
-        folders = [Path(getattr(config.model.vlm_config, key)) for key in BACKBONES[backbone]]
+        spec = BACKBONE_SPECS[backbone]
+        folders = [Path(getattr(config.model.vlm_config, part.key)) for part in spec.parts]
         folder = folders[0] if len(folders) == 1 else folders[0].parent
         if folder.name.startswith("tiny-") and not all(path.is_dir() for path in folders):
-            run_script(f"scripts/make_tiny_{backbone}.py", "--output_dir", str(folder))
+            run_script(spec.tiny_maker, "--output_dir", str(folder))
 
 
 def run_script(*command: str) -> None:
@@ -362,7 +359,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML that all cells share")
     parser.add_argument("--heads", nargs="+", required=True, choices=sorted(ACTION_HEADS))
-    parser.add_argument("--backbones", nargs="+", default=["paligemma"], choices=sorted(BACKBONES))
+    parser.add_argument("--backbones", nargs="+", default=["paligemma"], choices=sorted(BACKBONE_SPECS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds, one cell each")
     parser.add_argument("--env", default="metaworld", help="simulator of the closed loop (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", default=["button-press-topdown-v3", "window-open-v3"])

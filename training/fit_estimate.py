@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from model.adapters import is_adapted
-from model.vla_model import BACKBONES, VLAModel
+from model.backbone import backbone_class
+from model.vla_model import VLAModel
 from training.schedule import unfinished_warmup
 from utils.config_utils import Config
 
@@ -179,11 +180,10 @@ def meta_policy(config: Config) -> VLAModel:
     width = config.model.action_head_config.per_action_dim
     statistics = {"state": ones, "action": {name: [value] * width for name, value in _UNIT.items()}}
     vlm = config.model.vlm_config
-    backbone_class = BACKBONES[vlm.type]
-    values = backbone_class.read_config(vlm)
+    settings = config.model.vision_resampler_config, config.cameras, (0.5,) * 3, (0.5,) * 3
+    values = backbone_class(vlm.type).read_config(vlm)
     with torch.device("meta"):
-        mean = std = (0.5, 0.5, 0.5)
-        backbone = backbone_class.from_config(values, vlm, config.model.vision_resampler_config, mean, std)
+        backbone = backbone_class(vlm.type).from_config(values, vlm, *settings)
         return VLAModel(config, backbone, [statistics] * len(config.datasets))
 
 

@@ -43,8 +43,7 @@ def shard_model(model: VLAModel, config: Config, device: torch.device, world_siz
     for block in transformer_blocks(model.backbone):
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    for method in ("predict", "predict_draws"):  # the other ways into the model, besides its forward
-        register_fsdp_forward_method(model, method)
+    register_fsdp_forward_method(model, "act")  # the other way into the model, besides its forward
     return model.to(device)
 
 

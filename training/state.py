@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from model.checkpointing import state_to_save
 from utils.config_utils import ConfigError, config_to_dict
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def checkpoint_of(trainer: VLATrainer) -> dict[str, Any]:
         "window": trainer.window.losses,  # so that the next log line averages over the steps before a resume too
         "scaler": trainer.scaler.state_dict(),
         "config": config_to_dict(trainer.config),
-        **trainer.gather_state(trainer.policy.state_to_save(trainer.config.training.save_adapters_only)),
+        **trainer.gather_state(state_to_save(trainer.policy, trainer.config.training.save_adapters_only)),
         **ema,
         "optimizer": trainer.gather_state(trainer.optimizer.state_dict()),
         "num_samples": trainer.num_samples,

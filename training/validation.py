@@ -123,8 +123,9 @@ def _draw(policy: VLAModel, batch: Batch, config: Config, draws: int) -> Tensor:
         [derive_seed("validation", config.training.seed, *place, k) for place in zip(*places, strict=True)]
         for k in range(draws)
     ]
-    generators = [[torch.Generator().manual_seed(seed) for seed in row] for row in seeds]
-    return policy.predict_draws(batch, generators, config.inference.num_inference_steps)
+    steps = config.inference.num_inference_steps
+    noise = policy.draw_noise(seeds, steps)
+    return policy.act(batch if noise is None else {**batch, "noise": noise}, steps, num_draws=draws)
 
 
 def _fixed_samples(wanted: int, num_batches: int) -> dict[int, list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from utils.backbones import BACKBONE_SPECS, BackboneType
 from utils.config_fields import free, positive
 from utils.config_reader import ConfigError
 
@@ -55,7 +56,7 @@ class LoRAConfig:
 class VLMConfig:
     """The pretrained backbone."""
 
-    type: Literal["paligemma", "siglip_llm"] = "paligemma"
+    type: BackboneType = "paligemma"
     model_name_or_path: str = free("./weight/paligemma-3b-pt-224")  # paligemma: Hugging Face directory or hub id
     vision_model_name_or_path: str = free("./weight/siglip-base-patch16-224")  # siglip_llm: of a SigLIP
     language_model_name_or_path: str = free("./weight/Qwen2.5-0.5B")  # siglip_llm: of a causal language model
@@ -84,11 +85,14 @@ class VLMConfig:
             positive(self, "model.vlm_config", "num_language_layers")
 
     @property
+    def pretrained_paths(self) -> tuple[str, ...]:
+        """Directories or hub ids that the weights come from, one per part of the backbone."""
+        return tuple(getattr(self, part.key) for part in BACKBONE_SPECS[self.type].parts)
+
+    @property
     def pretrained_names(self) -> str:
-        """Directories or hub ids that the weights come from."""
-        if self.type == "paligemma":
-            return self.model_name_or_path
-        return f"{self.vision_model_name_or_path} and {self.language_model_name_or_path}"
+        """The same in words."""
+        return " and ".join(self.pretrained_paths)
 
 
 @dataclass(frozen=True)

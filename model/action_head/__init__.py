@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 
 import torch
 
 from model.action_head.base import ActionHeadBase
+from model.action_head.diffusion import DiffusionActionHead
+from model.action_head.discrete import ActionHead
+from model.action_head.flow_matching import FlowmatchingActionHead
+from model.action_head.regression import RegressionActionHead
+from model.context import ContextSpec
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig, ConfigError
 
-
-def _head(name: str) -> type[ActionHeadBase]:
-    """The class `module.Class` of this folder."""
-    module, _, cls = name.partition(".")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), cls)
-
-
-# One line a head (docs/adding_a_head.md).
+# One line a head, and its import (docs/adding_a_head.md).
 ACTION_HEADS: dict[str, type[ActionHeadBase]] = {
-    "flow_matching": _head("flow_matching.FlowmatchingActionHead"),
-    "regression": _head("regression.RegressionActionHead"),
-    "discrete": _head("discrete.ActionHead"),
-    "diffusion": _head("diffusion.DiffusionActionHead"),
+    "flow_matching": FlowmatchingActionHead,
+    "regression": RegressionActionHead,
+    "discrete": ActionHead,
+    "diffusion": DiffusionActionHead,
 }
 
 
@@ -38,13 +35,13 @@ def head_class(name: str) -> type[ActionHeadBase]:
 
 
 def build_action_head(
-    config: ActionHeadConfig, context_dim: int, state_dim: int, action_range: ActionRange | None = None
+    config: ActionHeadConfig, spec: ContextSpec, state_dim: int, action_range: ActionRange | None = None
 ) -> ActionHeadBase:
     """The head that `config.type` names.
 
     Args:
         config: the head's section.
-        context_dim: E, width of the backbone's tokens.
+        spec: what the contexts look like, from the backbone.
         state_dim: S.
         action_range: where normalized actions lie, from the normalizer; None: in [-1, 1].
 
@@ -55,4 +52,4 @@ def build_action_head(
     if action_range is None:
         unit_2A = torch.tensor([[-1.0], [1.0]]).repeat(1, config.per_action_dim)
         action_range = ActionRange(unit_2A, unit_2A)
-    return head(config, context_dim, state_dim, action_range)
+    return head(config, spec, state_dim, action_range)

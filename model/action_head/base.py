@@ -6,34 +6,32 @@ Shape letters: B batch, L context tokens, E context width, T horizon, A per_acti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.action_head.guidance import ActionPrefix
-from model.context import Context
+from model.context import ActionPrefix, Context
 from utils.config_utils import ActionHeadConfig
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class ActionHeadBase(nn.Module, ABC):
     """A head sees the context and normalized actions; never pixels, text or physical units.
 
-    Made by `build_action_head` as `Head(config, context_dim, state_dim, action_range)`; see there.
+    Made by `build_action_head` as `Head(config, spec, state_dim, action_range)`; see there.
 
     Attributes:
         config: its section of the configuration.
         is_stochastic: whether two samples of one context differ, so that a spread and a best of k mean something.
-        continues_chunks: whether `sample` takes a `prefix` (`model.action_head.guidance.ActionPrefix`, normalized)
-            that the chunk is to continue.
+        continues_chunks: whether `sample` takes a `prefix` that the chunk is to continue.
+        wants_keys_values: whether it reads `Context.keys_values`, which are collected for no other head.
     """
 
     config: ActionHeadConfig
     is_stochastic: bool = False
     continues_chunks: bool = False
+    wants_keys_values: bool = False
 
     @property
     def horizon(self) -> int:
@@ -58,37 +56,25 @@ class ActionHeadBase(nn.Module, ABC):
             generator: source of noise; None: torch's global one.
         """
 
-    def sample(
-        self,
-        context: Context,
-        generator: Generators = None,
-        num_inference_steps: int = 10,
-        prefix: ActionPrefix | None = None,
-    ) -> Tensor:
-        """Actions for a context, float32 (B, T, A), normalized.
+    def draw_noise(
+        self, generators: Sequence[torch.Generator], device: torch.device, num_inference_steps: int
+    ) -> Tensor | None:
+        """The noise of one `sample`, float32 (B, ...) on `device`, or None for heads that sample nothing.
 
         Args:
-            generator: one for the batch, one per sample (then a sample's noise does not depend on what else is
-                in the batch), or None for torch's global one.
-            num_inference_steps: integration or denoising steps, for heads that iterate.
-            prefix: what the chunk has to continue, normalized; only for heads that `continues_chunks`.
+            generators: on the CPU, one per sample, so that a sample's noise depends neither on what else is in the
+                batch nor on the device.
+            device: where `sample` runs.
+            num_inference_steps: as for `sample`.
         """
-        batch, device = len(context.tokens_BLE), context.tokens_BLE.device
-        noise = self.draw_noise(batch, generator, device, num_inference_steps)
-        return self.sample_from(context, noise, num_inference_steps, prefix=prefix)
-
-    def draw_noise(
-        self, batch_size: int, generator: Generators, device: torch.device, num_inference_steps: int
-    ) -> Tensor | None:
-        """All that chance decides in one `sample`, float32 (B, ...); None for heads that leave nothing to it."""
         return None
 
     def schedule(self, num_inference_steps: int, device: torch.device) -> Any:
-        """What `sample_from` computes from the number of steps alone, so that it can be kept; None: nothing."""
+        """What `sample` computes from the number of steps alone, so that a caller can keep it; None: nothing."""
         return None
 
     @abstractmethod
-    def sample_from(
+    def sample(
         self,
         context: Context,
         noise: Tensor | None,
@@ -96,12 +82,16 @@ class ActionHeadBase(nn.Module, ABC):
         schedule: Any = None,
         prefix: ActionPrefix | None = None,
     ) -> Tensor:
-        """`sample` without chance: a function of tensors, which, without a prefix, never waits for the GPU.
+        """Actions for a context, float32 (B, T, A), normalized: a function of tensors, in which nothing is random.
+
+        Without a prefix the host never waits for the GPU.
 
         Args:
+            context: the fused observation.
             noise: from `draw_noise`.
+            num_inference_steps: integration or denoising steps, for heads that iterate.
             schedule: from `schedule`, for the same steps and weights; None: computed here.
-            prefix: as for `sample`.
+            prefix: what the chunk has to continue, normalized; only for heads that `continues_chunks`.
         """
 
 
@@ -125,19 +115,16 @@ def step_mean(error_NTA: Tensor, exists_B1A: Tensor, action_is_pad_BT: Tensor) -
     return error_BKTA.sum(dim=-1).mean(dim=1).masked_fill(action_is_pad_BT, 0.0)
 
 
-def randn(shape: Sequence[int], generator: Generators, device: torch.device) -> Tensor:
-    """Standard normal float32 noise, drawn where the generator lives (so that a CPU seed means the same on a GPU)."""
-    if generator is None or isinstance(generator, torch.Generator):
-        source = device if generator is None else generator.device
-        return torch.randn(tuple(shape), generator=generator, device=source).to(device)
-    assert len(generator) == shape[0], "one generator per sample"
-    return torch.cat([randn((1, *shape[1:]), one, device) for one in generator])
+def draw(
+    kind: Callable[..., Tensor], shape: Sequence[int], generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """float32 noise, drawn where the generator lives, so that a seed on the CPU means the same on a GPU.
 
-
-def rand(shape: Sequence[int], generator: Generators, device: torch.device) -> Tensor:
-    """Uniform float32 noise in [0, 1); see `randn`."""
-    if generator is None or isinstance(generator, torch.Generator):
-        source = device if generator is None else generator.device
-        return torch.rand(tuple(shape), generator=generator, device=source).to(device)
-    assert len(generator) == shape[0], "one generator per sample"
-    return torch.cat([rand((1, *shape[1:]), one, device) for one in generator])
+    Args:
+        kind: `torch.randn` (standard normal) or `torch.rand` (uniform in [0, 1)).
+        shape: of the noise.
+        generator: None: torch's global one of `device`.
+        device: where the noise is wanted.
+    """
+    source = device if generator is None else generator.device
+    return kind(tuple(shape), generator=generator, device=source).to(device)

@@ -13,16 +13,16 @@ Shape letters: B batch, K noise draws per sample, N = B K rows, T horizon, A per
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from model.action_head.base import ActionHeadBase, Generators, existing_dims, randn, step_mean
-from model.action_head.guidance import ActionPrefix
+from model.action_head.base import ActionHeadBase, draw, existing_dims, step_mean
 from model.action_head.transformer import ActionTransformer, TimeConditions
 from model.action_head.unet import ConditionalUnet1D, TimeEmbedding
-from model.context import Context
+from model.context import ActionPrefix, Context, ContextSpec
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
 
@@ -54,10 +54,10 @@ class DiffusionActionHead(ActionHeadBase):
 
     is_stochastic = True
 
-    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int, action_range: ActionRange) -> None:
+    def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int, action_range: ActionRange) -> None:
         super().__init__()
         self.config = config
-        self.denoiser = DENOISERS[config.denoiser](config, context_dim, state_dim)
+        self.denoiser = DENOISERS[config.denoiser](config, spec, state_dim)
         # Early steps divide by a small sqrt(a_t), so that a denoised action needs a bound. It must not cut off what
         # the data holds: standardised actions reach many sigmas.
         self.clip_sample_range = config.clip_sample_range or action_range.extremes_2A.abs().max().item()
@@ -75,7 +75,7 @@ class DiffusionActionHead(ActionHeadBase):
         exists_B1A = existing_dims(context, self.per_action_dim)
         action_BTA = action_BTA.float().masked_fill(action_is_pad_BT[..., None], 0.0) * exists_B1A
         action_NTA = action_BTA.repeat_interleave(draws, dim=0)
-        noise_NTA = randn(action_NTA.shape, generator, action_NTA.device)
+        noise_NTA = draw(torch.randn, action_NTA.shape, generator, action_NTA.device)
         noise_NTA = noise_NTA * exists_B1A.repeat_interleave(draws, dim=0)
         timestep_N = self._timesteps(len(action_NTA), generator, action_NTA.device)
         x_NTA = levels.add_noise(action_NTA, noise_NTA, timestep_N)
@@ -94,11 +94,12 @@ class DiffusionActionHead(ActionHeadBase):
         return step_mean((predicted_NTA.float() - target_NTA).square(), exists_B1A, action_is_pad_BT)
 
     def draw_noise(
-        self, batch_size: int, generator: Generators, device: torch.device, num_inference_steps: int
+        self, generators: Sequence[torch.Generator], device: torch.device, num_inference_steps: int
     ) -> Tensor:
         """(B, 1, T, A), where DDIM starts; DDPM's (B, steps, T, A) is also drawn between every two levels."""
         drawn = num_inference_steps if self.config.scheduler == "ddpm" else 1
-        return randn((batch_size, drawn, self.horizon, self.per_action_dim), generator, device)
+        shape = (drawn, self.horizon, self.per_action_dim)
+        return torch.stack([draw(torch.randn, shape, g, g.device) for g in generators]).to(device)
 
     def schedule(self, num_inference_steps: int, device: torch.device) -> list[_Step]:
         """The noise levels to visit, each with what time does there and the sampler's coefficients.
@@ -121,7 +122,7 @@ class DiffusionActionHead(ActionHeadBase):
             for i in range(num_inference_steps)
         ]
 
-    def sample_from(
+    def sample(
         self,
         context: Context,
         noise: Tensor,

@@ -8,16 +8,16 @@ Shape letters: B batch, T horizon, A per_action_dim, S state_dim, K bins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.action_head.base import ActionHeadBase, Generators, existing_dims, rand, step_mean
-from model.action_head.guidance import ActionPrefix
+from model.action_head.base import ActionHeadBase, draw, existing_dims, step_mean
 from model.action_head.layers import PooledContext
-from model.context import Context
+from model.context import ActionPrefix, Context, ContextSpec
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
 
@@ -25,10 +25,10 @@ from utils.config_utils import ActionHeadConfig
 class ActionHead(ActionHeadBase):
     """An MLP to bin logits, trained by cross-entropy, decoded by arg-max, expectation or sampling (`decoding`)."""
 
-    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int, action_range: ActionRange) -> None:
+    def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int, action_range: ActionRange) -> None:
         super().__init__()
         self.config = config
-        self.pool = PooledContext(config, context_dim, state_dim, config.hidden_dim)
+        self.pool = PooledContext(config, spec, state_dim, config.hidden_dim)
         widths = [self.pool.width, *config.mlp_hidden_dims]
         layers: list[nn.Module] = []
         for width, next_width in zip(widths, widths[1:], strict=False):
@@ -52,12 +52,15 @@ class ActionHead(ActionHeadBase):
         return step_mean(entropy_BTA, existing_dims(context, self.per_action_dim), action_is_pad_BT)
 
     def draw_noise(
-        self, batch_size: int, generator: Generators, device: torch.device, num_inference_steps: int
+        self, generators: Sequence[torch.Generator], device: torch.device, num_inference_steps: int
     ) -> Tensor | None:
         """With decoding `sample` a uniform draw per value, (B, T, A)."""
-        return rand((batch_size, self.horizon, self.per_action_dim), generator, device) if self.is_stochastic else None
+        if not self.is_stochastic:
+            return None
+        shape = (self.horizon, self.per_action_dim)
+        return torch.stack([draw(torch.rand, shape, g, g.device) for g in generators]).to(device)
 
-    def sample_from(
+    def sample(
         self,
         context: Context,
         noise: Tensor | None,
@@ -71,24 +74,11 @@ class ActionHead(ActionHeadBase):
             action_BTA = (logits_BTAK.softmax(dim=-1) * self._centers_AK()).sum(dim=-1)
         elif self.config.decoding == "argmax":
             action_BTA = self._values(logits_BTAK.argmax(dim=-1))
-        else:  # the inverse of the distribution function at a uniform draw: one draw per value, for any generators
+        else:  # the inverse of the distribution function at a uniform draw: one draw per value
             cumulative_BTAK = logits_BTAK.softmax(dim=-1).cumsum(dim=-1)
             bins_BTA = (noise[..., None] * cumulative_BTAK[..., -1:] >= cumulative_BTAK).sum(dim=-1)
             action_BTA = self._values(bins_BTA.clamp(max=self.config.num_action_bins - 1))
         return action_BTA * existing_dims(context, self.per_action_dim)
-
-    @torch.no_grad()
-    def accuracy(self, context: Context, action_BTA: Tensor, action_is_pad_BT: Tensor) -> dict[str, float]:
-        """How often the most probable bin is the true one (`exact`) or at most a neighbour of it (`within_1`).
-
-        Shares of existing dimensions of unpadded steps, NaN if there are none.
-        """
-        action_is_pad_BT = action_is_pad_BT.bool()
-        bins_BTA = self.bins(action_BTA.float().masked_fill(action_is_pad_BT[..., None], 0.0))
-        distance_BTA = (self.logits(context).argmax(dim=-1) - bins_BTA).abs()
-        counted_BTA = ~action_is_pad_BT[..., None] & existing_dims(context, self.per_action_dim).bool()
-        distance = distance_BTA[counted_BTA]
-        return {"exact": (distance == 0).float().mean().item(), "within_1": (distance <= 1).float().mean().item()}
 
     def logits(self, context: Context) -> Tensor:
         """Unnormalized log-probabilities of the bins, float32 (B, T, A, K)."""

@@ -10,15 +10,15 @@ Shape letters: B batch, K noise draws per sample, N = B K rows, T horizon, A per
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from model.action_head.base import ActionHeadBase, Generators, existing_dims, rand, randn, step_mean
-from model.action_head.guidance import ActionPrefix, Velocity, guided
+from model.action_head.base import ActionHeadBase, draw, existing_dims, step_mean
+from model.action_head.guidance import Velocity, guided
 from model.action_head.transformer import ActionTransformer, ContextKeysValues, TimeConditions
-from model.context import Context
+from model.context import ActionPrefix, Context, ContextSpec
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
 
@@ -29,8 +29,8 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
     is_stochastic = True
     continues_chunks = True
 
-    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int, action_range: ActionRange) -> None:
-        super().__init__(config, context_dim, state_dim)
+    def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int, action_range: ActionRange) -> None:
+        super().__init__(config, spec, state_dim)
 
     def loss(
         self, context: Context, action_BTA: Tensor, action_is_pad_BT: Tensor, generator: torch.Generator | None = None
@@ -59,10 +59,11 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         return step_mean(error_NTA, exists_B1A, action_is_pad_BT)
 
     def draw_noise(
-        self, batch_size: int, generator: Generators, device: torch.device, num_inference_steps: int
+        self, generators: Sequence[torch.Generator], device: torch.device, num_inference_steps: int
     ) -> Tensor:
         """Where the integration starts, (B, T, A)."""
-        return self._noise((batch_size, self.horizon, self.per_action_dim), generator, device)
+        shape = (self.horizon, self.per_action_dim)
+        return torch.stack([self._noise(shape, g, g.device) for g in generators]).to(device)
 
     def schedule(self, num_inference_steps: int, device: torch.device) -> dict[float, TimeConditions]:
         """What time does at every moment that the integrator asks for; it is the same for all samples."""
@@ -72,7 +73,7 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         conditions = self.conditions(torch.tensor(times, device=device))
         return {time: conditions.row(i) for i, time in enumerate(times)}
 
-    def sample_from(
+    def sample(
         self,
         context: Context,
         noise: Tensor,
@@ -123,7 +124,7 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         longest = self.config.max_clean_prefix
         if longest == 0:
             return torch.zeros(count, self.horizon, dtype=torch.bool, device=device)
-        length_N1 = (rand((count, 1), generator, device) * (longest + 1)).floor()
+        length_N1 = (draw(torch.rand, (count, 1), generator, device) * (longest + 1)).floor()
         return torch.arange(self.horizon, device=device) < length_N1
 
     def _committed(self, prefix: ActionPrefix) -> Tensor:
@@ -136,14 +137,14 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
             )
         return prefix.committed_BT
 
-    def _noise(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
+    def _noise(self, shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
         if self.config.noise_distribution == "gaussian":
-            return randn(shape, generator, device)
-        return 2 * rand(shape, generator, device) - 1
+            return draw(torch.randn, shape, generator, device)
+        return 2 * draw(torch.rand, shape, generator, device) - 1
 
     def _time(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         if self.config.time_distribution == "uniform":
-            time_N = rand((count,), generator, device)
+            time_N = draw(torch.rand, (count,), generator, device)
         else:
             source = device if generator is None else generator.device
             shape_2N = torch.tensor(self.config.time_beta, device=source)[:, None].expand(2, count)

@@ -19,41 +19,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from model.context import ActionPrefix
+
 Velocity = Callable[[Tensor, float], Tensor]  # (x_BTA, time) -> velocity_BTA
-
-
-@dataclass(frozen=True)
-class ActionPrefix:
-    """What is already planned for the steps of the chunk to be sampled.
-
-    Attributes:
-        action_BTA: float32; row i is the plan for the new chunk's step i. Normalized units for heads; physical
-            units for `VLAModel` and `VLAPredictor`, which normalize it for the new observation. Where the weight
-            is 0 it has no influence, whatever it holds.
-        weight_BT: float32 in [0, 1]: 1 is committed, 0 is free (`soft_mask`).
-        max_guidance_weight: beta, the clip of the guidance weight.
-        clean: condition on the committed steps (weight 1) as clean action tokens instead of guiding, for heads
-            trained with `max_clean_prefix`; other weights have no influence then.
-    """
-
-    action_BTA: Tensor
-    weight_BT: Tensor
-    max_guidance_weight: float = 5.0
-    clean: bool = False
-
-    @property
-    def committed_BT(self) -> Tensor:
-        """bool, True for committed steps."""
-        return self.weight_BT >= 1
-
-    def target_BTA(self) -> Tensor:
-        """The planned actions, 0 where the weight is 0."""
-        return self.action_BTA.masked_fill(self.weight_BT[..., None] <= 0, 0.0)
 
 
 def joined(prefixes: Sequence[ActionPrefix]) -> ActionPrefix:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.context import Context
+from model.context import Context, ContextSpec
 from utils.config_utils import ActionHeadConfig
 
 
@@ -55,11 +55,11 @@ class PooledContext(nn.Module):
         width: of the vector, that of the context plus, with `use_state_input`, that of the encoded state.
     """
 
-    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int, state_width: int) -> None:
+    def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int, state_width: int) -> None:
         super().__init__()
-        self.context_norm = nn.LayerNorm(context_dim)
+        self.context_norm = nn.LayerNorm(spec.width)
         self.state_proj = state_encoder(state_dim, state_width) if config.use_state_input else None
-        self.width = context_dim + (state_width if config.use_state_input else 0)
+        self.width = spec.width + (state_width if config.use_state_input else 0)
 
     def forward(self, context: Context) -> Tensor:
         """(B, width)."""

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from model.action_head.base import ActionHeadBase, existing_dims, step_mean
-from model.action_head.guidance import ActionPrefix
 from model.action_head.transformer import ActionTransformer
-from model.context import Context
+from model.context import ActionPrefix, Context, ContextSpec
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
 
@@ -22,8 +21,8 @@ from utils.config_utils import ActionHeadConfig
 class RegressionActionHead(ActionTransformer, ActionHeadBase):
     """The action transformer without noise and time: learned queries in, actions out."""
 
-    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int, action_range: ActionRange) -> None:
-        super().__init__(config, context_dim, state_dim, timed=False)
+    def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int, action_range: ActionRange) -> None:
+        super().__init__(config, spec, state_dim, timed=False)
 
     def loss(
         self, context: Context, action_BTA: Tensor, action_is_pad_BT: Tensor, generator: torch.Generator | None = None
@@ -35,7 +34,7 @@ class RegressionActionHead(ActionTransformer, ActionHeadBase):
         error_BTA = (self.decode(self.encode_context(context)).float() - target_BTA).abs()
         return step_mean(error_BTA, exists_B1A, action_is_pad_BT)
 
-    def sample_from(
+    def sample(
         self,
         context: Context,
         noise: Tensor | None,

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.action_head.layers import required_state, sinusoid, state_encoder, zero_init
-from model.context import Context
+from model.attention import attend, split_heads
+from model.context import Context, ContextSpec
 from utils.config_utils import ActionHeadConfig
 
 
@@ -55,12 +56,12 @@ class ActionTransformer(nn.Module):
     Without time (`timed=False`) the tokens are learned queries alone, all answered in parallel.
     """
 
-    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int, *, timed: bool = True) -> None:
+    def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int, *, timed: bool = True) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_dim
-        self.context_norm = nn.LayerNorm(context_dim)
-        self.context_proj = nn.Linear(context_dim, width)
+        self.context_norm = nn.LayerNorm(spec.width)
+        self.context_proj = nn.Linear(spec.width, width)
         if config.use_state_input:
             self.state_proj = state_encoder(state_dim, width)
         if timed:
@@ -161,7 +162,7 @@ class ActionBlock(nn.Module):
     def context_keys_values(self, tokens_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) of the context, each (B, H, L, D/H)."""
         keys_BLD, values_BLD = self.cross_kv(self.context_norm(tokens_BLD)).chunk(2, dim=-1)
-        return self._split(keys_BLD), self._split(values_BLD)
+        return split_heads(keys_BLD, self.num_heads), split_heads(values_BLD, self.num_heads)
 
     def forward(
         self,
@@ -176,25 +177,17 @@ class ActionBlock(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, shift_3, scale_3, gate_3 = parts
         dropout = self.dropout if self.training else 0.0
 
-        qkv = self.self_qkv(_modulate(self.norms[0](x_NTD), shift_1, scale_1)).chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(*map(self._split, qkv), attn_mask=self_mask, dropout_p=dropout)
-        x_NTD = x_NTD + gate_1 * self.self_out(self._join(attended))
+        query, *rest = self.self_qkv(_modulate(self.norms[0](x_NTD), shift_1, scale_1)).chunk(3, dim=-1)
+        keys, values = (split_heads(x, self.num_heads) for x in rest)
+        x_NTD = x_NTD + gate_1 * self.self_out(attend(query, keys, values, self_mask, dropout))
 
         # Draws of one sample share its keys and values: they become more queries of one row.
         batch, rows = len(mask_BL), len(x_NTD)
         query = self.cross_q(_modulate(self.norms[1](x_NTD), shift_2, scale_2)).reshape(batch, -1, x_NTD.shape[-1])
-        attended = F.scaled_dot_product_attention(
-            self._split(query), *context_BHLD, attn_mask=mask_BL[:, None, None, :], dropout_p=dropout
-        )
-        x_NTD = x_NTD + gate_2 * self.cross_out(self._join(attended).reshape(rows, -1, x_NTD.shape[-1]))
+        attended = attend(query, *context_BHLD, mask_BL[:, None, None, :], dropout)
+        x_NTD = x_NTD + gate_2 * self.cross_out(attended.reshape(rows, -1, x_NTD.shape[-1]))
 
         return x_NTD + gate_3 * self.mlp(_modulate(self.norms[2](x_NTD), shift_3, scale_3))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def _join(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(2)
 
 
 def _modulate(x_NTD: Tensor, shift: Tensor | float, scale: Tensor | float) -> Tensor:

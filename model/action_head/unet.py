@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.action_head.layers import PooledContext, sinusoid, zero_init
-from model.context import Context
+from model.context import Context, ContextSpec
 from utils.config_utils import ActionHeadConfig
 
 GROUPS = 8  # of every group norm, as in Diffusion Policy
@@ -32,11 +32,11 @@ class TimeEmbedding(NamedTuple):
 class ConditionalUnet1D(nn.Module):
     """Noised actions, their time and the pooled context in, one vector per action step out; see `denoise`."""
 
-    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int) -> None:
+    def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int) -> None:
         super().__init__()
         width = config.hidden_dim
         self.width, self.multiple = width, 2 ** (config.unet_levels - 1)
-        self.pool = PooledContext(config, context_dim, state_dim, width)
+        self.pool = PooledContext(config, spec, state_dim, width)
         self.context_proj = nn.Linear(self.pool.width, width)
         self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         channels = [config.unet_width * 2**level for level in range(config.unet_levels)]

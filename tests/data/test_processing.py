@@ -51,7 +51,7 @@ def test_prompt_format_of_other_language_models(tiny_siglip_llm_dir, tiny_palige
     gemma = PromptTokenizer.from_pretrained(str(tiny_paligemma_dir), 48, "siglip_llm")
     expected = AutoTokenizer.from_pretrained(tiny_paligemma_dir)("press the button\n").input_ids
     assert gemma("press the button") == expected and expected[0] == 2
-    with pytest.raises(ObservationError, match="has no <bos> token, which PaliGemma's prompt needs"):
+    with pytest.raises(ObservationError, match="has no <bos> token, which the prompt of a paligemma needs"):
         PromptTokenizer.from_pretrained(qwen2, 48)
     again = PromptTokenizer.from_files(plain.to_files(), 48, "siglip_llm")
     assert again("äöü 火") == plain("äöü 火")

@@ -11,10 +11,11 @@ import torch
 
 from model.action_head import build_action_head
 from model.action_head.base import ActionHeadBase
-from model.context import Context
+from model.context import ActionPrefix, Context, ContextSpec
 from utils.config_utils import ActionHeadConfig
 
 WIDTH, STATE = 12, 3
+SPEC = ContextSpec(WIDTH, num_layers=2, num_kv_heads=1, head_dim=6, rope_theta=1e4)
 SMALL = {"horizon": 4, "per_action_dim": 2, "hidden_dim": 32, "num_layers": 2, "num_heads": 4}
 SMALL |= {"mlp_hidden_dims": (64,), "num_action_bins": 32, "unet_width": 16, "unet_levels": 2}
 
@@ -28,7 +29,7 @@ def make_head(type: str, *, seed: int = 0, voice: bool = True, **options: Any) -
         options: differences from SMALL.
     """
     torch.manual_seed(seed)
-    head = build_action_head(ActionHeadConfig(**(SMALL | options | {"type": type})), WIDTH, STATE)
+    head = build_action_head(ActionHeadConfig(**(SMALL | options | {"type": type})), SPEC, STATE)
     for parameter in head.parameters() if voice else ():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -53,3 +54,12 @@ def no_pad(batch: int, horizon: int = 4) -> torch.Tensor:
 def seeded(seed: int) -> torch.Generator:
     """A CPU generator."""
     return torch.Generator().manual_seed(seed)
+
+
+def sample(
+    head: ActionHeadBase, context: Context, seed: int = 0, steps: int = 10, prefix: ActionPrefix | None = None
+) -> torch.Tensor:
+    """Actions from the noise of consecutive seeds, one per sample; the first sample's is `seed`."""
+    generators = [seeded(seed + row) for row in range(len(context.tokens_BLE))]
+    noise = head.draw_noise(generators, context.tokens_BLE.device, steps)
+    return head.sample(context, noise, steps, prefix=prefix)

@@ -14,7 +14,7 @@ from model.action_head import build_action_head
 from model.action_head.unet import ConditionalUnet1D
 from model.normalizer import ActionRange
 from tests.model import heads
-from tests.model.heads import SMALL, STATE, WIDTH, make_context, no_pad, seeded
+from tests.model.heads import SMALL, SPEC, STATE, make_context, no_pad, sample, seeded
 from utils.config_utils import ActionHeadConfig, ConfigError, config_from_dict
 
 KINDS = ["epsilon", "sample", "v_prediction"]
@@ -61,7 +61,7 @@ def denoised(kind: str, x: torch.Tensor, predicted: torch.Tensor, a: torch.Tenso
 def test_ddim_steps_agree_with_diffusers_and_with_the_paper(kind):
     """Song et al. 2021, "DDIM", eq. 12 with sigma 0, the denoised action clipped."""
     head, context = make_head(prediction_type=kind, clip_sample_range=1.5), make_context()
-    x = torch.randn(3, 4, 2, generator=seeded(2))
+    x = start = torch.randn(3, 4, 2, generator=seeded(2))
     encoded = head.denoiser.encode_context(context)
     options = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": kind, "clip_sample_range": 1.5}
     reference = DDIMScheduler(100, timestep_spacing="trailing", **options)
@@ -77,9 +77,9 @@ def test_ddim_steps_agree_with_diffusers_and_with_the_paper(kind):
         action = denoised(kind, by_hand, predicted, a).clamp(-1.5, 1.5)
         noise = denoised_noise(kind, by_hand, predicted, a)
         by_hand = a_before.sqrt() * action + (1 - a_before).sqrt() * noise
-    sample = head.sample(context, seeded(2), 5)
-    torch.testing.assert_close(sample, x, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sample, by_hand, atol=1e-4, rtol=1e-3)
+    action = head.sample(context, start[:, None], 5)
+    torch.testing.assert_close(action, x, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(action, by_hand, atol=1e-4, rtol=1e-3)
 
 
 def denoised_noise(kind: str, x: torch.Tensor, predicted: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -100,17 +100,17 @@ def test_ddpm_steps_agree_with_diffusers(kind):
     for t in reference.timesteps.tolist():
         predicted = head.denoiser.denoise(x, torch.full((1,), t / 100), encoded)
         x = reference.step(predicted, t, x, generator=generator).prev_sample
-    torch.testing.assert_close(head.sample(context, seeded(3), 10), x, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(sample(head, context, 3, 10), x, atol=1e-4, rtol=1e-3)
 
 
 def test_ddpm_alone_draws_noise_between_steps():
     ddim, ddpm = make_head(scheduler="ddim"), make_head(scheduler="ddpm")
-    place = seeded(0), torch.device("cpu"), 5
-    assert ddim.draw_noise(3, *place).shape == (3, 1, 4, 2) and ddpm.draw_noise(3, *place).shape == (3, 5, 4, 2)
-    noise, context = ddpm.draw_noise(3, *place), make_context()
+    place = [seeded(seed) for seed in range(3)], torch.device("cpu"), 5
+    assert ddim.draw_noise(*place).shape == (3, 1, 4, 2) and ddpm.draw_noise(*place).shape == (3, 5, 4, 2)
+    noise, context = ddpm.draw_noise(*place), make_context()
     other = noise.clone()
     other[:, 3] += 1
-    assert not torch.allclose(ddpm.sample_from(context, noise, 5), ddpm.sample_from(context, other, 5))
+    assert not torch.allclose(ddpm.sample(context, noise, 5), ddpm.sample(context, other, 5))
 
 
 @pytest.mark.parametrize("steps", [3, 7, 70])
@@ -133,7 +133,7 @@ def test_clip_follows_from_the_normalization():
     """Standardised actions reach many sigmas: a clip at 1, diffusers' default, would cut them off."""
     covered, extremes = torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.tensor([[-2.0, -6.5], [3.0, 4.0]])
     config = ActionHeadConfig(**SMALL, type="diffusion")
-    head = build_action_head(config, WIDTH, STATE, ActionRange(covered, extremes))
+    head = build_action_head(config, SPEC, STATE, ActionRange(covered, extremes))
     assert head.clip_sample_range == 6.5
     assert make_head().clip_sample_range == 1.0
     assert make_head(clip_sample_range=2.5).clip_sample_range == 2.5
@@ -146,39 +146,38 @@ def test_standardised_actions_are_not_cut_to_one_sigma(scheduler):
     far = torch.tensor([[4.0, -5.0]]).expand(4, 2)
     extremes = torch.tensor([[-6.0, -6.0], [6.0, 6.0]])
     config = ActionHeadConfig(**SMALL, type="diffusion", prediction_type="sample", scheduler=scheduler)
-    head = build_action_head(config, WIDTH, STATE, ActionRange(extremes, extremes)).eval()
+    head = build_action_head(config, SPEC, STATE, ActionRange(extremes, extremes)).eval()
     with torch.no_grad():
         head.denoiser.action_out.bias.copy_(far[0])  # its weights start at zero
-    sample = head.sample(make_context(), seeded(0), 10)
-    torch.testing.assert_close(sample, far.expand(3, 4, 2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(sample(head, make_context(), 0, 10), far.expand(3, 4, 2), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 5, 8, 13])
 @pytest.mark.parametrize("levels", [1, 3])
 def test_unet_takes_any_horizon(horizon, levels):
     head = make_head(horizon=horizon, unet_levels=levels)
-    assert head.sample(make_context(), seeded(0), 2).shape == (3, horizon, 2)
+    assert sample(head, make_context(), 0, 2).shape == (3, horizon, 2)
     assert head.loss(make_context(), torch.rand(3, horizon, 2), no_pad(3, horizon)).shape == (3, horizon)
 
 
 def test_unet_width_and_condition():
     config = ActionHeadConfig(**(SMALL | {"unet_width": 24, "unet_levels": 3}))
-    unet = ConditionalUnet1D(config, WIDTH, STATE)
+    unet = ConditionalUnet1D(config, SPEC, STATE)
     assert [level.blocks[1].second[0].out_channels for level in unet.down] == [24, 48, 96]
     head = make_head(noise_draws_per_sample=3)
     calls = []
     head.denoiser.context_proj.register_forward_hook(lambda *_: calls.append(1))
     head.loss(make_context(), torch.rand(3, 4, 2), no_pad(3))
-    head.sample(make_context(), seeded(0), 5)
+    sample(head, make_context(), 0, 5)
     assert len(calls) == 2, "the context is encoded once per loss and once per prediction"
 
 
 def test_step_counts():
     head = make_head(num_train_timesteps=20)
-    assert head.sample(make_context(), seeded(0), 20).isfinite().all()
+    assert sample(head, make_context(), 0, 20).isfinite().all()
     message = "num_inference_steps is 21; this diffusion head was trained on 20 noise levels, so give 1 to 20"
     with pytest.raises(ValueError, match=re.escape(message)):
-        head.sample(make_context(), seeded(0), 21)
+        sample(head, make_context(), 0, 21)
 
 
 def test_inference_steps_is_another_name_of_one_number():

@@ -1,4 +1,4 @@
-"""The discrete head: its bins, its ways to decode, its accuracy."""
+"""The discrete head: its bins and its ways to decode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from model.action_head import build_action_head
 from model.normalizer import ActionRange
 from tests.model import heads
-from tests.model.heads import SMALL, STATE, WIDTH, make_context, no_pad, seeded
+from tests.model.heads import SMALL, SPEC, STATE, make_context, no_pad, sample, seeded
 from utils.config_utils import ActionHeadConfig, ConfigError
 
 
@@ -33,7 +33,7 @@ def test_bins_over_the_range():
     assert bins.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3]
     ranges = torch.tensor([[-1.0, 0.0], [1.0, 8.0]])  # each dimension has its own
     config = ActionHeadConfig(**(SMALL | {"num_action_bins": 4}), type="discrete")
-    head = build_action_head(config, WIDTH, STATE, ActionRange(ranges, 10 * ranges))
+    head = build_action_head(config, SPEC, STATE, ActionRange(ranges, 10 * ranges))
     assert head.bins(torch.tensor([[[0.6, 0.6], [-0.6, 7.9]]])).tolist() == [[[3, 0], [0, 3]]]
     assert "bin_range_2A" in head.state_dict(), "what a bin means travels with the weights"
 
@@ -60,34 +60,19 @@ def test_three_ways_to_decode():
     logits = probability.clamp(min=1e-30).log().tolist()
     decode = lambda how: with_logits(make_head(num_action_bins=4, decoding=how), logits)  # noqa: E731
     context = make_context(batch=500)
-    assert (decode("argmax").sample(context) == -0.75).all()
+    assert (sample(decode("argmax"), context) == -0.75).all()
     mean = (probability * centers).sum()
-    torch.testing.assert_close(decode("expectation").sample(context), mean.expand(500, 4, 2), atol=1e-6, rtol=0)
-    drawn = decode("sample").sample(context, seeded(0)).flatten()
+    torch.testing.assert_close(sample(decode("expectation"), context), mean.expand(500, 4, 2), atol=1e-6, rtol=0)
+    drawn = sample(decode("sample"), context).flatten()
     share = torch.stack([(drawn == center).float().mean() for center in centers])
     torch.testing.assert_close(share, probability, atol=0.03, rtol=0)
     assert share[2] == 0, "a bin of no probability is never drawn"
 
 
-def test_accuracy():
-    head, context = with_logits(make_head(num_action_bins=4), [0.0, 5.0, 0.0, 0.0]), make_context()
-    action = torch.full((3, 4, 2), -0.3)  # bin 1, as predicted
-    action[:, 1] = 0.3  # bin 2, a neighbour
-    action[:, 2] = 0.9  # bin 3
-    action[:, 3] = float("nan")
-    pad = no_pad(3)
-    pad[:, 3] = True
-    accuracy = head.accuracy(context, action, pad)
-    assert accuracy == pytest.approx({"exact": 1 / 3, "within_1": 2 / 3})
-    context.action_dim_mask_BA = torch.tensor([[True, False]] * 3)
-    action[..., 1] = 0.9  # a dimension that does not exist
-    assert head.accuracy(context, action, pad) == pytest.approx({"exact": 1 / 3, "within_1": 2 / 3})
-
-
 def test_mlp_widths():
     head = make_head(mlp_hidden_dims=(20, 10), num_action_bins=4)
     assert [layer.out_features for layer in head.mlp if isinstance(layer, torch.nn.Linear)] == [20, 10, 4 * 2 * 4]
-    assert make_head(mlp_hidden_dims=()).sample(make_context()).shape == (3, 4, 2)
+    assert sample(make_head(mlp_hidden_dims=()), make_context()).shape == (3, 4, 2)
 
 
 @pytest.mark.parametrize("options", [{"num_action_bins": 1}, {"mlp_hidden_dims": (64, 0)}])

@@ -10,7 +10,7 @@ import torch
 from model.action_head.flow_matching import flow_interpolate, integrate
 from model.context import Context
 from tests.model import heads
-from tests.model.heads import WIDTH, make_context
+from tests.model.heads import WIDTH, make_context, sample
 
 
 def make_head(**options):
@@ -69,36 +69,39 @@ def test_masked_context_is_inert():
         torch.cat([context.mask_BL, torch.zeros(3, 5, dtype=torch.bool)], dim=1),
         context.state_BS,
     )
-    a, b = (head.sample(c, torch.Generator().manual_seed(0), 4) for c in (context, longer))
+    a, b = (sample(head, c, 0, 4) for c in (context, longer))
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_every_input_matters():
     head, context = make_head(), make_context()
-    sample = lambda c: head.sample(c, torch.Generator().manual_seed(0), 4)  # noqa: E731
-    base = sample(context)
-    assert not torch.allclose(base, sample(Context(context.tokens_BLE.flip(2), context.mask_BL, context.state_BS)))
-    assert not torch.allclose(base, sample(Context(context.tokens_BLE, context.mask_BL, context.state_BS + 1)))
+    base = sample(head, context, 0, 4)
+    assert not torch.allclose(
+        base, sample(head, Context(context.tokens_BLE.flip(2), context.mask_BL, context.state_BS), 0, 4)
+    )
+    assert not torch.allclose(
+        base, sample(head, Context(context.tokens_BLE, context.mask_BL, context.state_BS + 1), 0, 4)
+    )
     without = make_head(use_state_input=False)
     blind = Context(context.tokens_BLE, context.mask_BL, None)
-    assert without.sample(blind, torch.Generator().manual_seed(0), 2).shape == (3, 4, 2)
+    assert sample(without, blind, 0, 2).shape == (3, 4, 2)
 
 
 def test_context_is_encoded_once_per_prediction():
     head, calls = make_head(), []
     for block in head.blocks:
         block.cross_kv.register_forward_hook(lambda *_: calls.append(1))
-    head.sample(make_context(), None, num_inference_steps=10)
+    sample(head, make_context(), steps=10)
     assert len(calls) == len(head.blocks)
 
 
 def test_cached_equals_uncached_sampling():
     head, context = make_head(), make_context()
-    x = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(9))
+    x = noise = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(9))
     for step in range(5):
         fresh = head.encode_context(context)
         x = x + head.velocity(x, torch.full((3,), step / 5), fresh) / 5
-    torch.testing.assert_close(head.sample(context, torch.Generator().manual_seed(9), 5), x, atol=1e-6, rtol=0)
+    torch.testing.assert_close(head.sample(context, noise, 5), x, atol=1e-6, rtol=0)
 
 
 def test_noise_draws_share_one_context_and_average():
@@ -119,11 +122,10 @@ def test_noise_draws_share_one_context_and_average():
 
 def test_a_generator_per_sample_is_independent_of_the_batch():
     head, context = make_head(), make_context()
-    generators = lambda: [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]  # noqa: E731
-    together = head.sample(context, generators(), 3)
-    for i, generator in enumerate(generators()):
+    together = sample(head, context, 1, 3)
+    for i in range(3):
         alone = Context(context.tokens_BLE[i : i + 1], context.mask_BL[i : i + 1], context.state_BS[i : i + 1])
-        torch.testing.assert_close(head.sample(alone, [generator], 3)[0], together[i], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(sample(head, alone, i + 1, 3)[0], together[i], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_samples_follow_the_velocity_with_the_configured_integrator(integrator):
     keys_values = head.encode_context(context)
     start = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(2))
     end = integrate(lambda x, t: head.velocity(x, torch.full((3,), t), keys_values), start, 5, integrator)
-    sample = head.sample(context, torch.Generator().manual_seed(2), 5)
-    torch.testing.assert_close(sample, end, atol=1e-5, rtol=1e-5)
-    euler = make_head().sample(context, torch.Generator().manual_seed(2), 5)
-    assert torch.equal(sample, euler) == (integrator == "euler")
+    actions = head.sample(context, start, 5)
+    torch.testing.assert_close(actions, end, atol=1e-5, rtol=1e-5)
+    euler = make_head().sample(context, start, 5)
+    assert torch.equal(actions, euler) == (integrator == "euler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from model.action_head import ACTION_HEADS, build_action_head
 from model.context import Context
-from tests.model.heads import SMALL, STATE, WIDTH, make_context, make_head, no_pad, seeded
+from tests.model.heads import SMALL, SPEC, STATE, WIDTH, make_context, make_head, no_pad, sample, seeded
 from utils.config_utils import ActionHeadConfig, ConfigError
 
 # Each head, and each choice within a head that changes its network, its loss or its way to sample.
@@ -58,13 +59,13 @@ def test_shapes_and_precision(name):
     head, context = variant(name), make_context()
     action = torch.rand(3, 4, 2) * 2 - 1
     loss = head.loss(context, action, no_pad(3), seeded(0))
-    sample = head.sample(context, seeded(0), 4)
+    actions = sample(head, context, 0, 4)
     assert loss.shape == (3, 4) and loss.dtype == torch.float32 and loss.requires_grad
-    assert sample.shape == (3, 4, 2) and sample.dtype == torch.float32
+    assert actions.shape == (3, 4, 2) and actions.dtype == torch.float32
     assert (head.horizon, head.per_action_dim) == (4, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert head.loss(context, action, no_pad(3), seeded(0)).dtype == torch.float32
-        assert head.sample(context, seeded(0), 4).dtype == torch.float32
+        assert sample(head, context, 0, 4).dtype == torch.float32
 
 
 @every_variant
@@ -81,7 +82,7 @@ def test_one_batch_overfits(name):
     action = torch.rand(4, 4, 2, generator=seeded(3)) * 1.8 - 0.9
     train(head, lambda: head.loss(context, action, no_pad(4)), steps=300, lr=4e-3)
     with torch.no_grad():
-        error = (head.sample(context, seeded(0), 10) - action).abs().mean()
+        error = (sample(head, context, 0, 10) - action).abs().mean()
     assert error < 0.1, f"mean error {error:.3f} after 300 steps on four samples, actions in [-0.9, 0.9]"
 
 
@@ -106,7 +107,7 @@ def test_two_modes(name):
     train(head, loss, steps=500, lr=2e-3)
     for i, mode in enumerate(modes):
         with torch.no_grad():
-            samples = head.sample(context_of(torch.full((200,), i)), seeded(i), 20)[..., 0]
+            samples = sample(head, context_of(torch.full((200,), i)), 1000 * i, 20)[..., 0]
         on_a_mode = ((samples.abs() - mode).abs() < 0.15).float().mean()
         positive = samples > 0
         if name == "discrete":
@@ -145,7 +146,7 @@ def test_padded_steps_have_no_influence_and_no_gradient(name):
 @every_variant
 def test_missing_dimensions_are_neither_seen_nor_predicted(name):
     head, context = variant(name), make_context()
-    context.action_dim_mask_BA = torch.tensor([[True, False]] * 3)
+    context = dataclasses.replace(context, action_dim_mask_BA=torch.tensor([[True, False]] * 3))
     action = torch.rand(3, 4, 2) * 2 - 1
     other = action.clone()
     other[..., 1] = 0.7
@@ -154,8 +155,8 @@ def test_missing_dimensions_are_neither_seen_nor_predicted(name):
     a.sum().backward()
     rows = [p for n, p in head.named_parameters() if n.endswith(("action_out.bias", "action_out.weight"))]
     assert all((p.grad[1] == 0).all() for p in rows), "the output of a missing dimension has no gradient"
-    sample = head.sample(context, seeded(0), 4)
-    assert (sample[..., 1] == 0).all() and sample[..., 0].abs().sum() > 0
+    actions = sample(head, context, 0, 4)
+    assert (actions[..., 1] == 0).all() and actions[..., 0].abs().sum() > 0
 
 
 @every_variant
@@ -166,7 +167,7 @@ def test_masked_context_is_inert(name):
         torch.cat([context.mask_BL, torch.zeros(3, 5, dtype=torch.bool)], dim=1),
         context.state_BS,
     )
-    a, b = (head.sample(c, seeded(0), 4) for c in (context, longer))
+    a, b = (sample(head, c, 0, 4) for c in (context, longer))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     action = torch.rand(3, 4, 2)
     a, b = (head.loss(c, action, no_pad(3), seeded(0)) for c in (context, longer))
@@ -189,13 +190,13 @@ def test_every_input_matters(name):
 @every_variant
 def test_the_seed_decides(name):
     head, context = variant(name), make_context(batch=8)
-    a, b, other = (head.sample(context, seeded(seed), 4) for seed in (5, 5, 6))
+    a, b, other = (sample(head, context, seed, 4) for seed in (5, 5, 50))
     assert torch.equal(a, b)
     assert torch.equal(a, other) != head.is_stochastic, "another seed: another sample, of a stochastic head alone"
     action = torch.rand(8, 4, 2)
     assert torch.equal(*(head.loss(context, action, no_pad(8), seeded(5)) for _ in range(2)))
     state = torch.random.get_rng_state()
-    head.sample(context, seeded(5), 4)
+    sample(head, context, 5, 4)
     head.loss(context, action, no_pad(8), seeded(5))
     assert torch.equal(torch.random.get_rng_state(), state), "a given generator is the only source of randomness"
 
@@ -203,22 +204,22 @@ def test_the_seed_decides(name):
 @every_variant
 def test_a_generator_per_sample_is_independent_of_the_batch(name):
     head, context = variant(name), make_context()
-    together = head.sample(context, [seeded(seed) for seed in (1, 2, 3)], 3)
+    together = sample(head, context, 1, 3)
     for i in range(3):
         alone = Context(context.tokens_BLE[i : i + 1], context.mask_BL[i : i + 1], context.state_BS[i : i + 1])
-        torch.testing.assert_close(head.sample(alone, [seeded(i + 1)], 3)[0], together[i], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sample(head, alone, i + 1, 3)[0], together[i], atol=1e-5, rtol=1e-5)
 
 
 @every_variant
 def test_sampling_is_drawing_noise_and_then_a_function_of_tensors(name):
     head, context = variant(name), make_context()
-    noise = head.draw_noise(3, seeded(7), torch.device("cpu"), 4)
+    noise = head.draw_noise([seeded(7 + row) for row in range(3)], torch.device("cpu"), 4)
     assert (noise is not None) == head.is_stochastic
     schedule, state = head.schedule(4, torch.device("cpu")), torch.random.get_rng_state()
-    kept = head.sample_from(context, noise, 4, schedule)
+    kept = head.sample(context, noise, 4, schedule)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(kept, head.sample(context, seeded(7), 4))
-    assert torch.equal(kept, head.sample_from(context, noise, 4, schedule)), "a schedule can be used again"
+    assert torch.equal(kept, sample(head, context, 7, 4))
+    assert torch.equal(kept, head.sample(context, noise, 4, schedule)), "a schedule can be used again"
 
 
 @trained_variant
@@ -226,25 +227,26 @@ def test_sampling_is_one_graph(name):
     """Nothing on the way needs Python to decide: torch.compile traces it whole."""
     torch.compiler.reset()
     head, context = variant(name), make_context()
-    noise, schedule = head.draw_noise(3, seeded(7), torch.device("cpu"), 3), head.schedule(3, torch.device("cpu"))
+    generators, device = [seeded(7 + row) for row in range(3)], torch.device("cpu")
+    noise, schedule = head.draw_noise(generators, device, 3), head.schedule(3, device)
     with torch.no_grad():
-        compiled = torch.compile(lambda: head.sample_from(context, noise, 3, schedule), fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(), head.sample_from(context, noise, 3, schedule), atol=1e-4, rtol=1e-4)
+        compiled = torch.compile(lambda: head.sample(context, noise, 3, schedule), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(), head.sample(context, noise, 3, schedule), atol=1e-4, rtol=1e-4)
 
 
 @every_variant
 def test_state_dict_round_trip(name):
     head, other, context = variant(name), variant(name, seed=1), make_context()
     action = torch.rand(3, 4, 2)
-    sample, loss = head.sample(context, seeded(0), 3), head.loss(context, action, no_pad(3), seeded(0))
+    actions, loss = sample(head, context, 0, 3), head.loss(context, action, no_pad(3), seeded(0))
     assert not torch.equal(other.loss(context, action, no_pad(3), seeded(0)), loss)
     other.load_state_dict(head.state_dict(), strict=True)
-    assert torch.equal(other.sample(context, seeded(0), 3), sample)
+    assert torch.equal(sample(other, context, 0, 3), actions)
     assert torch.equal(other.loss(context, action, no_pad(3), seeded(0)), loss)
 
 
 def test_unknown_heads_are_named():
     message = "model.action_head_config.type is 'flow'; choose from flow_matching, regression, discrete, diffusion"
     with pytest.raises(ConfigError, match=re.escape(message) + ".*did you mean flow_matching"):
-        build_action_head(ActionHeadConfig(**SMALL, type="flow"), WIDTH, STATE)
+        build_action_head(ActionHeadConfig(**SMALL, type="flow"), SPEC, STATE)
     assert isinstance(make_head("Regression"), ACTION_HEADS["regression"]), "as every choice, in any case of letters"

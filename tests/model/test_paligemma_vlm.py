@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaModel
 
+from model.context import Context
+from model.keys_values import collecting
 from model.paligemma_vlm import PaliGemmaVLM
 from scripts.make_tiny_paligemma import make_tiny_paligemma
 from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
@@ -27,15 +30,29 @@ def directory(request: pytest.FixtureRequest, tiny_paligemma_dir: Path, tiny_pal
     return tiny_paligemma_dir if request.param == "paligemma" else tiny_paligemma2_dir
 
 
-def load(directory: Path, resampler: VisionResamplerConfig | None = None, **settings: object) -> PaliGemmaVLM:
+def load(
+    directory: Path, resampler: VisionResamplerConfig | None = None, cameras: int = 1, **settings: object
+) -> PaliGemmaVLM:
     vlm_config = VLMConfig(model_name_or_path=str(directory), **settings)
-    return PaliGemmaVLM.from_pretrained(vlm_config, resampler or VisionResamplerConfig(), MEAN, STD)
+    return PaliGemmaVLM.from_pretrained(vlm_config, resampler or VisionResamplerConfig(), names(cameras), MEAN, STD)
+
+
+def names(cameras: int) -> tuple[str, ...]:
+    return tuple(f"image_{camera}" for camera in range(1, cameras + 1))
+
+
+def images_of(inputs: dict) -> list[Tensor]:
+    return [value for name, value in inputs.items() if re.fullmatch(r"image_\d", name)]
+
+
+def pair(context: Context) -> tuple[Tensor, Tensor]:
+    return context.tokens_BLE, context.mask_BL
 
 
 def observation(
     batch: int = 2, frames: int = 1, cameras: int = 1, text: int = 7, padded: bool = True, size: int = SIZE
 ) -> dict:
-    """Arguments of `forward`; with `padded`, all prompts but the first are shorter than the longest."""
+    """A batch of the data contract; with `padded`, all prompts but the first are shorter than the longest."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, frames, 3, size, size)
     images = [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for _ in range(cameras)]
@@ -46,23 +63,23 @@ def observation(
         prompt_mask_BL[1:, text - 3 :] = False
         input_ids_BL[~prompt_mask_BL] = 0
     return {
-        "images": images,
-        "image_mask_BV": torch.ones(batch, cameras, dtype=torch.bool),
-        "frame_mask_BS": torch.ones(batch, frames, dtype=torch.bool),
-        "input_ids_BL": input_ids_BL,
-        "prompt_mask_BL": prompt_mask_BL,
+        **{f"image_{camera}": image for camera, image in enumerate(images, start=1)},
+        "image_mask": torch.ones(batch, cameras, dtype=torch.bool),
+        "vlm_attention_mask": torch.ones(batch, frames, dtype=torch.bool),
+        "input_ids": input_ids_BL,
+        "prompt_mask": prompt_mask_BL,
     }
 
 
 def stock_inputs(model: torch.nn.Module, inputs: dict) -> dict:
     """The same observation as stock PaliGemma takes it: normalized pixels, and placeholders among the text ids."""
-    pixels = torch.stack(inputs["images"], dim=2).flatten(0, 2).float() / 255
+    pixels = torch.stack(images_of(inputs), dim=2).flatten(0, 2).float() / 255
     pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     vision = model.config.vision_config
-    count = len(pixels) // len(inputs["input_ids_BL"]) * (vision.image_size // vision.patch_size) ** 2
-    placeholders = torch.full((len(inputs["input_ids_BL"]), count), model.config.image_token_id)
-    input_ids = torch.cat([placeholders, inputs["input_ids_BL"]], dim=1)
-    mask = torch.cat([torch.ones_like(placeholders), inputs["prompt_mask_BL"].long()], dim=1)
+    count = len(pixels) // len(inputs["input_ids"]) * (vision.image_size // vision.patch_size) ** 2
+    placeholders = torch.full((len(inputs["input_ids"]), count), model.config.image_token_id)
+    input_ids = torch.cat([placeholders, inputs["input_ids"]], dim=1)
+    mask = torch.cat([torch.ones_like(placeholders), inputs["prompt_mask"].long()], dim=1)
     return {
         "pixel_values": pixels,
         "input_ids": input_ids,
@@ -74,7 +91,7 @@ def stock_inputs(model: torch.nn.Module, inputs: dict) -> dict:
 def valid(model: PaliGemmaVLM, inputs: dict) -> Tensor:
     """Fused tokens that exist, (tokens of the whole batch, E)."""
     with torch.no_grad():
-        tokens_BLE, mask_BL = model(**inputs)
+        tokens_BLE, mask_BL = pair(model(inputs))
     return tokens_BLE[mask_BL]
 
 
@@ -95,14 +112,14 @@ def copy_with(directory: Path, target: Path, change: Callable[[dict], dict], fil
 @pytest.mark.parametrize(("cameras", "frames"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("attention", ["auto", "eager"])
 def test_parity_with_paligemma_model(directory: Path, attention: str, cameras: int, frames: int, padded: bool) -> None:
-    model = load(directory, attn_implementation=attention)
+    model = load(directory, cameras=cameras, attn_implementation=attention)
     inputs = observation(frames=frames, cameras=cameras, padded=padded)
     stock = PaliGemmaModel.from_pretrained(directory, attn_implementation="eager")
     assert getattr(stock.config.text_config, "sliding_window", 0) < TOKENS  # the sequence is longer than the window
     with torch.no_grad():
-        tokens_BLE, mask_BL = model(**inputs)
+        tokens_BLE, mask_BL = pair(model(inputs))
         expected_BLE = stock(**stock_inputs(stock, inputs)).last_hidden_state
-    assert tokens_BLE.shape == (2, cameras * frames * TOKENS + 7, WIDTH) == (*mask_BL.shape, model.embed_dim)
+    assert tokens_BLE.shape == (2, cameras * frames * TOKENS + 7, WIDTH) == (*mask_BL.shape, model.spec.width)
     assert mask_BL.sum() == mask_BL.numel() - (3 if padded else 0)
     torch.testing.assert_close(tokens_BLE[mask_BL], expected_BLE[mask_BL], atol=2e-5, rtol=0)
 
@@ -112,7 +129,7 @@ def test_parity_with_the_generating_model(directory: Path) -> None:
     stock = PaliGemmaForConditionalGeneration.from_pretrained(directory, attn_implementation="eager")
     with torch.no_grad():
         hidden_BLE = stock(**stock_inputs(stock, inputs), output_hidden_states=True).hidden_states[-1]
-        tokens_BLE, mask_BL = load(directory)(**inputs)
+        tokens_BLE, mask_BL = pair(load(directory, cameras=2)(inputs))
     torch.testing.assert_close(tokens_BLE[mask_BL], hidden_BLE[mask_BL], atol=2e-5, rtol=0)
 
 
@@ -126,7 +143,7 @@ def test_soft_cap_is_honoured(tiny_paligemma2_dir: Path, tmp_path: Path) -> None
     stock = PaliGemmaModel.from_pretrained(directory, attn_implementation="eager")
     with torch.no_grad():
         expected_BLE = stock(**stock_inputs(stock, inputs)).last_hidden_state
-        tokens_BLE, mask_BL = load(directory)(**inputs)
+        tokens_BLE, mask_BL = pair(load(directory)(inputs))
     torch.testing.assert_close(tokens_BLE[mask_BL], expected_BLE[mask_BL], atol=2e-5, rtol=0)
     assert (tokens_BLE[mask_BL] - valid(load(tiny_paligemma2_dir), inputs)).abs().max() > 1e-2
 
@@ -139,7 +156,7 @@ def test_sdpa_is_refused_where_logits_are_capped(tiny_paligemma2_dir: Path) -> N
 def test_auto_attention(tiny_paligemma_dir: Path, tiny_paligemma2_dir: Path) -> None:
     for directory, text in ((tiny_paligemma_dir, "sdpa"), (tiny_paligemma2_dir, "eager")):
         backbone = load(directory).backbone
-        assert backbone.language_model.config._attn_implementation == text
+        assert backbone.language_model.config._attn_implementation == collecting(text)
         assert backbone.vision_tower.config._attn_implementation == "sdpa"
 
 
@@ -164,7 +181,7 @@ def test_published_image_sizes(tmp_path: Path, version: int, image_size: int, to
     stock = PaliGemmaModel.from_pretrained(tmp_path, attn_implementation="eager")
     assert (model.tokens_per_image, model.image_size) == (tokens, image_size)
     with torch.no_grad():
-        tokens_BLE, mask_BL = model(**inputs)
+        tokens_BLE, mask_BL = pair(model(inputs))
         expected_BLE = stock(**stock_inputs(stock, inputs)).last_hidden_state
     assert mask_BL.shape[1] == tokens + 7
     torch.testing.assert_close(tokens_BLE[mask_BL], expected_BLE[mask_BL], atol=2e-5, rtol=0)
@@ -176,72 +193,71 @@ def test_published_image_sizes(tmp_path: Path, version: int, image_size: int, to
 @pytest.mark.parametrize("kind", ["identity", "mlp", "perceiver"])
 def test_absent_cameras_are_as_if_never_there(directory: Path, kind: str) -> None:
     torch.manual_seed(0)
-    model = load(directory, VisionResamplerConfig(type=kind, num_latents=5, num_heads=4)).eval()
+    model = load(directory, VisionResamplerConfig(type=kind, num_latents=5, num_heads=4), cameras=2).eval()
     both = observation(batch=3, cameras=2)
-    both["image_mask_BV"] = torch.tensor([[True, True], [True, False], [False, True]])
+    both["image_mask"] = torch.tensor([[True, True], [True, False], [False, True]])
     with torch.no_grad():
-        tokens_BLE, mask_BL = model(**both)
-    for sample, cameras in enumerate([(0, 1), (0,), (1,)]):
-        alone = {name: value[sample : sample + 1] for name, value in both.items() if name != "images"}
-        alone["images"] = [both["images"][camera][sample : sample + 1] for camera in cameras]
-        alone["image_mask_BV"] = torch.ones(1, len(cameras), dtype=torch.bool)
+        tokens_BLE, mask_BL = pair(model(both))
+    for sample, cameras in enumerate([(1, 2), (1,), (2,)]):
+        alone = {name: value[sample : sample + 1] for name, value in both.items()}
+        model.cameras = tuple(f"image_{camera}" for camera in cameras)
+        alone["image_mask"] = torch.ones(1, len(cameras), dtype=torch.bool)
         torch.testing.assert_close(tokens_BLE[sample][mask_BL[sample]], valid(model, alone), atol=2e-5, rtol=0)
 
 
 def test_padded_frames_are_as_if_never_there(directory: Path) -> None:
-    model = load(directory)
+    model = load(directory, cameras=2)
     two = observation(frames=2, cameras=2)
-    two["frame_mask_BS"] = torch.tensor([[False, True], [True, True]])
+    two["vlm_attention_mask"] = torch.tensor([[False, True], [True, True]])
     with torch.no_grad():
-        tokens_BLE, mask_BL = model(**two)
-    one = {name: value[:1] for name, value in two.items() if name != "images"}
-    one["images"] = [image[:1, 1:] for image in two["images"]]
-    one["frame_mask_BS"] = torch.ones(1, 1, dtype=torch.bool)
+        tokens_BLE, mask_BL = pair(model(two))
+    one = {name: value[:1, 1:] if name in model.cameras else value[:1] for name, value in two.items()}
+    one["vlm_attention_mask"] = torch.ones(1, 1, dtype=torch.bool)
     assert not mask_BL[0, : 2 * TOKENS].any()
     torch.testing.assert_close(tokens_BLE[0][mask_BL[0]], valid(model, one), atol=2e-5, rtol=0)
 
 
 def test_order_is_frames_outer_cameras_inner(tiny_paligemma_dir: Path) -> None:
-    model = load(tiny_paligemma_dir)
+    model = load(tiny_paligemma_dir, cameras=2)
     inputs = observation(batch=1, frames=2, cameras=2)
-    inputs["image_mask_BV"] = torch.tensor([[True, False]])
-    inputs["frame_mask_BS"] = torch.tensor([[False, True]])
+    inputs["image_mask"] = torch.tensor([[True, False]])
+    inputs["vlm_attention_mask"] = torch.tensor([[False, True]])
     with torch.no_grad():
-        _, mask_BL = model(**inputs)
+        _, mask_BL = pair(model(inputs))
     # slots: frame 0 camera 0, frame 0 camera 1, frame 1 camera 0, frame 1 camera 1
     assert mask_BL[0, : 4 * TOKENS].view(4, TOKENS).all(dim=1).tolist() == [False, False, True, False]
 
 
 def test_masked_pixels_cost_no_vision_pass_and_are_never_read(tiny_paligemma_dir: Path) -> None:
-    model = load(tiny_paligemma_dir)
+    model = load(tiny_paligemma_dir, cameras=2)
     seen = []
     model.backbone.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     inputs = observation(batch=3, frames=2, cameras=2)
     valid(model, inputs)
-    inputs["image_mask_BV"][1, 1] = False
-    inputs["frame_mask_BS"][2, 0] = False
+    inputs["image_mask"][1, 1] = False
+    inputs["vlm_attention_mask"][2, 0] = False
     before = valid(model, inputs)
-    inputs["images"][1][1] = 255
-    inputs["images"][0][2, 0] = 255
+    inputs["image_2"][1] = 255
+    inputs["image_1"][2, 0] = 255
     assert torch.equal(before, valid(model, inputs))
     assert seen == [12, 8, 8]  # one pass each: 3 samples x 2 frames x 2 cameras, less 2 and 2
 
 
 @pytest.mark.parametrize("attention", ["auto", "eager"])
 def test_right_padding_changes_nothing(directory: Path, attention: str) -> None:
-    model = load(directory, attn_implementation=attention)
+    model = load(directory, cameras=2, attn_implementation=attention)
     short = observation(batch=1, cameras=2, padded=False)
     long = dict(short)
-    long["input_ids_BL"] = torch.nn.functional.pad(short["input_ids_BL"], (0, 5))
-    long["prompt_mask_BL"] = torch.nn.functional.pad(short["prompt_mask_BL"], (0, 5))
+    long["input_ids"] = torch.nn.functional.pad(short["input_ids"], (0, 5))
+    long["prompt_mask"] = torch.nn.functional.pad(short["prompt_mask"], (0, 5))
     torch.testing.assert_close(valid(model, short), valid(model, long), atol=1e-5, rtol=0)
 
 
 def test_the_prompt_changes_what_image_tokens_become(directory: Path) -> None:
     model = load(directory)
     inputs = observation(batch=1, padded=False)
-    other = dict(inputs, input_ids_BL=inputs["input_ids_BL"].clone())
-    other["input_ids_BL"][0, 3] += 1
+    other = dict(inputs, input_ids=inputs["input_ids"].clone())
+    other["input_ids"][0, 3] += 1
     change_LE = valid(model, inputs) - valid(model, other)
     assert change_LE[:TOKENS].abs().amax(dim=1).min() > 1e-3  # every one of them: attention is bidirectional
 
@@ -254,8 +270,9 @@ def test_the_prompt_changes_what_image_tokens_become(directory: Path) -> None:
 @pytest.mark.parametrize("kind", ["identity", "mlp", "perceiver"])
 def test_frozen_parts_and_gradients(directory: Path, kind: str, vision: bool, language: bool) -> None:
     resampler = VisionResamplerConfig(type=kind, num_latents=5, num_heads=4)
-    model = load(directory, resampler, freeze_vision_tower=vision, freeze_language_model=language, dtype="bfloat16")
-    tokens_BLE, mask_BL = model(**observation(cameras=2))
+    frozen = {"freeze_vision_tower": vision, "freeze_language_model": language}
+    model = load(directory, resampler, cameras=2, **frozen, dtype="bfloat16")
+    tokens_BLE, mask_BL = pair(model(observation(cameras=2)))
     (tokens_BLE.float() * torch.randn(WIDTH))[mask_BL].sum().backward()
     for name, parameter in model.named_parameters():
         frozen = (vision and "vision_tower" in name) or (language and "language_model" in name)
@@ -273,19 +290,20 @@ def test_bfloat16_has_no_nan(directory: Path, kind: str, autocast: bool, vision:
     resampler = VisionResamplerConfig(type=kind, num_latents=5, num_heads=4)
     inputs = observation(batch=3, frames=2, cameras=2)
     torch.manual_seed(0)
-    exact = valid(load(directory, resampler), inputs)
+    exact = valid(load(directory, resampler, cameras=2), inputs)
     torch.manual_seed(0)
-    model = load(directory, resampler, freeze_vision_tower=vision, freeze_language_model=language, dtype="bfloat16")
+    frozen = {"freeze_vision_tower": vision, "freeze_language_model": language}
+    model = load(directory, resampler, cameras=2, **frozen, dtype="bfloat16")
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         close = valid(model, inputs)
     assert (close.float() - exact).abs().mean() < 0.05
 
-    inputs["image_mask_BV"][1, 1] = False
-    inputs["frame_mask_BS"][1, 0] = False
-    inputs["image_mask_BV"][2] = False  # a sample of which nothing is left
-    inputs["prompt_mask_BL"][2] = False
+    inputs["image_mask"][1, 1] = False
+    inputs["vlm_attention_mask"][1, 0] = False
+    inputs["image_mask"][2] = False  # a sample of which nothing is left
+    inputs["prompt_mask"][2] = False
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        tokens_BLE, mask_BL = model(**inputs)
+        tokens_BLE, mask_BL = pair(model(inputs))
     tokens_BLE[mask_BL].float().square().sum().backward()
     assert tokens_BLE.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -294,8 +312,8 @@ def test_bfloat16_has_no_nan(directory: Path, kind: str, autocast: bool, vision:
 def test_a_batch_without_any_image_still_reaches_every_parameter(tiny_paligemma_dir: Path) -> None:
     model = load(tiny_paligemma_dir)
     inputs = observation()
-    inputs["image_mask_BV"][:] = False
-    tokens_BLE, mask_BL = model(**inputs)
+    inputs["image_mask"][:] = False
+    tokens_BLE, mask_BL = pair(model(inputs))
     tokens_BLE[mask_BL].square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -304,9 +322,9 @@ def test_a_batch_without_any_image_still_reaches_every_parameter(tiny_paligemma_
 def test_gradient_checkpointing_changes_nothing(directory: Path, autocast: bool) -> None:
     results = []
     for checkpointing in (False, True):
-        model = load(directory, gradient_checkpointing=checkpointing)
+        model = load(directory, cameras=2, gradient_checkpointing=checkpointing)
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            tokens_BLE, mask_BL = model(**observation(frames=2, cameras=2))
+            tokens_BLE, mask_BL = pair(model(observation(frames=2, cameras=2)))
         runs = []
         for layers in (model.backbone.vision_tower.encoder.layers, model.backbone.language_model.layers):
             layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
@@ -320,7 +338,7 @@ def test_gradient_checkpointing_sends_no_gradients_through_frozen_parts(tiny_pal
     model = load(tiny_paligemma_dir, freeze_vision_tower=True, freeze_language_model=True, gradient_checkpointing=True)
     needs_gradient = []
     model.backbone.vision_tower.register_forward_hook(lambda _, args, out: needs_gradient.append(out[0].requires_grad))
-    tokens_BLE, _ = model(**observation())
+    tokens_BLE, _ = pair(model(observation()))
     assert needs_gradient == [False]
     assert tokens_BLE.requires_grad  # through the projector
 
@@ -332,11 +350,11 @@ def test_gradient_checkpointing_sends_no_gradients_through_frozen_parts(tiny_pal
 def test_from_config_and_state_dict_equal_from_pretrained(directory: Path, frozen: bool) -> None:
     settings = {"freeze_vision_tower": frozen, "freeze_language_model": frozen}
     resampler = VisionResamplerConfig(type="perceiver", num_latents=5, num_heads=4)
-    model = load(directory, resampler, **settings)
+    model = load(directory, resampler, cameras=2, **settings)
     backbone_config = json.loads(json.dumps(model.backbone_config_dict()))
     assert str(directory) not in json.dumps(backbone_config)
     vlm_config = VLMConfig(model_name_or_path="not/there/any/more", **settings)
-    rebuilt = PaliGemmaVLM.from_config(backbone_config, vlm_config, resampler, (0, 0, 0), (1, 1, 1))
+    rebuilt = PaliGemmaVLM.from_config(backbone_config, vlm_config, resampler, names(2), (0, 0, 0), (1, 1, 1))
     rebuilt.load_state_dict(model.state_dict(), strict=True)
 
     assert torch.equal(valid(model, observation(cameras=2)), valid(rebuilt, observation(cameras=2)))
@@ -437,21 +455,23 @@ def test_num_image_tokens_is_checked_before_weights_load(tiny_paligemma_dir: Pat
 
 def test_images_of_another_size(tiny_paligemma_dir: Path) -> None:
     inputs = observation(cameras=2)
-    inputs["images"][1] = torch.zeros(2, 1, 3, 48, 32, dtype=torch.uint8)
+    inputs["image_2"] = torch.zeros(2, 1, 3, 48, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"image_2 is 48 x 32 pixels, but the backbone takes 32 x 32.*resize"):
-        load(tiny_paligemma_dir)(**inputs)
+        load(tiny_paligemma_dir, cameras=2)(inputs)
 
 
 # --- what a predictor knows beforehand
 
 
 def test_embedded_prompts_and_known_slots_change_nothing(directory: Path) -> None:
-    model = load(directory)
+    model = load(directory, cameras=2)
     inputs = observation(frames=2, cameras=2)
-    inputs["image_mask_BV"][1, 1] = inputs["frame_mask_BS"][0, 0] = False
-    slots_N = (inputs["frame_mask_BS"][:, :, None] & inputs["image_mask_BV"][:, None, :]).flatten().nonzero().squeeze(1)
-    text_BLE = model.embed_prompt(inputs["input_ids_BL"])
-    given = {**inputs, "input_ids_BL": None, "text_BLE": text_BLE, "image_slots_N": slots_N}
+    inputs["image_mask"][1, 1] = inputs["vlm_attention_mask"][0, 0] = False
+    slots_N = (
+        (inputs["vlm_attention_mask"][:, :, None] & inputs["image_mask"][:, None, :]).flatten().nonzero().squeeze(1)
+    )
+    text_BLE = model.embed_prompt(inputs["input_ids"])
+    given = {**inputs, "input_ids": None, "prompt_embeds": text_BLE, "image_slots": slots_N}
     assert torch.equal(valid(model, given), valid(model, inputs))
-    given["image_slots_N"] = slots_N[:-1]  # and it is the slots given that are looked at
+    given["image_slots"] = slots_N[:-1]  # and it is the slots given that are looked at
     assert not torch.allclose(valid(model, given), valid(model, inputs))

@@ -5,6 +5,7 @@ Shape letters: B batch, T horizon, A per_action_dim.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 
 from inference.predictor import VLAPredictor
 from model.action_head.flow_matching import flow_interpolate, integrate
-from model.action_head.guidance import ActionPrefix, guidance_weight, guided, soft_mask
+from model.action_head.guidance import guidance_weight, guided, soft_mask
 from model.action_head.transformer import ContextKeysValues
+from model.context import ActionPrefix
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
-from tests.model.heads import make_context, make_head, no_pad, seeded
+from tests.model.heads import make_context, make_head, no_pad, sample, seeded
 
 BATCH, HORIZON = 3, 8
 
@@ -89,7 +91,7 @@ def test_guidance_is_the_vector_jacobian_product_through_the_network(head):
 def test_guidance_works_where_gradients_are_off_and_leaves_no_graph(head):
     context = make_context(BATCH)
     with torch.no_grad():
-        action = head.sample(context, seeded(0), 5, make_prefix())
+        action = sample(head, context, 0, 5, make_prefix())
     assert not action.requires_grad
     assert all(parameter.grad is None for parameter in head.parameters())
 
@@ -97,11 +99,11 @@ def test_guidance_works_where_gradients_are_off_and_leaves_no_graph(head):
 def test_strong_guidance_reproduces_committed_steps(head):
     context, prefix = make_context(BATCH), make_prefix(beta=8.0)
     with torch.no_grad():
-        free = head.sample(context, seeded(0), 10)
-        bent = head.sample(context, seeded(0), 10, prefix)
+        free = sample(head, context, 0, 10)
+        bent = sample(head, context, 0, 10, prefix)
     off = lambda action: (action - prefix.action_BTA)[:, :3].abs().mean().item()  # noqa: E731
     assert off(bent) < 0.1 * off(free) and off(free) > 0.5
-    weak = head.sample(context, seeded(0), 10, make_prefix(beta=0.5))
+    weak = sample(head, context, 0, 10, make_prefix(beta=0.5))
     assert off(bent) < off(weak) < off(free)
 
 
@@ -112,8 +114,8 @@ def test_weight_zero_changes_nothing(head):
     weight[1] = 0
     action[1] = float("nan")
     with torch.no_grad():
-        bent = head.sample(context, [seeded(i) for i in range(3)], 5, ActionPrefix(action, weight))
-        free = head.sample(context, [seeded(i) for i in range(3)], 5)
+        bent = sample(head, context, 0, 5, ActionPrefix(action, weight))
+        free = sample(head, context, 0, 5)
     torch.testing.assert_close(bent[1], free[1], atol=1e-6, rtol=0)
     assert (bent[0] - free[0]).abs().max() > 0.05
 
@@ -121,7 +123,7 @@ def test_weight_zero_changes_nothing(head):
 @pytest.mark.parametrize("integrator", ["euler", "midpoint", "heun"])
 def test_same_seed_same_chunk(integrator):
     head, context = make_head("flow_matching", horizon=HORIZON, integrator=integrator), make_context(BATCH)
-    first, second, other = (head.sample(context, seeded(seed), 4, make_prefix()) for seed in (0, 0, 1))
+    first, second, other = (sample(head, context, seed, 4, make_prefix()) for seed in (0, 0, 10))
     assert torch.equal(first, second) and not torch.allclose(first, other) and first.isfinite().all()
 
 
@@ -167,19 +169,20 @@ def test_without_clean_prefixes_the_draws_are_as_before():
 def test_a_clean_prefix_is_kept_exactly_and_conditions_the_rest():
     head = make_head("flow_matching", horizon=HORIZON, max_clean_prefix=4)
     context, prefix = make_context(BATCH), make_prefix(delay=3, clean=True)
-    action = head.sample(context, seeded(0), 5, prefix)
+    action = sample(head, context, 0, 5, prefix)
     assert torch.equal(action[:, :3], prefix.action_BTA[:, :3])
     other = ActionPrefix(prefix.action_BTA + 1, prefix.weight_BT, clean=True)
-    assert not torch.allclose(head.sample(context, seeded(0), 5, other)[:, 3:], action[:, 3:], atol=1e-3)
+    assert not torch.allclose(sample(head, context, 0, 5, other)[:, 3:], action[:, 3:], atol=1e-3)
     with pytest.raises(ValueError, match="the prefix commits 5 actions, but this policy was trained with max_clean_pr"):
-        head.sample(context, seeded(0), 5, make_prefix(delay=5, clean=True))
+        sample(head, context, 0, 5, make_prefix(delay=5, clean=True))
 
 
 def test_one_network_learns_to_continue_a_clean_prefix():
     """Two equally good chunks, all +1 and all -1, under one context: the prefix decides which."""
     head = make_head("flow_matching", voice=False, max_clean_prefix=2, time_distribution="uniform").train()
     context = make_context(batch=64)
-    context.tokens_BLE, context.state_BS = torch.zeros_like(context.tokens_BLE), torch.zeros_like(context.state_BS)
+    blank = {name: torch.zeros_like(getattr(context, name)) for name in ("tokens_BLE", "state_BS")}
+    context = dataclasses.replace(context, **blank)
     sign = torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)[:, None, None]
     optimizer, generator = torch.optim.Adam(head.parameters(), lr=3e-3), seeded(0)
     for _ in range(300):
@@ -188,11 +191,11 @@ def test_one_network_learns_to_continue_a_clean_prefix():
         optimizer.step()
     head.eval().requires_grad_(False)
     prefix = ActionPrefix(sign.expand(64, 4, 2), soft_mask(4, 2, 2).expand(64, -1), clean=True)
-    continued = head.sample(context, seeded(1), 10, prefix)
+    continued = sample(head, context, 1, 10, prefix)
     assert ((continued * sign)[:, 2:] > 0.5).float().mean() > 0.95
-    free = head.sample(context, seeded(1), 10)
+    free = sample(head, context, 1, 10)
     assert 0.25 < ((free * sign) > 0).float().mean() < 0.75
-    guided_too = head.sample(context, seeded(1), 10, ActionPrefix(prefix.action_BTA, prefix.weight_BT))
+    guided_too = sample(head, context, 1, 10, ActionPrefix(prefix.action_BTA, prefix.weight_BT))
     assert ((guided_too * sign)[:, 2:] > 0.5).float().mean() > 0.8
 
 

@@ -15,21 +15,24 @@ from torch import Tensor
 from transformers import AutoModel, ElectraConfig, ElectraModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
 
 from data.processing import processors_from_config
+from model.backbone import backbone_class
+from model.context import ContextSpec
 from model.siglip_llm import SiglipLLM
-from model.vla_model import BACKBONES, VLAModel
+from model.vla_model import VLAModel
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
 from utils.checkpoint import load_checkpoint
 from utils.config_utils import ConfigError, FusionConfig, VisionResamplerConfig, VLMConfig, config_from_dict
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.4)
+CAMERAS = ("image_1", "image_2")
 SIZE, TOKENS, LATENTS, WIDTH, VOCAB = 32, 16, 9, 24, 512
 
 
 def load(directory: Path, **settings: object) -> SiglipLLM:
     """The model of `directory/siglip` and `directory/qwen2`; the fusion always starts alike."""
     torch.manual_seed(0)
-    return SiglipLLM.from_pretrained(settings_of(directory, **settings), VisionResamplerConfig(), MEAN, STD)
+    return SiglipLLM.from_pretrained(settings_of(directory, **settings), VisionResamplerConfig(), CAMERAS, MEAN, STD)
 
 
 def settings_of(directory: Path, **settings: object) -> VLMConfig:
@@ -44,7 +47,7 @@ def settings_of(directory: Path, **settings: object) -> VLMConfig:
 
 
 def observation(batch: int = 2, frames: int = 1, cameras: int = 2, text: int = 7, padded: bool = True) -> dict:
-    """Arguments of `forward`; with `padded`, all prompts but the first are shorter than the longest."""
+    """A batch of the data contract; with `padded`, all prompts but the first are shorter than the longest."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, frames, 3, SIZE, SIZE)
     input_ids_BL = torch.randint(0, VOCAB, (batch, text), generator=generator)
@@ -53,17 +56,19 @@ def observation(batch: int = 2, frames: int = 1, cameras: int = 2, text: int = 7
         prompt_mask_BL[1:, text - 3 :] = False
         input_ids_BL[~prompt_mask_BL] = 0
     return {
-        "images": [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for _ in range(cameras)],
-        "image_mask_BV": torch.ones(batch, cameras, dtype=torch.bool),
-        "frame_mask_BS": torch.ones(batch, frames, dtype=torch.bool),
-        "input_ids_BL": input_ids_BL,
-        "prompt_mask_BL": prompt_mask_BL,
+        **{
+            camera: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for camera in CAMERAS[:cameras]
+        },
+        "image_mask": torch.ones(batch, cameras, dtype=torch.bool),
+        "vlm_attention_mask": torch.ones(batch, frames, dtype=torch.bool),
+        "input_ids": input_ids_BL,
+        "prompt_mask": prompt_mask_BL,
     }
 
 
 @torch.no_grad()
 def tokens(model: SiglipLLM, inputs: dict) -> Tensor:
-    return model(**inputs)[0]
+    return model(inputs).tokens_BLE
 
 
 def copy_with(directory: Path, target: Path, part: str, change: Callable[[dict[str, Tensor]], dict]) -> Path:
@@ -76,10 +81,14 @@ def copy_with(directory: Path, target: Path, part: str, change: Callable[[dict[s
 
 def test_contract(tiny_siglip_llm_dir: Path) -> None:
     model = load(tiny_siglip_llm_dir)
-    tokens_BqD, mask_Bq = model(**observation(frames=2))
-    assert tokens_BqD.shape == (2, LATENTS, WIDTH) == (*mask_Bq.shape, model.embed_dim) and mask_Bq.all()
+    context = model(observation(frames=2))
+    tokens_BqD, mask_Bq = context.tokens_BLE, context.mask_BL
+    assert tokens_BqD.shape == (2, LATENTS, WIDTH) == (*mask_Bq.shape, model.spec.width) and mask_Bq.all()
     assert (model.image_size, model.tokens_per_image) == (SIZE, TOKENS) and mask_Bq.dtype == torch.bool
-    assert BACKBONES["siglip_llm"] is SiglipLLM
+    assert backbone_class("siglip_llm") is SiglipLLM
+    assert model.spec == ContextSpec(WIDTH) and model.num_context_tokens(4, 7) == LATENTS
+    with pytest.raises(ValueError, match="hands over no keys and values: its language model sees no images"):
+        model(observation(), keys_values=True)
     parts = [parameter for part in model.components().values() for parameter in part.parameters()]
     assert len(parts) == len(set(parts)) == len(list(model.parameters()))
 
@@ -91,13 +100,13 @@ def test_the_encoders_are_stock_transformers(tiny_siglip_llm_dir: Path) -> None:
     model.fusion.image_proj.register_forward_pre_hook(lambda _, args: seen.update(image=args[0]))
     model.fusion.text_proj.register_forward_pre_hook(lambda _, args: seen.update(text=args[0]))
     tokens(model, inputs)
-    pixels = torch.stack(inputs["images"], dim=2).flatten(0, 2).float() / 255
+    pixels = torch.stack([inputs[camera] for camera in CAMERAS], dim=2).flatten(0, 2).float() / 255
     pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     tower = SiglipVisionModel.from_pretrained(tiny_siglip_llm_dir / "siglip")
     language = AutoModel.from_pretrained(tiny_siglip_llm_dir / "qwen2", attn_implementation="eager")
     with torch.no_grad():
         torch.testing.assert_close(seen["image"], tower(pixels).last_hidden_state, atol=1e-5, rtol=0)
-        for ids_L, mask_L in zip(inputs["input_ids_BL"], inputs["prompt_mask_BL"], strict=True):
+        for ids_L, mask_L in zip(inputs["input_ids"], inputs["prompt_mask"], strict=True):
             alone_LE = language(ids_L[mask_L][None]).last_hidden_state[0]
             found = [(text_LE[: len(alone_LE)] - alone_LE).abs().max() for text_LE in seen["text"]]
             assert min(found) < 1e-5
@@ -105,8 +114,8 @@ def test_the_encoders_are_stock_transformers(tiny_siglip_llm_dir: Path) -> None:
 
 def test_each_different_prompt_is_read_once(tiny_siglip_llm_dir: Path) -> None:
     model, inputs = load(tiny_siglip_llm_dir), observation(batch=5)
-    inputs["input_ids_BL"] = inputs["input_ids_BL"][[0, 1, 0, 0, 1]]
-    inputs["prompt_mask_BL"] = inputs["prompt_mask_BL"][[0, 1, 0, 0, 1]]
+    inputs["input_ids"] = inputs["input_ids"][[0, 1, 0, 0, 1]]
+    inputs["prompt_mask"] = inputs["prompt_mask"][[0, 1, 0, 0, 1]]
     read = []
     model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -114,8 +123,7 @@ def test_each_different_prompt_is_read_once(tiny_siglip_llm_dir: Path) -> None:
     together = tokens(model, inputs)
     assert read == [2]
     for i in range(5):
-        one = {key: value[i : i + 1] for key, value in inputs.items() if key != "images"}
-        one["images"] = [image[i : i + 1] for image in inputs["images"]]
+        one = {key: value[i : i + 1] for key, value in inputs.items()}
         torch.testing.assert_close(tokens(model, one), together[i : i + 1], atol=1e-5, rtol=0)
 
 
@@ -125,11 +133,11 @@ def test_each_different_prompt_is_read_once(tiny_siglip_llm_dir: Path) -> None:
 def test_right_padding_changes_nothing(tiny_siglip_llm_dir: Path) -> None:
     model, short = load(tiny_siglip_llm_dir), observation(padded=False)
     padding = torch.randint(0, VOCAB, (2, 5), generator=torch.Generator().manual_seed(5))
-    long = dict(short, input_ids_BL=torch.cat([short["input_ids_BL"], padding], dim=1))
-    long["prompt_mask_BL"] = torch.nn.functional.pad(short["prompt_mask_BL"], (0, 5))
+    long = dict(short, input_ids=torch.cat([short["input_ids"], padding], dim=1))
+    long["prompt_mask"] = torch.nn.functional.pad(short["prompt_mask"], (0, 5))
     torch.testing.assert_close(tokens(model, short), tokens(model, long), atol=1e-5, rtol=0)
-    text_BLD = model.embed_prompt(short["input_ids_BL"])
-    torch.testing.assert_close(text_BLD, model.embed_prompt(long["input_ids_BL"])[:, :7], atol=1e-5, rtol=0)
+    text_BLD = model.embed_prompt(short["input_ids"])
+    torch.testing.assert_close(text_BLD, model.embed_prompt(long["input_ids"])[:, :7], atol=1e-5, rtol=0)
 
 
 def test_masked_images_cost_no_vision_pass_and_are_never_read(tiny_siglip_llm_dir: Path) -> None:
@@ -137,11 +145,11 @@ def test_masked_images_cost_no_vision_pass_and_are_never_read(tiny_siglip_llm_di
     seen = []
     model.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     tokens(model, inputs)
-    inputs["image_mask_BV"][1, 1] = False
-    inputs["frame_mask_BS"][2, 0] = False
+    inputs["image_mask"][1, 1] = False
+    inputs["vlm_attention_mask"][2, 0] = False
     before = tokens(model, inputs)
-    inputs["images"][1][1] = 255
-    inputs["images"][0][2, 0] = 255
+    inputs["image_2"][1] = 255
+    inputs["image_1"][2, 0] = 255
     assert torch.equal(before, tokens(model, inputs))
     assert seen == [12, 8, 8]  # one pass each: 3 samples x 2 frames x 2 cameras, less 2 and 2
 
@@ -149,9 +157,9 @@ def test_masked_images_cost_no_vision_pass_and_are_never_read(tiny_siglip_llm_di
 def test_prompt_image_and_camera_matter(tiny_siglip_llm_dir: Path) -> None:
     model, inputs = load(tiny_siglip_llm_dir), observation(batch=1, padded=False)
     before = tokens(model, inputs)
-    other = dict(inputs, input_ids_BL=inputs["input_ids_BL"].roll(1))
-    swapped = dict(inputs, images=inputs["images"][::-1])
-    turned = dict(inputs, images=[image.flip(-1) for image in inputs["images"]])
+    other = dict(inputs, input_ids=inputs["input_ids"].roll(1))
+    swapped = dict(inputs, image_1=inputs["image_2"], image_2=inputs["image_1"])
+    turned = dict(inputs, **{camera: inputs[camera].flip(-1) for camera in CAMERAS})
     for changed in (other, swapped, turned):
         assert (tokens(model, changed) - before).abs().amax(dim=-1).min() > 1e-3  # every latent
 
@@ -165,9 +173,9 @@ def test_prompt_image_and_camera_matter(tiny_siglip_llm_dir: Path) -> None:
 def test_frozen_parts_and_gradients(tiny_siglip_llm_dir: Path, vision: bool, language: bool, autocast: bool) -> None:
     model = load(tiny_siglip_llm_dir, freeze_vision_tower=vision, freeze_language_model=language, dtype="bfloat16")
     inputs = observation(batch=3)
-    inputs["image_mask_BV"][2] = False  # a sample without any image
+    inputs["image_mask"][2] = False  # a sample without any image
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        tokens_BqD, _ = model(**inputs)
+        tokens_BqD = model(inputs).tokens_BLE
     (tokens_BqD.float() * torch.randn(WIDTH)).sum().backward()
     for name, parameter in model.named_parameters():
         frozen = (vision and "vision_tower" in name) or (language and "language_model" in name)
@@ -181,8 +189,8 @@ def test_frozen_parts_and_gradients(tiny_siglip_llm_dir: Path, vision: bool, lan
 
 def test_a_batch_without_any_image_still_reaches_every_parameter(tiny_siglip_llm_dir: Path) -> None:
     model, inputs = load(tiny_siglip_llm_dir), observation()
-    inputs["image_mask_BV"][:] = False
-    (model(**inputs)[0] * torch.randn(WIDTH)).sum().backward()
+    inputs["image_mask"][:] = False
+    (model(inputs).tokens_BLE * torch.randn(WIDTH)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -190,7 +198,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_siglip_llm_dir: Path) -> No
     results = []
     for checkpointing in (False, True):
         model = load(tiny_siglip_llm_dir, gradient_checkpointing=checkpointing)
-        tokens_BqD, _ = model(**observation())
+        tokens_BqD = model(observation()).tokens_BLE
         runs = []
         for layers in (model.vision_tower.encoder.layers, model.language_model.layers):
             layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
@@ -208,7 +216,7 @@ def test_from_config_and_state_dict_equal_from_pretrained(tiny_siglip_llm_dir: P
     backbone_config = json.loads(json.dumps(model.backbone_config_dict()))
     assert str(tiny_siglip_llm_dir) not in json.dumps(backbone_config)
     gone = settings_of(Path("not/there/any/more"), freeze_language_model=True)
-    rebuilt = SiglipLLM.from_config(backbone_config, gone, VisionResamplerConfig(), (0, 0, 0), (1, 1, 1))
+    rebuilt = SiglipLLM.from_config(backbone_config, gone, VisionResamplerConfig(), CAMERAS, (0, 0, 0), (1, 1, 1))
     rebuilt.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(tokens(model, observation()), tokens(rebuilt, observation()))
     for kind in ("named_parameters", "named_buffers"):
@@ -268,11 +276,13 @@ def test_settings_that_contradict(tiny_siglip_llm_dir: Path) -> None:
     with pytest.raises(ConfigError, match="num_image_tokens is 9, but the backbone makes 16"):
         load(tiny_siglip_llm_dir, num_image_tokens=9)
     with pytest.raises(ConfigError, match="vision_resampler_config.type is mlp, but a siglip_llm backbone resamples"):
-        SiglipLLM.from_pretrained(settings_of(tiny_siglip_llm_dir), VisionResamplerConfig(type="mlp"), MEAN, STD)
+        SiglipLLM.from_pretrained(
+            settings_of(tiny_siglip_llm_dir), VisionResamplerConfig(type="mlp"), CAMERAS, MEAN, STD
+        )
     inputs = observation()
-    inputs["images"][1] = torch.zeros(2, 1, 3, 48, 32, dtype=torch.uint8)
+    inputs["image_2"] = torch.zeros(2, 1, 3, 48, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match="image_2 is 48 x 32 pixels, but the backbone takes 32 x 32"):
-        load(tiny_siglip_llm_dir)(**inputs)
+        load(tiny_siglip_llm_dir)(inputs)
 
 
 # --- behind VLAModel

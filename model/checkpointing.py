@@ -1,0 +1,141 @@
+"""A policy's weights into a checkpoint and out of it.
+
+A checkpoint holds every weight, or, with `training.save_adapters_only`, all but the frozen ones, which are then read
+from the pretrained directories again. `utils.checkpoint` writes and reads the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from model.adapters import base_fingerprint, load_state, trained_state
+from model.architecture import is_plain
+from model.backbone import Backbone, backbone_class
+from utils.backbones import BACKBONE_SPECS
+from utils.checkpoint import CheckpointError, evaluation_weights
+from utils.config_utils import Config, ConfigError, config_from_dict
+
+Policy = TypeVar("Policy", bound=nn.Module)
+
+
+def policy_from_checkpoint(
+    policy_class: Callable[[Config, Backbone, Sequence[dict[str, Any]]], Policy],
+    checkpoint: dict[str, Any],
+    config: Config | None = None,
+    statistics: Sequence[dict[str, Any]] | None = None,
+    *,
+    use_ema: bool = True,
+) -> Policy:
+    """The policy of a checkpoint; see `VLAModel.from_checkpoint`, whose class is `policy_class`."""
+    config = config or config_from_dict(checkpoint["config"], source="checkpoint")
+    vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
+    mean, std = checkpoint["image_processor"]["image_mean"], checkpoint["image_processor"]["image_std"]
+    settings = resampler, config.cameras, mean, std
+    weights = evaluation_weights(checkpoint) if use_ema else checkpoint["model"]
+    base = checkpoint.get("base")
+    base_name = None if base is None else base["name_or_path"]
+    without_base = base is not None and not base["included"]
+    adapted_later = is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
+    if without_base:
+        backbone = backbone_class(vlm.type).from_pretrained(vlm, *settings)
+    else:
+        built = dataclasses.replace(vlm, lora=None, quantization="none") if adapted_later else vlm
+        backbone = backbone_class(vlm.type).from_config(checkpoint["backbone_config"], built, *settings)
+    policy = policy_class(config, backbone, checkpoint["statistics"] if statistics is None else statistics)
+    if without_base:
+        weights, base_name = _with_base(policy, weights, base, vlm.type), vlm.pretrained_names
+    if statistics is not None:
+        fresh = {f"normalizer.{name}": value for name, value in policy.normalizer.state_dict().items()}
+        weights = {**weights, **fresh}
+    load_weights(policy, weights)
+    if adapted_later:
+        policy.backbone.adapt(vlm)
+    policy.base = frozen_base(backbone, base_name)
+    if config.training.save_adapters_only and policy.base is not None and policy.base["name_or_path"] is None:
+        raise ConfigError(
+            "training.save_adapters_only needs frozen weights that a later run can read again, but these come from "
+            "a checkpoint; set training.save_adapters_only: false"
+        )
+    return policy
+
+
+def frozen_base(backbone: Backbone, name_or_path: str | None) -> dict[str, Any] | None:
+    """Which weights are frozen in a backbone.
+
+    Args:
+        backbone: as it is trained.
+        name_or_path: where the frozen weights came from, in words; None: from a checkpoint.
+
+    Returns:
+        `name_or_path` and the weights' `fingerprint`; None where every weight trains.
+    """
+    if all(parameter.requires_grad for parameter in backbone.parameters()):
+        return None
+    return {"name_or_path": name_or_path, "fingerprint": base_fingerprint(backbone)}
+
+
+def state_to_save(policy: nn.Module, adapters_only: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds of a policy.
+
+    Args:
+        policy: a `VLAModel`.
+        adapters_only: leave out the frozen weights; `policy_from_checkpoint` reads them from the pretrained
+            directories again.
+
+    Returns:
+        `model` (weights), `base` (`frozen_base`, and whether its weights are `included`), `statistics`, `cameras` and
+        `backbone_config`.
+    """
+    left_out = adapters_only and policy.base is not None
+    return {
+        "model": trained_state(policy) if left_out else policy.state_dict(),
+        "base": None if policy.base is None else {**policy.base, "included": not left_out},
+        "statistics": policy.statistics,
+        "cameras": list(policy.cameras),
+        "backbone_config": policy.backbone.backbone_config_dict(),
+    }
+
+
+def load_weights(policy: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Strictly load weights.
+
+    Raises:
+        CheckpointError: naming the first parameters that are missing, left over or of another shape.
+    """
+    own = policy.state_dict()
+    faults = [f"{key} is missing" for key in own if key not in weights]
+    faults += [f"{key} is not part of this model" for key in weights if key not in own]
+    for key in own.keys() & weights.keys():
+        if own[key].shape != weights[key].shape:
+            faults.append(f"{key} is {tuple(weights[key].shape)}, wanted {tuple(own[key].shape)}")
+    if faults:
+        raise CheckpointError(
+            f"checkpoint of another architecture: {'; '.join(faults[:4])}"
+            f"{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}; "
+            "use the config that the checkpoint was trained with, or start anew without it"
+        )
+    load_state(policy, weights)
+
+
+def _with_base(
+    policy: nn.Module, trained: dict[str, Tensor], base: dict[str, Any], backbone_type: str
+) -> dict[str, Tensor]:
+    """The weights of an adapter checkpoint, completed by the policy's frozen ones.
+
+    Raises:
+        CheckpointError: the adapters were trained on another base.
+    """
+    fingerprint = base_fingerprint(policy.backbone)
+    if fingerprint != base["fingerprint"]:
+        keys = " and ".join(part.key for part in BACKBONE_SPECS[backbone_type].parts)
+        raise CheckpointError(
+            f"adapters trained on {base['name_or_path']} (fingerprint {base['fingerprint'][:12]}), but the frozen "
+            f"weights that were read have fingerprint {fingerprint[:12]}; name the right base in model.vlm_config "
+            f"({keys})"
+        )
+    own = trained_state(policy).keys()
+    return {key: value for key, value in policy.state_dict().items() if key not in own} | trained
