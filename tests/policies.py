@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ def make_batch(size: int = 4, seed: int = 0) -> dict[str, Any]:
         "episode_index": torch.zeros(size, dtype=torch.int64),
         "frame_index": torch.arange(size),
     }
+
+
+def act(policy: VLAModel, batch: dict[str, Any], steps: int, seeds: Sequence[int] | None = None) -> torch.Tensor:
+    """One draw of actions, (B, T, A), from a seed per sample; None: 0, 1, 2, ..."""
+    noise = policy.draw_noise([range(len(batch["state"])) if seeds is None else seeds], steps)
+    return policy.act(batch if noise is None else {**batch, "noise": noise}, steps)[0]
 
 
 def checkpoint_of(policy: VLAModel, config: Config) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import diagnose_weights
+from model.checkpointing import state_to_save
 from tests.policies import checkpoint_of, make_batch, make_policy, policy_config
 from utils.checkpoint import CheckpointError, save_checkpoint
 from utils.config_utils import ConfigError
@@ -29,7 +30,7 @@ def save(tmp_path, tiny_paligemma_dir):
         with torch.no_grad():
             spoil(policy)
         path = tmp_path / f"{name}.pth.tar"
-        save_checkpoint({**checkpoint_of(policy, config), **policy.state_to_save()}, path)
+        save_checkpoint({**checkpoint_of(policy, config), **state_to_save(policy)}, path)
         return str(path)
 
     return checkpoint

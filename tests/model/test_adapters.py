@@ -9,10 +9,11 @@ import torch
 
 from model.adapters import base_fingerprint, is_adapted, merge_adapters, trained_state
 from model.architecture import require_same_architecture
+from model.checkpointing import state_to_save
 from model.vla_model import VLAModel
 from scripts.make_tiny_paligemma import make_tiny_paligemma
 from tests.conftest import TINY
-from tests.policies import checkpoint_of, make_batch, make_policy, policy_config
+from tests.policies import act, checkpoint_of, make_batch, make_policy, policy_config
 from utils.checkpoint import CheckpointError
 from utils.config_utils import ConfigError, config_to_dict
 
@@ -41,7 +42,7 @@ def train(policy: VLAModel, steps: int = 3) -> list[float]:
 
 
 def predict(policy: VLAModel) -> torch.Tensor:
-    return policy.eval().predict(make_batch(), torch.Generator().manual_seed(0), 3)
+    return act(policy.eval(), make_batch(), 3)
 
 
 def test_lora_starts_as_the_base_and_only_adapters_and_head_train(make):
@@ -124,7 +125,7 @@ def test_quantized_base_is_small_close_and_learns(make, quantization):
 def test_adapters_alone_are_small_and_complete(make):
     policy, config = make({"lora": {"rank": 2}, "freeze_vision_tower": True}, training={"save_adapters_only": True})
     train(policy)
-    whole, small = policy.state_to_save(False), policy.state_to_save(True)
+    whole, small = state_to_save(policy, False), state_to_save(policy, True)
     assert small["base"] == {**whole["base"], "included": False}
     assert small["base"]["name_or_path"] == config.model.vlm_config.model_name_or_path
     frozen = [name for name, parameter in policy.named_parameters() if not parameter.requires_grad]
@@ -132,7 +133,7 @@ def test_adapters_alone_are_small_and_complete(make):
     checkpoint = {**checkpoint_of(policy, config), **small}
     again = VLAModel.from_checkpoint(checkpoint)
     assert torch.equal(predict(again), predict(policy))
-    assert again.state_to_save(True)["base"] == small["base"]
+    assert state_to_save(again, True)["base"] == small["base"]
 
     checkpoint["model"] = dict(list(small["model"].items())[1:])
     with pytest.raises(CheckpointError, match="is missing"):
@@ -141,7 +142,7 @@ def test_adapters_alone_are_small_and_complete(make):
 
 def test_adapters_on_another_base_are_refused(make, tmp_path):
     policy, config = make({"lora": {"rank": 2}})
-    checkpoint = {**checkpoint_of(policy, config), **policy.state_to_save(True)}
+    checkpoint = {**checkpoint_of(policy, config), **state_to_save(policy, True)}
     make_tiny_paligemma(tmp_path / "other", **TINY, seed=1)
     checkpoint["config"]["model"]["vlm_config"]["model_name_or_path"] = str(tmp_path / "other")
     with pytest.raises(CheckpointError, match="adapters trained on .*fingerprint.* name the right base"):
@@ -165,7 +166,7 @@ def test_adapters_go_on_top_of_a_plain_checkpoint(make):
     require_same_architecture(checkpoint["config"], lora, "plain.pth.tar")
     policy = VLAModel.from_checkpoint(checkpoint, lora)
     torch.testing.assert_close(predict(policy), predict(plain))
-    assert policy.state_to_save()["base"]["name_or_path"] is None
+    assert state_to_save(policy)["base"]["name_or_path"] is None
     _, small = make({"lora": {"rank": 2}}, training={"save_adapters_only": True})
     with pytest.raises(ConfigError, match="save_adapters_only needs frozen weights that a later run can read"):
         VLAModel.from_checkpoint(checkpoint, small)

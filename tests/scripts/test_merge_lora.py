@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import diagnose_weights
+from model.checkpointing import state_to_save
 from model.vla_model import VLAModel
 from scripts.make_tiny_paligemma import make_tiny_paligemma
 from scripts.merge_lora import main
 from tests.conftest import TINY
-from tests.policies import checkpoint_of, make_batch, make_policy, policy_config
+from tests.policies import act, checkpoint_of, make_batch, make_policy, policy_config
 from training.state import continue_from
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import ConfigError
@@ -26,7 +27,7 @@ def run(*arguments: object) -> None:
 
 
 def predict(policy: VLAModel) -> torch.Tensor:
-    return policy.eval().predict(make_batch(), torch.Generator().manual_seed(0), 3)
+    return act(policy.eval(), make_batch(), 3)
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def make(tmp_path, tiny_paligemma_dir):
                 if parameter.requires_grad:
                     parameter += 0.05 * torch.randn_like(parameter)
         path = tmp_path / "lora.pth.tar"
-        content = {**checkpoint_of(policy, config), **policy.state_to_save(adapters_only), "optimizer": {}}
+        content = {**checkpoint_of(policy, config), **state_to_save(policy, adapters_only), "optimizer": {}}
         save_checkpoint(content, path)
         return path, predict(policy)
 
@@ -90,7 +91,7 @@ def test_both_encoders_of_siglip_llm_whose_bases_have_moved(tmp_path, tiny_sigli
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn_like(parameter)
-    checkpoint = {**checkpoint_of(policy, config), **policy.state_to_save(True), "optimizer": {}}
+    checkpoint = {**checkpoint_of(policy, config), **state_to_save(policy, True), "optimizer": {}}
     gone = {key: str(tmp_path / "gone") for key in vlm if key.endswith("_path")}
     checkpoint["config"]["model"]["vlm_config"] |= gone
     save_checkpoint(checkpoint, tmp_path / "lora.pth.tar")

@@ -11,6 +11,7 @@ import torch
 
 from model.architecture import require_same_architecture
 from model.vla_model import VLAModel
+from tests.policies import act
 from tests.trainers import make_trainer, metrics_of, resumed_trainer
 from training.failure import dump_batches
 from training.trainer import NonFiniteLossError
@@ -56,7 +57,7 @@ def test_one_batch_overfits(make_config):
     batch = next(iter(trainer.train_loader))
     losses = [trainer.train_step([batch])["loss"] for _ in range(250)]
     trainer.policy.eval()
-    predicted = trainer.policy.predict(batch, torch.Generator().manual_seed(0), 10)
+    predicted = act(trainer.policy, batch, 10)
     valid = ~batch["action_is_pad"]
     error = (predicted - batch["action"])[valid].abs().mean()
     assert np.mean(losses[-20:]) < 0.15 * losses[0] and error < 0.15
@@ -144,7 +145,7 @@ def test_checkpoint_is_plain_and_self_contained(make_config):
     json.dumps({key: checkpoint[key] for key in ("config", "statistics", "cameras", "backbone_config", "step")})
     model = VLAModel.from_checkpoint(checkpoint)
     batch = next(iter(trainer.train_loader))
-    a, b = (m.eval().predict(batch, torch.Generator().manual_seed(0), 3) for m in (trainer.policy, model))
+    a, b = (act(m.eval(), batch, 3) for m in (trainer.policy, model))
     assert torch.equal(a, b)
     checkpoint["model"].popitem()
     save_checkpoint({k: v for k, v in checkpoint.items() if k != "format"}, path)

@@ -13,7 +13,7 @@ from data.loader import VLADataset, make_loader
 from data.processing import processors_from_config
 from model.vla_model import VLAModel
 from tests.helpers import write_episodes
-from tests.policies import model_section
+from tests.policies import act, model_section
 from training.run_log import RunLog
 from training.validation import validate
 from utils.calculate_normalization_stats import calculate_statistics
@@ -73,7 +73,7 @@ def test_numbers_by_another_way(setting):
         loss += model(batch).sum().item()
         places = zip(*(batch[key].tolist() for key in ("dataset_index", "episode_index", "frame_index")), strict=True)
         seeds = [derive_seed("validation", config.training.seed, *place, 0) for place in places]
-        predicted = model.predict(batch, [torch.Generator().manual_seed(seed) for seed in seeds], 2)
+        predicted = act(model, batch, 2, seeds)
         place = batch["state"], batch["dataset_index"]
         error = model.normalizer.normalize_action(predicted, *place) - model.normalizer.normalize_action(
             batch["action"], *place
