@@ -16,7 +16,7 @@ import torch
 from data.loader import build_datasets, build_sampler, make_loader
 from data.processing import processors_from_checkpoint, processors_from_config
 from data.sampler import PassBatchSampler
-from model.architecture import require_same_architecture
+from model.checkpointing import require_same_architecture
 from model.vla_model import VLAModel
 from training.fit_estimate import dry_run, without_traces
 from training.trainer import NonFiniteLossError, VLATrainer

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from model.adapters import base_fingerprint, is_adapted, merge_adapters, trained_state
-from model.architecture import require_same_architecture
-from model.checkpointing import state_to_save
+from model.checkpointing import require_same_architecture, state_to_save
 from model.vla_model import VLAModel
 from scripts.make_tiny_paligemma import make_tiny_paligemma
 from tests.conftest import TINY

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.architecture import require_same_architecture
+from model.checkpointing import require_same_architecture
 from model.vla_model import VLAModel
 from tests.policies import act
 from tests.trainers import make_trainer, metrics_of, resumed_trainer
