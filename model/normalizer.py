@@ -66,13 +66,14 @@ class Normalizer(nn.Module):
         """
         super().__init__()
         self.clip = clip
-        for name, width in (("state", state_dim), ("action", per_action_dim)):
-            for part, value in _affine([one[name] for one in statistics], kind, bounds, width).items():
-                self.register_buffer(f"{name}_{part}", value)
-        delta_A = torch.zeros(per_action_dim, dtype=torch.bool)
-        delta_A[list(delta_dims)] = True
-        self.register_buffer("action_is_delta_A", delta_A)
-        self.action_range = self._action_range([one["action"] for one in statistics], kind, bounds)
+        with torch.device("cpu"):  # also in a model on the meta device: a head may read the range when it is built
+            for name, width in (("state", state_dim), ("action", per_action_dim)):
+                for part, value in _affine([one[name] for one in statistics], kind, bounds, width).items():
+                    self.register_buffer(f"{name}_{part}", value)
+            delta_A = torch.zeros(per_action_dim, dtype=torch.bool)
+            delta_A[list(delta_dims)] = True
+            self.register_buffer("action_is_delta_A", delta_A)
+            self.action_range = self._action_range([one["action"] for one in statistics], kind, bounds)
 
     @classmethod
     def from_config(cls, config: Config, statistics: Sequence[dict[str, Any]]) -> Normalizer:

@@ -1,11 +1,10 @@
 """Will it fit? Parameters by component, expected memory of a training step, and one real step to compare with.
 
-What is counted, not guessed: weights as stored, float32 gradients and moments of what trains, averaged weights.
-What is estimated: activations, by a formula over the values that autograd keeps for the backward pass (`_layer_bytes`),
-and the bfloat16 copies that autocast makes of float32 weights. tests/training/test_fit_estimate.py compares the formula
-with what autograd does keep. Left out: the CUDA context, the allocator's fragmentation, and temporary buffers.
-
-Shape letters in names: H width, F inner width of an MLP, Q width of all queries.
+Counted exactly: weights as stored, float32 gradients and moments of the weights that train, averaged weights, and what
+autograd keeps of the action head, whose loss is run on tensors without storage (`_head_activation_bytes`).
+Estimated: the activations of the pretrained parts, by a formula over the values that autograd keeps for the backward
+pass (`_layer_bytes`), and the bfloat16 copies that autocast makes of float32 weights. Left out: the CUDA context, the
+allocator's fragmentation, and temporary buffers. tests/training/test_fit_estimate.py compares with what autograd keeps.
 """
 
 from __future__ import annotations
@@ -15,10 +14,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from model.action_head.base import ActionHeadBase
 from model.adapters import is_adapted
 from model.backbone import backbone_class
+from model.context import Context
+from model.pretrained import num_image_tokens
 from model.vla_model import VLAModel
 from training.schedule import unfinished_warmup
 from utils.config_utils import Config
@@ -103,16 +106,13 @@ def tokens_per_sample(policy: VLAModel, config: Config) -> dict[str, int]:
     Returns:
         `vision` (patches), `language`, `context` (what the head reads) and `action` (over all noise draws).
     """
-    head, fusion = config.model.action_head_config, config.model.vlm_config.fusion
+    head, backbone = config.model.action_head_config, policy.backbone
     images, text = config.data.max_seq_len * len(config.cameras), config.data.prompt_max_len
-    vision_config = policy.backbone.components()["vision tower"].config
-    patches = (vision_config.image_size // vision_config.patch_size) ** 2
-    fused = images * policy.backbone.tokens_per_image + text
-    prefix = config.model.vlm_config.type == "paligemma"  # image tokens run through the language model
+    context = backbone.num_context_tokens(images, text)
     return {
-        "vision": images * patches,
-        "language": fused if prefix else text,
-        "context": fused if prefix else fusion.num_latents,
+        "vision": images * num_image_tokens(backbone.components()["vision tower"].config),
+        "language": context if backbone.language_sees_images else text,
+        "context": context,
         "action": head.horizon * head.noise_draws_per_sample,
     }
 
@@ -133,9 +133,7 @@ def expected_memory(policy: VLAModel, config: Config, world_size: int = 1) -> di
     if config.training.ema_decay is not None:
         memory["averaged weights"] = sum(4 * p.numel() for p in trained) / share
     if config.model.vlm_config.dtype != "float32":
-        linears = [module for module in policy.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        copied = sum(module.weight.numel() for module in linears if module.weight.requires_grad)
-        memory["16-bit copies of trained matrices (autocast)"] = 2.0 * copied
+        memory["16-bit copies of trained matrices (autocast)"] = _copied_bytes(policy)
     return memory | activation_bytes(policy, config, micro_batch_size(config, world_size))
 
 
@@ -145,10 +143,10 @@ def activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -> dict
     A tower through which no gradient flows keeps nothing. With gradient checkpointing a layer keeps its input
     alone, and one layer at a time is recomputed.
     """
-    vlm, head = config.model.vlm_config, config.model.action_head_config
+    vlm = config.model.vlm_config
     tokens = tokens_per_sample(policy, config)
     compute = 4 if vlm.dtype == "float32" else 2
-    found = {}
+    memory = {}
     upstream = False  # whether something below asks for a gradient, so that it must flow through frozen layers too
     for name, key in (("vision tower", "vision"), ("language model", "language")):
         tower = policy.components()[name]
@@ -160,14 +158,67 @@ def activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -> dict
         else:
             kept = layers * layer
         count = micro_batch * tokens[key]
-        found[f"activations, {name}"] = float(kept * count) if upstream else 0.0
-        if vlm.type == "paligemma":
+        memory[f"activations, {name}"] = float(kept * count) if upstream else 0.0
+        if policy.backbone.language_sees_images:
             upstream = True  # the projector between the two always trains
-    width, rows = head.hidden_dim, micro_batch * tokens["action"]
-    per_action = width * (24 + 22 * compute)  # three modulated norms, two attentions, one MLP
-    per_context = width * (4 + 3 * compute)  # norm, keys and values
-    in_head = head.num_layers * (rows * per_action + micro_batch * tokens["context"] * per_context)
-    return found | {"activations, action head": float(in_head)}
+    memory["activations, action head"] = float(_head_activation_bytes(policy, config, micro_batch))
+    return memory
+
+
+def _head_activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -> int:
+    """Bytes that autograd keeps of the action head's loss, the context's tokens included, whatever the head is.
+
+    The loss runs on fake tensors: they have shapes and types but no storage, and record what autograd saves of them.
+    Kernels are the CPU's; with attention dropout those of a GPU keep less.
+    """
+    head, spec, data = policy.action_head, policy.backbone.spec, config.data
+    length = policy.backbone.num_context_tokens(data.max_seq_len * len(config.cameras), data.prompt_max_len)
+    half = config.model.vlm_config.dtype != "float32"
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a diffusion head has a real table of noise levels
+        state = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            for name, tensor in (*head.named_parameters("head"), *head.named_buffers("head"))
+        }
+        cached = torch.empty(micro_batch, spec.num_kv_heads, length, spec.head_dim, requires_grad=True)
+        context = Context(
+            torch.empty(micro_batch, length, spec.width, requires_grad=True),
+            torch.empty(micro_batch, length, dtype=torch.bool),
+            torch.empty(micro_batch, data.state_dim),
+            keys_values=((cached, cached),) * spec.num_layers if head.wants_keys_values else None,
+        )
+        action_BTA = torch.empty(micro_batch, head.horizon, head.per_action_dim)
+        is_pad_BT = torch.empty(micro_batch, head.horizon, dtype=torch.bool)
+        own = {tensor.untyped_storage()._cdata for tensor in (*state.values(), action_BTA, is_pad_BT, cached)}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+        ):
+            torch.func.functional_call(_Loss(head), state, (context, action_BTA, is_pad_BT))
+    size = sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
+    return size - (_copied_bytes(head) if half else 0)
+
+
+class _Loss(nn.Module):
+    """A head's loss as a forward, which is what `functional_call` calls."""
+
+    def __init__(self, head: ActionHeadBase) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.head.loss(*args)
+
+
+def _copied_bytes(module: nn.Module) -> int:
+    """Bytes of the 16-bit copies that autocast makes of the matrices that train."""
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))]
+    return 2 * sum(layer.weight.numel() for layer in layers if layer.weight.requires_grad)
 
 
 def meta_policy(config: Config) -> VLAModel:
@@ -238,8 +289,3 @@ def _moment_bytes(parameter: nn.Parameter, optimizer: str) -> float:
     if optimizer == "AdamW8bit" and parameter.numel() >= 4096:
         return parameter.numel() * (2 + 2 * 4 / 256)  # a byte each, and a float32 scale for every 256
     return parameter.numel() * MOMENTS.get(optimizer, 8)
-
-
-def breakdown(policy: VLAModel, config: Config) -> dict[str, Any]:
-    """The same figures as plain values, for benchmarks."""
-    return {name: round(size / GB, 3) for name, size in expected_memory(policy, config).items()}

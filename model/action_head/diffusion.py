@@ -163,11 +163,12 @@ class DiffusionActionHead(ActionHeadBase):
             raise ImportError(
                 "action_head_config.type diffusion needs the diffusers package: pip install diffusers"
             ) from None
-        return DDPMScheduler(
-            num_train_timesteps=self.config.num_train_timesteps,
-            beta_schedule=self.config.beta_schedule,
-            timestep_spacing="trailing",
-        )
+        with torch.device("cpu"):  # also in a model on the meta device: they are numbers, not weights
+            return DDPMScheduler(
+                num_train_timesteps=self.config.num_train_timesteps,
+                beta_schedule=self.config.beta_schedule,
+                timestep_spacing="trailing",
+            )
 
     def _denoised(self, a: float) -> tuple[float, float]:
         """Factors of x_t and of the prediction in the action that they imply, at a level of signal a."""

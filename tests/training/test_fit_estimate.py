@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -61,6 +63,43 @@ def test_activations_are_what_autograd_keeps(tmp_path, vlm):
     memory = expected_memory(policy, config)
     expected += memory.get("16-bit copies of trained matrices (autocast)", 0)
     assert kept_bytes(policy, 8) == pytest.approx(expected, rel=0.15)
+
+
+HEADS = {
+    "flow_matching": {"noise_draws_per_sample": 3},
+    "regression": {},
+    "discrete": {"mlp_hidden_dims": [256, 64]},
+    "diffusion": {"unet_width": 32, "noise_draws_per_sample": 2, "dropout_prob": 0.1},
+    "diffusion transformer": {"denoiser": "transformer", "use_state_input": False},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_keep_what_autograd_keeps_of_them(tmp_path, tiny_paligemma_dir, name, dtype):
+    """Everything before the head is frozen but the projector, and the head is large: what is kept is its own."""
+    head = {"type": name.split()[0], "horizon": 16, "hidden_dim": 128, "num_layers": 3, **HEADS[name]}
+    frozen = {"freeze_vision_tower": True, "freeze_language_model": True, "dtype": dtype}
+    model = {"vlm_config": frozen, "action_head_config": head}
+    config = policy_config(tiny_paligemma_dir, tmp_path, model=model, data={"prompt_max_len": 6, "batch_size": 64})
+    policy = make_policy(config).train()
+    context = policy.encode(make_batch(64))
+    leaf = dataclasses.replace(context, tokens_BLE=context.tokens_BLE.detach().float().requires_grad_())
+    kept, own = {}, {tensor.untyped_storage().data_ptr() for tensor in policy.action_head.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), policy.autocast():
+        policy.action_head.loss(leaf, torch.rand(64, 16, 4), torch.zeros(64, 16, dtype=torch.bool))
+    size = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+    copies = {"float32": 0, "bfloat16": 2}[dtype] * sum(
+        p.numel() for p in policy.action_head.parameters() if p.ndim > 1
+    )
+    for planned in (policy, meta_policy(config)):
+        estimate = activation_bytes(planned, config, 64)["activations, action head"]
+        assert size - copies == pytest.approx(estimate, rel=0.05)
 
 
 def test_checkpointing_keeps_one_tensor_a_layer(tmp_path):
