@@ -60,22 +60,20 @@ class BackboneSpec:
         )
 
 
+SIGLIP_AND_LLM = (
+    PretrainedPart("vision_model_name_or_path", "google/siglip-base-patch16-224", tiny="siglip"),
+    PretrainedPart("language_model_name_or_path", "Qwen/Qwen2.5-0.5B", tiny="qwen2"),
+)
+
 # One entry a backbone; the key is `model.vlm_config.type`.
 BACKBONE_SPECS: dict[str, BackboneSpec] = {
     "paligemma": BackboneSpec(
         "model.paligemma_vlm.PaliGemmaVLM",
         (PretrainedPart("model_name_or_path", "google/paligemma-3b-pt-224", terms="accept its license, then: "),),
-        tiny_maker="scripts/make_tiny_paligemma.py",
+        "scripts/make_tiny_paligemma.py",
         prompt_start="bos",
     ),
-    "siglip_llm": BackboneSpec(
-        "model.siglip_llm.SiglipLLM",
-        (
-            PretrainedPart("vision_model_name_or_path", "google/siglip-base-patch16-224", tiny="siglip"),
-            PretrainedPart("language_model_name_or_path", "Qwen/Qwen2.5-0.5B", tiny="qwen2"),
-        ),
-        tiny_maker="scripts/make_tiny_siglip_llm.py",
-    ),
+    "siglip_llm": BackboneSpec("model.siglip_llm.SiglipLLM", SIGLIP_AND_LLM, "scripts/make_tiny_siglip_llm.py"),
 }
 
 BackboneType = Literal[tuple(BACKBONE_SPECS)]  # type: ignore[valid-type]

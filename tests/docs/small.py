@@ -18,6 +18,8 @@ from tests.docs.pages import ROOT, Page
 from tests.docs.terminal import Terminal
 from tests.envs.test_adding_a_simulator import add_simulator
 from tests.helpers import PROMPTS, write_episodes
+from tests.model.test_adding_a_backbone import add_backbone
+from tests.model.test_adding_a_head import add_head
 
 # Differences from the configs that the pages name: fewer steps, smaller heads. Everything else is as it is published.
 SMALLER = {
@@ -121,16 +123,6 @@ def own_configuration(folder: Path) -> None:
     (folder / "configs/my_robot.yaml").write_text(text)
 
 
-def own_head(folder: Path) -> None:
-    """The file and the line that docs/adding_a_head.md tells its reader to write."""
-    file, line = [text for language, text in Page(ROOT / "docs/adding_a_head.md").blocks if language == "python"]
-    (folder / file.splitlines()[0].removeprefix("# ")).write_text(file)
-    registry = folder / "model/action_head/__init__.py"
-    start, entries = registry.read_text().split("ACTION_HEADS", 1)
-    opening, entries = entries.split("{\n", 1)
-    registry.write_text(f"{start}ACTION_HEADS{opening}{{\n{line}{entries}")
-
-
 def run_quickstart(terminal: Terminal) -> None:
     """What scripts/quickstart.sh leaves behind, from the sample demonstrations and without its rollouts."""
     recorded_tasks(terminal.folder / "demos/quickstart")
@@ -159,7 +151,8 @@ READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
         latency_demonstrations,
     ),
     "CONTRIBUTING.md": (),
-    "docs/adding_a_head.md": (own_head,),
+    "docs/adding_a_backbone.md": (add_backbone,),
+    "docs/adding_a_head.md": (add_head,),
     "docs/adding_a_simulator.md": (add_simulator,),
     "docs/data_format.md": (simulator_demonstrations,),
     "docs/deployment.md": (trained_policy,),

@@ -26,14 +26,21 @@ def checkout(tmp_path) -> Path:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "fixtures"))
     for file in ("pyproject.toml", "main_train.py", "main_eval.py"):
         shutil.copy(ROOT / file, tmp_path / file)
-    file, line = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding_a_head.md").read_text(), flags=re.DOTALL)
-    path = file.splitlines()[0].removeprefix("# ")
-    assert path == "model/action_head/linear.py" and line.count("\n") == 1
-    (tmp_path / path).write_text(file)
-    registry = tmp_path / "model/action_head/__init__.py"
-    head, entries, tail = re.fullmatch(r"(.*ACTION_HEADS[^\n]*\{\n)(.*?)(\}\n.*)", registry.read_text(), re.S).groups()
-    registry.write_text(head + entries + line + tail)
+    add_head(tmp_path)
     return tmp_path
+
+
+def add_head(checkout: Path) -> None:
+    """Do what docs/adding_a_head.md tells its reader to do."""
+    page = (ROOT / "docs/adding_a_head.md").read_text()
+    file, imported, line = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    path = file.splitlines()[0].removeprefix("# ")
+    assert path == "model/action_head/linear.py" and imported.count("\n") == line.count("\n") == 1
+    (checkout / path).write_text(file)
+    registry = checkout / "model/action_head/__init__.py"
+    start, entries = registry.read_text().split("ACTION_HEADS: dict[str, type[ActionHeadBase]] = {\n")
+    start = start.replace("from model.context import", f"{imported}from model.context import")
+    registry.write_text(f"{start}ACTION_HEADS: dict[str, type[ActionHeadBase]] = {{\n{line}{entries}")
 
 
 def run(checkout: Path, *command: str) -> str:
