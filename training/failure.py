@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Batch = dict[str, Any]
+from utils.batch import Batch
+
 NAMED = 8  # samples that a message names
 
 
 class NonFiniteLossError(RuntimeError):
     """Loss or gradient became NaN or infinite; the optimizer was not stepped."""
+
+
+@dataclass
+class FailedStep:
+    """A step that can't be taken.
+
+    Attributes:
+        step: the optimizer updates before it.
+        batches, losses: this rank's micro-batches, and the loss of each, float32 (B, T).
+        loss, grad_norm: over all ranks.
+    """
+
+    step: int
+    batches: list[Batch]
+    losses: list[Tensor]
+    loss: float
+    grad_norm: float
+
+    def error(
+        self, dataset: Any, folder: Path, rank: int, gather_lists: Callable[[list[str]], list[str]]
+    ) -> NonFiniteLossError:
+        """The error to raise, the same on every rank; a collective.
+
+        Ranks with samples at fault write their batches to `folder`, or all ranks where no sample is at fault.
+
+        Args:
+            dataset: of the training data; see `guilty_samples`.
+            folder: for the batches.
+            rank, gather_lists: of the trainer.
+        """
+        guilty_here = guilty_samples(dataset, self.batches, self.losses)
+        guilty, dumps = gather_lists(guilty_here), []
+        if guilty_here or not guilty:
+            path = folder / f"step_{self.step}_rank_{rank}.pt"
+            dumps = [dump_batches(path, self.step, self.batches, self.losses)]
+        return NonFiniteLossError(failure_message(self.step, self.loss, self.grad_norm, guilty, gather_lists(dumps)))
 
 
 def guilty_samples(dataset: Any, batches: list[Batch], losses: list[Tensor]) -> list[str]:

@@ -50,10 +50,12 @@ class RunLog:
                     temporary.write_text(kept, encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line; `values` holds `step`."""
+        """Append one line to metrics.jsonl and show it, without the many `val/` metrics; `values` holds `step`."""
         if not self.is_main:
             return
         _append(self.metrics_path, values)
+        shown = {name: value for name, value in values.items() if not name.startswith("val/")}
+        logger.info(" ".join(f"{name} {_short(value)}" for name, value in shown.items()))
         if self._wandb is not None:
             self._wandb.log(values)
 
@@ -78,20 +80,20 @@ class RunLog:
             artifact.add_dir(str(shards), name=shards.name)
         self._wandb.log_artifact(artifact, aliases=["latest", f"step-{step}", path.name.removesuffix(".pth.tar")])
 
-    def write_validation(self, step: int, found: Validation) -> None:
+    def write_validation(self, step: int, validation: Validation) -> None:
         """Append the metrics per step, dimension and dataset to validation.jsonl, and draw the fixed samples to
         plots/validation_step_{step}.png and W&B.
         """
         if not self.is_main:
             return
-        _append(self.validation_path, {"step": step, **found.details})
-        if found.plotted is None:
+        _append(self.validation_path, {"step": step, **validation.details})
+        if validation.plotted is None:
             return
         path = self.directory / "plots" / f"validation_step_{step:06d}.png"
-        part = found.plotted
+        chunks = validation.plotted
         title = f"Action chunks of held-out samples after {step} steps, physical units"
         with disk_full_named(path, PICTURE_BYTES):
-            plot_chunks(path, part.drawn_KNTA, part.true_NTA, part.is_pad_NT, part.captions, title)
+            plot_chunks(path, chunks.drawn_KNTA, chunks.true_NTA, chunks.is_pad_NT, chunks.captions, title)
         if self._wandb is not None:
             import wandb
 
@@ -189,6 +191,10 @@ def plot_metrics(metrics_path: Path, image_path: Path) -> None:
         axes.grid(alpha=0.3)
     with atomic_path(image_path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from model.vla_model import VLAModel
+from utils.batch import Batch, to_device
 from utils.config_utils import Config
 from utils.metrics import MetricAccumulator, MetricSettings
 from utils.misc import derive_seed
 
 PLOT_DRAWS = 16  # draws behind the band of a picture
 
-Batch = dict[str, Any]
+
+class ValidationStopped(Exception):
+    """The run was asked to stop while it validated."""
 
 
 @dataclass
@@ -87,7 +90,7 @@ def validate(
     fixed = _fixed_samples(config.training.val_num_plots, num_batches)
     plotted = []
     for i, batch in enumerate(batches):
-        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        batch = to_device(batch, device)
         torch.manual_seed(derive_seed("validation", seed, i, rank))
         sums += torch.stack([policy(batch).sum(), (~batch["action_is_pad"]).sum()]).double()
         _add_errors(accumulator, policy, batch, config)
