@@ -1,4 +1,4 @@
-"""What a loss that is not finite leaves behind: the files, episodes and frames at fault, and the batch itself."""
+"""What is reported of a loss that is not finite: the files, episodes and frames at fault, and the batch in a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.batch import Batch
 
-NAMED = 8  # samples that a message names
+NAMED = 8  # at most so many samples are named in a message
 
 
 class NonFiniteLossError(RuntimeError):
@@ -21,7 +21,7 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass
 class FailedStep:
-    """A step that can't be taken.
+    """An optimizer step that can't be taken, because its loss or gradient is not finite.
 
     Attributes:
         step: the optimizer updates before it.
@@ -56,31 +56,31 @@ class FailedStep:
 
 
 def guilty_samples(dataset: Any, batches: list[Batch], losses: list[Tensor]) -> list[str]:
-    """Where the samples whose loss is not finite come from: file, row, episode and step.
+    """For each sample whose loss is not finite the file, row, episode and step that it comes from.
 
     Args:
-        dataset: tells by `describe_step(dataset_index, episode_index, frame_index)`.
+        dataset: its `describe_step(dataset_index, episode_index, frame_index)` names them.
         batches: micro-batches.
         losses: of each, float32 (B, T).
     """
-    found = []
+    names = []
     for batch, loss_BT in zip(batches, losses, strict=True):
         for i in (~torch.isfinite(loss_BT).all(dim=-1)).nonzero().flatten().tolist():
             keys = ("dataset_index", "episode_index", "frame_index")
-            found.append(dataset.describe_step(*(int(batch[key][i]) for key in keys)))
-    return found
+            names.append(dataset.describe_step(*(int(batch[key][i]) for key in keys)))
+    return names
 
 
 def dump_batches(path: Path, step: int, batches: list[Batch], losses: list[Tensor]) -> str:
     """Write micro-batches and their losses, to be read with `torch.load(path, weights_only=True)`.
 
     Returns:
-        The path; or, so that a full disk does not hide the failure itself, why nothing lies there.
+        The path. If the file can't be written, why, as text: a full disk must not hide the failure itself.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"step": step, "batches": batches, "losses": [loss.cpu() for loss in losses]}, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk
         if path.is_file():
             path.unlink()
         return f"no file ({path} could not be written: {' '.join(str(error).split())[:200]})"

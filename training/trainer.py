@@ -100,6 +100,12 @@ class VLATrainer:
         return self.state.step
 
     @property
+    def num_validation_batches(self) -> int:
+        """This rank's micro-batches of a validation; `val_max_batches` counts batches of `data.batch_size`."""
+        limit, split = self.config.training.val_max_batches, self.config.training.gradient_accumulation_steps
+        return len(self.val_loader) if limit is None else min(len(self.val_loader), limit * split)
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of this run's checkpoints."""
         return self.config.experiment_dir / "checkpoints"
@@ -111,7 +117,7 @@ class VLATrainer:
         self.run_log.rewind(self.step)
         self.train_loader.batch_sampler.start_step = self.step
         batches = iter(self.train_loader)
-        hidden = None if self.rank == 0 else True  # None: where the output is no terminal
+        hidden = None if self.rank == 0 else True  # None: tqdm hides the bar where there is no terminal
         progress = tqdm(total=total_steps, initial=self.step, desc="train", disable=hidden)
         with self.stop, logging_redirect_tqdm(), progress:
             if self.step:
@@ -136,6 +142,9 @@ class VLATrainer:
         """One optimizer update.
 
         The loss is the sum over valid action steps of all micro-batches and ranks, divided by their number.
+
+        Returns:
+            `loss`, `lr`, and `grad_norm` before clipping.
 
         Raises:
             NonFiniteLossError: before the optimizer is stepped, naming the samples.
@@ -192,17 +201,18 @@ class VLATrainer:
             scaler.update()
             logger.info("step %d: float16 gradients overflowed; loss scale %g", self.step, scaler.get_scale())
 
+    def reduce_any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank, so that all ranks act at the same step; a collective."""
+        return bool(self.reduce_sum(torch.tensor(float(flag), device=self.device)))
+
     def finish_step(self, *, resumed: bool = False) -> None:
-        """Validate and save, if due at this step; after a resume, whatever of it the interrupted run left undone."""
+        """Validate and save if due at this step; right after a resume, only what the interrupted run had not done."""
         training, best, best_path = self.config.training, self.state.best, None
         due = self.val_loader is not None and self.length.validation_due(self.step, training.val_every_n_epochs)
         if due and best.step < self.step:
             values = self.evaluate()
-            if values is not None:
-                self.log(values)
-                self.run_log.plot()
-                if best.update(values, self.step):
-                    best_path = self.save("model_best.pth.tar")
+            if values is not None and best.update(values, self.step):
+                best_path = self.save("model_best.pth.tar")
         if self.length.epoch_ends(self.step, training.save_every_n_epochs):
             name = f"checkpoint_epoch_{self.length.epoch_number(self.step)}.pth.tar"
         elif training.save_every_n_steps is not None and self.step % training.save_every_n_steps == 0:
@@ -216,8 +226,8 @@ class VLATrainer:
     def evaluate(self) -> dict[str, float] | None:
         """Validation loss and errors of sampled actions over the held-out samples, under the padding mask.
 
-        Writes the errors per step and dimension, and pictures of the same few samples each time (see `RunLog`).
-        With `training.ema_decay` the averaged weights are evaluated.
+        Logs them, and draws the same few samples each time (see `RunLog`). With `training.ema_decay` the averaged
+        weights are evaluated.
 
         Returns:
             `Validation.values`; None when a stop was asked for meanwhile: a resumed run validates this step first.
@@ -228,7 +238,7 @@ class VLATrainer:
                 validation = validate(
                     self.policy,
                     self.validation_batches(),
-                    min(len(self.val_loader), self._max_validation_batches() or len(self.val_loader)),
+                    self.num_validation_batches,
                     self.config,
                     self.device,
                     rank=self.rank,
@@ -238,6 +248,8 @@ class VLATrainer:
             self.stopping = True
             return None
         self.run_log.write_validation(self.step, validation)
+        self.log(validation.values)
+        self.run_log.plot()
         return validation.values
 
     def log(self, values: dict[str, float]) -> None:
@@ -276,18 +288,18 @@ class VLATrainer:
         continue_from(self.state, checkpoint, path, self.config, self.length.num_samples, self.own_part)
         self.saved_step = self.step
 
-    # Hooks: what a trainer of several processes overrides.
+    # Hooks: what a trainer of several processes overrides. Every rank must call a collective, at the same moment.
 
     def wrap(self, model: VLAModel) -> nn.Module:
         """Move the policy to the device; the module that training calls."""
         return model.to(self.device)
 
     def sync(self, *, last: bool) -> AbstractContextManager:
-        """Context of one micro-batch; a distributed trainer holds back gradient exchange until the last."""
+        """Context of one micro-batch; a distributed trainer exchanges gradients with the last of a step only."""
         return contextlib.nullcontext()
 
     def reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, a collective: every rank must call it."""
+        """The sum of a tensor over all ranks; a collective."""
         return value
 
     def gather_lists(self, items: list[str]) -> list[str]:
@@ -295,9 +307,9 @@ class VLATrainer:
         return items
 
     def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A state dict (nested dicts, lists, tensors) with whole tensors where ranks hold parts; a collective.
+        """On rank 0 a state dict (nested dicts, lists, tensors) with tensors put together from all ranks' parts.
 
-        The first rank gets what one process would hold; what others get has no meaning.
+        What other ranks get has no meaning. A collective.
         """
         return state
 
@@ -306,7 +318,7 @@ class VLATrainer:
         return value
 
     def write_shards(self, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-        """Write beside `path` the tensors that do not go into that file; the rest of the checkpoint. A collective."""
+        """Write what does not go into the file `path` beside it; returns the rest. A collective."""
         return checkpoint
 
     def clip_gradients(self) -> float:
@@ -321,21 +333,10 @@ class VLATrainer:
         Raises:
             ValidationStopped: some rank was asked to stop.
         """
-        for batch in itertools.islice(self.val_loader, self._max_validation_batches()):
+        for batch in itertools.islice(self.val_loader, self.num_validation_batches):
             if self.reduce_any(self.stop.reason is not None):
                 raise ValidationStopped
             yield batch
-
-    # What hooks and loop share.
-
-    def reduce_any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; all ranks get the same answer, so that they act at the same step."""
-        return bool(self.reduce_sum(torch.tensor(float(flag), device=self.device)))
-
-    def _max_validation_batches(self) -> int | None:
-        """`val_max_batches` counts batches of `data.batch_size`; the loader gives micro-batches."""
-        limit = self.config.training.val_max_batches
-        return None if limit is None else limit * self.config.training.gradient_accumulation_steps
 
     def _announce(self) -> None:
         length, (total, trained) = self.length, count_parameters(self.policy)

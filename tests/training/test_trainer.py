@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+import main_train
+from data.processing import processors_from_config
 from model.checkpointing import require_same_architecture
 from model.vla_model import VLAModel
 from tests.policies import act
 from tests.trainers import make_trainer, metrics_of, resumed_trainer
 from training.failure import dump_batches
+from training.launch import Place
+from training.run_log import read_metrics
 from training.trainer import NonFiniteLossError
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import ConfigError
@@ -96,6 +100,24 @@ def test_padded_steps_do_not_reach_loss_or_gradient(make_config):
         results.append((loss.item(), [p.grad.clone() for p in trainer.policy.parameters() if p.grad is not None]))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_validation_takes_micro_batches_of_the_training_size(make_config):
+    """Accumulation halves the batches; `val_max_batches` still covers as many samples, and their errors are equal."""
+    found = {}
+    for accumulation in (1, 2):
+        training = {"gradient_accumulation_steps": accumulation, "val_max_batches": 1, "val_num_plots": 0}
+        config = make_config(training={**training, "experiment_name": f"of_{accumulation}"})
+        loaders = main_train.build_loaders(config, *processors_from_config(config), Place(torch.device("cpu")))
+        sizes = [len(next(iter(loader))["action"]) for loader in loaders]
+        assert sizes == [4 // accumulation] * 2
+        trainer = make_trainer(config)
+        trainer.val_loader = loaders[1]
+        found[accumulation] = trainer.evaluate()
+        (line,) = read_metrics(trainer.run_log.validation_path)
+        assert line["samples"] == 4
+    sampled = {name for name in found[1] if name != "val_loss"}  # whose noise is drawn per batch
+    assert {name: found[2][name] for name in sampled} == pytest.approx({name: found[1][name] for name in sampled})
 
 
 def test_non_finite_loss_stops_before_the_step_and_names_the_samples(make_config):
