@@ -1,4 +1,4 @@
-"""What training did to the weights: norms, changes against the base, faults, what trains, adapters, histograms.
+"""What training did to the weights: their norms, changes from the base, faults, adapters, and histograms.
 
     python diagnose_weights.py --checkpoint_path experiments/quickstart/checkpoints/model_best.pth.tar
     python diagnose_weights.py --checkpoint_path C --base earlier.pth.tar --plot weights.png --json weights.json
@@ -28,6 +28,7 @@ from model.vla_model import VLAModel
 from utils.checkpoint import evaluation_weights, load_checkpoint
 from utils.config_utils import Config, config_from_dict
 from utils.misc import atomic_path
+from utils.text_table import text_table
 
 PRETRAINED = ("vision tower", "projector", "language model")
 HISTOGRAM_VALUES = 500_000  # of each component, evenly spaced
@@ -36,7 +37,10 @@ SHOWN = 20  # findings on the terminal
 
 @dataclasses.dataclass
 class Measured:
-    """One parameter; squares are summed, so that they add up over a module. Quantized ones have only a size."""
+    """One parameter of a policy. A quantized parameter has only a size.
+
+    Sums of squares are kept, not norms, because they add up over a module.
+    """
 
     name: str
     component: str
@@ -58,27 +62,32 @@ class Measured:
 
 
 def measure(policy: VLAModel, base: dict[str, Tensor]) -> list[Measured]:
-    """Every parameter of a policy, against tensors by the names that a policy without adapters gives them."""
+    """Measure every parameter of a policy.
+
+    Args:
+        policy: on the CPU.
+        base: tensors to compare with, by the names that they have in a policy without adapters.
+    """
     components = {id(p): name for name, module in policy.components().items() for p in module.parameters()}
-    found = []
+    measured = []
     for name, parameter in policy.named_parameters():
         dtype = str(parameter.dtype).removeprefix("torch.")
-        one = Measured(name, components[id(parameter)], parameter.numel(), dtype, parameter.requires_grad)
-        found.append(one)
+        weight = Measured(name, components[id(parameter)], parameter.numel(), dtype, parameter.requires_grad)
+        measured.append(weight)
         if not parameter.is_floating_point():
             continue
         value = parameter.detach().float()
         finite = torch.isfinite(value)
-        one.non_finite = int((~finite).sum())
+        weight.non_finite = int((~finite).sum())
         value = value.where(finite, 0.0)
-        one.square, one.largest = value.square().sum().item(), value.abs().max().item()
+        weight.square, weight.largest = value.square().sum().item(), value.abs().max().item()
         before = base.get(name.replace(".base_layer", ""))
         if before is not None and before.shape == value.shape and before.is_floating_point():
             before = before.to(parameter.dtype).float()  # as this policy would store it
-            one.base_square = before.square().sum().item()
-            one.moved_square = (value - before).square().sum().item()
-            one.unchanged = int((value == before).sum())
-    return found
+            weight.base_square = before.square().sum().item()
+            weight.moved_square = (value - before).square().sum().item()
+            weight.unchanged = int((value == before).sum())
+    return measured
 
 
 def base_weights(config: Config, name: str | None) -> tuple[dict[str, Tensor], str]:
@@ -106,61 +115,65 @@ def base_weights(config: Config, name: str | None) -> tuple[dict[str, Tensor], s
     return {name: p.detach() for name, p in named if id(p) in pretrained}, vlm.pretrained_names
 
 
-def faults_of(policy: VLAModel, found: list[Measured], merged: bool) -> list[str]:
-    """What deserves a look, worst first; merged weights no longer tell what trained, so that is not judged there."""
-    broken = [one for one in found if one.non_finite]
-    faults = [f"{one.name}: {one.non_finite:,} of {one.values:,} values are NaN or infinite" for one in broken]
+def faults_of(policy: VLAModel, measured: list[Measured], merged: bool) -> list[str]:
+    """A sentence for each fault, the worst first; `merged` weights, which no longer tell what trained, have fewer."""
+    broken = [weight for weight in measured if weight.non_finite]
+    faults = [
+        f"{weight.name}: {weight.non_finite:,} of {weight.values:,} values are NaN or infinite" for weight in broken
+    ]
     if merged:
         return faults
-    for one in found:
-        if one.trains and one.square == 0 and not one.non_finite and ".lora_" not in one.name:
-            faults.append(f"{one.name}: dead: it trains, and every value is 0")
-        if one.trains and one.base_square and one.unchanged == one.values:
-            faults.append(f"{one.name}: untouched: it trains, and equals the base")
-        if not one.trains and one.base_square is not None and one.unchanged < one.values:
-            share = 1 - one.unchanged / one.values
-            faults.append(f"{one.name}: frozen, but {share:.1%} of it differs from the base; is this the run's base?")
+    for weight in measured:
+        if weight.trains and weight.square == 0 and not weight.non_finite and ".lora_" not in weight.name:
+            faults.append(f"{weight.name}: dead: it trains, and every value is 0")
+        if weight.trains and weight.base_square and weight.unchanged == weight.values:
+            faults.append(f"{weight.name}: untouched: it trains, and equals the base")
+        if not weight.trains and weight.base_square is not None and weight.unchanged < weight.values:
+            share = 1 - weight.unchanged / weight.values
+            faults.append(
+                f"{weight.name}: frozen, but {share:.1%} of it differs from the base; is this the run's base?"
+            )
     idle = [name for name, m in policy.named_modules() if is_adapted(m) and not m.lora_B[ADAPTER].weight.any()]
     if idle:
         faults.append(f"{idle[0]}: untouched: its adapter's B is 0 ({len(idle)} such adapters)")
     return faults
 
 
-def module_rows(found: list[Measured]) -> list[dict[str, Any]]:
+def module_rows(measured: list[Measured]) -> list[dict[str, Any]]:
     """Per module its size, what trains, norm, largest value, change relative to the base, and unchanged share."""
     groups = collections.defaultdict(list)
-    for one in found:
-        groups[one.module].append(one)
+    for weight in measured:
+        groups[weight.module].append(weight)
     rows = []
     for module, members in groups.items():
-        compared = [one for one in members if one.base_square is not None]
-        base_square, values = sum(one.base_square for one in compared), sum(one.values for one in compared)
-        moved = math.sqrt(sum(one.moved_square for one in compared))
+        compared = [weight for weight in members if weight.base_square is not None]
+        base_square, values = sum(weight.base_square for weight in compared), sum(weight.values for weight in compared)
+        moved = math.sqrt(sum(weight.moved_square for weight in compared))
         rows.append(
             {
                 "module": module,
-                "values": sum(one.values for one in members),
-                "train": sum(one.values for one in members if one.trains),
-                "norm": math.sqrt(sum(one.square for one in members)),
-                "largest": max(one.largest for one in members),
-                "non_finite": sum(one.non_finite for one in members),
+                "values": sum(weight.values for weight in members),
+                "train": sum(weight.values for weight in members if weight.trains),
+                "norm": math.sqrt(sum(weight.square for weight in members)),
+                "largest": max(weight.largest for weight in members),
+                "non_finite": sum(weight.non_finite for weight in members),
                 "change": moved / math.sqrt(base_square) if base_square else None,
-                "unchanged": sum(one.unchanged for one in compared) / values if values else None,
+                "unchanged": sum(weight.unchanged for weight in compared) / values if values else None,
             }
         )
     return rows
 
 
-def dtype_rows(found: list[Measured]) -> list[dict[str, Any]]:
-    """How many values of each component are stored in which type, and train or are frozen."""
+def dtype_rows(measured: list[Measured]) -> list[dict[str, Any]]:
+    """Values by component, stored type, and whether they train."""
     counts = collections.Counter()
-    for one in found:
-        counts[one.component, one.dtype, "trains" if one.trains else "frozen"] += one.values
+    for weight in measured:
+        counts[weight.component, weight.dtype, "trains" if weight.trains else "frozen"] += weight.values
     return [{"component": c, "dtype": d, "state": s, "values": values} for (c, d, s), values in counts.items()]
 
 
 def adapter_rows(policy: VLAModel) -> list[dict[str, Any]]:
-    """Adapters by the kind of layer that they are on: how many, rank, scale, root mean square of the update."""
+    """Adapters by the kind of layer that they adapt: their number, rank, scale, root mean square of the update."""
     kinds = collections.defaultdict(list)
     for name, module in policy.named_modules():
         if is_adapted(module):
@@ -220,25 +233,12 @@ def _sample(tensors: list[Tensor]) -> Tensor:
     return values[torch.isfinite(values)]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as aligned text; counts with separators, absent values as a dash."""
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned text; counts have separators."""
     if not rows:
         return "none"
-    texts = [[_text(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(list(rows[0]), *texts, strict=True)]
-    lines = []
-    for cells in [list(rows[0]), *texts]:
-        first = cells[0].ljust(widths[0])
-        lines.append(
-            "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))])
-        )
-    return "\n".join(lines)
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    cells = [[f"{value:,}" if isinstance(value, int) else value for value in row.values()] for row in rows]
+    return text_table(list(rows[0]), cells)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -252,17 +252,17 @@ def main(arguments: list[str] | None = None) -> int:
     policy = VLAModel.from_checkpoint(checkpoint)
     base, source = base_weights(config_from_dict(checkpoint["config"], source=args.checkpoint_path), args.base)
 
-    found = measure(policy, base)
+    measured = measure(policy, base)
     report = {
-        "modules": module_rows(found),
-        "dtypes": dtype_rows(found),
+        "modules": module_rows(measured),
+        "dtypes": dtype_rows(measured),
         "adapters": adapter_rows(policy),
-        "faults": faults_of(policy, found, "merged_from" in checkpoint),
+        "faults": faults_of(policy, measured, "merged_from" in checkpoint),
     }
     averaged = f", averaged over {checkpoint['ema']['updates']} updates" if "ema" in checkpoint else ""
     print(f"{args.checkpoint_path}: step {checkpoint['step']}{averaged}; compared with {source}")
     for title in ("modules", "dtypes", "adapters"):
-        print(f"\n{title}\n{table(report[title])}")
+        print(f"\n{title}\n{_table(report[title])}")
     print(f"\n{len(report['faults'])} findings")
     if "merged_from" in checkpoint:
         print("  (adapters were merged in: the run's own checkpoints tell dead, untouched and frozen weights)")
@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\nhistograms: {picture}")
     if args.json:
         args.json.write_text(json.dumps({"base": source, **report}, indent=1), encoding="utf-8")
-    return int(any(one.non_finite for one in found))
+    return int(any(weight.non_finite for weight in measured))
 
 
 if __name__ == "__main__":

@@ -7,26 +7,30 @@ torchrun --nproc_per_node=8 main_train_ddp.py --config_path configs/vla_config_d
 
 from __future__ import annotations
 
+import argparse
+import runpy
 import sys
+from pathlib import Path
 
-from training.launch import is_rank, launch, member_of_group
+from training.launch import is_rank, launch
 from utils.cli import config_from_args, train_parser
 from utils.config_utils import ConfigError
 
+MAIN_TRAIN = str(Path(__file__).resolve().with_name("main_train.py"))  # what every rank runs
+
 
 def main() -> int:
-    parser = train_parser(__doc__)
-    parser.add_argument("--nproc", type=int, help="processes that this command starts (not under torchrun)")
-    args = parser.parse_args()
-    config = config_from_args(args)
-    if not is_rank():
-        return launch([sys.executable, *sys.argv], args.nproc)
-    from main_train import train  # here, so that the process that starts the others need not wait for transformers
-    from training.trainer_ddp import VLATrainerDDP
-
-    with member_of_group(config.training.distributed_timeout_s) as place:
-        train(args, config, place.device, VLATrainerDDP, place.rank, place.world_size)
-    return 0
+    full, launcher = train_parser(__doc__), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for parser in (full, launcher):
+        parser.add_argument("--nproc", type=int, help="processes that this command starts (not under torchrun)")
+    args = full.parse_args()
+    arguments = launcher.parse_known_args()[1]  # those of main_train.py
+    if is_rank():  # torchrun has started the processes
+        sys.argv = [MAIN_TRAIN, *arguments]
+        runpy.run_path(MAIN_TRAIN, run_name="__main__")
+        return 0
+    config_from_args(args)  # an error of the configuration is shown before any rank starts
+    return launch([sys.executable, MAIN_TRAIN, *arguments], args.nproc)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ from benchmarks.synthetic import jpeg_frames, write_dataset  # noqa: E402
 from data.loader import VLADataset, make_loader  # noqa: E402
 from data.sampler import StepBatchSampler  # noqa: E402
 from training.fit_estimate import GB, expected_memory  # noqa: E402
-from training.trainer import Batch, VLATrainer, to_device  # noqa: E402
+from training.trainer import VLATrainer  # noqa: E402
+from utils.batch import Batch, to_device  # noqa: E402
 from utils.config_utils import Config  # noqa: E402
 
 LIMIT = 0.95
@@ -157,8 +158,8 @@ def bare_step(trainer: VLATrainer, batch: Batch) -> None:
     valid = (~batch["action_is_pad"]).sum()
     (trainer.policy(batch).sum() / valid).backward()
     nn.utils.clip_grad_norm_([p for p in trainer.policy.parameters() if p.requires_grad], 1.0)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.state.optimizer.step()
+    trainer.state.optimizer.zero_grad(set_to_none=True)
 
 
 class Bench:
@@ -243,8 +244,7 @@ def measure_overhead(bench: Bench, changes: dict[str, Any], steps: int, turns: i
             feed.skip = 2 * trainer.config.data.num_workers + 2
         else:
             feed.source = itertools.cycle(drawn)
-        limit = turns * (steps + feed.skip) + 1
-        trainer.config = replaced(trainer.config, "training", max_steps=limit)
+        trainer.length = dataclasses.replace(trainer.length, total_steps=turns * (steps + feed.skip) + 1)
         trainer.fit()
         found[name] = {"ratio": feed.ratio(), "samples_per_second": feed.samples_per_second(bench.batch_size)}
         del trainer, feed
@@ -325,7 +325,7 @@ def best_batch_size(bench: Bench, changes: dict[str, Any], sizes: Sequence[int],
                 trainer.train_step([batches[step % 2]])
             seconds = now(bench.device) - began
         except torch.OutOfMemoryError:
-            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.state.optimizer.zero_grad(set_to_none=True)
             ended = f"out of memory at {size}"
             break
         peak = torch.cuda.max_memory_allocated() / GB

@@ -17,12 +17,12 @@ import yaml
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from main_train import train
+import main_train
 from model.vla_model import VLAModel
 from tests.helpers import write_episodes
 from tests.policies import model_section
+from training.launch import Place
 from training.run_log import read_metrics
-from training.trainer import VLATrainer
 from training.trainer_ddp import VLATrainerDDP
 from utils.calculate_normalization_stats import calculate_for_config
 from utils.cli import config_from_args, train_parser
@@ -86,8 +86,8 @@ def run_training(config_path: Path, name: str, steps: int, *settings: str, ranks
 def train_rank(flags: list[str], distributed: bool) -> None:
     """One rank of a run."""
     args = train_parser(None).parse_args(flags)
-    trainer = VLATrainerDDP if distributed else VLATrainer
-    train(args, config_from_args(args), torch.device("cpu"), trainer, dist.get_rank(), dist.get_world_size())
+    place = Place(torch.device("cpu"), dist.get_rank(), dist.get_world_size(), in_group=distributed)
+    main_train.build_trainer(args, config_from_args(args), place).fit()
 
 
 def run_ranks(work: Callable[[], Any], world_size: int, folder: Path, timeout_s: float = 120.0) -> None:
@@ -167,13 +167,11 @@ class CountingTrainer(VLATrainerDDP):
 
 def train_counted(flags: list[str]) -> None:
     """One rank of such a run."""
-    args = train_parser(None).parse_args(flags)
-    device = torch.device("cpu")
-    train(args, config_from_args(args), device, CountingTrainer, dist.get_rank(), dist.get_world_size())
+    main_train.TRAINERS["ddp"] = CountingTrainer
+    train_rank(flags, distributed=True)
 
 
 def train_idle(flags: list[str]) -> None:
     """One rank of such a run."""
-    args = train_parser(None).parse_args(flags)
-    device = torch.device("cpu")
-    train(args, config_from_args(args), device, IdleParameterTrainer, dist.get_rank(), dist.get_world_size())
+    main_train.TRAINERS["ddp"] = IdleParameterTrainer
+    train_rank(flags, distributed=True)

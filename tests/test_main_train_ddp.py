@@ -65,7 +65,10 @@ def test_alone_and_under_torchrun_it_trains_as_one_process_does(config_path):
     flags = ["--config_path", str(config_path), "--experiment_name", "torchrun", *settings]
     result = run([*torchrun, "main_train_ddp.py", *flags])
     assert result.returncode == 0, result.stderr
-    for name in ("alone", "torchrun"):
+    flags = ["--config_path", str(config_path), "--experiment_name", "as_rank", *settings]
+    result = run([*torchrun, "main_train.py", *flags])
+    assert result.returncode == 0, result.stderr
+    for name in ("alone", "torchrun", "as_rank"):
         for a, b in zip(losses(one), losses(one.parent / name), strict=True):
             assert a == pytest.approx(b, rel=1e-6, abs=1e-6)
         assert load_checkpoint(one.parent / name / "checkpoints/model_best.pth.tar")["step"] == 3

@@ -50,11 +50,11 @@ def metrics_of(trainer: VLATrainer) -> list[dict[str, float]]:
 def assert_same_state(a: VLATrainer, b: VLATrainer) -> None:
     for (name, x), y in zip(a.policy.state_dict().items(), b.policy.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
-    left, right = a.optimizer.state_dict(), b.optimizer.state_dict()
+    left, right = a.state.optimizer.state_dict(), b.state.optimizer.state_dict()
     assert left["param_groups"] == right["param_groups"] and left["state"].keys() == right["state"].keys()
     for index, values in left["state"].items():
         assert all(torch.equal(value, right["state"][index][key]) for key, value in values.items())
-    assert (a.ema is None) == (b.ema is None)
-    if a.ema is not None:
-        assert a.ema.updates == b.ema.updates
-        assert all(torch.equal(value, b.ema.average[name]) for name, value in a.ema.average.items())
+    assert (a.state.ema is None) == (b.state.ema is None)
+    if a.state.ema is not None:
+        assert a.state.ema.updates == b.state.ema.updates
+        assert all(torch.equal(value, b.state.ema.average[name]) for name, value in a.state.ema.average.items())

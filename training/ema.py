@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights that train: smoother weights for evaluation at no training cost.
+"""An exponential moving average of the weights that train: smoother weights for evaluation.
 
 The decay warms up as min(decay, (1 + n) / (10 + n)) over the updates n, so that the first averages follow the
 weights instead of holding on to their initial values (TensorFlow's ExponentialMovingAverage with `num_updates`).
@@ -15,13 +15,13 @@ from torch import nn
 
 
 class WeightAverage:
-    """The average of a model's trained parameters, in their own dtype, on their device, sharded as they are."""
+    """The average of a model's trained parameters: in the same dtype, on the same device, sharded in the same way."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         """
         Args:
-            model: where it will train; the average starts from its present weights.
-            decay: share of the old average kept per update once warmed up, in (0, 1).
+            model: on the device where it trains; the average starts from its present weights.
+            decay: share of the old average that each update keeps once warmed up, in (0, 1).
         """
         self.decay, self.updates = decay, 0
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -29,14 +29,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after an optimizer step."""
+        """Take in the weights that an optimizer step has changed."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the model has the average's weights; afterwards its own again, to the bit."""
+        """As a context: the model has the averaged weights; afterwards it has its own again, to the bit."""
         self._swap()
         try:
             yield
@@ -52,7 +52,7 @@ class WeightAverage:
         """Continue an average.
 
         Raises:
-            KeyError: a parameter trains now that the state has no average of.
+            KeyError: the state has no average of a parameter that trains now.
         """
         self.updates = state["updates"]
         for name, average in self.average.items():

@@ -1,4 +1,4 @@
-"""Will it fit? Parameters by component, expected memory of a training step, and one real step to compare with.
+"""Will it fit? Parameters by component, and expected memory of a training step.
 
 Counted exactly: weights as stored, float32 gradients and moments of the weights that train, averaged weights, and what
 autograd keeps of the action head, whose loss is run on tensors without storage (`_head_activation_bytes`).
@@ -9,9 +9,8 @@ allocator's fragmentation, and temporary buffers. tests/training/test_fit_estima
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,48 +22,10 @@ from model.backbone import backbone_class
 from model.context import Context
 from model.pretrained import num_image_tokens
 from model.vla_model import VLAModel
-from training.schedule import unfinished_warmup
 from utils.config_utils import Config
-
-if TYPE_CHECKING:
-    from training.trainer import VLATrainer
 
 GB = 1e9
 MOMENTS = {"AdamW": 8, "SGD": 4}  # bytes per trained value; AdamW8bit: see `_moment_bytes`
-
-
-def without_traces(config: Config, folder: str) -> Config:
-    """The configuration of a trial run: it writes to `folder` instead of the experiment's, and not to W&B."""
-    training = dataclasses.replace(config.training, checkpoint_dir=folder)
-    return dataclasses.replace(config, training=training, wandb=dataclasses.replace(config.wandb, enabled=False))
-
-
-def dry_run(trainer: VLATrainer) -> str:
-    """The report of `estimate_report` for a trainer's model, and the figures of one real optimizer step."""
-    config, policy = trainer.config, trainer.policy
-    lines = [estimate_report(policy, config, trainer.world_size)]
-    lines.append(
-        f"{trainer.num_samples:,} samples, {trainer.epoch_steps:,.1f} steps per epoch, {trainer.total_steps:,} steps"
-    )
-    warning = unfinished_warmup(config.lr_scheduler, trainer.total_steps, trainer.epoch_steps)
-    lines += [] if warning is None else [f"warning: {warning}"]
-    batches = iter(trainer.train_loader)
-    micro_batches = [next(batches) for _ in range(config.training.gradient_accumulation_steps)]
-    on_gpu = trainer.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(trainer.device)
-    result = trainer.train_step(micro_batches)
-    text_tokens = max(int(batch["prompt_mask"].sum(dim=1).max()) for batch in micro_batches)
-    lines.append(
-        f"one step: loss {result['loss']:.4g}, gradient norm {result['grad_norm']:.4g}, longest prompt {text_tokens} "
-        f"tokens (at most {config.data.prompt_max_len})"
-    )
-    if on_gpu:
-        peak, total = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.mem_get_info(trainer.device)[1]
-        lines.append(f"measured peak {peak / GB:.2f} GB, of {total / GB:.1f} GB on {torch.cuda.get_device_name()}")
-    else:
-        lines.append("measured peak: only on a GPU")
-    return "\n".join(lines)
 
 
 def estimate_report(policy: VLAModel, config: Config, world_size: int = 1) -> str:

@@ -1,8 +1,9 @@
-"""Processes of a distributed run: starting one per GPU, watching over them, and what the user sees of a failure.
+"""The processes of a run: where each one trains, starting one per GPU, and what the user sees when one of them fails.
 
-`torchrun` starts and watches the ranks of several machines; `launch` does the same on one machine and shows less.
-Either way a rank lives inside `member_of_group`, which joins the others and reports errors: the first one of the
-machine, once. A rank that dies ends the job within `GRACE_S`; one that hangs, after `training.distributed_timeout_s`.
+`torchrun` starts and watches the ranks of several machines. `launch` does the same on one machine and prints less.
+Either way a rank lives inside `member_of_group`, which joins the process group and reports errors: of all the ranks of
+a machine only the first to fail prints its message. A rank that dies ends the job within `GRACE_S` seconds, a rank that
+hangs ends it after `training.distributed_timeout_s`.
 """
 
 from __future__ import annotations
@@ -27,36 +28,54 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from training.failure import NonFiniteLossError
 from utils.config_utils import ConfigError
-from utils.misc import user_message
-
-logger = logging.getLogger(__name__)
+from utils.misc import pick_device, user_message
 
 GRACE_S = 10.0  # from the first failure to the end of ranks that do not stop by themselves
 LAUNCHED = "PALIGEMMA_VLA_LAUNCHED"  # set in ranks that `launch` started: the file that takes the first error
+# Errors that a user can mend: their message is shown in one line, without a traceback.
+USER_ERRORS = (ValueError, ImportError, NonFiniteLossError, torch.OutOfMemoryError)
 # How gloo and NCCL word the loss of another rank.
 LOST = re.compile(r"Connection (closed|reset|refused)|Timed out|timed out|Broken pipe|remote process|Socket Timeout")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank trains, and among how many."""
+    """Where a process trains, and among how many.
+
+    Attributes:
+        device: its GPU, or the CPU.
+        rank, world_size: which process it is, of how many.
+        in_group: whether there is a process group, even of one rank.
+    """
 
     device: torch.device
-    rank: int
-    world_size: int
+    rank: int = 0
+    world_size: int = 1
+    in_group: bool = False
 
 
 def is_rank() -> bool:
-    """Whether this process is a rank already, started by torchrun or by `launch`."""
+    """Whether torchrun, or `launch`, started this process as one rank of several."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+@contextlib.contextmanager
+def training_place(timeout_s: float) -> Iterator[Place]:
+    """Where this process trains: as a rank of a group, see `member_of_group`, or else alone."""
+    if is_rank():
+        with member_of_group(timeout_s) as place:
+            yield place
+    else:
+        yield Place(pick_device())
 
 
 def launch(command: list[str], nproc: int | None, grace_s: float = GRACE_S) -> int:
     """Run `command` as `nproc` ranks of this machine and wait for them.
 
-    SIGTERM and SIGINT are passed on, and the ranks get the time that they need to stop in order. Should this process
-    be killed, the ranks end as well.
+    SIGTERM and SIGINT are passed on, and the ranks get all the time that they need to save and stop. If this process is
+    killed, the ranks end as well.
 
     Args:
         command: of each rank; it finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment.
@@ -67,7 +86,7 @@ def launch(command: list[str], nproc: int | None, grace_s: float = GRACE_S) -> i
         The exit status: 0 when all ranks succeeded.
 
     Raises:
-        ConfigError: no rank or more ranks than GPUs, or MASTER_PORT is no free port.
+        ConfigError: `nproc` is below 1 or above the number of GPUs, or MASTER_PORT is no free port.
     """
     gpus = torch.cuda.device_count()
     nproc = max(1, gpus) if nproc is None else nproc
@@ -83,11 +102,13 @@ def launch(command: list[str], nproc: int | None, grace_s: float = GRACE_S) -> i
             "LOCAL_WORLD_SIZE": str(nproc),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store above, which outlives any rank; torchrun does the same
+            # Ranks use the store above, which outlives them all, instead of one in rank 0. torchrun does the same.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
             LAUNCHED: str(error_file),
         }
-        # A session of their own: Ctrl-C reaches them through this process alone. Their standard input closes with it.
+        # In a session of its own a rank gets Ctrl-C from this process alone, not from the terminal too. Its standard
+        # input closes when this process ends, however it ends; see `_die_with_launcher`.
         ranks = [
             subprocess.Popen(
                 command,
@@ -106,7 +127,7 @@ def launch(command: list[str], nproc: int | None, grace_s: float = GRACE_S) -> i
             return 0
         code = ranks[failed].returncode
         if stopped and code == -stopped[0]:
-            return 128 + stopped[0]  # before the ranks could stop in order
+            return 128 + stopped[0]  # the signal came before the ranks were ready to handle it
         print(_verdict(failed, code, error_file, [rank for rank in forced if rank != failed]), file=sys.stderr)
         return code if code > 0 else 128 - code
 
@@ -115,7 +136,7 @@ def launch(command: list[str], nproc: int | None, grace_s: float = GRACE_S) -> i
 def member_of_group(timeout_s: float) -> Iterator[Place]:
     """Join the process group as the rank that the environment names; gives its place.
 
-    An error inside ends the process with status 1, after the first rank of this machine to fail has reported it.
+    An error inside ends the process with status 1. The first rank of this machine to fail reports its error.
 
     Args:
         timeout_s: how long a collective waits for the other ranks.
@@ -126,23 +147,24 @@ def member_of_group(timeout_s: float) -> Iterator[Place]:
     failed = False
     try:
         device = _join(timeout_s)
-        yield Place(device, dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # the last checkpoint is written
+        yield Place(device, dist.get_rank(), dist.get_world_size(), in_group=True)
+        dist.barrier()  # no rank leaves before the first has written the last checkpoint
         dist.destroy_process_group()
     except Exception as error:
         _report(rank, error)
+        traceback.clear_frames(error.__traceback__)
         failed = True
     if failed:
-        gc.collect()  # the error's frames are gone, and with them what they held, such as temporary caches
+        gc.collect()  # finalizers of what the cleared frames held, such as the one that removes a temporary cache
         logging.shutdown()
-        os._exit(1)  # an orderly exit would wait for the other ranks, or abort over exchanges that never ended
+        os._exit(1)  # a normal exit would wait for the other ranks, or abort because of unfinished collectives
 
 
 def master_port() -> int:
-    """The port that MASTER_PORT asks for; 0, any that is free, where it is not set.
+    """The port that MASTER_PORT names; 0, which stands for any free port, where it is not set.
 
     Raises:
-        ConfigError: it is no port number.
+        ConfigError: MASTER_PORT is no port number.
     """
     text = os.environ.get("MASTER_PORT") or "0"
     if not (text.isdecimal() and int(text) < 1 << 16):
@@ -177,35 +199,36 @@ def _host_store() -> dist.TCPStore:
 
 
 def _die_with_launcher() -> None:
-    # Blocks until the launcher ends, however it ends. Not sys.stdin.read: forked loader workers would find it locked.
+    # Blocks until the launcher ends. sys.stdin.read would hold a lock, which forked loader workers would inherit.
     os.read(0, 1)
     os._exit(1)
 
 
 @contextlib.contextmanager
 def _pass_on_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Send SIGTERM and SIGINT on to the ranks; gives the list of those that came."""
-    came: list[int] = []
+    """Send SIGTERM and SIGINT on to the ranks; gives the growing list of the signals received."""
+    received: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
-        came.append(number)
+        received.append(number)
         for rank in ranks:
             rank.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Until all have succeeded (None) or one has failed: its number. A killed rank is blamed before its mourners."""
+    """Wait until a rank has failed, and return its number, or until all have succeeded (None)."""
     while True:
         codes = [rank.poll() for rank in ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
         if failed:
+            # When a rank dies the others fail too, because they lost it. Report the killed one (its code is negative).
             return min(failed, key=lambda rank: (codes[rank] > 0, rank))
         if all(code == 0 for code in codes):
             return None
@@ -213,7 +236,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
 
 
 def _stop(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> list[int]:
-    """End what still runs; gives the ranks that did not react."""
+    """End the ranks that still run, after `grace_s` by SIGKILL; returns the numbers of those that had to be killed."""
     deadline, forced = time.monotonic() + grace_s, []
     for rank in ranks:
         if rank.poll() is None:
@@ -229,6 +252,7 @@ def _stop(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> list[int]:
 
 
 def _verdict(failed: int, code: int, error_file: Path, forced: list[int]) -> str:
+    """What to print of a job that failed: the first error that a rank reported, or how the rank `failed` ended."""
     text = error_file.read_text(encoding="utf-8") if error_file.is_file() else ""
     if code < 0:
         name = signal.Signals(-code).name
@@ -243,8 +267,7 @@ def _verdict(failed: int, code: int, error_file: Path, forced: list[int]) -> str
 
 def _report(rank: int, error: Exception) -> None:
     """Hand the message to the launcher, or print it; only the first rank of a machine that fails does either."""
-    of_users = isinstance(error, ValueError | ImportError | torch.OutOfMemoryError)
-    if of_users or type(error).__module__.startswith("training."):
+    if isinstance(error, USER_ERRORS):
         text = f"error: {user_message(error)}"
     elif LOST.search(str(error)):
         text = (
@@ -253,7 +276,6 @@ def _report(rank: int, error: Exception) -> None:
         )
     else:
         text = "".join(traceback.format_exception(error)) + f"error: rank {rank} failed with the traceback above"
-    logger.debug("rank %d", rank, exc_info=error)
     path = os.environ.get(LAUNCHED)
     if path is None and "TORCHELASTIC_ERROR_FILE" in os.environ:
         path = str(Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "first_error")

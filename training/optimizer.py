@@ -1,4 +1,4 @@
-"""The optimizer over what trains: which parameters share a learning rate, and which of them decay."""
+"""The optimizer: which parameters train, at which learning rate, and which of them decay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> torch.optim.Opt
     to `config.lr`: the trainer sets `lr` to the schedule's value times that, so the schedule keeps the proportions.
 
     Args:
-        model: the policy, on the device that it trains on.
+        model: the policy, on the device where it trains.
         config: the `optimizer` section.
 
     Raises:
@@ -37,16 +37,19 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def parameter_groups(model: VLAModel, config: OptimizerConfig) -> list[dict]:
-    """What trains, as torch's parameter groups; without own learning rates, decaying and plain parameters only."""
+    """The parameters that train, as torch's parameter groups.
+
+    There are two groups, with and without weight decay, for each learning rate that `config` gives.
+    """
     rates = {"vision": config.vision_lr, "language": config.language_lr, "head": config.head_lr}
     kinds = model.parameter_kinds()
-    plain = undecayed_parameters(model)
-    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    undecayed = undecayed_parameters(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = rates[kinds[name]]
-            found.setdefault((config.lr if rate is None else rate, name not in plain), []).append(parameter)
-    # Decaying groups first, then by falling rate: an order that does not depend on which module comes first.
+            groups.setdefault((config.lr if rate is None else rate, name not in undecayed), []).append(parameter)
+    # Decaying groups first, then by falling rate: the order does not depend on which module comes first.
     return [
         {
             "params": parameters,
@@ -54,7 +57,7 @@ def parameter_groups(model: VLAModel, config: OptimizerConfig) -> list[dict]:
             "lr": rate,
             "lr_scale": rate / config.lr,
         }
-        for (rate, decays), parameters in sorted(found.items(), key=lambda item: (not item[0][1], -item[0][0]))
+        for (rate, decays), parameters in sorted(groups.items(), key=lambda item: (not item[0][1], -item[0][0]))
     ]
 
 
@@ -62,7 +65,7 @@ def undecayed_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay spares: those of norms, biases, and other vectors and scalars."""
     names = set()
     for module_name, module in model.named_modules():
-        # Hugging Face's norms derive from nn.Module alone, and are told by their class's name.
+        # Hugging Face's norms derive from nn.Module directly; only the class's name tells that they are norms.
         is_norm = isinstance(module, NORMS) or type(module).__name__.endswith(("Norm", "LayerNorm"))
         for name, parameter in module.named_parameters(recurse=False):
             if is_norm or name.endswith("bias") or parameter.ndim < 2:

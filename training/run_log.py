@@ -19,11 +19,11 @@ from utils.trajectory_plot import plot_chunks
 
 logger = logging.getLogger(__name__)
 
-PICTURE_BYTES = 200_000  # about what a picture takes
+PICTURE_BYTES = 200_000  # about the size of a picture, for the message about a full disk
 
 
 class RunLog:
-    """Machine-readable metrics of one run; ranks other than the first write nothing but their samples."""
+    """Metrics and pictures of one run; ranks other than the first write only which samples they took."""
 
     def __init__(self, config: Config, *, is_main: bool, rank: int = 0) -> None:
         self.directory = config.experiment_dir
@@ -41,7 +41,7 @@ class RunLog:
             self._wandb = _start_wandb(config)
 
     def rewind(self, step: int) -> None:
-        """Drop lines past `step`: the steps between a checkpoint and the crash after it are trained again."""
+        """Drop lines of steps after `step`, which are trained again after a crash."""
         paths = [self.metrics_path, self.validation_path] if self.is_main else []
         for path in [*paths, self.samples_path]:
             if path.is_file():
@@ -50,10 +50,12 @@ class RunLog:
                     temporary.write_text(kept, encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line; `values` holds `step`."""
+        """Append one line to metrics.jsonl and show it, without the many `val/` metrics; `values` holds `step`."""
         if not self.is_main:
             return
         _append(self.metrics_path, values)
+        shown = {name: value for name, value in values.items() if not name.startswith("val/")}
+        logger.info(" ".join(f"{name} {_short(value)}" for name, value in shown.items()))
         if self._wandb is not None:
             self._wandb.log(values)
 
@@ -78,20 +80,21 @@ class RunLog:
             artifact.add_dir(str(shards), name=shards.name)
         self._wandb.log_artifact(artifact, aliases=["latest", f"step-{step}", path.name.removesuffix(".pth.tar")])
 
-    def write_validation(self, step: int, found: Validation) -> None:
-        """Append the metrics per step, dimension and dataset to validation.jsonl, and draw the fixed samples to
-        plots/validation_step_{step}.png and W&B.
+    def write_validation(self, step: int, validation: Validation) -> None:
+        """Append metrics per horizon step, dimension and dataset to validation.jsonl; draw `validation.plotted`.
+
+        The picture goes to plots/validation_step_{step}.png and to W&B.
         """
         if not self.is_main:
             return
-        _append(self.validation_path, {"step": step, **found.details})
-        if found.plotted is None:
+        _append(self.validation_path, {"step": step, **validation.details})
+        if validation.plotted is None:
             return
         path = self.directory / "plots" / f"validation_step_{step:06d}.png"
-        part = found.plotted
+        chunks = validation.plotted
         title = f"Action chunks of held-out samples after {step} steps, physical units"
         with disk_full_named(path, PICTURE_BYTES):
-            plot_chunks(path, part.drawn_KNTA, part.true_NTA, part.is_pad_NT, part.captions, title)
+            plot_chunks(path, chunks.drawn_KNTA, chunks.true_NTA, chunks.is_pad_NT, chunks.captions, title)
         if self._wandb is not None:
             import wandb
 
@@ -99,7 +102,7 @@ class RunLog:
 
     def plot(self) -> None:
         """Draw the loss curves of metrics.jsonl to plots/loss_curve.png."""
-        if self.is_main and self.metrics_path.is_file():  # a run stopped before its first log line has none
+        if self.is_main and self.metrics_path.is_file():  # a run that stopped before its first log line has no file
             path = self.directory / "plots" / "loss_curve.png"
             with disk_full_named(path, PICTURE_BYTES):
                 plot_metrics(self.metrics_path, path)
@@ -116,24 +119,24 @@ class LogWindow:
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.timed = 0  # steps of this process among them: a resumed run carries over losses, not times
+        self.timed = 0  # steps that this process took; after a resume `losses` has earlier ones too
         self.last: dict[str, float] = {}
         self.busy = self.waiting = 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time since the last call: validation, checkpoints."""
+        """Do not count the time since the last call, which went into validation or checkpoints."""
         self.mark = time.perf_counter()
 
     def waited(self) -> None:
-        """The data has come."""
+        """Count the time since the last call as waiting for data."""
         now = time.perf_counter()
         self.waiting += now - self.mark
         self.busy += now - self.mark
         self.mark = now
 
     def add(self, result: dict[str, float]) -> None:
-        """A step is done."""
+        """Take in the result of a step; the time since the last call was its work."""
         self.losses.append(result["loss"])
         self.timed += 1
         self.last = result
@@ -191,6 +194,10 @@ def plot_metrics(metrics_path: Path, image_path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
 def _append(path: Path, values: dict[str, Any]) -> None:
     line = json.dumps(values) + "\n"
     with disk_full_named(path, len(line)), open(path, "a", encoding="utf-8") as file:
@@ -198,7 +205,7 @@ def _append(path: Path, values: dict[str, Any]) -> None:
 
 
 def _start_wandb(config: Config) -> Any:
-    """The W&B run of this experiment: a resumed one continues under the id that its folder keeps."""
+    """The W&B run of this experiment; a resumed run continues under the id in its folder."""
     try:
         import wandb
     except ImportError:
@@ -216,7 +223,7 @@ def _start_wandb(config: Config) -> Any:
         dir=str(config.experiment_dir),
         config=config_to_dict(config),
     )
-    # Curves over our own step: W&B's may not go back, as it does when the steps after a checkpoint come again.
+    # Curves over our own step. W&B's may only grow, but steps after a checkpoint are logged again after a crash.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

@@ -1,14 +1,64 @@
-"""The learning rate as a pure function of the step, so that nothing about it needs saving."""
+"""What follows from the step alone and therefore needs no saving: epochs, the end of the run, the learning rate."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from utils.config_utils import LRSchedulerConfig
+from utils.config_utils import Config, LRSchedulerConfig
+
+# An epoch's validation is skipped where training ends within this part of the validation interval: the final
+# validation follows soon anyway.
+NEAR_THE_END = 0.1
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How optimizer steps and epochs of a run relate. Epochs follow each other without a seam: one may end in mid-step.
+
+    Attributes:
+        num_samples: samples of an epoch.
+        batch_size: samples of an optimizer step, over all micro-batches and ranks.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    num_samples: int
+    batch_size: int
+    total_steps: int
+
+    @classmethod
+    def from_config(cls, config: Config, num_samples: int) -> RunLength:
+        """Of `training.epochs` epochs or `training.max_steps` steps, whichever end first."""
+        batch_size, limit = config.data.batch_size, config.training.max_steps
+        steps = math.ceil(config.training.epochs * (num_samples / batch_size))
+        return cls(num_samples, batch_size, steps if limit is None else min(steps, limit))
+
+    @property
+    def epoch_steps(self) -> float:
+        """Optimizer steps per epoch, not necessarily whole."""
+        return self.num_samples / self.batch_size
+
+    def epoch_ends(self, step: int, every: int) -> bool:
+        """Whether `step` finished an epoch whose number `every` divides, or the run."""
+        crossed = self._epochs_done(step) // every > self._epochs_done(step - 1) // every
+        return crossed or step == self.total_steps
+
+    def epoch_number(self, step: int) -> int:
+        """The epoch that `step` finished, or else the one that it lies in; the first is 1."""
+        done = self._epochs_done(step)
+        return done if done > self._epochs_done(step - 1) else done + 1
+
+    def validation_due(self, step: int, every: int) -> bool:
+        """Whether to validate after `step`: at the end, and every so many epochs unless the end is near."""
+        left = self.total_steps - step
+        return self.epoch_ends(step, every) and not 0 < left < NEAR_THE_END * every * self.epoch_steps
+
+    def _epochs_done(self, step: int) -> int:
+        return step * self.batch_size // self.num_samples
 
 
 def unfinished_warmup(config: LRSchedulerConfig, total_steps: int, epoch_steps: float) -> str | None:
-    """What to say of a run that ends before its learning rate has risen; None of another."""
+    """A warning where a run ends before its learning rate has risen to the peak; None where it rises in time."""
     warmup = config.warmup_steps * (epoch_steps if config.interval == "epoch" else 1)
     if warmup < total_steps:
         return None

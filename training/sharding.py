@@ -1,4 +1,4 @@
-"""FSDP2 on a VLAModel: what is sharded as a unit, in which precision, and whole tensors back from the parts.
+"""FSDP2 on a VLAModel: what is sharded as a unit, in which precision, and how parts become whole tensors again.
 
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; the units follow torchtitan's: one per
 transformer block, so that a block's weights are gathered while the one before it computes.
@@ -22,13 +22,13 @@ from utils.config_utils import Config, ConfigError
 def shard_model(model: VLAModel, config: Config, device: torch.device, world_size: int) -> VLAModel:
     """Shard a policy in place over all ranks and move it to the device.
 
-    Every transformer block of the backbone is a unit, and the rest (embeddings, projector, resampler, action head)
-    is the last: a head encodes its context once and calls its blocks many times, also by other methods than forward.
-    Blocks are gathered in the compute precision, in which autocast would use their matrices anyway; masters, gradient
-    reduction and everything outside of the blocks stay float32.
+    Every transformer block of the backbone is a unit. The rest (embeddings, projector, resampler, action head) is the
+    last unit: a head encodes its context once and calls its blocks many times, also by other methods than forward.
+    The weights of blocks are gathered in the compute precision, in which autocast would use their matrices anyway.
+    Master weights, the reduction of gradients and everything outside of the blocks stay float32.
 
     Raises:
-        ConfigError: float16 (its loss scaling), quantized weights and 8-bit moments are not built for shards.
+        ConfigError: float16 (for its loss scaling), quantized weights or 8-bit moments, none of which can be sharded.
     """
     for key, value, refused in (
         ("model.vlm_config.dtype", config.model.vlm_config.dtype, ("float16",)),
@@ -38,8 +38,8 @@ def shard_model(model: VLAModel, config: Config, device: torch.device, world_siz
         if value in refused:
             raise ConfigError(f"training.strategy is fsdp and {key} {value}, which it cannot shard; change one of them")
     mesh = init_device_mesh(device.type, (world_size,))
-    low = model.compute_dtype if model.compute_dtype != torch.float32 else None
-    blocks = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    compute = model.compute_dtype if model.compute_dtype != torch.float32 else None
+    blocks = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in transformer_blocks(model.backbone):
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -55,11 +55,11 @@ def transformer_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def whole(value: Any, *, keep: bool) -> Any:
-    """A state dict with every sharded tensor gathered onto the CPU, one at a time; a collective.
+    """A state dict with every sharded tensor gathered onto the CPU, one after another; a collective.
 
     Args:
         value: nested dicts, lists and tensors, of the same structure on all ranks.
-        keep: False on ranks that only take part; their tensors are dropped as soon as they are whole.
+        keep: False on ranks that only take part: each gathered tensor is dropped at once there.
     """
     if isinstance(value, DTensor):
         tensor = value.detach().full_tensor()
@@ -72,7 +72,10 @@ def whole(value: Any, *, keep: bool) -> Any:
 
 
 def shard_like(value: Any, parameter: Tensor) -> Any:
-    """This rank's part of a whole tensor (an optimizer moment) that is as large as its sharded parameter."""
+    """This rank's part of a whole tensor (a weight, an optimizer moment) of the same size as a sharded parameter.
+
+    Anything else, such as an optimizer's step counter, is returned as it is.
+    """
     if not (torch.is_tensor(value) and isinstance(parameter, DTensor) and value.shape == parameter.shape):
         return value
     value = value.to(parameter.device)

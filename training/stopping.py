@@ -1,4 +1,4 @@
-"""When to stop: a signal, a time limit, or validations that no longer improve; and which of them was the best."""
+"""When training stops early (a signal, a time limit, validations that no longer improve), and the best validation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from utils.metrics import ACCURACIES, METRICS
 
 logger = logging.getLogger(__name__)
 
-# Validation metric -> whether higher is better. Smoothness and spread are neither.
+# Validation metric -> whether higher is better. Smoothness and spread are left out: no direction of them is better.
 HIGHER_IS_BETTER = {"val_loss": False, "val_action_mse": False, "val_action_mae": False}
 HIGHER_IS_BETTER |= {f"val/{name}": name in ACCURACIES for name in METRICS if not name.startswith(("smooth", "spread"))}
 
 
 def require_defined(metric: str, config: Config, *, samples: bool) -> None:
-    """Raise a ConfigError where validation would have no value of the metric; `samples`: whether the head does."""
+    """Raise a ConfigError where no validation will have this metric.
+
+    Args:
+        metric: the value of `training.best_metric`.
+        config: of the run.
+        samples: whether the action head draws noise, so that two draws differ.
+    """
     draws, head = config.training.val_num_samples, config.model.action_head_config.type
     if "best_of_k" in metric and not (samples and draws > 1):
         raise ConfigError(
@@ -33,18 +39,18 @@ def require_defined(metric: str, config: Config, *, samples: bool) -> None:
 
 
 class StopRequest:
-    """Within it, SIGTERM and SIGINT ask for a clean stop instead of ending the process.
+    """As a context: SIGTERM and SIGINT ask for a clean stop instead of ending the process.
 
-    A second signal ends the process at once. One that follows within `FORWARDED` seconds counts as the same:
-    launchers pass on a signal that the whole process group got already.
+    A second signal ends the process at once, unless it follows within `FORWARDED_S` seconds: then it is taken for the
+    first one, which a launcher passed on although the process had received it itself.
     """
 
-    FORWARDED = 2.0
+    FORWARDED_S = 2.0
 
     def __init__(self, max_hours: float | None) -> None:
         """
         Args:
-            max_hours: ask for a stop once this much time has passed since now; None: never.
+            max_hours: ask for a stop this long after now; None: never.
         """
         self._signal: str | None = None
         self._began, self._max_hours = time.monotonic(), max_hours
@@ -52,7 +58,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop; None to go on."""
+        """Why training has to stop; None while it may go on."""
         if self._signal is not None:
             return self._signal
         if self._max_hours is not None and time.monotonic() - self._began >= self._max_hours * 3600:
@@ -73,20 +79,20 @@ class StopRequest:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._received = signal.Signals(number).name, now
-        elif now - self._received > self.FORWARDED:
+        elif now - self._received > self.FORWARDED_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 @dataclass
 class BestValidation:
-    """The best value of one validation metric so far, and how long ago it was.
+    """The best value of one validation metric so far, and for how many validations none was better.
 
     Attributes:
         metric: a key of HIGHER_IS_BETTER.
         patience: validations without improvement after which training stops; None: it never does.
         value: the best so far; None before the first validation.
-        stale: validations since then.
+        stale: validations since the best one.
         step: the optimizer step of the last validation; 0 before the first.
     """
 
@@ -106,11 +112,11 @@ class BestValidation:
 
     @property
     def exhausted(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether `patience` validations have passed without a better one."""
         return self.patience is not None and self.stale >= self.patience
 
     def update(self, values: dict[str, float], step: int) -> bool:
-        """Take in a validation; whether it is the best so far."""
+        """Take in the values of a validation after `step`; returns whether it is the best so far."""
         new = values[self.metric]
         better = self.value is None or (new > self.value if HIGHER_IS_BETTER[self.metric] else new < self.value)
         self.step = step
@@ -119,11 +125,11 @@ class BestValidation:
         return better
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """As checkpoints hold it."""
         return {"metric": self.metric, "value": self.value, "stale": self.stale, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue; values of another metric can't be compared and are forgotten."""
+        """Continue; a best value of another metric is forgotten, since it can't be compared."""
         self.step = state["step"]
         if state["metric"] == self.metric:
             self.value, self.stale = state["value"], state["stale"]

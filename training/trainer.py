@@ -1,12 +1,13 @@
 """VLATrainer: the only training loop.
 
-`step` counts optimizer updates, and everything that can be derived from it is: the epoch, the learning rate,
-which samples come next, and the noise. A checkpoint therefore resumes bitwise on a CPU.
+`step` counts optimizer updates. Everything that can be derived from it is: the epoch, the learning rate, which samples
+come next, and the noise. A checkpoint therefore resumes bitwise on a CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -21,31 +22,25 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from model.vla_model import VLAModel
 from training.ema import WeightAverage
-from training.failure import NonFiniteLossError, dump_batches, failure_message, guilty_samples
+from training.failure import FailedStep, NonFiniteLossError
 from training.optimizer import build_optimizer
 from training.run_log import LogWindow, RunLog
-from training.schedule import learning_rate, unfinished_warmup
-from training.state import checkpoint_of, continue_from
+from training.schedule import RunLength, learning_rate, unfinished_warmup
+from training.state import TrainState, checkpoint_of, continue_from
 from training.stopping import BestValidation, StopRequest, require_defined
-from training.validation import validate
+from training.validation import ValidationStopped, validate
+from utils.batch import Batch, to_device
 from utils.checkpoint import link_checkpoint, prune_checkpoints, save_checkpoint
 from utils.config_utils import Config, ConfigError
 from utils.misc import count_parameters, derive_seed, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Any]
-ALMOST = 0.1  # an epoch's validation this close to the end of training, in parts of its interval, is left to the end
-
-__all__ = ["NonFiniteLossError", "VLATrainer", "to_device"]
-
-
-class _ValidationInterrupted(Exception):
-    """A stop was asked for while validating."""
+__all__ = ["NonFiniteLossError", "VLATrainer"]
 
 
 class VLATrainer:
-    """Trains a VLAModel; subclasses change how it is spread over processes, by overriding the hooks."""
+    """Trains a VLAModel in one process; subclasses spread it over several by overriding the hooks below."""
 
     rank = 0
     world_size = 1
@@ -63,80 +58,84 @@ class VLATrainer:
         Args:
             config: the whole configuration: the trainer writes it into checkpoints.
             model: the policy; `wrap` moves it to `device`.
-            train_loader: endless, over a batch sampler with `num_samples` and `start_step`.
-            val_loader: one pass over held-out samples, or None.
+            train_loader: endless, over a batch sampler with `num_samples` and `start_step`; an item is a micro-batch.
+            val_loader: one pass over held-out samples in batches of the same size, or None.
             device: where to train.
             processors: `image_processor` and `tokenizer_files`, as checkpoints carry them.
+
+        Raises:
+            ConfigError: nothing trains, or `training` asks for validation values that there will not be.
         """
+        training = config.training
         self.config, self.device, self.processors = config, device, processors
+        self.train_loader, self.val_loader = train_loader, val_loader
         if self.rank == 0:
             remove_leftovers(config.experiment_dir)  # of a killed run; no rank writes before `wrap`
         self.policy = model
-        if config.training.compile:
-            model.compile_layers(config.training.compile_mode)
+        if training.compile:
+            model.compile_layers(training.compile_mode)
         self.model = self.wrap(model)
-        self.optimizer = build_optimizer(self.policy, config.optimizer)
-        self.train_loader, self.val_loader = train_loader, val_loader
-        self.num_samples = train_loader.batch_sampler.num_samples
-        training = config.training
+        optimizer = build_optimizer(model, config.optimizer)
         if training.early_stopping_patience is not None and val_loader is None:
             raise ConfigError("training.early_stopping_patience needs validation data; give data.val_fraction, say")
         if val_loader is not None:
             require_defined(training.best_metric, config, samples=model.action_head.is_stochastic)
-        self.step = 0
-        self.saved_step = 0  # where the newest checkpoint of this run was written
-        self.best = BestValidation(training.best_metric, training.early_stopping_patience)
-        self.ema = None if training.ema_decay is None else WeightAverage(self.policy, training.ema_decay)
-        # Loss scaling keeps float16 gradients from underflowing; in the other precisions it does nothing.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.model.vlm_config.dtype == "float16")
+        self.state = TrainState(
+            optimizer,
+            # Loss scaling keeps float16 gradients from underflowing; in the other precisions it does nothing.
+            torch.amp.GradScaler(device.type, enabled=config.model.vlm_config.dtype == "float16"),
+            None if training.ema_decay is None else WeightAverage(model, training.ema_decay),
+            BestValidation(training.best_metric, training.early_stopping_patience),
+            LogWindow(),
+        )
+        self.length = RunLength.from_config(config, train_loader.batch_sampler.num_samples)
+        self.saved_step = 0  # the step of the newest checkpoint of this run
         self.stop = StopRequest(training.max_hours)
-        self.stopping = False  # whether some rank was asked to stop: the same on all of them
-        self.window = LogWindow()
+        self.stopping = False  # whether any rank was asked to stop: the same on all of them
         self.run_log = RunLog(config, is_main=self.rank == 0, rank=self.rank)
 
-    # Position: everything here follows from `step`.
+    @property
+    def step(self) -> int:
+        """Optimizer updates so far."""
+        return self.state.step
 
     @property
-    def epoch_steps(self) -> float:
-        """Optimizer steps per epoch; epochs follow each other without a seam, so this need not be whole."""
-        return self.num_samples / self.config.data.batch_size
+    def num_validation_batches(self) -> int:
+        """This rank's micro-batches of a validation; `val_max_batches` counts batches of `data.batch_size`."""
+        limit, split = self.config.training.val_max_batches, self.config.training.gradient_accumulation_steps
+        return len(self.val_loader) if limit is None else min(len(self.val_loader), limit * split)
 
     @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        steps = math.ceil(self.config.training.epochs * self.epoch_steps)
-        return min(steps, self.config.training.max_steps or steps)
-
-    @property
-    def epoch(self) -> float:
-        """Epochs completed."""
-        return self.step / self.epoch_steps
+    def checkpoints(self) -> Path:
+        """The folder of this run's checkpoints."""
+        return self.config.experiment_dir / "checkpoints"
 
     def fit(self) -> None:
         """Train from the current step to the end, or until asked to stop; then a checkpoint holds the last step."""
+        training, window, total_steps = self.config.training, self.state.window, self.length.total_steps
         self._announce()
         self.run_log.rewind(self.step)
         self.train_loader.batch_sampler.start_step = self.step
         batches = iter(self.train_loader)
-        shown = None if self.rank == 0 else True  # None: only on a terminal
-        progress = tqdm(total=self.total_steps, initial=self.step, desc="train", disable=shown)
+        hidden = None if self.rank == 0 else True  # None: tqdm hides the bar where there is no terminal
+        progress = tqdm(total=total_steps, initial=self.step, desc="train", disable=hidden)
         with self.stop, logging_redirect_tqdm(), progress:
             if self.step:
                 self.finish_step(resumed=True)
-            self.window.restart_clock()
-            while self.step < self.total_steps and not self.stopping and not self.best.exhausted:
-                micro_batches = [next(batches) for _ in range(self.config.training.gradient_accumulation_steps)]
-                self.window.waited()
-                self.window.add(self.train_step(micro_batches))
+            window.restart_clock()
+            while self.step < total_steps and not self.stopping and not self.state.best.exhausted:
+                micro_batches = [next(batches) for _ in range(training.gradient_accumulation_steps)]
+                window.waited()
+                window.add(self.train_step(micro_batches))
                 self.run_log.samples(self.step, micro_batches)
                 progress.update()
-                if self.step % self.config.training.log_interval == 0 or self.step == self.total_steps:
-                    self.log(self.window.summary(self.config.data.batch_size))
+                if self.step % training.log_interval == 0 or self.step == total_steps:
+                    self.log(window.summary(self.config.data.batch_size))
                 self.finish_step()
-                self.window.restart_clock()
+                window.restart_clock()
             if self.saved_step < self.step:
                 self.save(f"checkpoint_step_{self.step}.pth.tar")
-        self._say_why_it_ended()
+        self._announce_end()
         self.run_log.finish()
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
@@ -144,34 +143,39 @@ class VLATrainer:
 
         The loss is the sum over valid action steps of all micro-batches and ranks, divided by their number.
 
+        Returns:
+            `loss`, `lr`, and `grad_norm` before clipping.
+
         Raises:
             NonFiniteLossError: before the optimizer is stepped, naming the samples.
         """
+        state, config = self.state, self.config
         self.model.train()
         valid = sum((~batch["action_is_pad"]).sum() for batch in micro_batches)
-        asked = torch.tensor(self.stop.reason is not None)
-        valid, asked = self.reduce_sum(torch.stack([valid, asked.to(valid)]).to(self.device))
+        stop = torch.tensor(self.stop.reason is not None)
+        valid, stop = self.reduce_sum(torch.stack([valid, stop.to(valid)]).to(self.device))
         lr = learning_rate(
-            self.step, self.config.optimizer.lr, self.config.lr_scheduler, self.total_steps, self.epoch_steps
+            self.step, config.optimizer.lr, config.lr_scheduler, self.length.total_steps, self.length.epoch_steps
         )
-        for group in self.optimizer.param_groups:
+        for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        total, grad_norm = self._backward(micro_batches, valid)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
-        if self.ema is not None:
-            self.ema.update()
-        self.step += 1
-        self.stopping = bool(asked)
-        return {"loss": total, "lr": lr, "grad_norm": grad_norm}
+        loss, grad_norm = self._backward(micro_batches, valid)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.update()
+        if state.ema is not None:
+            state.ema.update()
+        state.step += 1
+        self.stopping = bool(stop)
+        return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
 
     def _backward(self, micro_batches: list[Batch], valid: Tensor) -> tuple[float, float]:
         """Loss over all ranks, and the gradient's norm before clipping.
 
-        In float16 a gradient may overflow at a loss that is finite. The scale is then halved and the same batch taken
-        again: no sample is lost, and a step is always an update.
+        In float16 a gradient may overflow although the loss is finite. The scale is then halved and the same batch
+        taken again: no sample is lost, and a step is always an update.
         """
+        scaler = self.state.scaler
         while True:
             total = torch.zeros((), device=self.device)
             losses = []
@@ -181,104 +185,93 @@ class VLATrainer:
                 with self.sync(last=i == len(micro_batches) - 1):
                     loss_BT = self.model(batch)
                     loss = loss_BT.sum() / valid
-                    self.scaler.scale(loss * self.world_size).backward()  # gradients are averaged over ranks
+                    scaler.scale(loss * self.world_size).backward()  # gradients are averaged over ranks
                 total += loss.detach()
                 losses.append(loss_BT.detach())
             loss = self.reduce_sum(total).item()
-            self.scaler.unscale_(self.optimizer)
+            scaler.unscale_(self.state.optimizer)
             grad_norm = self.clip_gradients()
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 return loss, grad_norm
-            if not math.isfinite(loss) or not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
-                raise self._failure(micro_batches, losses, loss, grad_norm)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.update()
-            logger.info("step %d: float16 gradients overflowed; loss scale %g", self.step, self.scaler.get_scale())
+            if not math.isfinite(loss) or not scaler.is_enabled() or scaler.get_scale() < 1:
+                failed = FailedStep(self.step, micro_batches, losses, loss, grad_norm)
+                folder = self.config.experiment_dir / "failures"
+                raise failed.error(self.train_loader.dataset, folder, self.rank, self.gather_lists)
+            self.state.optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            logger.info("step %d: float16 gradients overflowed; loss scale %g", self.step, scaler.get_scale())
+
+    def reduce_any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank, so that all ranks act at the same step; a collective."""
+        return bool(self.reduce_sum(torch.tensor(float(flag), device=self.device)))
 
     def finish_step(self, *, resumed: bool = False) -> None:
-        """Validate and save, if due at this step; after a resume, whatever of it the interrupted run left undone."""
-        training, best = self.config.training, None
-        if self._validation_due() and self.best.step < self.step:
+        """Validate and save if due at this step; right after a resume, only what the interrupted run had not done."""
+        training, best, best_path = self.config.training, self.state.best, None
+        due = self.val_loader is not None and self.length.validation_due(self.step, training.val_every_n_epochs)
+        if due and best.step < self.step:
             values = self.evaluate()
-            if values is not None and self.log_validation(values):
-                best = self.save("model_best.pth.tar")
-        if self._epoch_due(training.save_every_n_epochs):
-            name = f"checkpoint_epoch_{self._epoch_number()}.pth.tar"
+            if values is not None and best.update(values, self.step):
+                best_path = self.save("model_best.pth.tar")
+        if self.length.epoch_ends(self.step, training.save_every_n_epochs):
+            name = f"checkpoint_epoch_{self.length.epoch_number(self.step)}.pth.tar"
         elif training.save_every_n_steps is not None and self.step % training.save_every_n_steps == 0:
             name = f"checkpoint_step_{self.step}.pth.tar"
         else:
             return
         if not (resumed and self.reduce_any(self.rank == 0 and (self.checkpoints / name).is_file())):
-            self.save(name, same_as=best)
+            self.save(name, same_as=best_path)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float] | None:
         """Validation loss and errors of sampled actions over the held-out samples, under the padding mask.
 
-        Writes the errors per step and dimension, and pictures of the same few samples each time (see `RunLog`).
-
-        With `training.ema_decay` it is the averaged weights that are evaluated.
+        Logs them, and draws the same few samples each time (see `RunLog`). With `training.ema_decay` the averaged
+        weights are evaluated.
 
         Returns:
             `Validation.values`; None when a stop was asked for meanwhile: a resumed run validates this step first.
         """
         self.model.eval()
-        limit = self.config.training.val_max_batches
         try:
-            with contextlib.nullcontext() if self.ema is None else self.ema.applied():
-                found = validate(
+            with contextlib.nullcontext() if self.state.ema is None else self.state.ema.applied():
+                validation = validate(
                     self.policy,
-                    self._unless_stopped(self._validation_batches()),
-                    min(len(self.val_loader), limit or len(self.val_loader)),
+                    self.validation_batches(),
+                    self.num_validation_batches,
                     self.config,
                     self.device,
                     rank=self.rank,
                     reduce_sum=self.reduce_sum,
                 )
-        except _ValidationInterrupted:
+        except ValidationStopped:
             self.stopping = True
             return None
-        self.run_log.write_validation(self.step, found)
-        return found.values
-
-    def _unless_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            if self.reduce_any(self.stop.reason is not None):
-                raise _ValidationInterrupted
-            yield batch
+        self.run_log.write_validation(self.step, validation)
+        self.log(validation.values)
+        self.run_log.plot()
+        return validation.values
 
     def log(self, values: dict[str, float]) -> None:
-        """One line in metrics.jsonl, and one in the log, which leaves out the many `val/` metrics."""
-        values = {"step": self.step, "epoch": round(self.epoch, 4), **values}
-        self.run_log.write(values)
-        shown = {name: value for name, value in values.items() if not name.startswith("val/")}
-        logger.info(" ".join(f"{name} {_short(value)}" for name, value in shown.items()))
-
-    def log_validation(self, values: dict[str, float]) -> bool:
-        """Log a validation; whether it is the best so far."""
-        self.log(values)
-        self.run_log.plot()
-        return self.best.update(values, self.step)
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of this run's checkpoints."""
-        return self.config.experiment_dir / "checkpoints"
+        """Write and show values of the current step."""
+        self.run_log.write({"step": self.step, "epoch": round(self.step / self.length.epoch_steps, 4), **values})
 
     def save(self, name: str, same_as: Path | None = None) -> Path:
-        """Write `checkpoints/{name}`; see `training/state.py` for what is in it. A collective.
+        """Write `checkpoints/{name}`, which holds everything needed to resume, evaluate or serve. A collective.
 
         Args:
             name: of the file.
             same_as: a checkpoint of this very step, already written: the file shares its content.
         """
         path, training = self.checkpoints / name, self.config.training
-        checkpoint = self.set_aside(checkpoint_of(self), path) if same_as is None else None
+        if same_as is None:
+            content = checkpoint_of(self.state, self.policy, self.config, self.length.num_samples, self.processors)
+            content = self.write_shards(self.gather_state(content), path)
         if self.rank == 0:
-            if checkpoint is None:
-                link_checkpoint(same_as, path)
+            if same_as is None:
+                save_checkpoint(content, path)
             else:
-                save_checkpoint(checkpoint, path)
+                link_checkpoint(same_as, path)
             logger.info("saved %s", path)
             self.run_log.checkpoint(path, self.step)
             if training.keep_last_k is not None:
@@ -290,51 +283,43 @@ class VLATrainer:
         """Continue from a checkpoint whose own weights (not their average) the model already holds.
 
         The same `experiment_name` continues the run where it stopped; another one starts a new run from the old
-        weights and optimizer moments. See `training/state.py`.
+        weights and optimizer moments. See `continue_from`.
         """
-        continue_from(self, checkpoint, path)
+        continue_from(self.state, checkpoint, path, self.config, self.length.num_samples, self.own_part)
         self.saved_step = self.step
 
-    # Hooks: what a distributed trainer overrides.
+    # Hooks: what a trainer of several processes overrides. Every rank must call a collective, at the same moment.
 
     def wrap(self, model: VLAModel) -> nn.Module:
         """Move the policy to the device; the module that training calls."""
         return model.to(self.device)
 
     def sync(self, *, last: bool) -> AbstractContextManager:
-        """Context of one micro-batch; a distributed trainer holds back gradient exchange until the last."""
+        """Context of one micro-batch; a distributed trainer exchanges gradients with the last of a step only."""
         return contextlib.nullcontext()
 
     def reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, a collective: every rank must call it."""
+        """The sum of a tensor over all ranks; a collective."""
         return value
-
-    def reduce_any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; all ranks get the same answer, so that they act at the same step."""
-        return bool(self.reduce_sum(torch.tensor(float(flag), device=self.device)))
 
     def gather_lists(self, items: list[str]) -> list[str]:
         """The items of every rank in rank order, the same list on all of them; a collective."""
         return items
 
     def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A state dict (nested dicts, lists, tensors) with whole tensors where ranks hold parts; a collective.
+        """On rank 0 a state dict (nested dicts, lists, tensors) with tensors put together from all ranks' parts.
 
-        The first rank gets what one process would hold; what others get has no meaning.
+        What other ranks get has no meaning. A collective.
         """
         return state
 
-    def set_aside(self, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-        """What of a checkpoint goes into the file `path`; a collective. A sharded trainer writes the rest beside it."""
+    def own_part(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """What this rank keeps of a checkpoint's whole tensor that belongs to a parameter."""
+        return value
+
+    def write_shards(self, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Write what does not go into the file `path` beside it; returns the rest. A collective."""
         return checkpoint
-
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Load an optimizer state of whole tensors, as checkpoints hold it."""
-        self.optimizer.load_state_dict(state)
-
-    def load_average(self, state: dict[str, Any]) -> None:
-        """Load an average of weights of whole tensors, as checkpoints hold it."""
-        self.ema.load_state_dict(state)
 
     def clip_gradients(self) -> float:
         """Clip to `grad_clip_norm` and return the norm before clipping."""
@@ -342,70 +327,30 @@ class VLATrainer:
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         return nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit).item()
 
-    def _validation_due(self) -> bool:
-        """Whether to validate at this step: at the end of training, and of epochs that end well before that."""
-        if self.val_loader is None:
-            return False
-        every, left = self.config.training.val_every_n_epochs, self.total_steps - self.step
-        return self._epoch_due(every) and not 0 < left < ALMOST * every * self.epoch_steps
+    def validation_batches(self) -> Iterator[Batch]:
+        """This rank's batches of a validation.
 
-    def _epoch_due(self, every: int) -> bool:
-        """Whether this step finished the last of `every` epochs, or the run."""
-        crossed = self._epochs_done(self.step) // every > self._epochs_done(self.step - 1) // every
-        return crossed or self.step == self.total_steps
-
-    def _epoch_number(self) -> int:
-        """The epoch that this step finished, or else the one that it lies in, from 1."""
-        done = self._epochs_done(self.step)
-        return done if done > self._epochs_done(self.step - 1) else done + 1
-
-    def _epochs_done(self, step: int) -> int:
-        return step * self.config.data.batch_size // self.num_samples
-
-    def _validation_batches(self) -> Iterable[Batch]:
-        limit = self.config.training.val_max_batches
-        for i, batch in enumerate(self.val_loader):
-            if limit is not None and i >= limit:
-                return
+        Raises:
+            ValidationStopped: some rank was asked to stop.
+        """
+        for batch in itertools.islice(self.val_loader, self.num_validation_batches):
+            if self.reduce_any(self.stop.reason is not None):
+                raise ValidationStopped
             yield batch
 
     def _announce(self) -> None:
-        all_count, train_count = count_parameters(self.policy)
-        logger.info("%s parameters, %s train", f"{all_count:,}", f"{train_count:,}")
-        logger.info(
-            "steps %d to %d, %d samples, %.1f steps per epoch",
-            self.step,
-            self.total_steps,
-            self.num_samples,
-            self.epoch_steps,
-        )
-        if (warning := unfinished_warmup(self.config.lr_scheduler, self.total_steps, self.epoch_steps)) is not None:
+        length, (total, trained) = self.length, count_parameters(self.policy)
+        logger.info("%s parameters, %s train", f"{total:,}", f"{trained:,}")
+        span = f"steps {self.step} to {length.total_steps}"
+        logger.info("%s, %d samples, %.1f steps per epoch", span, length.num_samples, length.epoch_steps)
+        warning = unfinished_warmup(self.config.lr_scheduler, length.total_steps, length.epoch_steps)
+        if warning is not None:
             logger.warning(warning)
 
-    def _say_why_it_ended(self) -> None:
-        if self.best.exhausted:
-            best = self.best
+    def _announce_end(self) -> None:
+        best = self.state.best
+        if best.exhausted:
             logger.info("early stop: %s no better than %.4g for %d validations", best.metric, best.value, best.stale)
-        elif self.step < self.total_steps:
+        elif self.step < self.length.total_steps:
             reason = self.stop.reason or "a stop of another rank"
             logger.info("stopped after step %d by %s; go on with --resume_checkpoint auto", self.step, reason)
-
-    def _failure(self, batches: list[Batch], losses: list[Tensor], total: float, grad_norm: float) -> Exception:
-        """The error to raise, the same on every rank; ranks at fault dump their batches, or all where none is."""
-        own = guilty_samples(self.train_loader.dataset, batches, losses)
-        guilty, dumps = self.gather_lists(own), []
-        if own or not guilty:
-            path = self.config.experiment_dir / "failures" / f"step_{self.step}_rank_{self.rank}.pt"
-            dumps = [dump_batches(path, self.step, batches, losses)]
-        return NonFiniteLossError(failure_message(self.step, total, grad_norm, guilty, self.gather_lists(dumps)))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
-    return {
-        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
-    }
-
-
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -14,22 +14,25 @@ import torch
 from torch import Tensor
 
 from model.vla_model import VLAModel
+from utils.batch import Batch, to_device
 from utils.config_utils import Config
 from utils.metrics import MetricAccumulator, MetricSettings
 from utils.misc import derive_seed
 
-PLOT_DRAWS = 16  # draws behind the band of a picture
+PLOT_DRAWS = 16  # draws per sample of a picture, which shows their spread as a band
 
-Batch = dict[str, Any]
+
+class ValidationStopped(Exception):
+    """The run was asked to stop while it validated."""
 
 
 @dataclass
 class PlottedChunks:
-    """Predictions of the fixed samples, physical units.
+    """Predicted and recorded actions of the N samples that are drawn at every validation, in physical units.
 
     Attributes:
-        drawn_KNTA, true_NTA: float32, N samples.
-        is_pad_NT: bool.
+        drawn_KNTA, true_NTA: float32.
+        is_pad_NT: bool, True past the episode's end.
         captions: where each sample comes from.
     """
 
@@ -41,13 +44,13 @@ class PlottedChunks:
 
 @dataclass
 class Validation:
-    """What a validation found.
+    """The results of one validation.
 
     Attributes:
-        values: numbers for the log. `val_loss`, `val_action_mse` (normalized units), `val_action_mae` (physical
+        values: numbers for the log: `val_loss`, `val_action_mse` (normalized units), `val_action_mae` (physical
             units) and, as `val/{metric}`, the mean of every metric of utils/metrics.py that is defined.
         details: `MetricAccumulator.result`: the same per horizon step, dimension and dataset.
-        plotted: the fixed samples; None where there are none.
+        plotted: what to draw; None with `training.val_num_plots` 0.
     """
 
     values: dict[str, float]
@@ -68,12 +71,18 @@ def validate(
 ) -> Validation:
     """Judge a policy in evaluation mode over this rank's batches; every rank calls this and gets the same numbers.
 
-    The noise of a sample's actions depends on the sample alone, not on its batch or rank. The samples of the
-    pictures are spread evenly over the rank's batches, the same ones every time; each rank predicts its own, so that
-    all of them call the model equally often, as a sharded model needs.
+    Sampled actions, and with them all errors, do not depend on how samples are split into batches: a sample's noise is
+    a function of its place in the data. The noise of `val_loss` is drawn per batch, so that another batch size or
+    number of ranks gives another draw.
+
+    The samples of the pictures are spread evenly over the rank's batches and are the same every time. All ranks predict
+    samples of their own although only the first one draws: a sharded model must be called equally often on all of them.
 
     Args:
-        batches: held-out samples, on any device. num_batches: how many come at most.
+        policy: the model, without the wrapper that trains it.
+        batches, num_batches: held-out samples on any device, and how many batches come at most.
+        config: of the run; decides draws, pictures and inference steps.
+        device: of the policy.
         rank, reduce_sum: of the trainer.
 
     Raises:
@@ -84,15 +93,15 @@ def validate(
     settings = MetricSettings.from_config(config, policy.normalizer.action_range.covered_2A.numpy())
     accumulator = MetricAccumulator(names, head.horizon, head.per_action_dim, settings)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    fixed = _fixed_samples(config.training.val_num_plots, num_batches)
+    plot_rows = _spread_rows(config.training.val_num_plots, num_batches)
     plotted = []
     for i, batch in enumerate(batches):
-        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        batch = to_device(batch, device)
         torch.manual_seed(derive_seed("validation", seed, i, rank))
         sums += torch.stack([policy(batch).sum(), (~batch["action_is_pad"]).sum()]).double()
         _add_errors(accumulator, policy, batch, config)
-        if i in fixed:
-            rows = sorted({row % len(batch["action"]) for row in fixed[i]})
+        if i in plot_rows:
+            rows = sorted({row % len(batch["action"]) for row in plot_rows[i]})
             plotted.append(_plotted(policy, _rows(batch, rows), config))
     loss, count = reduce_sum(sums).tolist()
     accumulator.reduce(lambda values: reduce_sum(torch.from_numpy(values).to(device)).cpu().numpy())
@@ -115,7 +124,7 @@ def _add_errors(accumulator: MetricAccumulator, policy: VLAModel, batch: Batch, 
 def _draw(policy: VLAModel, batch: Batch, config: Config, draws: int) -> Tensor:
     """Actions in physical units, (K, B, T, A); a draw's noise depends on the sample's place in the data.
 
-    A head that does not sample gives one draw, whatever is asked.
+    A head that does not sample gives one draw.
     """
     draws = draws if policy.action_head.is_stochastic else 1
     places = [batch[key].tolist() for key in ("dataset_index", "episode_index", "frame_index")]
@@ -128,11 +137,11 @@ def _draw(policy: VLAModel, batch: Batch, config: Config, draws: int) -> Tensor:
     return policy.act(batch if noise is None else {**batch, "noise": noise}, steps, num_draws=draws)
 
 
-def _fixed_samples(wanted: int, num_batches: int) -> dict[int, list[int]]:
-    """Batch -> rows of it: `wanted` samples, spread evenly over the batches."""
+def _spread_rows(num_samples: int, num_batches: int) -> dict[int, list[int]]:
+    """`num_samples` samples spread evenly over the batches: batch -> rows of it."""
     rows: dict[int, list[int]] = {}
-    for i in range(wanted):
-        batch = i * num_batches // wanted
+    for i in range(num_samples):
+        batch = i * num_batches // num_samples
         rows.setdefault(batch, []).append(len(rows.get(batch, ())))
     return rows
 

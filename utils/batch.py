@@ -76,3 +76,10 @@ def example_batch(
         "frame_index": zeros(dtype=torch.int64),
     }
     return batch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; what is no tensor stays as it is."""
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
+    }

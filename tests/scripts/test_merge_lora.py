@@ -17,7 +17,7 @@ from scripts.make_tiny_paligemma import make_tiny_paligemma
 from scripts.merge_lora import main
 from tests.conftest import TINY
 from tests.policies import act, checkpoint_of, make_batch, make_policy, policy_config
-from training.state import continue_from
+from training.state import require_train_state
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import ConfigError
 
@@ -144,7 +144,7 @@ def test_a_merged_checkpoint_cannot_be_resumed(make, tmp_path):
     with pytest.raises(
         ConfigError, match="holds weights alone, no optimizer.* state to go on with; .* --init_checkpoint"
     ):
-        continue_from(None, load_checkpoint(tmp_path / "m.pth.tar"), "m.pth.tar")
+        require_train_state(load_checkpoint(tmp_path / "m.pth.tar"), "m.pth.tar")
 
 
 def test_refusals(make, tmp_path, tiny_paligemma_dir):

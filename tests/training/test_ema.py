@@ -58,7 +58,7 @@ def test_validation_and_inference_use_the_average_and_training_its_own(make_conf
     assert torch.equal(own.state_dict()[name], trainer.policy.state_dict()[name])
     assert not torch.equal(own.state_dict()[name], judged.state_dict()[name])
 
-    trainer.ema, trainer.policy = None, judged
+    trainer.state.ema, trainer.policy = None, judged
     assert trainer.evaluate()["val_loss"] == pytest.approx(validated, rel=1e-6)
     trainer.policy = own
     assert trainer.evaluate()["val_loss"] != pytest.approx(validated, rel=1e-4)
@@ -72,7 +72,7 @@ def test_an_average_can_start_later(make_config, caplog):
         later = resumed_trainer(config, trainer.checkpoints / "checkpoint_epoch_1.pth.tar")
     assert "the checkpoint has no average of the weights: training.ema_decay starts one here" in caplog.text
     later.fit()
-    assert later.step == 4 and later.ema.updates == 2
+    assert later.step == 4 and later.state.ema.updates == 2
 
 
 def test_decay_must_be_a_share(make_config):

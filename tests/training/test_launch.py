@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.launch import launch
+from training.launch import launch, training_place
 from utils.config_utils import ConfigError
 
 # A rank that joins the group as main_train_ddp.py does; torch.distributed alone, so that it starts quickly.
@@ -71,6 +71,29 @@ def test_an_unexpected_error_of_one_rank_is_the_one_shown(capfd):
     shown = capfd.readouterr().err
     assert shown.count("Traceback") == 1 and "KeyError: 'the true cause'" in shown
     assert shown.strip().endswith("error: rank 1 failed with the traceback above")
+
+
+def test_a_process_that_nobody_launched_trains_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with training_place(timeout_s=1.0) as place:
+        assert (place.rank, place.world_size, place.in_group) == (0, 1, False)
+
+
+def test_an_error_removes_what_the_run_would_have_removed_at_its_end(tmp_path):
+    """A rank that fails ends at once, but finalizers run first: a temporary cache does not stay behind."""
+    cache = tmp_path / "cache"
+    cache.touch()
+    body = f"""
+    import weakref
+    def work():
+        held = torch.nn.Identity()
+        weakref.finalize(held, os.remove, r"{cache}")
+        raise ValueError("no")
+    work()
+    """
+    assert launch(script(body), 1) == 1
+    assert not cache.exists()
 
 
 def test_a_rank_that_is_killed_ends_the_job(capfd):

@@ -51,7 +51,7 @@ def test_resume_is_bitwise(make_config, workers, later):
     assert first.step == 7 and load_checkpoint(path)["step"] == 5
 
     resumed = resumed_trainer(make_config(training=EXACT, data={"num_workers": later}), path)
-    assert resumed.step == 5 and resumed.ema.updates == 5
+    assert resumed.step == 5 and resumed.state.ema.updates == 5
     resumed.fit()
     assert_same_state(whole, resumed)
     assert metrics_of(whole) == metrics_of(resumed), "also the lines after the checkpoint are not there twice"
@@ -151,7 +151,7 @@ def test_fine_tuning_starts_anew_and_says_so(make_config, caplog):
     assert "optimizer.lr 0.001 -> 0.0005" in caplog.text
     for (name, x), y in zip(trainer.policy.state_dict().items(), tuned.policy.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
-    assert tuned.optimizer.state_dict()["state"][0]["step"] == 4
+    assert tuned.state.optimizer.state_dict()["state"][0]["step"] == 4
     batch = next(iter(tuned.train_loader))
     assert tuned.train_step([batch])["lr"] == pytest.approx(5e-4 / 3)
 

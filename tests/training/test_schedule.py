@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.schedule import learning_rate, unfinished_warmup
+from training.schedule import RunLength, learning_rate, unfinished_warmup
 from utils.config_utils import LRSchedulerConfig
 
 
@@ -57,3 +57,14 @@ def test_a_warmup_that_does_not_end_is_told():
     assert "3 take 15 of the run's 12 steps" in unfinished_warmup(
         LRSchedulerConfig(warmup_steps=3, interval="epoch"), 12, 5.0
     )
+
+
+def test_epochs_that_end_in_mid_step():
+    """22 samples in batches of 4: epochs end after 5.5, 11, 16.5 steps; validation is skipped where the end is near."""
+    length = RunLength(num_samples=22, batch_size=4, total_steps=12)
+    assert length.epoch_steps == 5.5
+    assert [step for step in range(1, 13) if length.epoch_ends(step, 1)] == [6, 11, 12]
+    assert [step for step in range(1, 13) if length.epoch_ends(step, 2)] == [11, 12]
+    assert [length.epoch_number(step) for step in (1, 5, 6, 7, 11, 12)] == [1, 1, 1, 2, 2, 3]
+    assert [step for step in range(1, 13) if length.validation_due(step, 1)] == [6, 11, 12]
+    assert [step for step in range(1, 13) if length.validation_due(step, 2)] == [12], "1 step before the end, of 11"

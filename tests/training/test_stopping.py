@@ -90,7 +90,7 @@ def test_a_second_signal_ends_the_process_at_once():
     process = subprocess.Popen([sys.executable, "-c", f"{code} time.sleep(60)"], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.terminate()
-    time.sleep(StopRequest.FORWARDED + 0.5)
+    time.sleep(StopRequest.FORWARDED_S + 0.5)
     assert process.poll() is None, "the first only asks"
     process.terminate()
     assert process.wait(5) == -signal.SIGTERM

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+import main_train
+from data.processing import processors_from_config
 from model.checkpointing import require_same_architecture
 from model.vla_model import VLAModel
 from tests.policies import act
 from tests.trainers import make_trainer, metrics_of, resumed_trainer
 from training.failure import dump_batches
+from training.launch import Place
+from training.run_log import read_metrics
 from training.trainer import NonFiniteLossError
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import ConfigError
@@ -71,8 +75,8 @@ def test_micro_batches_equal_one_batch_with_uneven_padding(make_config):
     batch["action_is_pad"][0, 1:] = True
     grads = []
     for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
-        trainer.optimizer.step = lambda: None  # keep the weights: only gradients are compared
-        trainer.optimizer.zero_grad = lambda set_to_none=True: None
+        trainer.state.optimizer.step = lambda: None  # keep the weights: only gradients are compared
+        trainer.state.optimizer.zero_grad = lambda set_to_none=True: None
         trainer.clip_gradients = lambda: 1.0
         trainer.policy.action_head._noise = lambda shape, generator, device: torch.zeros(shape)
         trainer.policy.zero_grad()
@@ -96,6 +100,24 @@ def test_padded_steps_do_not_reach_loss_or_gradient(make_config):
         results.append((loss.item(), [p.grad.clone() for p in trainer.policy.parameters() if p.grad is not None]))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_validation_takes_micro_batches_of_the_training_size(make_config):
+    """Accumulation halves the batches; `val_max_batches` still covers as many samples, and their errors are equal."""
+    found = {}
+    for accumulation in (1, 2):
+        training = {"gradient_accumulation_steps": accumulation, "val_max_batches": 1, "val_num_plots": 0}
+        config = make_config(training={**training, "experiment_name": f"of_{accumulation}"})
+        loaders = main_train.build_loaders(config, *processors_from_config(config), Place(torch.device("cpu")))
+        sizes = [len(next(iter(loader))["action"]) for loader in loaders]
+        assert sizes == [4 // accumulation] * 2
+        trainer = make_trainer(config)
+        trainer.val_loader = loaders[1]
+        found[accumulation] = trainer.evaluate()
+        (line,) = read_metrics(trainer.run_log.validation_path)
+        assert line["samples"] == 4
+    sampled = {name for name in found[1] if name != "val_loss"}  # whose noise is drawn per batch
+    assert {name: found[2][name] for name in sampled} == pytest.approx({name: found[1][name] for name in sampled})
 
 
 def test_non_finite_loss_stops_before_the_step_and_names_the_samples(make_config):
@@ -160,7 +182,7 @@ def test_bfloat16_keeps_float32_masters_and_trains(make_config):
     batch = next(iter(trainer.train_loader))
     first = trainer.train_step([batch])
     assert np.isfinite(first["loss"])
-    state = next(iter(trainer.optimizer.state.values()))
+    state = next(iter(trainer.state.optimizer.state.values()))
     assert state["exp_avg"].dtype == torch.float32
 
 
@@ -171,33 +193,35 @@ def test_float16_trains_close_to_float32(make_config):
         batches = iter(trainer.train_loader)
         losses[dtype] = [trainer.train_step([next(batches)])["loss"] for _ in range(8)]
     assert losses["float16"] == pytest.approx(losses["float32"], rel=0.05)
-    assert trainer.scaler.is_enabled() and trainer.scaler.get_scale() == 2.0**16
+    assert trainer.state.scaler.is_enabled() and trainer.state.scaler.get_scale() == 2.0**16
     assert {p.dtype for p in trainer.policy.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_a_float16_overflow_takes_the_batch_again_at_a_lower_scale(make_config, caplog):
     """The same step, from a scale that overflows and from one that does not; neither loses a sample."""
     low, high = (make_trainer(make_config(model={"vlm_config": {"dtype": "float16"}})) for _ in range(2))
-    low.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    high.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    low.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    high.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     batch = next(iter(low.train_loader))
     expected = low.train_step([batch])
     with caplog.at_level("INFO"):
         found = high.train_step([batch])
     assert found["loss"] == expected["loss"] and found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.01)
-    assert high.step == 1 and high.scaler.get_scale() < 2.0**40
+    assert high.step == 1 and high.state.scaler.get_scale() < 2.0**40
     assert "step 0: float16 gradients overflowed; loss scale" in caplog.text
     for a, b in zip(low.policy.parameters(), high.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=3e-3, rtol=0)  # Adam's first step is +-lr, whatever the gradient
 
     path = high.save("c.pth.tar")
     resumed = resumed_trainer(make_config(model={"vlm_config": {"dtype": "float16"}}), path)
-    assert resumed.scaler.get_scale() == high.scaler.get_scale(), "a resumed run need not search for it again"
+    assert resumed.state.scaler.get_scale() == high.state.scaler.get_scale(), (
+        "a resumed run need not search for it again"
+    )
 
 
 def test_a_float16_overflow_at_every_scale_is_an_error(make_config):
     trainer = make_trainer(make_config(model={"vlm_config": {"dtype": "float16"}}))
     trainer.clip_gradients = lambda: float("inf")
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
     with pytest.raises(NonFiniteLossError, match="gradient norm inf; no sample's loss alone: the gradient overflowed"):
         trainer.train_step([next(iter(trainer.train_loader))])
