@@ -42,7 +42,7 @@ from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset  # no
 from data.loader import VLADataset, make_loader  # noqa: E402
 from data.processing import PromptTokenizer, VLAImageProcessor  # noqa: E402
 from data.sampler import StepBatchSampler  # noqa: E402
-from scripts.make_tiny_paligemma import make_tiny_paligemma  # noqa: E402
+from model.tiny.paligemma import make_tiny_paligemma  # noqa: E402
 from utils.config_utils import DataConfig  # noqa: E402
 
 SIZE, HORIZON, WORKERS, BATCH, DIMS = 224, 8, 2, 32, 7

@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT))  # so that "python benchmarks/x.py" finds the repo
 from benchmarks.synthetic import jpeg_frames, write_dataset  # noqa: E402
 from data.statistics import calculate_for_config  # noqa: E402
 from main_train import main as main_train  # noqa: E402
-from scripts.make_tiny_paligemma import make_tiny_paligemma  # noqa: E402
+from model.tiny.paligemma import make_tiny_paligemma  # noqa: E402
 from training.run_log import read_metrics  # noqa: E402
 from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint  # noqa: E402
 from utils.config_utils import load_config  # noqa: E402

@@ -9,8 +9,8 @@ import torch
 
 from model.adapters import base_fingerprint, is_adapted, merge_adapters, trained_state
 from model.architecture import require_same_architecture
+from model.tiny.paligemma import make_tiny_paligemma
 from model.vla_model import VLAModel
-from scripts.make_tiny_paligemma import make_tiny_paligemma
 from tests.conftest import TINY
 from tests.policies import checkpoint_of, make_batch, make_policy, policy_config
 from utils.checkpoint import CheckpointError

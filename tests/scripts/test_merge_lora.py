@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import diagnose_weights
+from model.tiny.paligemma import make_tiny_paligemma
 from model.vla_model import VLAModel
-from scripts.make_tiny_paligemma import make_tiny_paligemma
 from scripts.merge_lora import main
 from tests.conftest import TINY
 from tests.policies import checkpoint_of, make_batch, make_policy, policy_config
