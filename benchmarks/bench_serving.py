@@ -25,10 +25,11 @@ import time
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from inference.predictor import VLAPredictor  # noqa: E402
-from scripts.client_example import PolicyClient  # noqa: E402
+from inference.predictor import VLAPredictor
+from scripts.client_example import PolicyClient
 
 LIMITS = {"wrong_answers": 0, "memory_growth": 1.05}
 TOLERANCE = 1e-4  # a batch of several rounds differently than one alone

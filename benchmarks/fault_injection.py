@@ -39,17 +39,18 @@ from typing import Any
 import torch
 import yaml
 
+if not __package__:
+    import _repository  # noqa: F401
+
+from benchmarks.synthetic import jpeg_frames, write_dataset
+from data.statistics import calculate_for_config
+from main_train import main as main_train
+from model.tiny.paligemma import make_tiny_paligemma
+from training.run_log import read_metrics
+from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+from utils.config_utils import load_config
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that "python benchmarks/x.py" finds the repository
-
-from benchmarks.synthetic import jpeg_frames, write_dataset  # noqa: E402
-from data.statistics import calculate_for_config  # noqa: E402
-from main_train import main as main_train  # noqa: E402
-from model.tiny.paligemma import make_tiny_paligemma  # noqa: E402
-from training.run_log import read_metrics  # noqa: E402
-from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint  # noqa: E402
-from utils.config_utils import load_config  # noqa: E402
-
 STEPS, QUICK_STEPS = 300, 60
 TRAINING_S = 3.0  # how long a process trains at most before it is killed at a random moment
 DEATH_LIMIT_S, HANG_TIMEOUT_S, HANG_MARGIN_S = 30.0, 10.0, 30.0

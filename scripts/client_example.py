@@ -12,15 +12,14 @@ import argparse
 import contextlib
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
-if __name__ == "__main__":  # so that "python scripts/client_example.py" finds the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _repository  # noqa: F401
 
 from inference.serving.wire import pack, unpack
 
