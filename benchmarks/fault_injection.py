@@ -28,6 +28,7 @@ import os
 import pathlib
 import random
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -44,7 +45,6 @@ if not __package__:
 
 from benchmarks.synthetic import jpeg_frames, write_dataset
 from data.statistics import calculate_for_config
-from main_train import main as main_train
 from model.tiny.paligemma import make_tiny_paligemma
 from training.run_log import read_metrics
 from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
@@ -54,6 +54,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS, QUICK_STEPS = 300, 60
 TRAINING_S = 3.0  # how long a process trains at most before it is killed at a random moment
 DEATH_LIMIT_S, HANG_TIMEOUT_S, HANG_MARGIN_S = 30.0, 10.0, 30.0
+SLOW_IMPORTS = ("data.loader", "model.vla_model", "training.trainer")  # of main_train.py, done once for all processes
 UNTIMED = ("samples_per_second", "data_wait")
 
 
@@ -130,7 +131,7 @@ class Run:
     def start(self, file_limit: int | None = None) -> multiprocessing.process.BaseProcess:
         """A process of main_train.py."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.fault_injection"])
+        context.set_forkserver_preload(["benchmarks.fault_injection", *SLOW_IMPORTS])
         process = context.Process(target=_train, args=(self.argv, str(self.log), file_limit))
         process.start()
         return process
@@ -188,10 +189,8 @@ def _train(argv: list[str], log: str, file_limit: int | None) -> None:
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    try:
-        main_train(argv)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    sys.argv = ["main_train.py", *argv]
+    runpy.run_path(str(ROOT / "main_train.py"), run_name="__main__")
 
 
 def compare(run: Run, reference: Run) -> dict[str, Any]:

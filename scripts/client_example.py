@@ -12,14 +12,15 @@ import argparse
 import contextlib
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
-if not __package__:
-    import _repository  # noqa: F401
+if not __package__:  # a robot has this file and inference/serving/wire.py alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inference.serving.wire import pack, unpack
 
