@@ -26,25 +26,25 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.random_policy import PROMPT, random_policy  # noqa: E402
-from inference.acceleration import TensorFunction, Tensors, accelerate  # noqa: E402
-from inference.predictor import VLAPredictor  # noqa: E402
-from model.context import Context  # noqa: E402
-from utils.misc import pick_device  # noqa: E402
+from benchmarks.random_policy import PROMPT, random_policy
+from inference.acceleration import TensorFunction, Tensors, accelerate
+from inference.predictor import VLAPredictor
+from model.context import Context
+from utils.misc import pick_device
 
 STEPS, SEED = 10, 0
 GPU_WAYS = ("naive, float32", "graph of the loop", "graph", "max-autotune")

@@ -36,14 +36,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset  # noqa: E402
-from data.loader import VLADataset, make_loader  # noqa: E402
-from data.processing import PromptTokenizer, VLAImageProcessor  # noqa: E402
-from data.sampler import StepBatchSampler  # noqa: E402
-from scripts.make_tiny_paligemma import make_tiny_paligemma  # noqa: E402
-from utils.config_utils import DataConfig  # noqa: E402
+from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset
+from data.loader import VLADataset, make_loader
+from data.processing import PromptTokenizer, VLAImageProcessor
+from data.sampler import StepBatchSampler
+from model.tiny.paligemma import make_tiny_paligemma
+from utils.config_utils import DataConfig
 
 SIZE, HORIZON, WORKERS, BATCH, DIMS = 224, 8, 2, 32, 7
 LIMITS = {"ratio": 0.85, "memory": 1.05, "first_batch": 2.0}

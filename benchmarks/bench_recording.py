@@ -16,18 +16,18 @@ import json
 import multiprocessing
 import os
 import pathlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from envs import make_env  # noqa: E402
-from envs.mujoco_rendering import import_mujoco  # noqa: E402
-from scripts import record_demos  # noqa: E402
+from envs import make_env
+from envs.mujoco_rendering import import_mujoco
+from scripts import record_demos
 
 CAMERA = "corner4"
 

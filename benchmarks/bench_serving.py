@@ -15,30 +15,37 @@ import argparse
 import json
 import pathlib
 import re
+import runpy
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from inference.predictor import VLAPredictor  # noqa: E402
-from scripts.client_example import PolicyClient  # noqa: E402
+from inference.predictor import VLAPredictor
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIMITS = {"wrong_answers": 0, "memory_growth": 1.05}
 TOLERANCE = 1e-4  # a batch of several rounds differently than one alone
+
+
+def connect(port: int) -> Any:
+    """A PolicyClient of scripts/client_example.py, the file that a robot has."""
+    return runpy.run_path(str(ROOT / "scripts/client_example.py"))["PolicyClient"](port=port)
 
 
 def start_server(checkpoint: str) -> tuple[subprocess.Popen, int]:
     """A server process on a free port, and the port."""
     command = [sys.executable, "scripts/serve_policy.py", "--checkpoint_path", checkpoint, "--port", "0"]
-    root = pathlib.Path(__file__).resolve().parents[1]
-    server = subprocess.Popen([*command, "--num_threads", "1"], stderr=subprocess.PIPE, text=True, cwd=root)
+    server = subprocess.Popen([*command, "--num_threads", "1"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     for line in server.stderr:
         if found := re.search(r"serving on \S+ port (\d+)", line):
             threading.Thread(target=server.stderr.read, daemon=True).start()  # so that its log never blocks it
@@ -68,7 +75,7 @@ def predict(predictor: VLAPredictor, observation: dict[str, object]) -> np.ndarr
     return predictor.predict(*images, **named)
 
 
-def measure_latency(predictor: VLAPredictor, client: PolicyClient, asked: list, rounds: int) -> dict[str, list[float]]:
+def measure_latency(predictor: VLAPredictor, client: Any, asked: list, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each prediction, in process and served, in turns."""
     times: dict[str, list[float]] = {"in_process": [], "served": []}
     for i in range(rounds + 5):
@@ -83,7 +90,7 @@ def measure_latency(predictor: VLAPredictor, client: PolicyClient, asked: list, 
 
 def load(port: int, asked: list, expected: list, seconds: float, results: list[tuple[int, int]]) -> None:
     """One client: ask until the time is over; appends (answers, wrong answers)."""
-    client, answers, wrong = PolicyClient(port=port), 0, 0
+    client, answers, wrong = connect(port), 0, 0
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         i = (answers * 7 + threading.get_ident()) % len(asked)
@@ -130,7 +137,7 @@ def main() -> None:
     expected = [predict(predictor, observation) for observation in asked]
     server, port = start_server(args.checkpoint_path)
     try:
-        client = PolicyClient(port=port)
+        client = connect(port)
         times = measure_latency(predictor, client, asked, rounds)
         client.close()
         run_clients(

@@ -31,10 +31,11 @@ from typing import Any
 import numpy as np
 import pandas as pd  # here, since pyarrow would import it at its first conversion to numpy, within what is measured
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset  # noqa: E402
-from data.statistics import calculate_statistics  # noqa: E402
+from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset
+from data.statistics import calculate_statistics
 
 DIMS, FILES, IMAGE_SIZE, HORIZON = 14, 8, 96, 8
 LIMITS = {"seconds": 10.0, "bytes_read_ratio": 0.05}

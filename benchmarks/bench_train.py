@@ -28,28 +28,28 @@ import json
 import pathlib
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch
+import transformers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.random_policy import PROMPT, random_policy  # noqa: E402
-from benchmarks.synthetic import jpeg_frames, write_dataset  # noqa: E402
-from data.loader import VLADataset, make_loader  # noqa: E402
-from data.sampler import StepBatchSampler  # noqa: E402
-from training.fit_estimate import GB, expected_memory  # noqa: E402
-from training.trainer import VLATrainer  # noqa: E402
-from utils.batch import Batch, to_device  # noqa: E402
-from utils.config_utils import Config  # noqa: E402
+from benchmarks.random_policy import PROMPT, random_policy
+from benchmarks.synthetic import jpeg_frames, write_dataset
+from data.loader import VLADataset, make_loader
+from data.sampler import StepBatchSampler
+from training.fit_estimate import GB, expected_memory
+from training.trainer import VLATrainer
+from utils.batch import Batch, to_device
+from utils.config_utils import Config
 
 LIMIT = 0.95
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16

@@ -40,20 +40,25 @@ from typing import Any
 import torch
 import yaml
 
+if not __package__:
+    import _repository  # noqa: F401
+
+from benchmarks.synthetic import jpeg_frames, write_dataset
+from data.statistics import calculate_for_config
+from model.tiny.paligemma import make_tiny_paligemma
+from training.run_log import read_metrics
+from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+from utils.config_utils import load_config
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that "python benchmarks/x.py" finds the repository
-
-from benchmarks.synthetic import jpeg_frames, write_dataset  # noqa: E402
-from data.statistics import calculate_for_config  # noqa: E402
-from scripts.make_tiny_paligemma import make_tiny_paligemma  # noqa: E402
-from training.run_log import read_metrics  # noqa: E402
-from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint  # noqa: E402
-from utils.config_utils import load_config  # noqa: E402
-
 STEPS, QUICK_STEPS = 300, 60
 TRAINING_S = 3.0  # how long a process trains at most before it is killed at a random moment
 DEATH_LIMIT_S, HANG_TIMEOUT_S, HANG_MARGIN_S = 30.0, 10.0, 30.0
-PROGRAM = ["benchmarks.fault_injection", "data.loader", "model.vla_model", "training.trainer_fsdp"]  # imported once
+SLOW_IMPORTS = (
+    "data.loader",
+    "model.vla_model",
+    "training.trainer_fsdp",
+)  # of main_train.py, done once for all processes
 UNTIMED = ("samples_per_second", "data_wait")
 
 
@@ -130,7 +135,7 @@ class Run:
     def start(self, file_limit: int | None = None) -> multiprocessing.process.BaseProcess:
         """A process of main_train.py."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PROGRAM)
+        context.set_forkserver_preload(["benchmarks.fault_injection", *SLOW_IMPORTS])
         process = context.Process(target=_train, args=(self.argv, str(self.log), file_limit))
         process.start()
         return process

@@ -17,24 +17,24 @@ import logging
 import math
 import pathlib
 import statistics
-import sys
 import time
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-import torch  # noqa: E402
+import torch
 
-from data.loader import make_loader  # noqa: E402
-from data.processing import processors_from_checkpoint  # noqa: E402
-from envs import FIRST_EVALUATION_SEED, make_env  # noqa: E402
-from inference.closed_loop.rollout import ModelPolicy, evaluate_task, summarize_tasks  # noqa: E402
-from inference.evaluate import evaluate_offline  # noqa: E402
-from inference.predictor import VLAPredictor  # noqa: E402
-from main_eval import open_dataset  # noqa: E402
-from model.vla_model import VLAModel  # noqa: E402
-from utils.checkpoint import load_checkpoint  # noqa: E402
-from utils.config_utils import config_from_dict  # noqa: E402
+from data.loader import make_loader
+from data.processing import processors_from_checkpoint
+from envs import FIRST_EVALUATION_SEED, make_env
+from inference.closed_loop.rollout import ModelPolicy, evaluate_task, summarize_tasks
+from inference.evaluate import evaluate_offline
+from inference.predictor import VLAPredictor
+from main_eval import open_dataset
+from model.vla_model import VLAModel
+from utils.checkpoint import load_checkpoint
+from utils.config_utils import config_from_dict
 
 CELLS = [("euler", steps) for steps in (1, 2, 5, 10, 50)]
 CELLS += [(integrator, steps) for integrator in ("midpoint", "heun") for steps in (1, 2, 5)]

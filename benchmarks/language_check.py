@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from envs import FIRST_EVALUATION_SEED, make_env  # noqa: E402
+from envs import FIRST_EVALUATION_SEED, make_env
 
 TASKS = ("faucet-open-v3", "faucet-close-v3")
 SCENE = {"hide_goal": True, "layout_of": TASKS[0]}

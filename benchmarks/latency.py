@@ -34,15 +34,16 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from data.episode_store import EpisodeStore  # noqa: E402
-from envs import FIRST_EVALUATION_SEED, make_env  # noqa: E402
-from inference.closed_loop.rollout import ModelPolicy, run_episode  # noqa: E402
-from inference.metrics import wilson_interval  # noqa: E402
-from inference.predictor import VLAPredictor  # noqa: E402
-from utils.misc import atomic_path  # noqa: E402
-from utils.parquet_utils import resolve_parquet_files  # noqa: E402
+from data.episode_store import EpisodeStore
+from envs import FIRST_EVALUATION_SEED, make_env
+from inference.closed_loop.rollout import ModelPolicy, run_episode
+from inference.metrics import wilson_interval
+from inference.predictor import VLAPredictor
+from utils.misc import atomic_path
+from utils.parquet_utils import resolve_parquet_files
 
 TASKS = ("button-press-topdown-v3", "window-open-v3")
 DELAYS = (0, 1, 2, 4, 8)

@@ -25,9 +25,10 @@ import sys
 import time
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from envs import FIRST_EVALUATION_SEED, expand_tasks  # noqa: E402
+from envs import FIRST_EVALUATION_SEED, expand_tasks
 
 CONFIG, NAME = "configs/metaworld_mt50.yaml", "metaworld_mt50"
 BACKBONE = {

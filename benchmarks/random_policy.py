@@ -12,8 +12,8 @@ from torch import nn
 
 from data.processing import PromptTokenizer, VLAImageProcessor
 from model.paligemma_vlm import PaliGemmaVLM
+from model.tiny.paligemma import make_tiny_paligemma
 from model.vla_model import VLAModel
-from scripts.make_tiny_paligemma import make_tiny_paligemma
 from utils.config_utils import Config, load_config
 from utils.statistics import STATISTICS
 

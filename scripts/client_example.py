@@ -19,7 +19,7 @@ import numpy as np
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
-if __name__ == "__main__":  # so that "python scripts/client_example.py" finds the repository
+if not __package__:  # a robot has this file and inference/serving/wire.py alone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inference.serving.wire import pack, unpack

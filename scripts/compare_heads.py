@@ -16,12 +16,10 @@ backbones or seeds may be added.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
 import argparse
 import fcntl

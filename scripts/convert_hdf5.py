@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import logging
 import pathlib
-import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from data.convert.conversion import add_conversion_arguments  # noqa: E402
-from data.convert.episode_writer import ImageEncoding  # noqa: E402
-from data.convert.hdf5 import convert_hdf5  # noqa: E402
-from utils.parquet_utils import DataError  # noqa: E402
+from data.convert.conversion import add_conversion_arguments
+from data.convert.episode_writer import ImageEncoding
+from data.convert.hdf5 import convert_hdf5
+from utils.parquet_utils import DataError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -13,18 +13,16 @@ from __future__ import annotations
 import argparse
 import logging
 import pathlib
-import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from data.convert.conversion import CAMERAS, add_conversion_arguments, parse_cameras  # noqa: E402
-from data.convert.episode_writer import ImageEncoding  # noqa: E402
-from data.convert.lerobot import TERMINAL, convert_lerobot  # noqa: E402
-from data.convert.lerobot_export import Layout, export_lerobot, read_facts  # noqa: E402
-from data.convert.video import ENCODERS, VideoEncoding  # noqa: E402
-from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files  # noqa: E402
+from data.convert.conversion import CAMERAS, add_conversion_arguments, parse_cameras
+from data.convert.episode_writer import ImageEncoding
+from data.convert.lerobot import TERMINAL, convert_lerobot
+from data.convert.lerobot_export import Layout, export_lerobot, read_facts
+from data.convert.video import ENCODERS, VideoEncoding
+from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files
 
 # flags that have a meaning in one direction only
 FROM_LEROBOT = (

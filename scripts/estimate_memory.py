@@ -10,15 +10,13 @@ weights and data at hand, `main_train.py --dry_run` also runs one step and measu
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from training.fit_estimate import estimate_report, meta_policy  # noqa: E402
-from utils.config_utils import load_config  # noqa: E402
+from training.fit_estimate import estimate_report, meta_policy
+from utils.config_utils import load_config
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # so that "python scripts/export_checkpoint.py" finds the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _repository  # noqa: F401
 
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 

@@ -9,15 +9,13 @@ The folder loads with `VLAPredictor.from_pretrained`, and everywhere a --checkpo
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from inference.serving.export import export_policy  # noqa: E402
-from utils.checkpoint import load_checkpoint  # noqa: E402
+from inference.serving.export import export_policy
+from utils.checkpoint import load_checkpoint
 
 
 def main() -> None:

@@ -14,15 +14,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from av.error import FFmpegError  # noqa: E402
-from PIL import Image  # noqa: E402
+from av.error import FFmpegError
+from PIL import Image
 
-from inference.closed_loop.video import read_video  # noqa: E402
-from utils.misc import atomic_path  # noqa: E402
+from inference.closed_loop.video import read_video
+from utils.misc import atomic_path
 
 GAP = 4  # pixels between frames
 

@@ -12,197 +12,21 @@ trained on the instructions of Meta-World's 50 tasks.
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
-
 import argparse
-import json
-from collections.abc import Sequence
 
-import torch
-from tokenizers import pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipConfig, SiglipModel
+if not __package__:
+    import _repository  # noqa: F401
 
-from envs import metaworld_tasks
-from scripts.make_tiny_paligemma import read_prompts, write_image_processor
-
-END_OF_TEXT = "<|endoftext|>"
-CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
-
-
-def make_tiny_siglip(
-    output_dir: str | pathlib.Path,
-    image_size: int = 96,
-    patch_size: int = 16,
-    vision_width: int = 96,
-    vision_layers: int = 3,
-    vision_heads: int = 4,
-    seed: int = 0,
-) -> int:
-    """Write a SigLIP directory and return the number of its vision tower's parameters.
-
-    Like the published ones it holds a text tower and a pooling head, which no policy reads; here they are tiny.
-
-    Args:
-        output_dir: folder to write to, created when absent; files of the same names are replaced.
-        image_size, patch_size: pixels; an image becomes (image_size / patch_size)^2 tokens.
-        vision_width, vision_layers, vision_heads: the vision tower; its MLP is 4 times as wide.
-        seed: of the weights. The same arguments always write the same weights.
-
-    Raises:
-        ValueError: sizes that don't divide.
-    """
-    _check_divides("image_size by patch_size", image_size, patch_size)
-    _check_divides("vision_width by vision_heads", vision_width, vision_heads)
-    output_dir = pathlib.Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    vision = {
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "hidden_size": vision_width,
-        "intermediate_size": 4 * vision_width,
-        "num_hidden_layers": vision_layers,
-        "num_attention_heads": vision_heads,
-    }
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "vocab_size": 16,
-        "projection_size": vision_width,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
-    model.save_pretrained(output_dir)
-    write_image_processor(output_dir, image_size, processor_class="SiglipProcessor")
-    return sum(p.numel() for name, p in model.vision_model.named_parameters() if not name.startswith("head."))
-
-
-def make_tiny_qwen2(
-    output_dir: str | pathlib.Path,
-    prompts: Sequence[str],
-    text_width: int = 96,
-    text_layers: int = 2,
-    text_heads: int = 4,
-    text_kv_heads: int = 1,
-    vocab_size: int = 1024,
-    initializer_range: float = 0.08,
-    seed: int = 0,
-) -> int:
-    """Write a Qwen2 directory and return the number of its parameters.
-
-    Args:
-        output_dir: folder to write to, created when absent; files of the same names are replaced.
-        prompts: the texts that the tokenizer is trained on; any other text still encodes, into more tokens.
-        text_width, text_layers, text_heads, text_kv_heads: the model; its MLP is 4 times as wide.
-        vocab_size: rows of the embedding table; the tokenizer uses at most so many ids.
-        initializer_range: standard deviation of the weights. The usual 0.02 is meant for widths in the thousands.
-        seed: of the weights. The same arguments always write the same weights.
-
-    Raises:
-        ValueError: no prompts, sizes that don't divide, a vocabulary too small.
-    """
-    if not prompts:
-        raise ValueError("no prompts to train the tokenizer on; give at least one instruction")
-    _check_divides("text_width by text_heads", text_width, text_heads)
-    _check_divides("text_heads by text_kv_heads", text_heads, text_kv_heads)
-    output_dir = pathlib.Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = _train_tokenizer(prompts, vocab_size)
-    config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=text_width,
-        intermediate_size=4 * text_width,
-        num_hidden_layers=text_layers,
-        num_attention_heads=text_heads,
-        num_key_value_heads=text_kv_heads,
-        initializer_range=initializer_range,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    return model.num_parameters()
-
-
-def make_tiny_siglip_llm(output_dir: str | pathlib.Path, prompts: Sequence[str], seed: int = 0, **sizes: int) -> int:
-    """Write both, to `output_dir/siglip` and `output_dir/qwen2`, and return the number of parameters a policy uses.
-
-    Args:
-        output_dir: folder to write to.
-        prompts: as for `make_tiny_qwen2`.
-        seed: of the weights.
-        sizes: of either function; names that begin with `text` and `vocab_size` are the language model's.
-
-    Raises:
-        ValueError: as of the two functions.
-    """
-    language = {name: size for name, size in sizes.items() if name.startswith("text") or name == "vocab_size"}
-    vision = {name: size for name, size in sizes.items() if name not in language}
-    output_dir = pathlib.Path(output_dir)
-    return make_tiny_siglip(output_dir / "siglip", seed=seed, **vision) + make_tiny_qwen2(
-        output_dir / "qwen2", prompts, seed=seed, **language
-    )
-
-
-def _train_tokenizer(prompts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
-    """A Qwen2 tokenizer: byte-level byte-pair merges within words, special tokens last, none of them `<bos>`."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [END_OF_TEXT, *CHAT_TOKENS]
-    if vocab_size < len(alphabet) + len(special):
-        raise ValueError(
-            f"vocab_size is {vocab_size}; special tokens and bytes alone need {len(alphabet) + len(special)}"
-        )
-    untrained = Qwen2Tokenizer(vocab={}, merges=[])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(special), initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    untrained.backend_tokenizer.train_from_iterator(sorted(set(prompts)), trainer)
-    bpe = json.loads(untrained.backend_tokenizer.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
-    tokenizer.add_special_tokens({"additional_special_tokens": CHAT_TOKENS})
-    assert len(tokenizer) <= vocab_size, f"tokenizer has {len(tokenizer)} tokens"
-    return tokenizer
-
-
-def _check_divides(name: str, whole: int, part: int) -> None:
-    if whole % part:
-        raise ValueError(f"cannot divide {name}: {whole} is no multiple of {part}")
+from model.tiny.siglip_llm import make_tiny_qwen2, make_tiny_siglip, make_tiny_siglip_llm
+from scripts._tiny import add_tiny_flags, take_prompts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="gets the folders siglip and qwen2")
-    parser.add_argument("--prompts", nargs="+", default=[], help="texts to train the tokenizer on")
-    parser.add_argument("--prompts_from", nargs="+", default=[], help="Parquet files or folders with a prompt column")
-    parser.add_argument("--image_size", type=int, default=96)
-    parser.add_argument("--patch_size", type=int, default=16)
-    parser.add_argument("--vision_width", type=int, default=96)
-    parser.add_argument("--vision_layers", type=int, default=3)
-    parser.add_argument("--vision_heads", type=int, default=4)
-    parser.add_argument("--text_width", type=int, default=96)
-    parser.add_argument("--text_layers", type=int, default=2)
-    parser.add_argument("--text_heads", type=int, default=4)
-    parser.add_argument("--text_kv_heads", type=int, default=1)
-    parser.add_argument("--vocab_size", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0)
+    add_tiny_flags(parser, make_tiny_siglip, make_tiny_qwen2)
     args = vars(parser.parse_args())
-    prompts = args.pop("prompts") + read_prompts(args.pop("prompts_from"))
-    if not prompts:
-        prompts = [task.instruction for task in metaworld_tasks.TASKS.values()]
+    prompts = take_prompts(args)
     parameters = make_tiny_siglip_llm(prompts=prompts, **args)
     output_dir = args["output_dir"]
     print(f"{output_dir}: siglip and qwen2, {parameters:,} parameters, tokenizer from {len(prompts)} prompts")

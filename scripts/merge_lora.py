@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from model.adapters import merge_adapters  # noqa: E402
-from model.vla_model import VLAModel  # noqa: E402
-from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint  # noqa: E402
-from utils.config_utils import config_from_dict, config_to_dict  # noqa: E402
+from model.adapters import merge_adapters
+from model.vla_model import VLAModel
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.config_utils import config_from_dict, config_to_dict
 
 DROPPED = ("format", "saved_at", "optimizer", "ema", "base")
 

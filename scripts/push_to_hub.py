@@ -16,11 +16,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from inference.serving.export import MANIFEST, read_manifest  # noqa: E402
+from inference.serving.export import MANIFEST, read_manifest
 
 
 def main() -> None:

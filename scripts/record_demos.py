@@ -38,11 +38,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(
-    0, str(pathlib.Path(__file__).resolve().parents[1])
-)  # so that "python scripts/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env  # noqa: E402
+from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 
 if TYPE_CHECKING:
     from envs.base import RobotEnv

@@ -15,12 +15,11 @@ import logging
 import os
 import signal
 import sys
-from pathlib import Path
 
 import torch
 
-if __name__ == "__main__":  # so that "python scripts/serve_policy.py" finds the repository
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _repository  # noqa: F401
 
 from inference.predictor import VLAPredictor
 from inference.serving.server import PolicyServer

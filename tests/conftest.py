@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.make_tiny_paligemma import make_tiny_paligemma
-from scripts.make_tiny_siglip_llm import make_tiny_siglip_llm
+from model.tiny.paligemma import make_tiny_paligemma
+from model.tiny.siglip_llm import make_tiny_siglip_llm
 
 TINY = {
     "prompts": ("press the button from the top", "open the window"),

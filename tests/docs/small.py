@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from scripts.make_tiny_paligemma import make_tiny_paligemma
+from model.tiny.paligemma import make_tiny_paligemma
 from tests.docs.pages import ROOT, Page
 from tests.docs.terminal import Terminal
 from tests.envs.test_adding_a_simulator import add_simulator

@@ -9,8 +9,8 @@ import torch
 
 from model.adapters import base_fingerprint, is_adapted, merge_adapters, trained_state
 from model.checkpointing import require_same_architecture, state_to_save
+from model.tiny.paligemma import make_tiny_paligemma
 from model.vla_model import VLAModel
-from scripts.make_tiny_paligemma import make_tiny_paligemma
 from tests.conftest import TINY
 from tests.policies import act, checkpoint_of, make_batch, make_policy, policy_config
 from utils.checkpoint import CheckpointError

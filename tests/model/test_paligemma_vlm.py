@@ -18,7 +18,7 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaModel
 from model.context import Context
 from model.keys_values import collecting
 from model.paligemma_vlm import PaliGemmaVLM
-from scripts.make_tiny_paligemma import make_tiny_paligemma
+from model.tiny.paligemma import make_tiny_paligemma
 from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.4)

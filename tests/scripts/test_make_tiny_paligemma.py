@@ -22,7 +22,7 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
 )
 
-from scripts.make_tiny_paligemma import make_tiny_paligemma
+from model.tiny.paligemma import make_tiny_paligemma
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2ForCausalLM, SiglipModel
 
-from scripts.make_tiny_siglip_llm import make_tiny_siglip_llm
+from model.tiny.siglip_llm import make_tiny_siglip_llm
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {

@@ -12,8 +12,8 @@ import torch
 
 import diagnose_weights
 from model.checkpointing import state_to_save
+from model.tiny.paligemma import make_tiny_paligemma
 from model.vla_model import VLAModel
-from scripts.make_tiny_paligemma import make_tiny_paligemma
 from scripts.merge_lora import main
 from tests.conftest import TINY
 from tests.policies import act, checkpoint_of, make_batch, make_policy, policy_config

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from model.tiny.paligemma import make_tiny_paligemma
+from model.tiny.siglip_llm import make_tiny_siglip_llm
 from model.vla_model import VLAModel
 from scripts import estimate_memory
-from scripts.make_tiny_paligemma import make_tiny_paligemma
-from scripts.make_tiny_siglip_llm import make_tiny_siglip_llm
 from tests.policies import make_batch, make_policy, policy_config
 from training.fit_estimate import (
     GB,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inference.predictor import VLAPredictor
-from scripts.make_tiny_paligemma import make_tiny_paligemma
+from model.tiny.paligemma import make_tiny_paligemma
 from tests.conftest import TINY
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
