@@ -19,11 +19,12 @@ sys.path.insert(
     0, str(pathlib.Path(__file__).resolve().parents[1])
 )  # so that "python scripts/x.py" finds the repository
 
-from data.convert.conversion import CAMERAS, add_conversion_arguments, parse_cameras  # noqa: E402
+from data.convert.conversion import add_conversion_arguments, parse_cameras  # noqa: E402
 from data.convert.episode_writer import ImageEncoding  # noqa: E402
 from data.convert.lerobot import TERMINAL, convert_lerobot  # noqa: E402
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts  # noqa: E402
 from data.convert.video import ENCODERS, VideoEncoding  # noqa: E402
+from data.schema import CAMERAS, camera_columns  # noqa: E402
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files  # noqa: E402
 
 # flags that have a meaning in one direction only
@@ -151,8 +152,8 @@ def local(source: Source) -> pathlib.Path:
 def default_cameras(path: pathlib.Path) -> dict[str, str]:
     """Names for the cameras of files that don't say where they come from."""
     with open_parquet(path) as file:
-        present = {name.removesuffix("_bytes") for name in file.schema_arrow.names}
-    return {column: f"observation.images.{column}" for column in CAMERAS if column in present}
+        present = file.schema_arrow.names
+    return {camera: f"observation.images.{camera}" for camera in CAMERAS if camera_columns(camera, present)}
 
 
 def main() -> None:

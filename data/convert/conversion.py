@@ -33,11 +33,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.convert.episode_writer import RECORD, OutputFile
+from data.schema import CAMERAS, MAIN_CAMERA
 from utils.parquet_utils import DataError
 
 logger = logging.getLogger(__name__)
 
-CAMERAS = ("image_1", "image_2")
 MAX_FILES = 500  # beyond so many episodes, a file holds several of them
 UNITS = "unknown: the source does not record them"
 
@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Summary:
+class ConversionSummary:
     """What a conversion did."""
 
     written: int  # files
@@ -98,7 +98,7 @@ def plan_files(
 
 def convert_files(
     files: Sequence[OutputFile], convert: Callable[[OutputFile], None], *, num_workers: int, overwrite: bool
-) -> Summary:
+) -> ConversionSummary:
     """Make every file that is not there yet, in parallel.
 
     Args:
@@ -124,7 +124,7 @@ def convert_files(
         with tqdm(total=episodes, initial=before, unit="episode", disable=None) as progress:
             for file, _ in zip(missing, run_jobs(convert, missing, num_workers), strict=True):
                 progress.update(len(file.episodes))
-    return Summary(
+    return ConversionSummary(
         written=len(missing),
         skipped=len(files) - len(missing),
         episodes=episodes,
@@ -285,15 +285,16 @@ def parse_cameras(texts: Sequence[str], available: Sequence[str], where: str) ->
     for text in texts:
         camera, _, column = text.partition("=")
         if not camera or column not in CAMERAS:
-            raise DataError(f"--cameras {text!r}: wanted <camera>=image_1 or <camera>=image_2")
+            forms = " or ".join(f"<camera>={name}" for name in CAMERAS)
+            raise DataError(f"--cameras {text!r}: wanted {forms}")
         if camera in mapping or column in mapping.values():
             raise DataError(f"--cameras {text!r}: {camera!r} or {column!r} is given twice")
         mapping[camera] = column
     check_names(mapping, available, "camera", where)
-    if "image_1" not in mapping.values():
+    if MAIN_CAMERA not in mapping.values():
         raise DataError(
-            f"--cameras: no camera for image_1, which every step needs; give <camera>=image_1 (cameras of {where}: "
-            f"{', '.join(available) or 'none'})"
+            f"--cameras: no camera for {MAIN_CAMERA}, which every step needs; give <camera>={MAIN_CAMERA} (cameras of "
+            f"{where}: {', '.join(available) or 'none'})"
         )
     left_out = [camera for camera in available if camera not in mapping]
     if left_out:

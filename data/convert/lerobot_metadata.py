@@ -30,8 +30,8 @@ class VideoSpan:
 
 
 @dataclass(frozen=True)
-class Episode:
-    """One episode of a LeRobot dataset."""
+class EpisodeSource:
+    """Where one episode of a LeRobot dataset lies."""
 
     index: int
     length: int  # steps
@@ -45,7 +45,7 @@ class LeRobotDataset:
     Attributes:
         version, fps, robot_type, features: as info.json has them.
         tasks: task_index -> instruction.
-        episodes: episode_index -> `Episode`, ascending.
+        episodes: episode_index -> `EpisodeSource`, ascending.
     """
 
     def __init__(self, root: Path) -> None:
@@ -132,7 +132,7 @@ class LeRobotDataset:
         files |= {episode.videos[key].path for episode in chosen for key in cameras if self.is_video(key)}
         return {path.relative_to(self.root).as_posix(): fingerprint(path) for path in sorted(files)}
 
-    def _episodes_v2(self) -> dict[int, Episode]:
+    def _episodes_v2(self) -> dict[int, EpisodeSource]:
         episodes = {}
         for entry in _read_jsonl(self.episode_paths[0]):
             index = int(entry["episode_index"])
@@ -142,10 +142,10 @@ class LeRobotDataset:
                 for key in self.features
                 if self.is_video(key)
             }
-            episodes[index] = Episode(index, int(entry["length"]), self._path("data_path", **place), videos)
+            episodes[index] = EpisodeSource(index, int(entry["length"]), self._path("data_path", **place), videos)
         return episodes
 
-    def _episodes_v3(self) -> dict[int, Episode]:
+    def _episodes_v3(self) -> dict[int, EpisodeSource]:
         if not self.episode_paths:
             folder = self.root / "meta" / "episodes"
             raise DataError(f"{folder}: no Parquet file; the dataset is incomplete, so fetch it again")
@@ -166,7 +166,7 @@ class LeRobotDataset:
                     chunk, number, start, stop = (row[f"videos/{key}/{field}"] for field in fields)
                     video = self._path("video_path", video_key=key, chunk_index=chunk, file_index=number)
                     videos[key] = VideoSpan(video, start, stop)
-                episodes[index] = Episode(index, row["length"], self._path("data_path", **place), videos)
+                episodes[index] = EpisodeSource(index, row["length"], self._path("data_path", **place), videos)
         return episodes
 
     def _path(self, template: str, **values: Any) -> Path:
