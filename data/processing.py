@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.backbones import BACKBONE_SPECS
+from utils.batch import Batch
 from utils.config_utils import Config
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ JPEG_START = b"\xff\xd8"
 MAX_KNOWN_PROMPTS = 4096  # tokenized instructions that are kept; a server may be sent any number of them
 Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
 Sample = dict[str, Any]
-Batch = dict[str, Any]
 
 
 class ObservationError(ValueError):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from data.dataset import Arrays, as_batch
-from data.processing import Batch
+from utils.batch import Batch
 
 _pool: SlotPool | None = None  # this worker process's memory
 

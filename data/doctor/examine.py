@@ -16,7 +16,9 @@ from data.doctor.analysis import describe_dimensions, describe_lengths
 from data.doctor.findings import KINDS, Finding, Findings
 from data.doctor.frames import DECODED
 from data.doctor.images import Frames
-from data.doctor.rows import VECTORS, Rows, read_rows
+from data.doctor.reading import read_rows
+from data.doctor.rows import Rows
+from data.schema import CAMERAS, VECTORS
 from utils.parquet_utils import Source
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ THUMBNAIL = 160  # pixels of the longer side
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirements:
     """What a configuration asks of the data; with the defaults only what holds for every configuration is checked.
 
     Attributes:
@@ -91,7 +93,7 @@ class Examination:
 def examine(
     train_files: Sequence[Source],
     val_files: Sequence[Source] = (),
-    wanted: Wanted | None = None,
+    wanted: Requirements | None = None,
     *,
     skip_images: bool = False,
     num_workers: int | None = None,
@@ -108,7 +110,7 @@ def examine(
         num_workers: decoding processes (see `look_at_frames`).
     """
     started = time.monotonic()
-    wanted = wanted or Wanted()
+    wanted = wanted or Requirements()
     findings = Findings()
     rows = read_rows([(path, "train") for path in train_files] + [(path, "val") for path in val_files], findings)
     structure.check_values_present(rows, findings)
@@ -206,7 +208,7 @@ def describe_split(seen: Examination, split: str) -> dict[str, Any]:
 def _describe_cameras(seen: Examination, where: np.ndarray, files: list[int]) -> dict[str, Any]:
     rows = seen.rows
     result = {}
-    for camera in images.CAMERAS:
+    for camera in CAMERAS:
         count = sum(camera in rows.cameras[file] for file in files)
         if not count:
             continue

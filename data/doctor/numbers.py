@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.doctor.findings import Findings, runs
-from data.doctor.rows import VECTORS, Rows
+from data.doctor.findings import Findings
+from data.doctor.rows import Rows, runs
+from data.schema import VECTORS
 
 RARE = 0.002  # at most this part of the rows (but always FEW) can be outliers or jumps of a dimension
 FEW = 4

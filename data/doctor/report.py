@@ -11,7 +11,7 @@ import pandas as pd
 from data.doctor.examine import Examination, three_rows
 from data.doctor.findings import KINDS
 from data.doctor.plots import Cell, Trace, contact_sheet, plot_vectors
-from data.doctor.rows import VECTORS
+from data.schema import VECTORS
 
 SUMS = ("errors", "warnings", "seconds")
 SHOWN_FINDINGS = 3  # of each kind, in the printed text

@@ -11,17 +11,16 @@ import numpy as np
 from data.doctor.findings import Findings
 from data.doctor.rows import (
     EMPTY,
-    FLAGS,
     INVALID,
     NO_INDEX,
     NULL,
-    VECTORS,
     Rows,
     after_gap,
     before_gap,
     common_width,
     hard_starts,
 )
+from data.schema import FLAGS, VECTORS
 
 SHORTEST = 3  # steps that an episode needs whatever the config
 LENGTH_RATIO = 3.0  # an episode this many times longer or shorter than every other of its prompt is an outlier,
