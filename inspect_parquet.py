@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = load_config(args.config_path) if args.config_path else None
     reports, paths = {}, []
-    for name, train_files, val_files, wanted in datasets(args, config):
-        seen = examine(train_files, val_files, wanted, skip_images=args.skip_images, num_workers=args.num_workers)
+    for name, train_files, val_files, requirements in datasets(args, config):
+        seen = examine(train_files, val_files, requirements, skip_images=args.skip_images, num_workers=args.num_workers)
         reports[name] = seen.to_dict()
         if args.plots_dir:
             paths += write_plots(seen, args.plots_dir / name)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def datasets(
     args: argparse.Namespace, config: Config | None
 ) -> Iterator[tuple[str, list[Source], list[Source], Requirements]]:
-    """(name, training files, validation files, what is wanted): the flags' files, or every dataset of the config."""
+    """(name, training files, validation files, requirements): the flags' files, or every dataset of the config."""
     val = resolve_parquet_files(args.val_data_path, "--val_data_path") if args.val_data_path else []
     if args.data_path:
         entry = config.datasets[0] if config and not config.data.mixture else None

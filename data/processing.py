@@ -140,7 +140,7 @@ class VLAImageProcessor:
         out[:] = pixels
 
     def _decode(self, encoded: bytes | memoryview, out: np.ndarray) -> np.ndarray:
-        """`out`, filled, where a JPEG has the wanted size; else uint8 (H, W, 3) of the frame's own or a larger size."""
+        """`out`, filled, where a JPEG has that size; else uint8 (H, W, 3), the frame whole or reduced."""
         if encoded[:2] != JPEG_START:
             with Image.open(io.BytesIO(encoded)) as image:
                 return np.array(image.convert("RGB"))

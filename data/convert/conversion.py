@@ -217,18 +217,18 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 def _check_folder(folder: Path, files: Sequence[OutputFile], overwrite: bool) -> None:
-    """Refuse Parquet files that would be read together with these; delete outdated ones where that is wished."""
-    wanted = {file.path for file in files}
+    """Refuse Parquet files that would be read together with these; delete outdated ones with `overwrite`."""
+    made = {file.path for file in files}
     for path in sorted(folder.glob("*.parquet")):
         record, rows = read_record(path)
-        if path in wanted and rows is None:
+        if path in made and rows is None:
             continue  # damaged: it is made again
         if record is None:
             raise DataError(
                 f"{path} is not of a conversion and would be mixed with its files; choose another --output_dir, or "
                 "move that file away"
             )
-        if path in wanted or record["settings"] == files[0].settings:
+        if path in made or record["settings"] == files[0].settings:
             continue
         if not overwrite:
             raise DataError(
@@ -239,13 +239,13 @@ def _check_folder(folder: Path, files: Sequence[OutputFile], overwrite: bool) ->
         path.unlink()
 
 
-def _difference(found: Any, wanted: Any, name: str = "") -> str:
+def _difference(before: Any, now: Any, name: str = "") -> str:
     """Where two records differ first: `settings.image_format is "png", now "jpeg"`."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            if found.get(key) != wanted.get(key):
-                return _difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-    return f"{name} is {json.dumps(found)}, now {json.dumps(wanted)}"
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                return _difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    return f"{name} is {json.dumps(before)}, now {json.dumps(now)}"
 
 
 def fingerprint(path: Path) -> list[int]:

@@ -217,7 +217,7 @@ def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[int, int], f
 
 
 def _read_header(path: Path, options: Hdf5Options) -> _Header:
-    """Check that a file has everything that is wanted of it, in arrays of one length."""
+    """Check that a file has every array that the options name, and all of one length."""
     with _open(path) as file:
         check_names(options.cameras, sorted(_get(file, IMAGES, h5py.Group, path)), "camera", str(path))
         lengths, widths = {}, {}
@@ -231,8 +231,8 @@ def _read_header(path: Path, options: Hdf5Options) -> _Header:
             lengths[f"{IMAGES}/{camera}"] = len(array)
             _is_compressed(array, path, camera)
         if len(set(lengths.values())) > 1:
-            found = ", ".join(f"{key} {length}" for key, length in lengths.items())
-            raise DataError(f"{path}: steps differ ({found}); the file is damaged or incomplete, so record it again")
+            counts = ", ".join(f"{key} {length}" for key, length in lengths.items())
+            raise DataError(f"{path}: steps differ ({counts}); the file is damaged or incomplete, so record it again")
         length = lengths[options.action_key]
         if length == 0:
             raise DataError(f"{path}: holds no steps; remove it or record it again")
@@ -267,8 +267,8 @@ def _frames(file: h5py.File, path: Path, camera: str, options: Hdf5Options) -> I
             continue
         encoded = [np.asarray(frame, dtype=np.uint8).tobytes().rstrip(b"\0") for frame in block]
         if lengths is not None:  # one row for each camera, in an order that the file does not tell
-            found = np.array([len(frame) for frame in encoded])
-            lengths = lengths[(lengths[:, begin : begin + len(found)] == found).all(axis=1)]
+            frame_lengths = np.array([len(frame) for frame in encoded])
+            lengths = lengths[(lengths[:, begin : begin + len(frame_lengths)] == frame_lengths).all(axis=1)]
             if not len(lengths):
                 raise DataError(
                     f"{path}: {camera} from frame {begin} on is not as long as compress_len says for any camera; the "
@@ -322,9 +322,9 @@ def _open(path: Path) -> h5py.File:
 
 def _get(file: h5py.File, key: str, kind: type, path: Path) -> Any:
     """A group or a dataset of a file, or a DataError that lists what there is."""
-    found = file.get(key)
-    if not isinstance(found, kind):
+    item = file.get(key)
+    if not isinstance(item, kind):
         names: list[str] = []
         file.visititems(lambda name, item: names.append(name) if isinstance(item, kind) else None)
         check_names([key], [name for name in names if name != key], kind.__name__.lower(), str(path))
-    return found
+    return item

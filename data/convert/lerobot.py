@@ -281,10 +281,10 @@ def _embedded(column: pa.Array, key: str, where: str, begin: int) -> list[bytes]
     frames: list[bytes | None] = column.to_pylist()
     for i, frame in enumerate(frames):
         if not frame or not frame.startswith(SIGNATURES):
-            found = f"begins with {frame[:4]!r}" if frame else "is not embedded"
+            reason = f"begins with {frame[:4]!r}" if frame else "is not embedded"
             raise DataError(
-                f"{where} {begin + i}: {key} {found}; wanted the bytes of a JPEG or PNG image: write the dataset again "
-                "with embedded images"
+                f"{where} {begin + i}: {key} {reason}; wanted the bytes of a JPEG or PNG image: write the dataset "
+                "again with embedded images"
             )
     return frames
 

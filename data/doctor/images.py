@@ -43,20 +43,20 @@ class Frames:
 
 
 def look_at_frames(
-    rows: Rows, findings: Findings, *, wanted: np.ndarray, thumbnail_size: int, num_workers: int | None
+    rows: Rows, findings: Findings, *, keep: np.ndarray, thumbnail_size: int, num_workers: int | None
 ) -> Frames:
     """Decode every frame of every camera.
 
     Args:
-        wanted: global rows whose pictures are kept.
+        keep: global rows whose pictures are kept.
         thumbnail_size: pixels of the longer side of a kept picture.
         num_workers: decoding processes; 0: this process; None: one per core, or none for a few thousand frames.
     """
     cameras = [camera for camera in CAMERAS if any(camera in columns for columns in rows.cameras)]
     facts = {camera: np.zeros(len(rows), dtype=FRAME) for camera in cameras}
     seen = Frames(facts, {camera: {} for camera in cameras}, {camera: {} for camera in cameras})
-    keep = np.zeros(len(rows), dtype=bool)
-    keep[wanted] = True
+    is_kept = np.zeros(len(rows), dtype=bool)
+    is_kept[keep] = True
     total = int(sum(len(columns) * size for columns, size in zip(rows.cameras, np.diff(rows.file_starts), strict=True)))
     if num_workers is None:
         num_workers = 0 if total < FEW_FRAMES else os.cpu_count() or 1
@@ -69,7 +69,7 @@ def look_at_frames(
             pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=context))
             submit = pool.submit
         for camera, first, frames in _encoded(rows, findings):
-            positions = np.flatnonzero(keep[first : first + len(frames)]).tolist()
+            positions = np.flatnonzero(is_kept[first : first + len(frames)]).tolist()
             waiting.append((camera, first, submit(examine_frames, frames, positions, thumbnail_size)))
             while len(waiting) > 2 * num_workers:
                 progress.update(_take(waiting.popleft(), seen))
