@@ -211,7 +211,7 @@ def _read_episode(
             row = int(np.flatnonzero(~late)[0])
             raise DataError(
                 f"{where} frame {begin + row}: timestamp {timestamp[row]} does not come after the one before, so "
-                f"no video frame is its own ({episode.data_file}); fetch or record the dataset again"
+                f"no video frame belongs to it ({episode.data_file}); fetch or record the dataset again"
             )
         last = timestamp[-1]
         for key, column in options.cameras.items():
@@ -290,7 +290,7 @@ def _embedded(column: pa.Array, key: str, where: str, begin: int) -> list[bytes]
 
 
 def _open_video(dataset: LeRobotDataset, episode: EpisodeSource, key: str, readers: dict[str, VideoReader]) -> None:
-    """Have a reader of the episode's video; one of the same file goes on from where it is."""
+    """Put a reader of the episode's video into `readers`; a reader that has the same file open stays."""
     span = episode.videos[key]
     if key not in readers or readers[key].path != span.path:
         if key in readers:

@@ -50,7 +50,7 @@ class Requirements:
 
 @dataclass
 class Examination:
-    """Everything that was seen.
+    """The result of an examination.
 
     Attributes:
         rows: numbers, flags and prompts.

@@ -29,7 +29,7 @@ SLOW_CAMERA = 0.2  # part of a file's frames that repeat the one before, from wh
 
 @dataclass
 class Frames:
-    """What was seen.
+    """What decoding showed of every frame.
 
     Attributes:
         facts: camera -> `FRAME` array (N,) over global rows.
