@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from data.doctor.examine import Wanted, examine
+from data.doctor.examine import Requirements, examine
 from data.doctor.report import as_text, merge_reports, write_plots
 from utils.config_utils import Config, ConfigError, MixtureEntry, load_config
 from utils.parquet_utils import DataError, Source, resolve_parquet_files
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = load_config(args.config_path) if args.config_path else None
     reports, paths = {}, []
-    for name, train_files, val_files, wanted in datasets(args, config):
-        seen = examine(train_files, val_files, wanted, skip_images=args.skip_images, num_workers=args.num_workers)
+    for name, train_files, val_files, requirements in datasets(args, config):
+        seen = examine(train_files, val_files, requirements, skip_images=args.skip_images, num_workers=args.num_workers)
         reports[name] = seen.to_dict()
         if args.plots_dir:
             paths += write_plots(seen, args.plots_dir / name)
@@ -64,23 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def datasets(
     args: argparse.Namespace, config: Config | None
-) -> Iterator[tuple[str, list[Source], list[Source], Wanted]]:
-    """(name, training files, validation files, what is wanted): the flags' files, or every dataset of the config."""
+) -> Iterator[tuple[str, list[Source], list[Source], Requirements]]:
+    """(name, training files, validation files, requirements): the flags' files, or every dataset of the config."""
     val = resolve_parquet_files(args.val_data_path, "--val_data_path") if args.val_data_path else []
     if args.data_path:
         entry = config.datasets[0] if config and not config.data.mixture else None
         train = resolve_parquet_files(args.data_path, "--data_path")
-        yield "", train, val, wanted_by(config, entry, bool(val)) if config else Wanted()
+        yield "", train, val, requirements_of(config, entry, bool(val)) if config else Requirements()
         return
     key = "data.val_parquet_files"
     val = val or (resolve_parquet_files(config.data.val_parquet_files, key) if config.data.val_parquet_files else [])
     for entry in config.datasets:
         key = f"data.mixture {entry.name}" if config.data.mixture else "data.train_parquet_files"
         name = entry.name if config.data.mixture else ""
-        yield name, resolve_parquet_files(entry.path, key), val, wanted_by(config, entry, bool(val))
+        yield name, resolve_parquet_files(entry.path, key), val, requirements_of(config, entry, bool(val))
 
 
-def wanted_by(config: Config, entry: MixtureEntry | None, has_val: bool) -> Wanted:
+def requirements_of(config: Config, entry: MixtureEntry | None, has_val: bool) -> Requirements:
     """What a configuration asks of one of its datasets, or (`entry` None) of any of them."""
     from utils.splits import validation_episodes  # imports torch, which decoding processes do without
 
@@ -98,7 +98,7 @@ def wanted_by(config: Config, entry: MixtureEntry | None, has_val: bool) -> Want
                 seed=data.split_seed,
                 max_episodes=data.max_episodes,
             )
-    return Wanted(
+    return Requirements(
         widths=widths,
         horizon=entry.horizon if entry else config.model.action_head_config.horizon,
         cameras=config.cameras,

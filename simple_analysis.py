@@ -133,19 +133,19 @@ def describe_split(split: MixtureDataset) -> list[dict[str, Any]]:
     """Per dataset of a split: files, episodes, samples, lengths, instructions, padded part of the action steps, and
     the physical range of states and actions."""
     result = []
-    for one in split.datasets:
-        store, episodes = one.store, describe_episodes(one, "")
+    for dataset in split.datasets:
+        store, episodes = dataset.store, describe_episodes(dataset, "")
         counts: dict[str, int] = {}
         for episode in episodes:
             counts[episode["prompt"]] = counts.get(episode["prompt"], 0) + 1
-        samples = one.numbers(spread(len(one), MAX_SAMPLES))
+        samples = dataset.numbers(spread(len(dataset), MAX_SAMPLES))
         lengths = np.array([episode["steps"] for episode in episodes])
         result.append(
             {
-                "dataset": one.name,
+                "dataset": dataset.name,
                 "files": [str(path) for path in store.files],
                 "episodes": len(episodes),
-                "samples": len(one),
+                "samples": len(dataset),
                 "length": describe_lengths(lengths),
                 "prompts": counts,
                 "action_padding": float(samples["action_is_pad"].mean()),
@@ -158,11 +158,13 @@ def describe_split(split: MixtureDataset) -> list[dict[str, Any]]:
 
 def list_episodes(splits: dict[str, MixtureDataset]) -> list[dict[str, Any]]:
     """Every episode of the files: train, val, and `unused` for those that `data.max_episodes` leaves out."""
-    result = [e for name, split in splits.items() for one in split.datasets for e in describe_episodes(one, name)]
-    for one in splits["train"].datasets:
-        parts = [split.datasets[one.dataset_index] for split in splits.values()]
-        same = [part for part in parts if part.store.files == one.store.files]
-        result += describe_episodes(one, "unused", unused_episodes(same))
+    result = [
+        e for name, split in splits.items() for dataset in split.datasets for e in describe_episodes(dataset, name)
+    ]
+    for dataset in splits["train"].datasets:
+        parts = [split.datasets[dataset.dataset_index] for split in splits.values()]
+        same = [part for part in parts if part.store.files == dataset.store.files]
+        result += describe_episodes(dataset, "unused", unused_episodes(same))
     return result
 
 
@@ -170,8 +172,8 @@ def find_overlap(train: MixtureDataset, val: MixtureDataset | None) -> dict[str,
     """Per dataset the validation episodes that training holds too; empty where there is no validation split."""
     if val is None:
         return {}
-    by_name = {one.name: one for one in train.datasets}
-    return {one.name: overlap(by_name[one.name], one) for one in val.datasets}
+    by_name = {dataset.name: dataset for dataset in train.datasets}
+    return {dataset.name: overlap(by_name[dataset.name], dataset) for dataset in val.datasets}
 
 
 def describe_normalized(split: MixtureDataset, normalizer: Normalizer, config: Config) -> list[dict[str, Any]]:
@@ -179,15 +181,15 @@ def describe_normalized(split: MixtureDataset, normalizer: Normalizer, config: C
     ranges, and per dimension the part outside `data.action_bounds`."""
     low, high = config.data.action_bounds
     result = []
-    for one in split.datasets:
-        samples = one.numbers(spread(len(one), MAX_SAMPLES))
+    for dataset in split.datasets:
+        samples = dataset.numbers(spread(len(dataset), MAX_SAMPLES))
         state_NS, action_NTA, index = (torch.from_numpy(samples[key]) for key in ("state", "action", "dataset_index"))
         normalized = {
-            "state": normalizer.normalize_state(state_NS, index)[:, : one.store.state.shape[1]].numpy(),
+            "state": normalizer.normalize_state(state_NS, index)[:, : dataset.store.state.shape[1]].numpy(),
             "action": normalizer.normalize_action(action_NTA, state_NS, index).numpy()[~samples["action_is_pad"]],
         }
-        normalized["action"] = normalized["action"][:, : one.store.action.shape[1]]
-        about: dict[str, Any] = {"dataset": one.name}
+        normalized["action"] = normalized["action"][:, : dataset.store.action.shape[1]]
+        about: dict[str, Any] = {"dataset": dataset.name}
         for name, values in normalized.items():
             outside = ((values < low - 1e-4) | (values > high + 1e-4)).mean(axis=0)
             about[name] = describe_dimensions(values) | {"outside_bounds": outside.tolist()}
@@ -222,19 +224,19 @@ def write_plots(
         for prompt, place in zip(batch["raw_prompt_text"], places, strict=True)
     ]
     image_grid(paths[0], frames.reshape(len(frames), -1, *frames.shape[3:]), rows, labels)
-    for i, one in enumerate(splits["train"].datasets):
+    for i, dataset in enumerate(splits["train"].datasets):
         parts = {name: split.datasets[i] for name, split in splits.items()}
         for column in ("state", "action"):
-            prefix = f"{one.name}_" if len(splits["train"].datasets) > 1 else ""
+            prefix = f"{dataset.name}_" if len(splits["train"].datasets) > 1 else ""
             paths.append(folder / f"{prefix}{column}.png")
-            values = getattr(one.store, column)
-            starts = one.store.episode_starts
-            shown = one.episodes[spread(len(one.episodes), SHOWN_EPISODES)]
-            traces = [Trace(one.store.prompt(starts[e]), values[starts[e] : starts[e + 1]]) for e in shown]
+            values = getattr(dataset.store, column)
+            starts = dataset.store.episode_starts
+            shown = dataset.episodes[spread(len(dataset.episodes), SHOWN_EPISODES)]
+            traces = [Trace(dataset.store.prompt(starts[e]), values[starts[e] : starts[e + 1]]) for e in shown]
             populations = {
                 name: np.asarray(getattr(part.store, column))[split_rows(part)] for name, part in parts.items()
             }
-            plot_vectors(paths[-1], column, traces, populations, f"{column} of {one.name}, physical units")
+            plot_vectors(paths[-1], column, traces, populations, f"{column} of {dataset.name}, physical units")
     return paths
 
 
@@ -243,13 +245,13 @@ def write_split_plots(folder: Path, episodes: Sequence[dict[str, Any]]) -> list[
     paths."""
     names, paths = list(dict.fromkeys(episode["dataset"] for episode in episodes)), []
     for name in names:
-        own = sorted((e for e in episodes if e["dataset"] == name), key=lambda e: (e["file"], e["row"]))
+        of_dataset = sorted((e for e in episodes if e["dataset"] == name), key=lambda e: (e["file"], e["row"]))
         for kind, plot, title in (
             ("split", plot_split, "which episodes are trained on"),
             ("episodes", plot_episodes, "its episodes, physical units"),
         ):
             paths.append(folder / (f"{name}_{kind}.png" if len(names) > 1 else f"{kind}.png"))
-            plot(paths[-1], own, f"{name}: {title}")
+            plot(paths[-1], of_dataset, f"{name}: {title}")
     return paths
 
 
@@ -269,23 +271,23 @@ def as_text(result: dict[str, Any]) -> str:
     if result["untrained_loss"] is not None:
         parts.append(f"untrained loss: {result['untrained_loss']:.4f}")
     normalized = [
-        [f"{one['dataset']} {split}", f"{name}[{d}]", *(one[name][key][d] for key in RANGE), 100 * outside]
+        [f"{about['dataset']} {split}", f"{name}[{d}]", *(about[name][key][d] for key in RANGE), 100 * outside]
         for split, datasets in result["normalized"].items()
-        for one in datasets
+        for about in datasets
         for name in ("state", "action")
-        for d, outside in enumerate(one[name]["outside_bounds"])
+        for d, outside in enumerate(about[name]["outside_bounds"])
     ]
     parts += ["Normalized", table(["data", "dimension", *RANGE, "% outside"], normalized)]
     lengths = [
         [
-            f"{one['dataset']} {split}",
-            one["episodes"],
-            one["samples"],
-            *one["length"].values(),
-            100 * one["action_padding"],
+            f"{about['dataset']} {split}",
+            about["episodes"],
+            about["samples"],
+            *about["length"].values(),
+            100 * about["action_padding"],
         ]
         for split, datasets in result["splits"].items()
-        for one in datasets
+        for about in datasets
     ]
     header = ["data", "episodes", "samples", "shortest", "median", "mean", "longest", "% action padding"]
     parts += ["Splits", table(header, lengths), "Episodes", table(["data", "file", "episodes", "steps"], where(result))]
@@ -298,12 +300,12 @@ def as_text(result: dict[str, Any]) -> str:
 
 def where(result: dict[str, Any]) -> list[list[Any]]:
     """Per dataset, split and file: which episodes begin there, and their steps."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for episode in result["episodes"]:
-        found.setdefault((f"{episode['dataset']} {episode['split']}", episode["file"]), []).append(episode)
+        by_file.setdefault((f"{episode['dataset']} {episode['split']}", episode["file"]), []).append(episode)
     return [
         [*key, numbers([e["episode"] for e in episodes]), sum(e["steps"] for e in episodes)]
-        for key, episodes in found.items()
+        for key, episodes in by_file.items()
     ]
 
 

@@ -58,7 +58,7 @@ SLOW_IMPORTS = (
     "data.loader",
     "model.vla_model",
     "training.trainer_fsdp",
-)  # of main_train.py, done once for all processes
+)  # of main_train.py, done once
 UNTIMED = ("samples_per_second", "data_wait")
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.episode_store import EpisodeStore
-from data.processing import Batch, ObservationError, PromptTokenizer, Sample, VLAImageProcessor
+from data.processing import ObservationError, PromptTokenizer, Sample, VLAImageProcessor
+from utils.batch import Batch
 from utils.config_utils import DataConfig, MixtureEntry
 from utils.parquet_utils import DataError, Source
 from utils.splits import used_episodes, validation_episodes
@@ -299,7 +300,7 @@ def _merge(parts: Sequence[Arrays], positions: np.ndarray) -> Arrays:
 
 def as_batch(arrays: Arrays, cameras: Sequence[str], images: Tensor) -> Batch:
     """Numpy arrays and a block of images, uint8 (V, B, S, H, W, 3), as a batch; nothing is copied."""
-    batch = {camera: images[i].permute(0, 1, 4, 2, 3) for i, camera in enumerate(cameras)}
+    batch: Batch = {camera: images[i].permute(0, 1, 4, 2, 3) for i, camera in enumerate(cameras)}
     for key, values in arrays.items():
         batch[key] = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     return batch

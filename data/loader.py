@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.dataset import MixtureDataset, VLADataset
 from data.episode_store import EpisodeStore
-from data.processing import Batch, ObservationError, PromptTokenizer, VLAImageProcessor, collate_fn
+from data.processing import ObservationError, PromptTokenizer, VLAImageProcessor, collate_fn
 from data.sampler import PassBatchSampler, StepBatchSampler
 from data.schema import CAMERAS, MAIN_CAMERA
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
+from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
 from utils.parquet_utils import DataError, open_parquet, resolve_parquet_files

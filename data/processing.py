@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.backbones import BACKBONE_SPECS
+from utils.batch import Batch
 from utils.config_utils import Config
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ JPEG_START = b"\xff\xd8"
 MAX_KNOWN_PROMPTS = 4096  # tokenized instructions that are kept; a server may be sent any number of them
 Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
 Sample = dict[str, Any]
-Batch = dict[str, Any]
 
 
 class ObservationError(ValueError):
@@ -140,7 +140,7 @@ class VLAImageProcessor:
         out[:] = pixels
 
     def _decode(self, encoded: bytes | memoryview, out: np.ndarray) -> np.ndarray:
-        """`out`, filled, where a JPEG has the wanted size; else uint8 (H, W, 3) of the frame's own or a larger size."""
+        """`out`, filled, where a JPEG has that size; else uint8 (H, W, 3), the frame whole or reduced."""
         if encoded[:2] != JPEG_START:
             with Image.open(io.BytesIO(encoded)) as image:
                 return np.array(image.convert("RGB"))

@@ -104,8 +104,8 @@ class StepBatchSampler(Sampler[list[int]]):
 class PassBatchSampler(Sampler[list[int]]):
     """One pass in order over a dataset that ranks share: batch i of the pass goes to rank i modulo world_size.
 
-    Every rank yields the same number of batches, so that its collectives stay in step with the others'. The first
-    `num_own` are its share of the pass, each sample of which comes exactly once; what follows only fills up.
+    Every rank yields the same number of batches, so that its collectives stay in step with the other ranks'. Its first
+    `num_own` batches are its share of the pass, in which each sample comes exactly once. The rest only fill up.
     """
 
     def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
@@ -147,7 +147,7 @@ class _Stream:
         positions = np.arange(begin, begin + count)
         if len(self.sampler.sizes) == 1:
             return self._samples(0, positions)
-        found = np.empty(count, dtype=np.int64)
+        samples = np.empty(count, dtype=np.int64)
         for block in np.unique(positions // BLOCK).tolist():
             if block != self.block:
                 self._enter(block)
@@ -155,8 +155,8 @@ class _Stream:
             within = positions[here] % BLOCK
             for dataset in np.unique(self.datasets[within]).tolist():
                 chosen = self.datasets[within] == dataset
-                found[here[chosen]] = self._samples(dataset, self.ranks[within[chosen]])
-        return found
+                samples[here[chosen]] = self._samples(dataset, self.ranks[within[chosen]])
+        return samples
 
     def _enter(self, block: int) -> None:
         if block < self.block:
@@ -170,7 +170,7 @@ class _Stream:
             self.ranks[here] = self.taken[dataset] + np.arange(here.sum())
 
     def _samples(self, dataset: int, ranks: np.ndarray) -> np.ndarray:
-        """A dataset's samples number `ranks` of its own endless stream, in ascending order."""
+        """Samples number `ranks` of a dataset's endless stream; `ranks` ascend."""
         epochs, places = np.divmod(ranks, self.sampler.sizes[dataset])
         parts = []
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):

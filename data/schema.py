@@ -65,6 +65,11 @@ COLUMN_TYPES = {
 }
 
 
+def column_type(name: str) -> ColumnType:
+    """The type of a column of the schema; every other name is a camera's."""
+    return COLUMN_TYPES.get(name, IMAGE)
+
+
 def written_schema(
     cameras: Sequence[str],
     state_dim: int,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from data.dataset import Arrays, as_batch
-from data.processing import Batch
+from utils.batch import Batch
 
 _pool: SlotPool | None = None  # this worker process's memory
 
@@ -60,10 +60,10 @@ def use_pool(pool: SlotPool) -> None:
 
 
 def end_only_for_parent() -> None:
-    """In a worker: SIGINT is ignored, and SIGTERM unless the training process sent it.
+    """In a worker: ignore SIGINT, and SIGTERM unless the training process sent it.
 
-    A scheduler, or Ctrl-C, signals every process of a job. The training process is still fed while it finishes its
-    step, and it decides when workers end; those whose training process is gone end by themselves.
+    A scheduler, or Ctrl-C, signals every process of a job. The training process still needs batches to finish its step,
+    and it decides when its workers end. A worker whose training process is gone ends by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, whose users have no scheduler
@@ -87,7 +87,7 @@ class ImageBlock:
 
 
 class PackedBatch:
-    """A batch on its way: images by slot, everything else by value."""
+    """A batch on its way from a worker to training: images by slot, everything else by value."""
 
     def __init__(self, arrays: Arrays, cameras: Sequence[str], block: ImageBlock) -> None:
         """

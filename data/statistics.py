@@ -163,7 +163,7 @@ class _Spec(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What one task found."""
+    """The result of one task."""
 
     statistics: StepStatistics
     rows: int
@@ -245,7 +245,7 @@ def _is_first(batch: pa.RecordBatch, path: Source, row: int) -> np.ndarray:
 def _bytes_needed(file: pq.ParquetFile, columns: list[str]) -> int:
     """Compressed bytes of the columns' chunks, and of the footer."""
     metadata = file.metadata
-    first = metadata.row_group(0)  # asked instead of metadata.schema, which pyarrow never frees with its metadata
+    first = metadata.row_group(0)  # not metadata.schema, which pyarrow never frees with its metadata
     leaves = [i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] in columns]
     chunks = (
         metadata.row_group(group).column(leaf).total_compressed_size
@@ -257,11 +257,13 @@ def _bytes_needed(file: pq.ParquetFile, columns: list[str]) -> int:
 
 def _log_summary(name: str, statistics: dict[str, Any], seconds: float) -> None:
     for key in ("state", "action"):
-        found = statistics[key]
-        constant = [i for i, (low, high) in enumerate(zip(found["min"], found["max"], strict=True)) if low == high]
+        of_column = statistics[key]
+        constant = [
+            i for i, (low, high) in enumerate(zip(of_column["min"], of_column["max"], strict=True)) if low == high
+        ]
         note = f", constant dimensions {constant}" if constant else ""
-        rows = f"{found['count']} of {statistics['rows']} rows"
-        logger.info("%s %s: %s, %d dimensions%s", name, key, rows, len(found["min"]), note)
+        rows = f"{of_column['count']} of {statistics['rows']} rows"
+        logger.info("%s %s: %s, %d dimensions%s", name, key, rows, len(of_column["min"]), note)
     size, total = statistics["bytes_read"], statistics["file_bytes"]
     logger.info(
         "%s: %.1f s, %.1f of %.1f MB read (%.1f %%)", name, seconds, size / 1e6, total / 1e6, 100 * size / total

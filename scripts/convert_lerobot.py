@@ -17,11 +17,12 @@ import pathlib
 if not __package__:
     import _repository  # noqa: F401
 
-from data.convert.conversion import CAMERAS, add_conversion_arguments, parse_cameras
+from data.convert.conversion import add_conversion_arguments, parse_cameras
 from data.convert.episode_writer import ImageEncoding
 from data.convert.lerobot import TERMINAL, convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
 from data.convert.video import ENCODERS, VideoEncoding
+from data.schema import CAMERAS, camera_columns
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files
 
 # flags that have a meaning in one direction only
@@ -149,8 +150,8 @@ def local(source: Source) -> pathlib.Path:
 def default_cameras(path: pathlib.Path) -> dict[str, str]:
     """Names for the cameras of files that don't say where they come from."""
     with open_parquet(path) as file:
-        present = {name.removesuffix("_bytes") for name in file.schema_arrow.names}
-    return {column: f"observation.images.{column}" for column in CAMERAS if column in present}
+        present = file.schema_arrow.names
+    return {camera: f"observation.images.{camera}" for camera in CAMERAS if camera_columns(camera, present)}
 
 
 def main() -> None:

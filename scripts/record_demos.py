@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
-import json
 import logging
 import multiprocessing
 import os
@@ -29,18 +27,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 from tqdm import tqdm
 
 if not __package__:
     import _repository  # noqa: F401
 
+from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, Steps
+from data.schema import SEED
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 
 if TYPE_CHECKING:
@@ -50,16 +48,28 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Episode:
+class Attempt:
     """One attempt of the expert. T time steps."""
 
     seed: int
     prompt: str
     settings: dict[str, Any]  # of the environment
-    images: dict[str, list[bytes]]  # "image_1" and maybe "image_2": T encoded images each
+    images: dict[str, list[bytes]]  # of each camera T encoded images
     states: list[np.ndarray] = field(default_factory=list)  # T float32 (state_dim,)
     actions: list[np.ndarray] = field(default_factory=list)  # T float32 (per_action_dim,)
     success: bool = False
+
+    def steps(self) -> Steps:
+        """The attempt as an episode's only block."""
+        length = len(self.actions)
+        return Steps(
+            images=self.images,
+            state=np.stack(self.states),
+            action=np.stack(self.actions),
+            prompts=[self.prompt] * length,
+            extra={SEED: np.full(length, self.seed, dtype=np.int64)},
+            terminal=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def record(args: argparse.Namespace, on_episode: Callable[[Episode], None] | None = None) -> list[TaskSummary]:
+def record(args: argparse.Namespace, on_episode: Callable[[Attempt], None] | None = None) -> list[TaskSummary]:
     """Records every task of ``args`` with ``args.num_workers`` processes.
 
     Args:
@@ -136,7 +146,7 @@ def record(args: argparse.Namespace, on_episode: Callable[[Episode], None] | Non
         executor.shutdown(cancel_futures=True)
 
 
-def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Episode:
+def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
     """Lets the expert try once; runs in a worker process.
 
     Args:
@@ -160,27 +170,24 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Episode:
     noise = np.random.default_rng((seed, 1))
     observation, _ = env.reset(seed=seed)
     images: dict[str, list[bytes]] = {key: [] for key in observation if key != "state"}
-    episode = Episode(seed, env.instruction, env.settings(), images)
+    attempt = Attempt(seed, env.instruction, env.settings(), images)
+    encode = _encoding(args)
     truncated, steps_left = False, args.steps_after_success
     while not truncated and steps_left >= 0:
         action = env.expert_action()
         for key, encoded in images.items():
-            encoded.append(encode_image(observation[key], args.image_format, args.jpeg_quality))
-        episode.states.append(observation["state"])
-        episode.actions.append(action)
+            encoded.append(encode(observation[key]))
+        attempt.states.append(observation["state"])
+        attempt.actions.append(action)
         executed = action + args.noise_scale * noise.standard_normal(action.shape, dtype=np.float32)
         observation, _, _, truncated, info = env.step(executed)
-        episode.success |= info["success"]
-        steps_left -= episode.success
-    return episode
+        attempt.success |= info["success"]
+        steps_left -= attempt.success
+    return attempt
 
 
-def encode_image(image: np.ndarray, image_format: str, jpeg_quality: int) -> bytes:
-    """Encodes uint8 (H, W, 3) RGB as "jpeg" (full colour resolution) or "png"."""
-    buffer = io.BytesIO()
-    options = {"quality": jpeg_quality, "subsampling": 0} if image_format == "jpeg" else {"compress_level": 1}
-    Image.fromarray(image).save(buffer, image_format, **options)
-    return buffer.getvalue()
+def _encoding(args: argparse.Namespace) -> ImageEncoding:
+    return ImageEncoding(args.image_format, args.jpeg_quality)
 
 
 @functools.lru_cache(maxsize=1)
@@ -202,8 +209,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     ):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be at least {least}")
-    if not 1 <= args.jpeg_quality <= 95:
-        raise ValueError(f"--jpeg_quality is {args.jpeg_quality}, must be 1 to 95")
+    _encoding(args)
     if args.max_attempts_factor < 1:
         raise ValueError(f"--max_attempts_factor is {args.max_attempts_factor}, must be at least 1")
     existing = [path for task in args.tasks if (path := _path_of(args, task)).exists()]
@@ -227,53 +233,48 @@ def _path_of(args: argparse.Namespace, task: str) -> pathlib.Path:
 
 
 def _record_task(
-    args: argparse.Namespace, task: str, executor: Executor, on_episode: Callable[[Episode], None] | None
+    args: argparse.Namespace, task: str, executor: Executor, on_episode: Callable[[Attempt], None] | None
 ) -> TaskSummary:
     started = time.perf_counter()
     path = _path_of(args, task)
-    temporary = path.with_name(path.name + ".tmp")
-    kept = dropped = steps = 0
-    writer: pq.ParquetWriter | None = None
-    try:
-        with tqdm(total=args.episodes, desc=task, unit="episode", disable=None) as progress:
-            for episode in _attempts(args, task, executor):
-                if on_episode is not None:
-                    on_episode(episode)
-                if not episode.success:
-                    dropped += 1
-                    progress.set_postfix(dropped=dropped)
-                    continue
-                rows = _to_table(episode, kept, _metadata(args, task, episode))
-                if writer is None:
-                    writer = pq.ParquetWriter(
-                        temporary,
-                        rows.schema,
-                        compression="none",  # the images are compressed already
-                        use_dictionary=["prompt"],
-                        write_statistics=["episode_index", "frame_index", "seed"],  # not of whole images
-                    )
-                writer.write_table(rows)
-                kept += 1
-                steps += len(rows)
-                progress.update()
-        assert writer is not None
-        writer.close()
-        temporary.replace(path)
-    finally:
-        if writer is not None:
-            writer.close()
-        temporary.unlink(missing_ok=True)
-    return TaskSummary(task, path, kept, dropped, steps, time.perf_counter() - started)
+    kept = dropped = num_steps = 0
+    writer: EpisodeFileWriter | None = None
+    with ExitStack() as stack:
+        progress = stack.enter_context(tqdm(total=args.episodes, desc=task, unit="episode", disable=None))
+        for attempt in _attempts(args, task, executor):
+            if on_episode is not None:
+                on_episode(attempt)
+            if not attempt.success:
+                dropped += 1
+                progress.set_postfix(dropped=dropped)
+                continue
+            steps = attempt.steps()
+            if writer is None:
+                writer = EpisodeFileWriter(
+                    path,
+                    cameras=list(steps.images),
+                    state_dim=steps.state.shape[1],
+                    per_action_dim=steps.action.shape[1],
+                    metadata=_metadata(args, task, attempt),
+                    source=task,
+                    extra=(SEED,),
+                )
+                stack.enter_context(writer)
+            writer.write_episode(kept, len(steps.prompts), [steps])
+            kept += 1
+            num_steps += len(steps.prompts)
+            progress.update()
+    return TaskSummary(task, path, kept, dropped, num_steps, time.perf_counter() - started)
 
 
-def _attempts(args: argparse.Namespace, task: str, executor: Executor) -> Iterator[Episode]:
+def _attempts(args: argparse.Namespace, task: str, executor: Executor) -> Iterator[Attempt]:
     """Yields attempts in the order of their seeds until enough of them have succeeded.
 
     Never more are under way than can still be needed, so none is thrown away, and never more than a few for
     each worker, so that memory stays flat however many episodes are wanted.
     """
     max_attempts = int(args.episodes * args.max_attempts_factor)
-    pending: deque[Future[Episode]] = deque()
+    pending: deque[Future[Attempt]] = deque()
     submitted = kept = 0
     while kept < args.episodes:
         while len(pending) < min(3 * args.num_workers, args.episodes - kept) and submitted < max_attempts:
@@ -285,37 +286,20 @@ def _attempts(args: argparse.Namespace, task: str, executor: Executor) -> Iterat
                 f"{args.seed + max_attempts - 1}), {args.episodes} episodes are wanted; ask for fewer, or raise "
                 "--max_attempts_factor or --max_episode_steps, or lower --noise_scale"
             )
-        episode = pending.popleft().result()
-        kept += episode.success
-        yield episode
+        attempt = pending.popleft().result()
+        kept += attempt.success
+        yield attempt
 
 
-def _to_table(episode: Episode, episode_index: int, metadata: dict[str, str]) -> pa.Table:
-    length = len(episode.actions)
-    frames = np.arange(length)
-    columns: dict[str, pa.Array] = {key: pa.array(images, pa.binary()) for key, images in episode.images.items()}
-    for name, vectors in (("state", episode.states), ("action", episode.actions)):
-        flat = pa.array(np.concatenate(vectors), pa.float32())
-        columns[name] = pa.FixedSizeListArray.from_arrays(flat, len(vectors[0]))
-    columns["is_first"] = pa.array(frames == 0)
-    columns["is_last"] = columns["is_terminal"] = pa.array(frames == length - 1)
-    columns["prompt"] = pa.array([episode.prompt] * length, pa.string())
-    columns["episode_index"] = pa.array(np.full(length, episode_index, np.int64))
-    columns["frame_index"] = pa.array(frames.astype(np.int64))
-    columns["seed"] = pa.array(np.full(length, episode.seed, np.int64))
-    return pa.table(columns).replace_schema_metadata(metadata)
-
-
-def _metadata(args: argparse.Namespace, task: str, episode: Episode) -> dict[str, str]:
-    facts = {
+def _metadata(args: argparse.Namespace, task: str, attempt: Attempt) -> dict[str, Any]:
+    return {
         "env": args.env,
         "task": task,
-        "instruction": episode.prompt,
+        "instruction": attempt.prompt,
         "noise_scale": args.noise_scale,
         "command": args.command,
-        **episode.settings,
+        **attempt.settings,
     }
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
 
 
 def format_summaries(summaries: list[TaskSummary]) -> str:

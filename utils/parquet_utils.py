@@ -36,10 +36,10 @@ def resolve_parquet_files(specs: Sequence[Source] | Source, key: str) -> list[So
         raise DataError(f"{key} is empty; give a Parquet file, a folder of them, or a glob")
     files: list[Source] = []
     for entry in entries:
-        found = _expand_uri(str(entry), key) if is_uri(entry) else _expand_path(str(entry))
-        if not found:
+        matches = _expand_uri(str(entry), key) if is_uri(entry) else _expand_path(str(entry))
+        if not matches:
             raise DataError(f"{key}: {str(entry)!r} matches no Parquet file; give a file, a folder or a glob")
-        files.extend(found)
+        files.extend(matches)
     repeated = sorted({str(path) for path in files if files.count(path) > 1})
     if repeated:
         raise DataError(f"{key} names {repeated[0]} more than once; every episode would count twice")
@@ -101,11 +101,11 @@ def _expand_uri(entry: str, key: str) -> list[Source]:
         info = filesystem.get_file_info(folder)
         if info.type == fs.FileType.File:
             return [entry]
-        found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{key}: {base} can't be listed ({error}); check the address and the credentials") from None
     pattern = name if "*" in name else "*.parquet"
-    names = sorted(f.path for f in found if f.type == fs.FileType.File and fnmatch.fnmatch(f.path, pattern))
+    names = sorted(f.path for f in entries if f.type == fs.FileType.File and fnmatch.fnmatch(f.path, pattern))
     root = base[: len(base) - len(name)] if base.endswith(name) else base[: base.index("://") + 3]
     return [f"{root}{path}{question}{options}" for path in names]
 

@@ -33,9 +33,10 @@ def validation_episodes(
 
 
 def used_episodes(name: str, num_episodes: int, seed: int, max_episodes: int | None) -> np.ndarray:
-    """Which episodes `data.max_episodes` leaves, bool (num_episodes,); a larger limit adds to those of a smaller.
+    """Which episodes `data.max_episodes` leaves, bool (num_episodes,).
 
-    They are drawn at random: files often hold one task after the other.
+    They are drawn at random, because files often hold one task after the other. A larger limit keeps the episodes of a
+    smaller one and adds to them.
     """
     used = np.zeros(num_episodes, dtype=bool)
     order = np.random.default_rng(derive_seed("limit", name, seed)).permutation(num_episodes)

@@ -56,19 +56,19 @@ def load_statistics(path: str | None, config: Config, config_path: str) -> list[
     return [_dataset_statistics(content["datasets"], entry, config, path, remedy) for entry in config.datasets]
 
 
-def check_statistics(statistics: dict[str, Any], state_dim: int, per_action_dim: int, place: str, remedy: str) -> None:
+def check_statistics(statistics: dict[str, Any], state_dim: int, per_action_dim: int, source: str, remedy: str) -> None:
     """Raise a StatisticsError unless every statistic is there with the right number of finite values."""
     for name, key, width in (("state", "data.state_dim", state_dim), ("action", "per_action_dim", per_action_dim)):
         for statistic in STATISTICS:
             values = statistics.get(name, {}).get(statistic)
             if values is None:
-                raise StatisticsError(f"{place}: no {name}.{statistic}; {remedy}")
+                raise StatisticsError(f"{source}: no {name}.{statistic}; {remedy}")
             if len(values) != width:
                 raise StatisticsError(
-                    f"{place}: {name}.{statistic} has {len(values)} values, config wants {key} {width}; {remedy}"
+                    f"{source}: {name}.{statistic} has {len(values)} values, config wants {key} {width}; {remedy}"
                 )
             if not np.isfinite(values).all():
-                raise StatisticsError(f"{place}: {name}.{statistic} is not finite: {values}; {remedy}")
+                raise StatisticsError(f"{source}: {name}.{statistic} is not finite: {values}; {remedy}")
 
 
 def statistics_settings(data: DataConfig) -> dict[str, Any]:
@@ -83,18 +83,18 @@ def statistics_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def _check_settings(content: dict[str, Any], config: Config, path: str, command: str) -> None:
-    wanted = statistics_settings(config.data)
+    settings = statistics_settings(config.data)
     if config.data.action_mode == "absolute":
-        del wanted["absolute_action_dims"]
+        del settings["absolute_action_dims"]
     if config.data.val_fraction == 0 and config.data.max_episodes is None:
-        del wanted["split_seed"]
-    others = {key: value for key, value in wanted.items() if content.get(key) != value}
+        del settings["split_seed"]
+    others = {key: value for key, value in settings.items() if content.get(key) != value}
     if others:
-        found = ", ".join(f"{key} {content.get(key)}" for key in others)
+        made_with = ", ".join(f"{key} {content.get(key)}" for key in others)
         needed = ", ".join(f"data.{key} {value}" for key, value in others.items())
         flags = " ".join(f"'data.{key}={'null' if value is None else value}'" for key, value in others.items())
         raise StatisticsError(
-            f"{path}: made with {found}, config wants {needed}; make it again with: {command} --set {flags}"
+            f"{path}: made with {made_with}, config wants {needed}; make it again with: {command} --set {flags}"
         )
 
 
@@ -106,11 +106,11 @@ def _dataset_statistics(
         hint = f" (nearest: {near[0]!r})" if near else ""
         raise StatisticsError(f"{path}: no statistics of dataset {entry.name!r}{hint}; {remedy}")
     statistics = datasets[entry.name]
-    place = f"{path}: dataset {entry.name}"
-    check_statistics(statistics, entry.state_dim, entry.per_action_dim, place, remedy)
+    source = f"{path}: dataset {entry.name}"
+    check_statistics(statistics, entry.state_dim, entry.per_action_dim, source, remedy)
     if config.data.action_mode == "delta" and statistics.get("horizon") != entry.horizon:
         raise StatisticsError(
-            f"{place}: made with horizon {statistics.get('horizon')}, config wants horizon {entry.horizon}, and "
+            f"{source}: made with horizon {statistics.get('horizon')}, config wants horizon {entry.horizon}, and "
             f"statistics of delta actions depend on it; {remedy}"
         )
     return statistics

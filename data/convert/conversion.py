@@ -33,11 +33,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.convert.episode_writer import RECORD, OutputFile
+from data.schema import CAMERAS, MAIN_CAMERA
 from utils.parquet_utils import DataError
 
 logger = logging.getLogger(__name__)
 
-CAMERAS = ("image_1", "image_2")
 MAX_FILES = 500  # beyond so many episodes, a file holds several of them
 UNITS = "unknown: the source does not record them"
 
@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Summary:
+class ConversionSummary:
     """What a conversion did."""
 
     written: int  # files
@@ -98,7 +98,7 @@ def plan_files(
 
 def convert_files(
     files: Sequence[OutputFile], convert: Callable[[OutputFile], None], *, num_workers: int, overwrite: bool
-) -> Summary:
+) -> ConversionSummary:
     """Make every file that is not there yet, in parallel.
 
     Args:
@@ -124,7 +124,7 @@ def convert_files(
         with tqdm(total=episodes, initial=before, unit="episode", disable=None) as progress:
             for file, _ in zip(missing, run_jobs(convert, missing, num_workers), strict=True):
                 progress.update(len(file.episodes))
-    return Summary(
+    return ConversionSummary(
         written=len(missing),
         skipped=len(files) - len(missing),
         episodes=episodes,
@@ -217,18 +217,18 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 def _check_folder(folder: Path, files: Sequence[OutputFile], overwrite: bool) -> None:
-    """Refuse Parquet files that would be read together with these; delete outdated ones where that is wished."""
-    wanted = {file.path for file in files}
+    """Refuse Parquet files that would be read together with these; delete outdated ones with `overwrite`."""
+    made = {file.path for file in files}
     for path in sorted(folder.glob("*.parquet")):
         record, rows = read_record(path)
-        if path in wanted and rows is None:
+        if path in made and rows is None:
             continue  # damaged: it is made again
         if record is None:
             raise DataError(
                 f"{path} is not of a conversion and would be mixed with its files; choose another --output_dir, or "
                 "move that file away"
             )
-        if path in wanted or record["settings"] == files[0].settings:
+        if path in made or record["settings"] == files[0].settings:
             continue
         if not overwrite:
             raise DataError(
@@ -239,13 +239,13 @@ def _check_folder(folder: Path, files: Sequence[OutputFile], overwrite: bool) ->
         path.unlink()
 
 
-def _difference(found: Any, wanted: Any, name: str = "") -> str:
+def _difference(before: Any, now: Any, name: str = "") -> str:
     """Where two records differ first: `settings.image_format is "png", now "jpeg"`."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            if found.get(key) != wanted.get(key):
-                return _difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-    return f"{name} is {json.dumps(found)}, now {json.dumps(wanted)}"
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                return _difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    return f"{name} is {json.dumps(before)}, now {json.dumps(now)}"
 
 
 def fingerprint(path: Path) -> list[int]:
@@ -285,15 +285,16 @@ def parse_cameras(texts: Sequence[str], available: Sequence[str], where: str) ->
     for text in texts:
         camera, _, column = text.partition("=")
         if not camera or column not in CAMERAS:
-            raise DataError(f"--cameras {text!r}: wanted <camera>=image_1 or <camera>=image_2")
+            forms = " or ".join(f"<camera>={name}" for name in CAMERAS)
+            raise DataError(f"--cameras {text!r}: wanted {forms}")
         if camera in mapping or column in mapping.values():
             raise DataError(f"--cameras {text!r}: {camera!r} or {column!r} is given twice")
         mapping[camera] = column
     check_names(mapping, available, "camera", where)
-    if "image_1" not in mapping.values():
+    if MAIN_CAMERA not in mapping.values():
         raise DataError(
-            f"--cameras: no camera for image_1, which every step needs; give <camera>=image_1 (cameras of {where}: "
-            f"{', '.join(available) or 'none'})"
+            f"--cameras: no camera for {MAIN_CAMERA}, which every step needs; give <camera>={MAIN_CAMERA} (cameras of "
+            f"{where}: {', '.join(available) or 'none'})"
         )
     left_out = [camera for camera in available if camera not in mapping]
     if left_out:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from data.schema import PROMPT, TIMESTAMP, written_schema
 from utils.parquet_utils import DataError
 
 RECORD = "conversion"  # metadata key: what a file was made from and how, as JSON
@@ -60,65 +61,61 @@ class OutputFile:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What is kept in the file's metadata to recognise it."""
+        """What the file's metadata keep, so that a later conversion recognises the file."""
         return {"episodes": list(self.episodes), "settings": self.settings, "sources": self.sources}
+
+    def metadata(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The metadata of the file: facts about its source, and the record."""
+        return {**facts, RECORD: json.dumps(self.record, sort_keys=True)}
 
 
 @dataclass(frozen=True)
-class Rows:
+class Steps:
     """Consecutive steps of one episode. N steps."""
 
-    images: dict[str, list[bytes]]  # image_1 and maybe image_2: N encoded frames each
+    images: dict[str, list[bytes]]  # of each camera N encoded frames
     state: np.ndarray  # (N, state_dim)
     action: np.ndarray  # (N, per_action_dim)
-    timestamp: np.ndarray  # (N,) seconds since the episode's start
     prompts: list[str]  # N
-    terminal: bool = False  # whether the last of these steps ended the episode by itself; asked of the last block
+    extra: dict[str, np.ndarray] = field(default_factory=dict)  # (N,) of each optional column that the file has
+    terminal: bool = False  # whether the last of these steps ended the episode by itself; only an episode's last counts
 
 
 class EpisodeFileWriter:
     """One Parquet file of whole episodes; a context manager that leaves either the whole file or none.
 
-    Columns: those of the schema, episode_index and frame_index (int64), timestamp (float32, seconds since the
-    episode's start). Memory is bounded by one row group, however long an episode is.
+    Memory is bounded by one row group, however long an episode is.
     """
 
     def __init__(
         self,
-        file: OutputFile,
+        path: Path,
         *,
         cameras: Sequence[str],
         state_dim: int,
         per_action_dim: int,
         metadata: Mapping[str, Any],
         source: str,
+        extra: Sequence[str] = (TIMESTAMP,),
     ) -> None:
-        """Prepare to write `file`, as `.<name>.tmp` beside it until it is complete.
+        """Prepare to write `path`, as `.<name>.tmp` beside it until it is complete.
 
         Args:
-            file: what is made; its record goes into the metadata.
+            path: the file.
             cameras: image columns.
             state_dim, per_action_dim: widths.
             metadata: goes into the file's schema, strings as they are and anything else as JSON.
-            source: what the rows come from, for error messages.
+            source: what the steps come from, for error messages.
+            extra: optional columns of `data/schema.py`, the last ones of the file.
         """
-        self._path, self._temporary = file.path, file.path.with_name(f".{file.path.name}.tmp")
+        self._path, self._temporary = path, path.with_name(f".{path.name}.tmp")
         self._source = source
-        facts = {**metadata, RECORD: json.dumps(file.record, sort_keys=True)}
-        self._schema = pa.schema(
-            [
-                *((camera, pa.binary()) for camera in cameras),
-                ("state", pa.list_(pa.float32(), state_dim)),
-                ("action", pa.list_(pa.float32(), per_action_dim)),
-                ("is_first", pa.bool_()),
-                ("is_last", pa.bool_()),
-                ("is_terminal", pa.bool_()),
-                ("prompt", pa.string()),
-                ("episode_index", pa.int64()),
-                ("frame_index", pa.int64()),
-                ("timestamp", pa.float32()),
-            ],
-            metadata={key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()},
+        self._schema = written_schema(
+            cameras,
+            state_dim,
+            per_action_dim,
+            extra=extra,
+            metadata={key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()},
         )
         self._pending: list[pa.Table] = []
 
@@ -127,8 +124,8 @@ class EpisodeFileWriter:
             self._temporary,
             self._schema,
             compression="none",  # the images are compressed already
-            use_dictionary=["prompt"],
-            write_statistics=["episode_index", "frame_index"],  # not of whole images
+            use_dictionary=[PROMPT],
+            write_statistics=[column.name for column in self._schema if pa.types.is_integer(column.type)],
         )
         return self
 
@@ -140,7 +137,7 @@ class EpisodeFileWriter:
         finally:
             self._temporary.unlink(missing_ok=True)
 
-    def write_episode(self, episode_index: int, length: int, blocks: Iterable[Rows]) -> None:
+    def write_episode(self, episode_index: int, length: int, blocks: Iterable[Steps]) -> None:
         """Append one episode.
 
         Args:
@@ -152,13 +149,13 @@ class EpisodeFileWriter:
             DataError: a number that is not finite, an empty prompt, another number of steps.
         """
         begin, size = 0, 0
-        for rows in blocks:
-            if begin + len(rows.prompts) > length:
+        for steps in blocks:
+            if begin + len(steps.prompts) > length:
                 raise self._wrong_length(episode_index, f"more than {length}", length)
-            self._check(rows, episode_index, begin)
-            self._pending.append(self._table(rows, episode_index, begin, length))
-            begin += len(rows.prompts)
-            size += sum(len(image) for images in rows.images.values() for image in images)
+            self._check(steps, episode_index, begin)
+            self._pending.append(self._table(steps, episode_index, begin, length))
+            begin += len(steps.prompts)
+            size += sum(len(image) for images in steps.images.values() for image in images)
             if size >= BYTES_PER_GROUP or sum(map(len, self._pending)) >= ROWS_PER_GROUP:
                 self._flush()
                 size = 0
@@ -166,14 +163,14 @@ class EpisodeFileWriter:
             raise self._wrong_length(episode_index, str(begin), length)
         self._flush()
 
-    def _wrong_length(self, episode_index: int, found: str, wanted: int) -> DataError:
+    def _wrong_length(self, episode_index: int, found: str, announced: int) -> DataError:
         return DataError(
-            f"{self._source} episode {episode_index}: found {found} steps, its description says {wanted}; the source "
-            "is damaged or incomplete, so fetch or record it again"
+            f"{self._source} episode {episode_index}: found {found} steps, its description says {announced}; the "
+            "source is damaged or incomplete, so fetch or record it again"
         )
 
-    def _check(self, rows: Rows, episode_index: int, begin: int) -> None:
-        for name, values in (("state", rows.state), ("action", rows.action)):
+    def _check(self, steps: Steps, episode_index: int, begin: int) -> None:
+        for name, values in (("state", steps.state), ("action", steps.action)):
             finite = np.isfinite(values)
             if not finite.all():
                 row, dim = (int(index) for index in np.argwhere(~finite)[0])
@@ -181,30 +178,31 @@ class EpisodeFileWriter:
                     f"{self._source} episode {episode_index} frame {begin + row}: {name}[{dim}] is "
                     f"{values[row, dim]}; every value must be a finite number, so leave that episode out (--episodes)"
                 )
-        for i, prompt in enumerate(rows.prompts):
+        for i, prompt in enumerate(steps.prompts):
             if not prompt.strip():
                 raise DataError(
                     f"{self._source} episode {episode_index} frame {begin + i}: the instruction is {prompt!r}; every "
                     "step needs one, so give it with --prompt"
                 )
 
-    def _table(self, rows: Rows, episode_index: int, begin: int, length: int) -> pa.Table:
-        frames = np.arange(begin, begin + len(rows.prompts))
+    def _table(self, steps: Steps, episode_index: int, begin: int, length: int) -> pa.Table:
+        frames = np.arange(begin, begin + len(steps.prompts), dtype=np.int64)
         is_last = frames == length - 1
-        columns: dict[str, pa.Array] = {camera: pa.array(images, pa.binary()) for camera, images in rows.images.items()}
-        for name, values in (("state", rows.state), ("action", rows.action)):
-            flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
-            columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-        columns |= {
-            "is_first": pa.array(frames == 0),
-            "is_last": pa.array(is_last),
-            "is_terminal": pa.array(is_last & rows.terminal),
-            "prompt": pa.array(rows.prompts, pa.string()),
-            "episode_index": pa.array(np.full(len(frames), episode_index, dtype=np.int64)),
-            "frame_index": pa.array(frames.astype(np.int64)),
-            "timestamp": pa.array(rows.timestamp.astype(np.float32)),
+        columns: dict[str, Any] = {
+            **steps.images,
+            "is_first": frames == 0,
+            "is_last": is_last,
+            "is_terminal": is_last & steps.terminal,
+            PROMPT: steps.prompts,
+            "episode_index": np.full(len(frames), episode_index, dtype=np.int64),
+            "frame_index": frames,
+            **steps.extra,
         }
-        return pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+        arrays = {name: pa.array(values, self._schema.field(name).type) for name, values in columns.items()}
+        for name, values in (("state", steps.state), ("action", steps.action)):
+            flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
+            arrays[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        return pa.table([arrays[name] for name in self._schema.names], schema=self._schema)
 
     def _flush(self) -> None:
         if self._pending:

@@ -28,7 +28,7 @@ from PIL import Image
 
 from data.convert.conversion import (
     UNITS,
-    Summary,
+    ConversionSummary,
     check_names,
     convert_files,
     fingerprint,
@@ -36,7 +36,8 @@ from data.convert.conversion import (
     parse_episodes,
     plan_files,
 )
-from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Rows
+from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
+from data.schema import TIMESTAMP
 from utils.parquet_utils import DataError
 
 IMAGES = "observations/images"
@@ -45,7 +46,7 @@ SUFFIXES = (".hdf5", ".h5")
 
 
 @dataclass(frozen=True)
-class Options:
+class Hdf5Options:
     """What is converted, and how.
 
     Attributes:
@@ -106,7 +107,7 @@ def convert_hdf5(
     terminal: bool = False,
     num_workers: int = 1,
     overwrite: bool = False,
-) -> Summary:
+) -> ConversionSummary:
     """Convert every `.hdf5` and `.h5` file of a folder, searched recursively, into Parquet files of our schema.
 
     Args:
@@ -115,7 +116,7 @@ def convert_hdf5(
         cameras: `<camera>=image_1` and perhaps `<camera>=image_2`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
-        prompt, prompt_attribute, state_keys, action_key, encoding, fps, channel_order, terminal: see `Options`.
+        prompt, prompt_attribute, state_keys, action_key, encoding, fps, channel_order, terminal: see `Hdf5Options`.
 
     Raises:
         DataError: a fault in a file or in the options, naming place and remedy.
@@ -123,7 +124,7 @@ def convert_hdf5(
     paths = find_episodes(hdf5_dir)
     with _open(paths[0]) as file:
         available = sorted(_get(file, IMAGES, h5py.Group, paths[0]))
-    options = Options(
+    options = Hdf5Options(
         cameras=parse_cameras(cameras, available, str(paths[0])),
         state_keys=tuple(state_keys),
         action_key=action_key,
@@ -169,7 +170,7 @@ def find_episodes(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))])
 
 
-def _settings(options: Options) -> dict[str, Any]:
+def _settings(options: Hdf5Options) -> dict[str, Any]:
     """The options that files depend on."""
     return {
         "cameras": options.cameras,
@@ -184,27 +185,29 @@ def _settings(options: Options) -> dict[str, Any]:
     }
 
 
-def _convert_file(folder: Path, options: Options, widths: tuple[int, int], file: OutputFile) -> None:
+def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[int, int], file: OutputFile) -> None:
     paths = [folder / name for name in file.sources]
     with _open(paths[0]) as first:
         sim = first.attrs.get("sim")
     with EpisodeFileWriter(
-        file,
+        file.path,
         cameras=list(options.cameras.values()),
         state_dim=widths[0],
         per_action_dim=widths[1],
-        metadata={
-            "source": folder.resolve().name,
-            "source_format": "HDF5, ALOHA layout",
-            "fps": options.fps,
-            "robot_type": None,
-            "cameras": options.cameras,
-            "state_keys": list(options.state_keys),
-            "state_names": None,
-            "action_names": None,
-            "units": UNITS,
-            "sim": None if sim is None else bool(sim),
-        },
+        metadata=file.metadata(
+            {
+                "source": folder.resolve().name,
+                "source_format": "HDF5, ALOHA layout",
+                "fps": options.fps,
+                "robot_type": None,
+                "cameras": options.cameras,
+                "state_keys": list(options.state_keys),
+                "state_names": None,
+                "action_names": None,
+                "units": UNITS,
+                "sim": None if sim is None else bool(sim),
+            }
+        ),
         source=str(folder),
     ) as writer:
         for index, path in zip(file.episodes, paths, strict=True):
@@ -213,8 +216,8 @@ def _convert_file(folder: Path, options: Options, widths: tuple[int, int], file:
                 writer.write_episode(index, length, _read_episode(episode, path, length, options))
 
 
-def _read_header(path: Path, options: Options) -> _Header:
-    """Check that a file has everything that is wanted of it, in arrays of one length."""
+def _read_header(path: Path, options: Hdf5Options) -> _Header:
+    """Check that a file has every array that the options name, and all of one length."""
     with _open(path) as file:
         check_names(options.cameras, sorted(_get(file, IMAGES, h5py.Group, path)), "camera", str(path))
         lengths, widths = {}, {}
@@ -228,30 +231,30 @@ def _read_header(path: Path, options: Options) -> _Header:
             lengths[f"{IMAGES}/{camera}"] = len(array)
             _is_compressed(array, path, camera)
         if len(set(lengths.values())) > 1:
-            found = ", ".join(f"{key} {length}" for key, length in lengths.items())
-            raise DataError(f"{path}: steps differ ({found}); the file is damaged or incomplete, so record it again")
+            counts = ", ".join(f"{key} {length}" for key, length in lengths.items())
+            raise DataError(f"{path}: steps differ ({counts}); the file is damaged or incomplete, so record it again")
         length = lengths[options.action_key]
         if length == 0:
             raise DataError(f"{path}: holds no steps; remove it or record it again")
     return _Header(length, sum(widths[key] for key in options.state_keys), widths[options.action_key])
 
 
-def _read_episode(file: h5py.File, path: Path, length: int, options: Options) -> Iterator[Rows]:
+def _read_episode(file: h5py.File, path: Path, length: int, options: Hdf5Options) -> Iterator[Steps]:
     prompt = _prompt(file, path, options)
     frames = {column: _frames(file, path, camera, options) for camera, column in options.cameras.items()}
     for begin in range(0, length, ROWS_PER_BLOCK):
         end = min(begin + ROWS_PER_BLOCK, length)
-        yield Rows(
+        yield Steps(
             images={column: [next(images) for _ in range(begin, end)] for column, images in frames.items()},
             state=np.concatenate([file[key][begin:end] for key in options.state_keys], axis=1),
             action=file[options.action_key][begin:end],
-            timestamp=np.arange(begin, end) / options.fps,
             prompts=[prompt] * (end - begin),
+            extra={TIMESTAMP: (np.arange(begin, end) / options.fps).astype(np.float32)},
             terminal=options.terminal,
         )
 
 
-def _frames(file: h5py.File, path: Path, camera: str, options: Options) -> Iterator[bytes]:
+def _frames(file: h5py.File, path: Path, camera: str, options: Hdf5Options) -> Iterator[bytes]:
     """The encoded frames of one camera."""
     array = file[f"{IMAGES}/{camera}"]
     compressed = _is_compressed(array, path, camera)
@@ -264,8 +267,8 @@ def _frames(file: h5py.File, path: Path, camera: str, options: Options) -> Itera
             continue
         encoded = [np.asarray(frame, dtype=np.uint8).tobytes().rstrip(b"\0") for frame in block]
         if lengths is not None:  # one row for each camera, in an order that the file does not tell
-            found = np.array([len(frame) for frame in encoded])
-            lengths = lengths[(lengths[:, begin : begin + len(found)] == found).all(axis=1)]
+            frame_lengths = np.array([len(frame) for frame in encoded])
+            lengths = lengths[(lengths[:, begin : begin + len(frame_lengths)] == frame_lengths).all(axis=1)]
             if not len(lengths):
                 raise DataError(
                     f"{path}: {camera} from frame {begin} on is not as long as compress_len says for any camera; the "
@@ -300,7 +303,7 @@ def _is_compressed(array: h5py.Dataset, path: Path, camera: str) -> bool:
     )
 
 
-def _prompt(file: h5py.File, path: Path, options: Options) -> str:
+def _prompt(file: h5py.File, path: Path, options: Hdf5Options) -> str:
     name = options.prompt_attribute
     if name is not None and name in file.attrs:
         value = file.attrs[name]
@@ -319,9 +322,9 @@ def _open(path: Path) -> h5py.File:
 
 def _get(file: h5py.File, key: str, kind: type, path: Path) -> Any:
     """A group or a dataset of a file, or a DataError that lists what there is."""
-    found = file.get(key)
-    if not isinstance(found, kind):
+    item = file.get(key)
+    if not isinstance(item, kind):
         names: list[str] = []
         file.visititems(lambda name, item: names.append(name) if isinstance(item, kind) else None)
         check_names([key], [name for name in names if name != key], kind.__name__.lower(), str(path))
-    return found
+    return item

@@ -1,6 +1,6 @@
 """LeRobot datasets (v2.0, v2.1, v3.0; frames as images or as video) into the schema of docs/data_format.md.
 
-Rows are read 64 at a time and video is decoded forward, so memory does not grow with episodes or files.
+Steps are read 64 at a time and video is decoded forward, so memory does not grow with episodes or files.
 `data/convert/lerobot_metadata.py` knows the layouts; `data/convert/lerobot_export.py` is the way back.
 """
 
@@ -21,16 +21,17 @@ import pyarrow.parquet as pq
 
 from data.convert.conversion import (
     UNITS,
-    Summary,
+    ConversionSummary,
     check_names,
     convert_files,
     parse_cameras,
     parse_episodes,
     plan_files,
 )
-from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Rows
-from data.convert.lerobot_metadata import Episode, LeRobotDataset
+from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
+from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset
 from data.convert.video import VideoReader
+from data.schema import TIMESTAMP
 from utils.parquet_utils import DataError, open_parquet, require_columns
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # JPEG, PNG
 
 
 @dataclass(frozen=True)
-class Options:
+class LeRobotOptions:
     """What is converted, and how.
 
     Attributes:
@@ -83,7 +84,7 @@ def convert_lerobot(
     terminal: str = "auto",
     num_workers: int = 1,
     overwrite: bool = False,
-) -> Summary:
+) -> ConversionSummary:
     """Convert a LeRobot dataset into Parquet files of our schema, one each episode (see `plan_files`).
 
     Args:
@@ -92,13 +93,13 @@ def convert_lerobot(
         cameras: `<feature>=image_1` and perhaps `<feature>=image_2`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
-        state_keys, action_key, encoding, tolerance_s, prompt, terminal: see `Options`.
+        state_keys, action_key, encoding, tolerance_s, prompt, terminal: see `LeRobotOptions`.
 
     Raises:
         DataError: a fault in the dataset or the options, naming place and remedy.
     """
     dataset = LeRobotDataset(lerobot_dir)
-    options = Options(
+    options = LeRobotOptions(
         cameras=parse_cameras(cameras, dataset.cameras, str(lerobot_dir)),
         state_keys=tuple(state_keys),
         action_key=action_key,
@@ -123,7 +124,7 @@ def convert_lerobot(
     return convert_files(files, convert, num_workers=num_workers, overwrite=overwrite)
 
 
-def _settings(dataset: LeRobotDataset, options: Options) -> dict[str, Any]:
+def _settings(dataset: LeRobotDataset, options: LeRobotOptions) -> dict[str, Any]:
     """The options that files depend on."""
     from_video = any(dataset.is_video(key) for key in options.cameras)
     return {
@@ -143,25 +144,27 @@ def _open(root: Path, _digest: str) -> LeRobotDataset:
     return LeRobotDataset(root)
 
 
-def _convert_file(root: Path, options: Options, file: OutputFile) -> None:
+def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None:
     dataset = _open(root, json.dumps(file.settings["dataset"]))
     readers: dict[str, VideoReader] = {}
     with EpisodeFileWriter(
-        file,
+        file.path,
         cameras=list(options.cameras.values()),
         state_dim=sum(dataset.width(key) for key in options.state_keys),
         per_action_dim=dataset.width(options.action_key),
-        metadata={
-            "source": root.resolve().name,
-            "source_format": f"LeRobot {dataset.version}",
-            "fps": dataset.fps,
-            "robot_type": dataset.robot_type,
-            "cameras": options.cameras,
-            "state_keys": list(options.state_keys),
-            "state_names": dataset.names(options.state_keys),
-            "action_names": dataset.names([options.action_key]),
-            "units": UNITS,
-        },
+        metadata=file.metadata(
+            {
+                "source": root.resolve().name,
+                "source_format": f"LeRobot {dataset.version}",
+                "fps": dataset.fps,
+                "robot_type": dataset.robot_type,
+                "cameras": options.cameras,
+                "state_keys": list(options.state_keys),
+                "state_names": dataset.names(options.state_keys),
+                "action_names": dataset.names([options.action_key]),
+                "units": UNITS,
+            }
+        ),
         source=str(root),
     ) as writer:
         try:
@@ -174,8 +177,8 @@ def _convert_file(root: Path, options: Options, file: OutputFile) -> None:
 
 
 def _read_episode(
-    dataset: LeRobotDataset, options: Options, episode: Episode, readers: dict[str, VideoReader]
-) -> Iterator[Rows]:
+    dataset: LeRobotDataset, options: LeRobotOptions, episode: EpisodeSource, readers: dict[str, VideoReader]
+) -> Iterator[Steps]:
     """The steps of one episode; `readers` are the videos left open by the episode before."""
     where = f"{dataset.root} episode {episode.index}"
     images = [key for key in options.cameras if not dataset.is_video(key)]
@@ -194,32 +197,33 @@ def _read_episode(
                 f"{where}: frame_index is {frames[wrong[0]]} where {begin + wrong[0]} is due ({episode.data_file}); "
                 "rows are missing or out of order, so fetch or record the dataset again"
             )
-        rows = Rows(
+        timestamp = np.asarray(batch.column("timestamp"))
+        steps = Steps(
             images={},
             state=np.concatenate([_matrix(dataset, batch, key, episode) for key in options.state_keys], axis=1),
             action=_matrix(dataset, batch, options.action_key, episode),
-            timestamp=np.asarray(batch.column("timestamp")),
             prompts=_prompts(dataset, options, batch, where),
+            extra={TIMESTAMP: timestamp.astype(np.float32)},
             terminal=bool(batch.column(DONE)[-1].as_py()) if has_done else options.terminal == "always",
         )
-        late = np.diff(rows.timestamp, prepend=last) > 0  # false for NaN
+        late = np.diff(timestamp, prepend=last) > 0  # false for NaN
         if videos and not late.all():
             row = int(np.flatnonzero(~late)[0])
             raise DataError(
-                f"{where} frame {begin + row}: timestamp {rows.timestamp[row]} does not come after the one before, so "
-                f"no video frame is its own ({episode.data_file}); fetch or record the dataset again"
+                f"{where} frame {begin + row}: timestamp {timestamp[row]} does not come after the one before, so "
+                f"no video frame belongs to it ({episode.data_file}); fetch or record the dataset again"
             )
-        last = rows.timestamp[-1]
+        last = timestamp[-1]
         for key, column in options.cameras.items():
             if key in images:
-                rows.images[column] = _embedded(batch.column(key), key, f"{where} frame", begin)
+                steps.images[column] = _embedded(batch.column(key), key, f"{where} frame", begin)
             else:
-                times = _video_times(rows.timestamp, episode.videos[key].start, options.tolerance_s)
-                rows.images[column] = [
+                times = _video_times(timestamp, episode.videos[key].start, options.tolerance_s)
+                steps.images[column] = [
                     options.encoding(readers[key].frame_at(*time, f"{where} frame {begin + i}"))
                     for i, time in enumerate(times)
                 ]
-        yield rows
+        yield steps
         begin += len(frames)
 
 
@@ -242,7 +246,7 @@ def _may_hold(group: pq.RowGroupMetaData, episode_index: int) -> bool:
     return True
 
 
-def _matrix(dataset: LeRobotDataset, batch: pa.RecordBatch, key: str, episode: Episode) -> np.ndarray:
+def _matrix(dataset: LeRobotDataset, batch: pa.RecordBatch, key: str, episode: EpisodeSource) -> np.ndarray:
     """A numeric feature as (rows, width), in the type it is stored in."""
     width, column = dataset.width(key), batch.column(key)
     is_list = isinstance(column, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray))
@@ -257,7 +261,7 @@ def _matrix(dataset: LeRobotDataset, batch: pa.RecordBatch, key: str, episode: E
     return values.to_numpy(zero_copy_only=False).reshape(len(column), width)
 
 
-def _prompts(dataset: LeRobotDataset, options: Options, batch: pa.RecordBatch, where: str) -> list[str]:
+def _prompts(dataset: LeRobotDataset, options: LeRobotOptions, batch: pa.RecordBatch, where: str) -> list[str]:
     if options.prompt is not None:
         return [options.prompt] * batch.num_rows
     indices = batch.column("task_index").to_pylist()
@@ -277,16 +281,16 @@ def _embedded(column: pa.Array, key: str, where: str, begin: int) -> list[bytes]
     frames: list[bytes | None] = column.to_pylist()
     for i, frame in enumerate(frames):
         if not frame or not frame.startswith(SIGNATURES):
-            found = f"begins with {frame[:4]!r}" if frame else "is not embedded"
+            reason = f"begins with {frame[:4]!r}" if frame else "is not embedded"
             raise DataError(
-                f"{where} {begin + i}: {key} {found}; wanted the bytes of a JPEG or PNG image: write the dataset again "
-                "with embedded images"
+                f"{where} {begin + i}: {key} {reason}; wanted the bytes of a JPEG or PNG image: write the dataset "
+                "again with embedded images"
             )
     return frames
 
 
-def _open_video(dataset: LeRobotDataset, episode: Episode, key: str, readers: dict[str, VideoReader]) -> None:
-    """Have a reader of the episode's video; one of the same file goes on from where it is."""
+def _open_video(dataset: LeRobotDataset, episode: EpisodeSource, key: str, readers: dict[str, VideoReader]) -> None:
+    """Put a reader of the episode's video into `readers`; a reader that has the same file open stays."""
     span = episode.videos[key]
     if key not in readers or readers[key].path != span.path:
         if key in readers:

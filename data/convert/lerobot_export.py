@@ -65,7 +65,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Frames:
-    """What a pass over one camera's images of an episode found."""
+    """The images of one camera in an episode, measured in one pass."""
 
     shape: tuple[int, int, int]  # height, width, 3
     counts: np.ndarray  # see count_pixels
@@ -74,19 +74,19 @@ class _Frames:
 
 
 def read_facts(files: Sequence[Path]) -> dict[str, Any]:
-    """What converters and scripts/record_demos.py noted in the files' metadata, of FACTS; what they agree on.
+    """The FACTS in the files' metadata, as converters and scripts/record_demos.py note them, on which all files agree.
 
     Raises:
         DataError: they disagree on fps.
     """
-    found = [_facts(path) for path in files]
-    rates = {facts.get("fps") for facts in found}
+    of_files = [_facts(path) for path in files]
+    rates = {facts.get("fps") for facts in of_files}
     if len(rates) > 1:
         raise DataError(
             f"{files[0]} and others were recorded at {', '.join(map(str, rates))} frames per second; LeRobot has one "
             "rate for a dataset, so export them one by one"
         )
-    return {key: value for key, value in found[0].items() if all(facts.get(key) == value for facts in found)}
+    return {key: value for key, value in of_files[0].items() if all(facts.get(key) == value for facts in of_files)}
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class _Writer:
             chunk, file, start, stop = video.append(frames[feature].video)
             row |= {f"videos/{feature}/chunk_index": chunk, f"videos/{feature}/file_index": file}
             row |= {f"videos/{feature}/from_timestamp": start, f"videos/{feature}/to_timestamp": stop}
-        stats = {feature: image_stats(found.counts, found.num_sampled) for feature, found in frames.items()}
+        stats = {feature: image_stats(measured.counts, measured.num_sampled) for feature, measured in frames.items()}
         stats |= {key: vector_stats(values.reshape(len(episode), -1)) for key, values in numbers.items()}
         for key, values in stats.items():
             row |= {f"stats/{key}/{name}": value.tolist() for name, value in values.items()}
@@ -208,20 +208,20 @@ class _Writer:
             self._flush_episodes()
         for key, values in numbers.items():
             self._numbers.setdefault(key, []).append(values)
-        for feature, found in frames.items():
-            self._counts[feature] = self._counts.get(feature, 0) + found.counts
+        for feature, measured in frames.items():
+            self._counts[feature] = self._counts.get(feature, 0) + measured.counts
         self._num_sampled += next(iter(frames.values())).num_sampled
         self._num_rows += len(episode)
         self._num_episodes += 1
 
     def _check_shapes(self, episode: Episode, frames: dict[str, _Frames]) -> None:
-        for feature, found in frames.items():
+        for feature, measured in frames.items():
             height, width, _ = self._features[feature]["shape"]
-            if found.shape[:2] != (height, width):
+            if measured.shape[:2] != (height, width):
                 raise DataError(
                     f"{episode.spans[0].path} row {episode.spans[0].begin}: frames of {feature} are "
-                    f"{found.shape[1]}x{found.shape[0]}, those of the first episode are {width}x{height}; LeRobot has "
-                    "one size for each camera, so export these files apart"
+                    f"{measured.shape[1]}x{measured.shape[0]}, those of the first episode are {width}x{height}; "
+                    "LeRobot has one size for each camera, so export these files apart"
                 )
 
     def _columns(self, episode: Episode) -> dict[str, np.ndarray]:
@@ -298,9 +298,9 @@ class _Writer:
             "splits": {"train": f"0:{self._num_episodes}"},
         }
         _write_json(meta / "info.json", info)
-        lists = {key: {name: value.tolist() for name, value in found.items()} for key, found in stats.items()}
+        lists = {key: {name: value.tolist() for name, value in numbers.items()} for key, numbers in stats.items()}
         _write_json(meta / "stats.json", lists)
-        # object, not pandas' own string type, so that every version of pandas reads the same index
+        # object, not pandas' string type, so that every version of pandas reads the same index
         tasks = pd.DataFrame(
             {"task_index": list(self._tasks.values())}, index=pd.Index(list(self._tasks), dtype=object, name="task")
         )
@@ -321,9 +321,9 @@ def _image_blocks(episode: Episode, camera: str) -> Iterator[pa.StructArray]:
 def _features(layout: Layout, episode: Episode, frames: dict[str, _Frames]) -> dict[str, dict[str, Any]]:
     """The `features` of info.json."""
     features: dict[str, dict[str, Any]] = {}
-    for feature, found in frames.items():
+    for feature, measured in frames.items():
         dtype, names = "video" if layout.video else "image", ["height", "width", "channels"]
-        features[feature] = {"dtype": dtype, "shape": list(found.shape), "names": names}
+        features[feature] = {"dtype": dtype, "shape": list(measured.shape), "names": names}
     for key, values, names in (
         (STATE, episode.state, layout.state_names),
         (ACTION, episode.action, layout.action_names),
@@ -336,9 +336,9 @@ def _features(layout: Layout, episode: Episode, frames: dict[str, _Frames]) -> d
 
 
 def _measure_images(scratch: Path, layout: Layout, job: tuple[int, int, tuple[Span, ...]]) -> dict[str, _Frames]:
-    """Check, measure and perhaps encode an episode's images; feature -> what was found."""
+    """Check, measure and perhaps encode an episode's images; feature -> its images, measured."""
     index, length, spans = job
-    found = {}
+    measured = {}
     for camera, feature in layout.cameras.items():
         pixels = _Pixels(spans, camera, set(sampled_frames(length)), decode_all=layout.video is not None)
         video = scratch / f"{index:06d}_{camera}.mp4" if layout.video else None
@@ -347,8 +347,8 @@ def _measure_images(scratch: Path, layout: Layout, job: tuple[int, int, tuple[Sp
         else:
             for _ in pixels:
                 pass
-        found[feature] = _Frames(pixels.shape, pixels.counts, len(pixels.sampled), video)
-    return found
+        measured[feature] = _Frames(pixels.shape, pixels.counts, len(pixels.sampled), video)
+    return measured
 
 
 class _Pixels:

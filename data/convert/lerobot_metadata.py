@@ -30,8 +30,8 @@ class VideoSpan:
 
 
 @dataclass(frozen=True)
-class Episode:
-    """One episode of a LeRobot dataset."""
+class EpisodeSource:
+    """Where one episode of a LeRobot dataset lies."""
 
     index: int
     length: int  # steps
@@ -45,7 +45,7 @@ class LeRobotDataset:
     Attributes:
         version, fps, robot_type, features: as info.json has them.
         tasks: task_index -> instruction.
-        episodes: episode_index -> `Episode`, ascending.
+        episodes: episode_index -> `EpisodeSource`, ascending.
     """
 
     def __init__(self, root: Path) -> None:
@@ -122,7 +122,9 @@ class LeRobotDataset:
     def digest(self) -> dict[str, str]:
         """What tells this state of the metadata from another one."""
         paths = {"info": [self.info_path], "tasks": [self.tasks_path], "episodes": self.episode_paths}
-        digests = {name: hashlib.sha256(b"".join(path.read_bytes() for path in found)) for name, found in paths.items()}
+        digests = {
+            name: hashlib.sha256(b"".join(path.read_bytes() for path in of_part)) for name, of_part in paths.items()
+        }
         return {"version": self.version, **{name: digest.hexdigest()[:16] for name, digest in digests.items()}}
 
     def sources(self, episodes: Sequence[int], cameras: Sequence[str]) -> dict[str, list[int]]:
@@ -132,20 +134,20 @@ class LeRobotDataset:
         files |= {episode.videos[key].path for episode in chosen for key in cameras if self.is_video(key)}
         return {path.relative_to(self.root).as_posix(): fingerprint(path) for path in sorted(files)}
 
-    def _episodes_v2(self) -> dict[int, Episode]:
+    def _episodes_v2(self) -> dict[int, EpisodeSource]:
         episodes = {}
         for entry in _read_jsonl(self.episode_paths[0]):
             index = int(entry["episode_index"])
-            place = {"episode_chunk": index // int(self.info["chunks_size"]), "episode_index": index}
+            numbers = {"episode_chunk": index // int(self.info["chunks_size"]), "episode_index": index}
             videos = {
-                key: VideoSpan(self._path("video_path", video_key=key, **place), 0.0, None)
+                key: VideoSpan(self._path("video_path", video_key=key, **numbers), 0.0, None)
                 for key in self.features
                 if self.is_video(key)
             }
-            episodes[index] = Episode(index, int(entry["length"]), self._path("data_path", **place), videos)
+            episodes[index] = EpisodeSource(index, int(entry["length"]), self._path("data_path", **numbers), videos)
         return episodes
 
-    def _episodes_v3(self) -> dict[int, Episode]:
+    def _episodes_v3(self) -> dict[int, EpisodeSource]:
         if not self.episode_paths:
             folder = self.root / "meta" / "episodes"
             raise DataError(f"{folder}: no Parquet file; the dataset is incomplete, so fetch it again")
@@ -160,13 +162,13 @@ class LeRobotDataset:
                 rows = file.read(columns=names).to_pylist()
             for row in rows:
                 index = row["episode_index"]
-                place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+                numbers = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
                 videos = {}
                 for key in keys:
                     chunk, number, start, stop = (row[f"videos/{key}/{field}"] for field in fields)
                     video = self._path("video_path", video_key=key, chunk_index=chunk, file_index=number)
                     videos[key] = VideoSpan(video, start, stop)
-                episodes[index] = Episode(index, row["length"], self._path("data_path", **place), videos)
+                episodes[index] = EpisodeSource(index, row["length"], self._path("data_path", **numbers), videos)
         return episodes
 
     def _path(self, template: str, **values: Any) -> Path:

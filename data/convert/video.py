@@ -80,9 +80,9 @@ class VideoReader:
                 "cut short, so fetch it again"
             ) from None
         if frame is None or frame.time > seconds + tolerance:
-            found = "it ends before" if frame is None else f"the next one is at {frame.time:.4f} s"
+            reason = "it ends before" if frame is None else f"the next one is at {frame.time:.4f} s"
             raise DataError(
-                f"{where}: {self.path} has no frame within {tolerance:.2g} s of {seconds:.4f} s ({found}); the video "
+                f"{where}: {self.path} has no frame within {tolerance:.2g} s of {seconds:.4f} s ({reason}); the video "
                 "does not fit the rows, so fetch it again, or raise --tolerance_s if its clock is only imprecise"
             )
         if frame.is_corrupt:
@@ -128,10 +128,10 @@ class VideoEncoding:
 
     @classmethod
     def choose(cls, codec: str | None, crf: int | None) -> VideoEncoding:
-        """The encoder asked for, or AV1, or H.264 where PyAV was built without an AV1 encoder.
+        """An encoder for `codec`; None: AV1, or H.264 where PyAV was built without an AV1 encoder.
 
         Raises:
-            DataError: PyAV has none, or not the one asked for.
+            DataError: PyAV has no encoder for `codec`, or for either.
         """
         present = [name for name, encoder in ENCODERS.items() if _has_encoder(encoder)]
         if not present or codec not in (None, *present):

@@ -41,7 +41,7 @@ def describe_episodes(
     Args:
         dataset: whose store holds them.
         split: written into every entry.
-        episodes: numbers in the dataset's files; None: those of the dataset's own split.
+        episodes: numbers in the dataset's files; None: those of the dataset's split.
 
     Returns:
         One entry per episode: dataset, split, episode, file, row where it begins in that file, steps, prompt, and in
@@ -53,8 +53,8 @@ def describe_episodes(
     for episode in np.asarray(dataset.episodes if episodes is None else episodes).tolist():
         begin, end = (int(row) for row in store.episode_starts[episode : episode + 2])
         file = int(np.searchsorted(store.file_starts, begin, side="right")) - 1
-        place = {"file": str(store.files[file]), "row": begin - int(store.file_starts[file])}
-        about = {"dataset": dataset.name, "split": split, "episode": episode, **place}
+        source = {"file": str(store.files[file]), "row": begin - int(store.file_starts[file])}
+        about = {"dataset": dataset.name, "split": split, "episode": episode, **source}
         about |= {"steps": end - begin, "prompt": store.prompt(begin)}
         result.append(about | _describe_motion(store.state[begin:end], store.action[begin:end]))
     return result
@@ -83,16 +83,18 @@ def prompts_by_split(episodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     Args:
         episodes: from `describe_episodes`.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    by_prompt: dict[tuple[str, str], dict[str, Any]] = {}
     for episode in episodes:
         key = (episode["dataset"], episode["prompt"])
-        about = found.setdefault(key, {"dataset": key[0], "prompt": key[1], "splits": {}, "episodes": 0, "steps": 0})
-        counts = about["splits"].setdefault(episode["split"], [0, 0])
+        entry = by_prompt.setdefault(
+            key, {"dataset": key[0], "prompt": key[1], "splits": {}, "episodes": 0, "steps": 0}
+        )
+        counts = entry["splits"].setdefault(episode["split"], [0, 0])
         for counter, amount in ((0, 1), (1, episode["steps"])):
             counts[counter] += amount
-        about["episodes"] += 1
-        about["steps"] += episode["steps"]
-    return sorted(found.values(), key=lambda about: (about["dataset"], -about["episodes"], about["prompt"]))
+        entry["episodes"] += 1
+        entry["steps"] += episode["steps"]
+    return sorted(by_prompt.values(), key=lambda entry: (entry["dataset"], -entry["episodes"], entry["prompt"]))
 
 
 def overlap(train: VLADataset, val: VLADataset) -> list[int]:
@@ -127,7 +129,7 @@ def describe_dimensions(values: np.ndarray) -> dict[str, Any]:
     if not len(finite):
         return {"rows": 0, "min": [], "q01": [], "mean": [], "q99": [], "max": [], "std": []}
     q01, q99 = np.quantile(finite, [0.01, 0.99], axis=0)
-    found = {
+    columns = {
         "min": finite.min(axis=0),
         "q01": q01,
         "mean": finite.mean(axis=0),
@@ -135,7 +137,7 @@ def describe_dimensions(values: np.ndarray) -> dict[str, Any]:
         "max": finite.max(axis=0),
         "std": finite.std(axis=0),
     }
-    return {"rows": len(finite), **{name: [float(x) for x in array] for name, array in found.items()}}
+    return {"rows": len(finite), **{name: [float(x) for x in array] for name, array in columns.items()}}
 
 
 def describe_lengths(lengths: np.ndarray) -> dict[str, float | int] | None:

@@ -16,7 +16,9 @@ from data.doctor.analysis import describe_dimensions, describe_lengths
 from data.doctor.findings import KINDS, Finding, Findings
 from data.doctor.frames import DECODED
 from data.doctor.images import Frames
-from data.doctor.rows import VECTORS, Rows, read_rows
+from data.doctor.reading import read_rows
+from data.doctor.rows import Rows
+from data.schema import CAMERAS, VECTORS
 from utils.parquet_utils import Source
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ THUMBNAIL = 160  # pixels of the longer side
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirements:
     """What a configuration asks of the data; with the defaults only what holds for every configuration is checked.
 
     Attributes:
@@ -48,7 +50,7 @@ class Wanted:
 
 @dataclass
 class Examination:
-    """Everything that was seen.
+    """The result of an examination.
 
     Attributes:
         rows: numbers, flags and prompts.
@@ -91,7 +93,7 @@ class Examination:
 def examine(
     train_files: Sequence[Source],
     val_files: Sequence[Source] = (),
-    wanted: Wanted | None = None,
+    requirements: Requirements | None = None,
     *,
     skip_images: bool = False,
     num_workers: int | None = None,
@@ -103,23 +105,23 @@ def examine(
     Args:
         train_files: Parquet files in order; an episode may go on from one into the next.
         val_files: the validation split, in order.
-        wanted: what the config asks for.
+        requirements: what the config asks for.
         skip_images: leave image columns unread.
         num_workers: decoding processes (see `look_at_frames`).
     """
     started = time.monotonic()
-    wanted = wanted or Wanted()
+    requirements = requirements or Requirements()
     findings = Findings()
     rows = read_rows([(path, "train") for path in train_files] + [(path, "val") for path in val_files], findings)
     structure.check_values_present(rows, findings)
-    structure.check_widths(rows, findings, wanted.widths)
+    structure.check_widths(rows, findings, requirements.widths)
     structure.check_flags(rows, findings)
     structure.check_indices(rows, findings)
-    structure.check_prompts(rows, findings, wanted.count_tokens, wanted.prompt_max_len)
-    structure.check_lengths(rows, findings, wanted.horizon)
+    structure.check_prompts(rows, findings, requirements.count_tokens, requirements.prompt_max_len)
+    structure.check_lengths(rows, findings, requirements.horizon)
     structure.check_time(rows, findings)
     repeated_files = duplicates.check_files(rows, findings)
-    duplicates.check_episodes(rows, findings, repeated_files, wanted.held_out)
+    duplicates.check_episodes(rows, findings, repeated_files, requirements.held_out)
     numbers.check_finite(rows, findings)
     outliers = numbers.check_outliers(rows, findings)
     numbers.check_bounds(rows, findings, outliers["action"])
@@ -133,20 +135,20 @@ def examine(
     same_images = np.zeros(max(len(rows) - 1, 0), dtype=bool)
     if not skip_images:
         kept = np.array([i for number in shown for i in three_rows(rows, number)], dtype=np.int64)
-        frames = images.look_at_frames(rows, findings, wanted=kept, thumbnail_size=THUMBNAIL, num_workers=num_workers)
+        frames = images.look_at_frames(rows, findings, keep=kept, thumbnail_size=THUMBNAIL, num_workers=num_workers)
         images.check_decoding(rows, frames, findings)
         same_images = images.check_repeats(rows, frames, findings)
-    images.check_presence(rows, frames, findings, wanted.cameras)
+    images.check_presence(rows, frames, findings, requirements.cameras)
     numbers.check_idle(rows, findings, same_images)
     return Examination(rows, frames, findings, shown, time.monotonic() - started)
 
 
-def choose_episodes(rows: Rows, found: Sequence[Finding], count: int) -> list[int]:
+def choose_episodes(rows: Rows, findings: Sequence[Finding], count: int) -> list[int]:
     """Episodes to show: up to half of `count` with findings, the others spread evenly over both splits."""
     splits = dict(zip(map(str, rows.files), rows.splits, strict=True))
     first_val = next((n for n in range(rows.num_episodes) if _split_of(rows, n) == "val"), rows.num_episodes)
     suspect: list[int] = []
-    for finding in found:
+    for finding in findings:
         if finding.episode is not None:
             number = finding.episode + (first_val if splits[finding.file] == "val" else 0)
             if number not in suspect and len(suspect) < count // 2:
@@ -206,7 +208,7 @@ def describe_split(seen: Examination, split: str) -> dict[str, Any]:
 def _describe_cameras(seen: Examination, where: np.ndarray, files: list[int]) -> dict[str, Any]:
     rows = seen.rows
     result = {}
-    for camera in images.CAMERAS:
+    for camera in CAMERAS:
         count = sum(camera in rows.cameras[file] for file in files)
         if not count:
             continue

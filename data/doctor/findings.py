@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from data.doctor.rows import Rows
+from data.doctor.rows import Rows, runs
 
 Severity = Literal["error", "warning"]
 MAX_MARKS = 1000  # values that are marked in plots, per check and column
@@ -185,14 +184,3 @@ class Findings:
     def count(self, severity: Severity) -> int:
         """How many findings of a severity there are, listed or not."""
         return sum(number for kind, number in self.counts.items() if KINDS[kind].severity == severity)
-
-
-def runs(indices: np.ndarray, rows: Rows) -> list[tuple[int, int]]:
-    """(first, length) of each stretch of consecutive global rows that lie in one episode and one file."""
-    if not len(indices):
-        return []
-    same = (np.diff(indices) == 1) & (rows.episode[indices[1:]] == rows.episode[indices[:-1]])
-    same &= rows.file_of[indices[1:]] == rows.file_of[indices[:-1]]
-    starts = np.flatnonzero(np.concatenate([[True], ~same]))
-    lengths = np.diff(np.concatenate([starts, [len(indices)]]))
-    return [(int(indices[start]), int(length)) for start, length in zip(starts, lengths, strict=True)]

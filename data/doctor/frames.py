@@ -49,13 +49,13 @@ JPEG_START = b"\xff\xd8"
 
 
 def examine_frames(
-    frames: Sequence[bytes | None], wanted: Sequence[int], thumbnail_size: int
+    frames: Sequence[bytes | None], keep: Sequence[int], thumbnail_size: int
 ) -> tuple[np.ndarray, dict[int, str], dict[int, np.ndarray]]:
     """Decode frames, with the codecs of the training loader, and describe them.
 
     Args:
         frames: encoded images, None where absent.
-        wanted: positions in `frames` whose pictures are kept.
+        keep: positions in `frames` whose pictures are kept.
         thumbnail_size: pixels of the longer side of a kept picture.
 
     Returns:
@@ -64,7 +64,7 @@ def examine_frames(
     """
     facts = np.zeros(len(frames), dtype=FRAME)
     errors: dict[int, str] = {}
-    kept: dict[int, np.ndarray] = {}
+    pictures: dict[int, np.ndarray] = {}
     for i, frame in enumerate(frames):
         if frame is None:
             facts["status"][i] = ABSENT
@@ -73,17 +73,17 @@ def examine_frames(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                picture = _examine(frame, facts[i : i + 1], thumbnail_size if i in wanted else SCALED_SIDE)
+                picture = _examine(frame, facts[i : i + 1], thumbnail_size if i in keep else SCALED_SIDE)
         except DECODE_ERRORS as error:
             facts["status"][i] = BROKEN
-            unknown = isinstance(error, UnidentifiedImageError)  # its own text holds a memory address
+            unknown = isinstance(error, UnidentifiedImageError)  # its text holds a memory address
             reason = "unknown format" if unknown else str(error) or type(error).__name__
             errors[i] = f"{len(frame)} bytes are no readable image ({reason})"
             continue
-        if i in wanted:
+        if i in keep:
             picture.thumbnail((thumbnail_size, thumbnail_size))
-            kept[i] = np.array(picture)
-    return facts, errors, kept
+            pictures[i] = np.array(picture)
+    return facts, errors, pictures
 
 
 def _examine(frame: bytes, fact: np.ndarray, least_side: int) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 from collections import Counter, deque
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from data.doctor.findings import Findings
 from data.doctor.frames import ABSENT, BROKEN, DECODED, FRAME, examine_frames
-from data.doctor.rows import CAMERAS, Rows, open_raw, stream
+from data.doctor.reading import open_raw, stream
+from data.doctor.rows import Rows
+from data.schema import CAMERAS, MAIN_CAMERA, encoded_frames
 
 FRAMES_PER_TASK = 32
 FEW_FRAMES = 4000  # below this, starting processes takes longer than decoding
@@ -27,7 +29,7 @@ SLOW_CAMERA = 0.2  # part of a file's frames that repeat the one before, from wh
 
 @dataclass
 class Frames:
-    """What was seen.
+    """What decoding showed of every frame.
 
     Attributes:
         facts: camera -> `FRAME` array (N,) over global rows.
@@ -41,20 +43,20 @@ class Frames:
 
 
 def look_at_frames(
-    rows: Rows, findings: Findings, *, wanted: np.ndarray, thumbnail_size: int, num_workers: int | None
+    rows: Rows, findings: Findings, *, keep: np.ndarray, thumbnail_size: int, num_workers: int | None
 ) -> Frames:
     """Decode every frame of every camera.
 
     Args:
-        wanted: global rows whose pictures are kept.
+        keep: global rows whose pictures are kept.
         thumbnail_size: pixels of the longer side of a kept picture.
         num_workers: decoding processes; 0: this process; None: one per core, or none for a few thousand frames.
     """
     cameras = [camera for camera in CAMERAS if any(camera in columns for columns in rows.cameras)]
     facts = {camera: np.zeros(len(rows), dtype=FRAME) for camera in cameras}
     seen = Frames(facts, {camera: {} for camera in cameras}, {camera: {} for camera in cameras})
-    keep = np.zeros(len(rows), dtype=bool)
-    keep[wanted] = True
+    is_kept = np.zeros(len(rows), dtype=bool)
+    is_kept[keep] = True
     total = int(sum(len(columns) * size for columns, size in zip(rows.cameras, np.diff(rows.file_starts), strict=True)))
     if num_workers is None:
         num_workers = 0 if total < FEW_FRAMES else os.cpu_count() or 1
@@ -67,7 +69,7 @@ def look_at_frames(
             pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=context))
             submit = pool.submit
         for camera, first, frames in _encoded(rows, findings):
-            positions = np.flatnonzero(keep[first : first + len(frames)]).tolist()
+            positions = np.flatnonzero(is_kept[first : first + len(frames)]).tolist()
             waiting.append((camera, first, submit(examine_frames, frames, positions, thumbnail_size)))
             while len(waiting) > 2 * num_workers:
                 progress.update(_take(waiting.popleft(), seen))
@@ -101,23 +103,23 @@ def _encoded(rows: Rows, findings: Findings) -> Iterator[tuple[str, int, list[by
         path, begin = rows.files[number], int(rows.file_starts[number])
         for camera, column in columns.items():
             for first, array in stream(open_raw(path), path, column, FRAMES_PER_TASK, findings):
-                if pa.types.is_struct(array.type):
-                    array = array.flatten()[array.type.get_field_index("bytes")]
-                yield camera, begin + first, array.to_pylist()
+                yield camera, begin + first, encoded_frames(array, column, path).to_pylist()
 
 
 def check_presence(rows: Rows, frames: Frames | None, findings: Findings, cameras: tuple[str, ...]) -> None:
-    """`camera_missing` (in some files, or everywhere though the config reads it), `null_value` (of image_1),
-    `camera_gap` (image_2 absent at some rows of an episode, or in an episode of a file that has it elsewhere).
+    """`camera_missing` (in some files, or everywhere though the config reads it), `null_value` (the main camera),
+    `camera_gap` (another camera absent at some rows of an episode, or in an episode of a file that has it elsewhere).
 
     Args:
         frames: None where images were not looked at.
         cameras: those that the config reads; empty without a config.
     """
-    if frames is not None and "image_1" in frames.facts:
-        absent = np.flatnonzero(frames.facts["image_1"]["status"] == ABSENT)
-        findings.add_runs("null_value", rows, absent, lambda _: "image_1 is null")
-    for camera in CAMERAS[1:]:
+    if frames is not None and MAIN_CAMERA in frames.facts:
+        absent = np.flatnonzero(frames.facts[MAIN_CAMERA]["status"] == ABSENT)
+        findings.add_runs("null_value", rows, absent, lambda _: f"{MAIN_CAMERA} is null")
+    for camera in CAMERAS:
+        if camera == MAIN_CAMERA:
+            continue
         lacking, partly = [], []  # files without the camera, and global rows without it in the others
         with_images = [file for file in range(len(rows.files)) if rows.cameras[file]]
         for file in with_images:
@@ -232,14 +234,14 @@ def check_repeats(rows: Rows, frames: Frames, findings: Findings) -> np.ndarray:
                 lambda _, camera=camera: f"{camera} repeats the frame before while the state changes",
                 unit="frame",
             )
-    if len(frames.facts) == len(CAMERAS):
-        first, second = (frames.facts[camera] for camera in CAMERAS)
+    for one, other in itertools.combinations(frames.facts, 2):
+        first, second = frames.facts[one], frames.facts[other]
         both = (first["status"] == DECODED) & (second["status"] == DECODED)
         for file, path in enumerate(rows.files):
             where = rows.file_rows(file)
             equal = (first["digest"][where] == second["digest"][where]) & both[where]
             if equal.sum() > USUAL * both[where].sum():
-                message = f"image_1 and image_2 are the same picture in {equal.sum()} of {both[where].sum()} rows"
+                message = f"{one} and {other} are the same picture in {equal.sum()} of {both[where].sum()} rows"
                 findings.add("identical_cameras", message, file=path)
     return all_same
 

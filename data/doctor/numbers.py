@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.doctor.findings import Findings, runs
-from data.doctor.rows import VECTORS, Rows
+from data.doctor.findings import Findings
+from data.doctor.rows import Rows, runs
+from data.schema import VECTORS
 
 RARE = 0.002  # at most this part of the rows (but always FEW) can be outliers or jumps of a dimension
 FEW = 4
@@ -136,8 +137,8 @@ def check_frozen(rows: Rows, findings: Findings, outliers: dict[str, np.ndarray]
             files = np.unique(file_of[known[:, d]])
             if not _moves(np.nanmin(low[:, d]), np.nanmax(high[:, d])):
                 frozen[:, d] = True
-                place = f" in all {len(files)} files" if len(files) > 1 else ""
-                message = f"{name}[{d}] is {np.nanmin(low[:, d]):.5g} in every row{place}"
+                where = f" in all {len(files)} files" if len(files) > 1 else ""
+                message = f"{name}[{d}] is {np.nanmin(low[:, d]):.5g} in every row{where}"
                 findings.add("frozen_dimension", message, file=rows.files[files[0]])
                 continue
             for file in files:
@@ -163,16 +164,16 @@ def _report_stuck(rows: Rows, findings: Findings, name: str, values: np.ndarray,
         if name == "action" and len(indices):
             rest = (np.nanmin(values[:, d]), np.nanmax(values[:, d]), 0.0)
             indices = indices[~np.isin(values[indices, d], rest)]
-        found = [(first, length) for first, length in runs(indices, rows) if length + 1 >= STUCK_STEPS]
-        affected = np.unique(np.searchsorted(rows.episode_starts, [first for first, _ in found], side="right") - 1)
-        if not found or len(affected) > max(1, 0.1 * rows.num_episodes):
+        stretches = [(first, length) for first, length in runs(indices, rows) if length + 1 >= STUCK_STEPS]
+        affected = np.unique(np.searchsorted(rows.episode_starts, [first for first, _ in stretches], side="right") - 1)
+        if not stretches or len(affected) > max(1, 0.1 * rows.num_episodes):
             continue
         elsewhere = known[:, d].copy()
         for number in affected:
             elsewhere[rows.episode_rows(number)] = False
         if elsewhere.sum() < ENOUGH or (~still[elsewhere, d]).mean() < RESTLESS:
             continue
-        for first, length in found:
+        for first, length in stretches:
             if not frozen[rows.file_of[first], d]:
                 message = f"{name}[{d}] stays {values[first, d]:.5g} for {length + 1} rows, but changes nearly always"
                 findings.add_at("stuck_dimension", rows, first - 1, message)
@@ -255,7 +256,7 @@ def _isolated(values: np.ndarray) -> np.ndarray:
     center = abs(float(values[order[len(values) // 2]]))
     lowest, highest = (part[np.argsort(values[part])] for part in (order[: few + 1], order[-few - 1 :]))
     low, high = values[lowest].astype(np.float64), values[highest].astype(np.float64)
-    found = []
+    isolated = []
     for line, floor, indices in ((high, low[-1], highest), (-low[::-1], -high[0], lowest[::-1])):
         for i in range(few, 0, -1):
             below = line[-i - 1]
@@ -263,9 +264,9 @@ def _isolated(values: np.ndarray) -> np.ndarray:
             if span <= FLAT * center:
                 span = 2 * center  # a constant but for these: 1 among zeros is a rare event, 1000 among ones is not
             if span > 0 and line[-i] - below > APART * span:
-                found.append(indices[-i:])
+                isolated.append(indices[-i:])
                 break
-    return np.sort(np.concatenate(found)) if found else np.empty(0, dtype=np.int64)
+    return np.sort(np.concatenate(isolated)) if isolated else np.empty(0, dtype=np.int64)
 
 
 def _far_steps(lengths: np.ndarray) -> np.ndarray:

@@ -174,13 +174,13 @@ def plot_split(path: str | Path, episodes: Sequence[dict[str, Any]], title: str)
     heights = [0.5 + 0.42 * len(strips), 0.5 + 0.3 * len(bars)]
     figure = Figure(figsize=(WIDTH, 0.9 + sum(heights)), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=heights)
-    _draw_strips(upper, [own for _, own in strips])
+    _draw_strips(upper, [of_group for _, of_group in strips])
     folders = len({Path(name).name for name, _ in strips}) < len(strips)  # files of the same name
     _label_lines(upper, [str(Path(*Path(name).parts[-1 - folders :])) for name, _ in strips])
     upper.set_xlabel("rows of the file; white lines divide episodes, the numbers are theirs", fontsize=9)
     left = np.zeros(len(bars))
     for split in splits:
-        counts = np.array([sum(episode["split"] == split for episode in own) for _, own in bars])
+        counts = np.array([sum(episode["split"] == split for episode in of_group) for _, of_group in bars])
         lower.barh(range(len(bars)), counts, left=left, color=SPLIT_COLOURS[split], height=0.7)
         left += counts
     _label_lines(lower, [textwrap.shorten(prompt, 60, placeholder=" …") for prompt, _ in bars])
@@ -191,9 +191,9 @@ def plot_split(path: str | Path, episodes: Sequence[dict[str, Any]], title: str)
     patches = [Patch(color=SPLIT_COLOURS[split], label=label) for split, label in zip(splits, labels, strict=True)]
     figure.legend(handles=patches, loc="outside lower center", fontsize=9, frameon=False, ncols=len(splits))
     hidden = [
-        f"{len(found) - limit} more {name}"
-        for name, found, limit in (("files", files, MAX_STRIPS), ("prompts", prompts, MAX_BARS))
-        if len(found) > limit
+        f"{len(groups) - limit} more {name}"
+        for name, groups, limit in (("files", files, MAX_STRIPS), ("prompts", prompts, MAX_BARS))
+        if len(groups) > limit
     ]
     figure.suptitle(title + (f" ({' and '.join(hidden)} not drawn)" if hidden else ""), fontsize=11)
     _save(figure, path)

@@ -11,7 +11,7 @@ import pandas as pd
 from data.doctor.examine import Examination, three_rows
 from data.doctor.findings import KINDS
 from data.doctor.plots import Cell, Trace, contact_sheet, plot_vectors
-from data.doctor.rows import VECTORS
+from data.schema import VECTORS
 
 SUMS = ("errors", "warnings", "seconds")
 SHOWN_FINDINGS = 3  # of each kind, in the printed text
@@ -105,7 +105,7 @@ def _kinds_table(report: dict[str, Any]) -> str:
     width = max(map(len, report["counts"]))
     lines = [f"{'severity':<10}{'kind':<{width + 2}}{'count':>5}  first"]
     for kind in _by_severity(report):
-        first = _place(_of(report, kind)[0])
+        first = _place(_of_kind(report, kind)[0])
         lines.append(f"{KINDS[kind].severity:<10}{kind:<{width + 2}}{report['counts'][kind]:>5}  {first}")
     return "\n".join(lines)
 
@@ -115,14 +115,14 @@ def _by_severity(report: dict[str, Any]) -> list[str]:
 
 
 def _first_findings(report: dict[str, Any], kind: str) -> str:
-    found = _of(report, kind)
+    findings = _of_kind(report, kind)
     lines = [f"{KINDS[kind].severity} {kind}: {KINDS[kind].remedy}"]
-    lines += [f"  {_place(finding)}: {finding['message']}" for finding in found[:SHOWN_FINDINGS]]
-    rest = report["counts"][kind] - min(len(found), SHOWN_FINDINGS)
+    lines += [f"  {_place(finding)}: {finding['message']}" for finding in findings[:SHOWN_FINDINGS]]
+    rest = report["counts"][kind] - min(len(findings), SHOWN_FINDINGS)
     return "\n".join(lines + ([f"  and {rest} more"] if rest else []))
 
 
-def _of(report: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+def _of_kind(report: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [finding for finding in report["findings"] if finding["kind"] == kind]
 
 

@@ -11,17 +11,16 @@ import numpy as np
 from data.doctor.findings import Findings
 from data.doctor.rows import (
     EMPTY,
-    FLAGS,
     INVALID,
     NO_INDEX,
     NULL,
-    VECTORS,
     Rows,
     after_gap,
     before_gap,
     common_width,
     hard_starts,
 )
+from data.schema import FLAGS, VECTORS
 
 SHORTEST = 3  # steps that an episode needs whatever the config
 LENGTH_RATIO = 3.0  # an episode this many times longer or shorter than every other of its prompt is an outlier,
@@ -48,11 +47,11 @@ def check_values_present(rows: Rows, findings: Findings) -> None:
         findings.add_runs(kind, rows, np.flatnonzero(rows.prompt == code), lambda _, message=message: message)
 
 
-def check_widths(rows: Rows, findings: Findings, wanted: dict[str, tuple[str, int]]) -> None:
+def check_widths(rows: Rows, findings: Findings, config_widths: dict[str, tuple[str, int]]) -> None:
     """`width_varies`, `width_differs_between_files`, `width_differs_from_config`.
 
     Args:
-        wanted: per vector column the config key and the width that the config gives; empty without a config.
+        config_widths: per vector column the config key and the width that the config gives; empty without a config.
     """
     for name in VECTORS:
         lengths = rows.lengths[name]
@@ -62,8 +61,8 @@ def check_widths(rows: Rows, findings: Findings, wanted: dict[str, tuple[str, in
             if not (here > 0).any():
                 continue
             width = common_width(here)
-            key, config_width = wanted.get(name, ("", usual))
-            if width != config_width and name in wanted:
+            key, config_width = config_widths.get(name, ("", usual))
+            if width != config_width and name in config_widths:
                 message = f"{name} has {width} values, config wants {key} {config_width}"
                 findings.add("width_differs_from_config", message, file=path)
             elif width != usual:
@@ -227,8 +226,8 @@ def check_lengths(rows: Rows, findings: Findings, horizon: int | None) -> None:
     lengths = np.diff(rows.episode_starts)
     least = max(SHORTEST, horizon or 0)
     for number in np.flatnonzero(lengths < least):
-        wanted = f"the horizon is {horizon}" if least == horizon else f"at least {least} are wanted"
-        message = f"the episode has {lengths[number]} step{'s' if lengths[number] > 1 else ''}, {wanted}"
+        reason = f"the horizon is {horizon}" if least == horizon else f"at least {least} are wanted"
+        message = f"the episode has {lengths[number]} step{'s' if lengths[number] > 1 else ''}, {reason}"
         findings.add_at("short_episode", rows, int(rows.episode_starts[number]), message)
     prompts = rows.prompt[rows.episode_starts[:-1]]
     long_enough = lengths >= least

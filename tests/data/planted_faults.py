@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data.doctor.examine import Wanted
+from data.doctor.examine import Requirements
 from tests.helpers import write_rows
 
 PROMPTS = ("press the button", "slide the window open")
@@ -104,7 +104,7 @@ class Fault:
         episode: the episode that the finding must name.
         also: further kinds that follow from this fault.
         loads: whether the training loader takes such data; None: as the severity says.
-        wanted: what the config asks for.
+        requirements: what the config asks for.
         name: tells faults of one kind apart.
     """
 
@@ -116,7 +116,7 @@ class Fault:
     episode: int | None = None
     also: set[str] = field(default_factory=set)
     loads: bool | None = None
-    wanted: Wanted | None = None
+    requirements: Requirements | None = None
     name: str = ""
 
 
@@ -276,7 +276,7 @@ FAULTS = [
         "width_differs_from_config",
         "a.parquet",
         None,
-        wanted=Wanted(widths={"action": ("per_action_dim", 7), "state": ("data.state_dim", 4)}),
+        requirements=Requirements(widths={"action": ("per_action_dim", 7), "state": ("data.state_dim", 4)}),
         loads=True,
     ),
     Fault("nan", "c.parquet", 33, put_value("c.parquet", 33, "state", 2, float("nan")), episode=6),
@@ -380,7 +380,7 @@ FAULTS = [
         episode=1,
     ),
     Fault("short_episode", "val.parquet", 49, lambda files: files["val.parquet"].extend(episode(1, 120)), episode=2),
-    Fault("short_episode", "b.parquet", 16, wanted=Wanted(horizon=24), episode=3, name="horizon"),
+    Fault("short_episode", "b.parquet", 16, requirements=Requirements(horizon=24), episode=3, name="horizon"),
     Fault("episode_length_outlier", "c.parquet", 25, each(longer, more_episodes), episode=6),
     Fault(
         "duplicated_episode",
@@ -435,7 +435,7 @@ FAULTS = [
         "prompt_too_long",
         "a.parquet",
         24,
-        wanted=Wanted(count_tokens=lambda prompt: len(prompt.split()) + 2, prompt_max_len=5),
+        requirements=Requirements(count_tokens=lambda prompt: len(prompt.split()) + 2, prompt_max_len=5),
         episode=1,
     ),
     # time

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import inspect_parquet
-from data.doctor.examine import Wanted, examine
+from data.doctor.examine import Requirements, examine
 from data.doctor.findings import KINDS, MAX_PER_FILE
 from data.doctor.report import write_plots
 from data.episode_store import EpisodeStore
@@ -78,14 +78,14 @@ def loads(train: list[Path], val: list[Path], cache: Path) -> bool:
 
 def test_clean_data_have_no_findings(tmp_path, clean_rows):
     train, val = write(tmp_path, clean_rows)
-    wanted = Wanted(
+    requirements = Requirements(
         widths={"state": ("data.state_dim", 4), "action": ("per_action_dim", 4)},
         horizon=8,
         cameras=("image_1", "image_2"),
         count_tokens=lambda prompt: len(prompt.split()) + 2,
         prompt_max_len=24,
     )
-    seen = examine(train, val, wanted)
+    seen = examine(train, val, requirements)
     assert [finding.message for finding in seen.findings.listed] == []
     assert loads(train, val, tmp_path / "cache")
 
@@ -99,7 +99,7 @@ def test_planted_fault(fault, tmp_path, files):
         fault.damage(tmp_path)
     paths = sorted(path for path in tmp_path.iterdir())
     train, val = [path for path in paths if path.name not in VAL], [path for path in paths if path.name in VAL]
-    seen = examine(train, val, fault.wanted, num_workers=0)
+    seen = examine(train, val, fault.requirements, num_workers=0)
     listed = seen.findings.listed
     found = [(f.kind, Path(f.file).name, f.row) for f in listed]
     assert (fault.kind, fault.file, fault.row) in found
@@ -221,8 +221,8 @@ def test_held_out_episodes_must_not_recur(tmp_path, files):
     files["c.parquet"] += copy.deepcopy(files["a.parquet"][:24])
     train, _ = write(tmp_path, {name: files[name] for name in TRAIN})
     for held_out, kind in (([8], "split_overlap"), ([3], "duplicated_episode")):
-        wanted = Wanted(held_out=lambda episodes, held_out=held_out: np.isin(np.arange(episodes), held_out))
-        seen = examine(train, wanted=wanted, skip_images=True)
+        requirements = Requirements(held_out=lambda episodes, held_out=held_out: np.isin(np.arange(episodes), held_out))
+        seen = examine(train, requirements=requirements, skip_images=True)
         assert [(f.kind, f.episode, f.row) for f in seen.findings.listed] == [(kind, 8, 76)]
 
 
@@ -279,8 +279,8 @@ def test_a_camera_that_no_file_has(tmp_path, files):
     for path in (*train, *val):
         replace_column(path, "image_2", [None] * pq.read_metadata(path).num_rows, pa.binary())
     assert examine(train, val, num_workers=0).findings.listed == []
-    wanted = Wanted(cameras=("image_1", "image_2"))
-    assert examine(train, val, wanted, num_workers=0).findings.counts == {"camera_missing": 1}
+    requirements = Requirements(cameras=("image_1", "image_2"))
+    assert examine(train, val, requirements, num_workers=0).findings.counts == {"camera_missing": 1}
 
 
 def test_many_findings_are_counted_but_not_all_listed(tmp_path):

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from scripts.record_demos import encode_image, format_summaries, parse_args, record, record_attempt
+from data.convert.episode_writer import ImageEncoding
+from scripts.record_demos import format_summaries, parse_args, record, record_attempt
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SAMPLES = REPOSITORY / "data" / "samples"
@@ -77,8 +78,8 @@ def test_the_committed_samples(task):
 def test_jpeg_is_close_and_png_is_exact():
     image = np.zeros((32, 32, 3), np.uint8)
     image[:, 16:] = (200, 30, 60)
-    png = np.asarray(Image.open(io.BytesIO(encode_image(image, "png", 95))))
-    jpeg = np.asarray(Image.open(io.BytesIO(encode_image(image, "jpeg", 95))))
+    png = np.asarray(Image.open(io.BytesIO(ImageEncoding("png", 95)(image))))
+    jpeg = np.asarray(Image.open(io.BytesIO(ImageEncoding("jpeg", 95)(image))))
     np.testing.assert_array_equal(png, image)
     assert np.abs(jpeg.astype(int) - image).mean() < 2
 
@@ -90,7 +91,7 @@ def test_jpeg_is_close_and_png_is_exact():
         (["--env", "metawrld"], "unknown environment 'metawrld'; did you mean 'metaworld'?"),
         (["--tasks", "reach-v3", "reach-v3"], "names a task twice: reach-v3 reach-v3"),
         (["--episodes", "0"], "--episodes is 0, must be at least 1"),
-        (["--jpeg_quality", "100"], "--jpeg_quality is 100, must be 1 to 95"),
+        (["--jpeg_quality", "100"], "--jpeg_quality is 100; wanted 1 to 95"),
         (["--max_attempts_factor", "0.5"], "--max_attempts_factor is 0.5, must be at least 1"),
     ],
 )

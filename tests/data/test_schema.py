@@ -1,0 +1,40 @@
+"""The schema: cameras of any name in either spelling, and what is written is what is read."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from data.episode_store import EpisodeStore
+from data.schema import COLUMN_TYPES, IMAGE, SEED, TIMESTAMP, camera_column, column_type, written_schema
+from tests.helpers import episode_rows, write_rows
+from utils.parquet_utils import DataError
+
+
+def test_cameras_of_any_name(tmp_path):
+    rows = episode_rows(3)
+    for row in rows:
+        row["wrist_left_bytes"] = row["front"] = row["image_1"]
+    rows[1]["front"] = None
+    path = write_rows(tmp_path / "a.parquet", rows)
+    cameras = ("image_1", "wrist_left", "front", "nowhere")
+    store = EpisodeStore([path], state_dim=4, per_action_dim=4, cameras=cameras, cache_dir=tmp_path / "cache")
+    assert [store.has_camera(camera) for camera in cameras] == [True, True, True, False]
+    assert bytes(store.image("wrist_left", 2)) == rows[2]["image_1"]
+    assert store.image("front", 1) is None and bytes(store.image("front", 2)) == rows[2]["image_1"]
+
+
+def test_a_camera_has_one_spelling():
+    assert camera_column("wrist", ["image_1", "wrist_bytes"], "a.parquet") == "wrist_bytes"
+    assert camera_column("wrist", ["image_1"], "a.parquet") is None
+    with pytest.raises(DataError, match="a.parquet: both 'wrist' and 'wrist_bytes' are columns; keep one of them"):
+        camera_column("wrist", ["wrist", "wrist_bytes"], "a.parquet")
+    with pytest.raises(DataError, match="a.parquet: no column 'image_1' or 'image_1_bytes' .found: wrist.; see docs/"):
+        camera_column("image_1", ["wrist"], "a.parquet")
+
+
+def test_what_is_written_can_be_read():
+    schema = written_schema(["image_1", "wrist"], 7, 6, extra=(TIMESTAMP, SEED), metadata={"fps": "20"})
+    assert all(column_type(column.name).fits(column.type) for column in schema)
+    assert set(schema.names) == {"image_1", "wrist", *COLUMN_TYPES} and schema.metadata == {b"fps": b"20"}
+    assert column_type("wrist") is IMAGE and not IMAGE.fits(pa.string())
