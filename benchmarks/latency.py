@@ -38,7 +38,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "pyth
 
 from data.episode_store import EpisodeStore  # noqa: E402
 from envs import FIRST_EVALUATION_SEED, make_env  # noqa: E402
-from inference.closed_loop.rollout import ModelPolicy, run_episode  # noqa: E402
+from inference.closed_loop.rollout import ModelPolicy, execution_settings, run_episode  # noqa: E402
 from inference.metrics import wilson_interval  # noqa: E402
 from inference.predictor import VLAPredictor  # noqa: E402
 from utils.misc import atomic_path  # noqa: E402
@@ -129,7 +129,8 @@ def roll_out(checkpoint: pathlib.Path, variant: Variant, task: str, delay: int, 
     torch.set_num_threads(1)
     policy = predictor(checkpoint)
     env = make_env("metaworld", task, image_size=policy.image_processor.height)
-    settings = policy.execution_settings(variant.strategy, delay, variant.n_action_steps)
+    changes = {"execution": variant.strategy, "latency_steps": delay, "n_action_steps": variant.n_action_steps}
+    settings = execution_settings(policy, **changes)
     episodes = []
     for seed in seeds:
         result = run_episode(env, ModelPolicy(policy, settings), seed)

@@ -20,7 +20,7 @@ sys.path.insert(
     0, str(pathlib.Path(__file__).resolve().parents[1])
 )  # so that "python scripts/x.py" finds the repository
 
-from inference.serving.export import MANIFEST, read_manifest  # noqa: E402
+from inference.policy_files import MANIFEST, read_manifest  # noqa: E402
 
 
 def main() -> None:
