@@ -33,12 +33,13 @@ from data.doctor.analysis import (
 from data.doctor.plots import Trace, image_grid, plot_episodes, plot_split, plot_vectors
 from data.loader import MixtureDataset, build_datasets, build_sampler
 from data.processing import PromptTokenizer, collate_fn, processors_from_config
-from inference.report import table, write_json
+from inference.report import write_json
 from model.normalizer import Normalizer
 from model.vla_model import VLAModel
 from utils.config_utils import Config, load_config
 from utils.misc import derive_seed, set_up_logging
 from utils.statistics import load_statistics
+from utils.text_table import text_table
 
 logger = logging.getLogger(__name__)
 MAX_SAMPLES = 4096  # of a split whose normalized values are looked at
@@ -261,7 +262,7 @@ def as_text(result: dict[str, Any]) -> str:
         [key, about["dtype"], "x".join(map(str, about["shape"])), about["min"], about["max"], about["mean"]]
         for key, about in result["batch"].items()
     ]
-    parts = ["The batch, as the model gets it", table(["tensor", "type", "shape", "min", "max", "mean"], batch)]
+    parts = ["The batch, as the model gets it", text_table(["tensor", "type", "shape", "min", "max", "mean"], batch)]
     for i, sample in enumerate(result["samples"]):
         parts.append(
             f"sample {i}: {sample['place']}\n  prompt {sample['prompt']!r}, {len(sample['tokens'])} tokens: "
@@ -277,7 +278,7 @@ def as_text(result: dict[str, Any]) -> str:
         for name in ("state", "action")
         for d, outside in enumerate(about[name]["outside_bounds"])
     ]
-    parts += ["Normalized", table(["data", "dimension", *RANGE, "% outside"], normalized)]
+    parts += ["Normalized", text_table(["data", "dimension", *RANGE, "% outside"], normalized)]
     lengths = [
         [
             f"{about['dataset']} {split}",
@@ -290,8 +291,16 @@ def as_text(result: dict[str, Any]) -> str:
         for about in datasets
     ]
     header = ["data", "episodes", "samples", "shortest", "median", "mean", "longest", "% action padding"]
-    parts += ["Splits", table(header, lengths), "Episodes", table(["data", "file", "episodes", "steps"], where(result))]
-    parts += ["Prompts", table(["data", "prompt", "split", "episodes", "% of episodes", "steps"], prompt_rows(result))]
+    parts += [
+        "Splits",
+        text_table(header, lengths),
+        "Episodes",
+        text_table(["data", "file", "episodes", "steps"], where(result)),
+    ]
+    parts += [
+        "Prompts",
+        text_table(["data", "prompt", "split", "episodes", "% of episodes", "steps"], prompt_rows(result)),
+    ]
     for name, shared in result["overlap"].items():
         verdict = f"episodes {numbers(shared)} of validation are training data too" if shared else "none"
         parts.append(f"overlap of training and validation, {name}: {verdict}")

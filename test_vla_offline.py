@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.loader import VLADataset, collate_fn
-from inference.evaluate import Predictions, evaluate_offline
+from data.loader import VLADataset, collate_fn, open_dataset
+from inference.evaluate import Predictions, evaluate_offline, measure_latency
 from inference.metrics import NonFiniteError
 from inference.predictor import VLAPredictor
-from inference.report import table, write_json
-from main_eval import open_dataset
+from inference.report import write_json
 from utils.misc import atomic_path, set_up_logging
 from utils.parquet_utils import resolve_parquet_files
+from utils.text_table import text_table
 
 RANGE_MARGIN = 0.1  # predictions may leave the training range by this share of it,
 RANGE_SHARE = 0.99  # and at least this share of them must stay within
@@ -39,7 +38,7 @@ def check_file(predictor: VLAPredictor, path: Path, max_samples: int, batch_size
         `{"checks": {name: bool}, "samples", "metrics": {predictor: overall metrics}, "share_in_range",
         "milliseconds_per_sample"}`; with a prediction that is not finite only `checks` and `error`.
     """
-    dataset = open_dataset(predictor, str(path), "--test_data_dir")
+    dataset = recorded(predictor, path)
     rows = np.unique(np.linspace(0, len(dataset) - 1, max_samples).round().astype(int)).tolist()
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     batches = [collate_fn([dataset[row] for row in part]) for part in parts]
@@ -63,6 +62,12 @@ def check_file(predictor: VLAPredictor, path: Path, max_samples: int, batch_size
     }
 
 
+def recorded(predictor: VLAPredictor, path: Path) -> VLADataset:
+    """A Parquet file as the policy reads it."""
+    processors = predictor.image_processor, predictor.prompt_tokenizer
+    return open_dataset(predictor.config, *processors, str(path), "--test_data_dir", predictor.dataset_index)
+
+
 def share_in_range(predictor: VLAPredictor, predictions: Predictions) -> float:
     """Share of predicted values within the training actions' range, widened by RANGE_MARGIN on both sides.
 
@@ -81,16 +86,6 @@ def is_repeatable(predictor: VLAPredictor, dataset: VLADataset) -> bool:
     return np.array_equal(predictor.predict_batch(batch, [0]), predictor.predict_batch(batch, [0]))
 
 
-def latency(predictor: VLAPredictor, dataset: VLADataset, repeats: int = 20) -> dict[str, float]:
-    """Milliseconds of one prediction, from a collated batch of one to actions: median and 95th percentile."""
-    batch, times = collate_fn([dataset[0]]), []
-    for _ in range(repeats + 3):  # the first three warm up
-        started = time.perf_counter()
-        predictor.predict_batch(batch, [0])
-        times.append(1000 * (time.perf_counter() - started))
-    return {"median_ms": float(np.median(times[3:])), "p95_ms": float(np.percentile(times[3:], 95))}
-
-
 def report_table(files: dict[str, dict[str, Any]]) -> str:
     """One line per file."""
     rows = []
@@ -99,7 +94,7 @@ def report_table(files: dict[str, dict[str, Any]]) -> str:
         errors = [metrics.get(name, {}).get("mse_normalized") for name in ("policy", "mean_action")]
         failed = [name for name, passed in found["checks"].items() if not passed]
         rows.append([path, found.get("samples"), *errors, "ok" if not failed else "FAILED: " + ", ".join(failed)])
-    return table(["file", "samples", "mse_normalized", "of mean action", "checks"], rows)
+    return text_table(["file", "samples", "mse_normalized", "of mean action", "checks"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(predictor.config.training.num_threads)
     paths = resolve_parquet_files(args.test_data_dir, "--test_data_dir")
     files = {str(path): check_file(predictor, path, args.max_samples, args.batch_size) for path in paths}
-    times = latency(predictor, open_dataset(predictor, str(paths[0]), "--test_data_dir"))
+    times = measure_latency(predictor, collate_fn([recorded(predictor, paths[0])[0]]), repeats=20)
     passed = all(all(found["checks"].values()) for found in files.values())
     timing = f"median {times['median_ms']:.1f} ms, 95 % within {times['p95_ms']:.1f} ms"
     verdict = "PASSED" if passed else "FAILED"

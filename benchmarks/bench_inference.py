@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.random_policy import PROMPT, random_policy
-from inference.acceleration import TensorFunction, Tensors, accelerate
+from inference.engine import TensorFunction, Tensors, accelerate
 from inference.predictor import VLAPredictor
 from model.context import Context
 from utils.misc import pick_device
@@ -86,7 +86,7 @@ def graph_of_the_loop(predictor: VLAPredictor, batch: dict[str, Any]) -> Predict
     run = accelerate(sample, "cuda_graph", predictor.device)
 
     def predict() -> np.ndarray:
-        tensors = predictor.sampler.prepared(batch)
+        tensors = predictor.engine.prepared(batch)
         return _physical(predictor, run({**encode(tensors), "noise": _noise(predictor)}), tensors)
 
     return predict
@@ -132,7 +132,7 @@ def _physical(predictor: VLAPredictor, action_BTA: Tensor, tensors: Tensors) -> 
 def breakdown(predictor: VLAPredictor, batch: dict[str, Any], peaks: dict[str, float], rounds: int) -> dict[str, Any]:
     """Per part milliseconds (launched one by one, and as a CUDA graph), FLOPs, bytes of weights read, and the floor."""
     parts, on_gpu = stages(predictor), predictor.device.type == "cuda"
-    tensors = predictor.sampler.prepared(batch)
+    tensors = predictor.engine.prepared(batch)
     inputs = {"vision": tensors, "context": tensors}
     inputs["action head"] = {**parts["context"](tensors), "noise": _noise(predictor)}
     found = {}

@@ -132,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     seconds, rounds = (3.0, 20) if args.quick else (args.seconds, 200)
     torch.set_num_threads(1)
-    predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, use_amp=None)
+    predictor = VLAPredictor.from_checkpoint(args.checkpoint_path)
     asked = observations(predictor, 16)
     expected = [predict(predictor, observation) for observation in asked]
     server, port = start_server(args.checkpoint_path)

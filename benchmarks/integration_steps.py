@@ -25,16 +25,16 @@ if not __package__:
 
 import torch
 
-from data.loader import make_loader
+from data.loader import VLADataset, make_loader, open_dataset
 from data.processing import processors_from_checkpoint
 from envs import FIRST_EVALUATION_SEED, make_env
-from inference.closed_loop.rollout import ModelPolicy, evaluate_task, summarize_tasks
+from inference.closed_loop.rollout import ModelPolicy, run_episode, summarize_tasks, task_summary
 from inference.evaluate import evaluate_offline
 from inference.predictor import VLAPredictor
-from main_eval import open_dataset
 from model.vla_model import VLAModel
 from utils.checkpoint import load_checkpoint
 from utils.config_utils import config_from_dict
+from utils.text_table import markdown_table
 
 CELLS = [("euler", steps) for steps in (1, 2, 5, 10, 50)]
 CELLS += [(integrator, steps) for integrator in ("midpoint", "heun") for steps in (1, 2, 5)]
@@ -55,9 +55,15 @@ def load(path: str, integrator: str, steps: int) -> VLAPredictor:
     return VLAPredictor(model, config, *processors_from_checkpoint(checkpoint), num_inference_steps=steps)
 
 
+def recorded(predictor: VLAPredictor, spec: str) -> VLADataset:
+    """Held-out demonstrations as the policy reads them."""
+    processors = predictor.image_processor, predictor.prompt_tokenizer
+    return open_dataset(predictor.config, *processors, spec, "--eval_data_path", predictor.dataset_index)
+
+
 def offline(predictor: VLAPredictor, spec: str) -> dict[str, float]:
     """Errors over held-out demonstrations, normalized units."""
-    dataset = open_dataset(predictor, spec, "--eval_data_path")
+    dataset = recorded(predictor, spec)
     loader = make_loader(dataset, num_workers=0, batch_size=64)
     result, _ = evaluate_offline(predictor, {spec: (dataset, loader)})
     overall = result["predictors"]["policy"]["overall"]
@@ -70,7 +76,8 @@ def closed_loop(predictor: VLAPredictor, tasks: list[str], episodes: int) -> dic
     results = {}
     for task in tasks:
         env = make_env("metaworld", task, image_size=predictor.image_processor.height)
-        results[task] = evaluate_task(env, ModelPolicy(predictor), seeds, name=task)
+        episodes_of_task = [run_episode(env, ModelPolicy(predictor), seed) for seed in seeds]
+        results[task] = task_summary(episodes_of_task, env.instruction, env.instruction, videos=[])
         env.close()
     successes = {task: result["successes"] for task, result in results.items()}
     steps = statistics.mean(sum((result["steps"] for result in results.values()), []))
@@ -79,7 +86,7 @@ def closed_loop(predictor: VLAPredictor, tasks: list[str], episodes: int) -> dic
 
 def latency_ms(predictor: VLAPredictor, spec: str, rounds: int = 20) -> float:
     """Median processor time of one prediction."""
-    dataset = open_dataset(predictor, spec, "--eval_data_path")
+    dataset = recorded(predictor, spec)
     batch = next(iter(make_loader(dataset, num_workers=0, batch_size=1)))
     times = []
     for _ in range(rounds):
@@ -91,8 +98,8 @@ def latency_ms(predictor: VLAPredictor, spec: str, rounds: int = 20) -> float:
 
 def table(cells: list[dict[str, Any]], tasks: list[str]) -> str:
     """Markdown."""
-    lines = [f"| integrator | steps | velocities | MAE | RMSE | {' | '.join(tasks)} | together, 95 % | CPU ms |"]
-    lines.append("| --- " * (7 + len(tasks)) + "|")
+    header = ["integrator", "steps", "velocities", "MAE", "RMSE", *tasks, "together, 95 %", "CPU ms"]
+    rows = []
     for cell in cells:
         loop, episodes = cell["closed_loop"], cell["episodes"]
         counts = [f"{loop['successes'][task]}/{episodes}" for task in tasks]
@@ -100,9 +107,8 @@ def table(cells: list[dict[str, Any]], tasks: list[str]) -> str:
         low, high = (100 * bound for bound in summary["wilson_95"])
         together = f"{summary['successes']}/{summary['episodes']} ({low:.0f} to {high:.0f} %)"
         numbers = [f"{cell['offline']['mae']:.4f}", f"{cell['offline']['rmse']:.4f}", *counts, together]
-        row = [cell["integrator"], cell["steps"], cell["velocities"], *numbers, f"{cell['cpu_ms']:.0f}"]
-        lines.append(f"| {' | '.join(map(str, row))} |")
-    return "\n".join(lines)
+        rows.append([cell["integrator"], cell["steps"], cell["velocities"], *numbers, f"{cell['cpu_ms']:.0f}"])
+    return markdown_table(header, rows)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ if not __package__:
 
 from data.episode_store import EpisodeStore
 from envs import FIRST_EVALUATION_SEED, make_env
-from inference.closed_loop.rollout import ModelPolicy, run_episode
+from inference.closed_loop.rollout import ModelPolicy, execution_settings, run_episode
 from inference.metrics import wilson_interval
 from inference.predictor import VLAPredictor
 from utils.misc import atomic_path
@@ -130,7 +130,8 @@ def roll_out(checkpoint: pathlib.Path, variant: Variant, task: str, delay: int, 
     torch.set_num_threads(1)
     policy = predictor(checkpoint)
     env = make_env("metaworld", task, image_size=policy.image_processor.height)
-    settings = policy.execution_settings(variant.strategy, delay, variant.n_action_steps)
+    changes = {"execution": variant.strategy, "latency_steps": delay, "n_action_steps": variant.n_action_steps}
+    settings = execution_settings(policy, **changes)
     episodes = []
     for seed in seeds:
         result = run_episode(env, ModelPolicy(policy, settings), seed)

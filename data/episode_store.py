@@ -39,7 +39,15 @@ from data.schema import (
     prompts,
     vectors,
 )
-from utils.parquet_utils import DataError, Source, batches, fingerprint, open_parquet, require_columns
+from utils.parquet_utils import (
+    DataError,
+    Source,
+    batches,
+    fingerprint,
+    open_parquet,
+    require_columns,
+    resolve_parquet_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +160,28 @@ class EpisodeStore:
         file = int(np.searchsorted(self.file_starts, row, side="right")) - 1
         episode, step = self.locate(row)
         return f"{self.files[file]} row {row - int(self.file_starts[file])} (episode {episode}, step {step})"
+
+
+def recorded_actions(
+    paths: Source | Sequence[Source], key: str, instruction: str, state_dim: int, per_action_dim: int
+) -> list[np.ndarray]:
+    """The actions (steps, A) of every recorded episode that has this instruction.
+
+    Args:
+        paths: files, folders or globs.
+        key: the flag that they come from, for errors.
+        instruction, state_dim, per_action_dim: of the task.
+
+    Raises:
+        DataError: no such episode, or files that break the schema.
+    """
+    files = resolve_parquet_files(paths, key)
+    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=(MAIN_CAMERA,))
+    bounds = zip(store.episode_starts[:-1], store.episode_starts[1:], strict=True)
+    actions = [np.array(store.action[a:b]) for a, b in bounds if store.prompt(a) == instruction]
+    if not actions:
+        raise DataError(f"{key}: no episode with the instruction {instruction!r} (found: {', '.join(store.prompts)})")
+    return actions
 
 
 def _default_cache_dir() -> Path:

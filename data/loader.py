@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__":
     # "python data/loader.py" puts data/ first on the path, where Python's own `statistics` would be looked for: the
@@ -31,9 +32,17 @@ from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_p
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
-from utils.parquet_utils import DataError, open_parquet, resolve_parquet_files
+from utils.parquet_utils import DataError, Source, open_parquet, resolve_parquet_files
 
-__all__ = ["VLADataset", "VLAImageProcessor", "build_datasets", "build_sampler", "collate_fn", "make_loader"]
+__all__ = [
+    "VLADataset",
+    "VLAImageProcessor",
+    "build_datasets",
+    "build_sampler",
+    "collate_fn",
+    "make_loader",
+    "open_dataset",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +128,42 @@ def _init_worker(pool: SlotPool, worker_id: int) -> None:
     end_only_for_parent()
 
 
+def open_dataset(
+    config: Config,
+    image_processor: VLAImageProcessor,
+    prompt_tokenizer: PromptTokenizer,
+    paths: Source | Sequence[Source],
+    key: str,
+    dataset_index: int = 0,
+    split: Literal["all", "train", "val"] = "all",
+) -> VLADataset:
+    """Recorded data as a policy with this config reads it.
+
+    Args:
+        config: of the policy.
+        image_processor, prompt_tokenizer: the policy's.
+        paths: files, folders or globs.
+        key: the config key or flag that `paths` come from, for errors.
+        dataset_index: which of `config.datasets` it is, or is like: decides name, widths and statistics.
+        split: see VLADataset.
+
+    Raises:
+        DataError: files are missing, or break the schema.
+    """
+    return VLADataset(
+        resolve_parquet_files(paths, key),
+        config.data,
+        horizon=config.model.action_head_config.horizon,
+        per_action_dim=config.model.action_head_config.per_action_dim,
+        cameras=config.cameras,
+        image_processor=image_processor,
+        prompt_tokenizer=prompt_tokenizer,
+        entry=config.datasets[dataset_index],
+        dataset_index=dataset_index,
+        split=split,
+    )
+
+
 def build_datasets(
     config: Config, image_processor: VLAImageProcessor, prompt_tokenizer: PromptTokenizer
 ) -> tuple[MixtureDataset, MixtureDataset | None]:
@@ -130,33 +175,20 @@ def build_datasets(
     Raises:
         DataError: training files are missing, or files break the schema.
     """
-    data, head = config.data, config.model.action_head_config
-
-    def open_dataset(index: int, entry: MixtureEntry, paths: Sequence[str], key: str, split: str) -> VLADataset:
-        return VLADataset(
-            resolve_parquet_files(paths, key),
-            data,
-            horizon=head.horizon,
-            per_action_dim=head.per_action_dim,
-            cameras=config.cameras,
-            image_processor=image_processor,
-            prompt_tokenizer=prompt_tokenizer,
-            entry=entry,
-            dataset_index=index,
-            split=split,
-        )
+    data = config.data
+    open_one = functools.partial(open_dataset, config, image_processor, prompt_tokenizer)
 
     def key(entry: MixtureEntry) -> str:
         return f"data.mixture {entry.name}" if data.mixture else "data.train_parquet_files"
 
-    train = [open_dataset(i, entry, entry.path, key(entry), "train") for i, entry in enumerate(config.datasets)]
+    train = [open_one(entry.path, key(entry), i, "train") for i, entry in enumerate(config.datasets)]
     val = []
     if data.val_parquet_files:
         if data.mixture:
             raise DataError("data.val_parquet_files does not say which dataset of data.mixture it is; use val_fraction")
-        val = [open_dataset(0, config.datasets[0], data.val_parquet_files, "data.val_parquet_files", "all")]
+        val = [open_one(data.val_parquet_files, "data.val_parquet_files")]
     elif data.val_fraction:
-        val = [open_dataset(i, entry, entry.path, key(entry), "val") for i, entry in enumerate(config.datasets)]
+        val = [open_one(entry.path, key(entry), i, "val") for i, entry in enumerate(config.datasets)]
     for dataset in train:
         logger.info("training data %s: %d episodes, %d samples", dataset.name, len(dataset.episodes), len(dataset))
     return MixtureDataset(train), MixtureDataset(val) if val else None

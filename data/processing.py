@@ -122,7 +122,7 @@ class VLAImageProcessor:
         if isinstance(frame, (str, Path)):
             place, frame = str(frame), _read(Path(frame))
         if isinstance(frame, np.ndarray):
-            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
                 raise ObservationError(f"image: array is {frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB")
             pixels = np.ascontiguousarray(frame)
         elif isinstance(frame, Image.Image):

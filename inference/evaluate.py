@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from inference.metrics import (
     repeat_last_action_prediction,
 )
 from inference.predictor import VLAPredictor
+from utils.batch import Batch
 from utils.misc import derive_seed
+
+logger = logging.getLogger(__name__)
 
 PREDICTORS = ("policy", "mean_action", "repeat_last_action")
 
@@ -47,7 +51,7 @@ class Predictions:
 
 def evaluate_offline(
     predictor: VLAPredictor,
-    data: dict[str, tuple[Dataset, Iterable[dict[str, Any]]]],
+    data: dict[str, tuple[Dataset, Iterable[Batch]]],
     seed: int = 0,
     num_samples: int = 1,
 ) -> tuple[dict[str, Any], dict[str, Predictions]]:
@@ -71,8 +75,9 @@ def evaluate_offline(
         NonFiniteError: the policy predicted NaN or infinity.
     """
     horizon, width = predictor.horizon, predictor.per_action_dim
+    num_bins = predictor.config.model.action_head_config.num_action_bins
     bin_range_2A = predictor.model.normalizer.action_range.covered_2A[:, :width].numpy()
-    settings = MetricSettings.from_config(predictor.config, bin_range_2A)
+    settings = MetricSettings(num_bins, bin_range_2A, predictor.settings.accuracy_threshold)
     accumulators = {name: MetricAccumulator(list(data), horizon, width, settings) for name in PREDICTORS}
     num_samples = num_samples if predictor.model.action_head.is_stochastic else 1
     predictions, seconds = {}, 0.0
@@ -124,26 +129,47 @@ def evaluate_offline(
     return result, predictions
 
 
-def _noise_seed(seed: int, name: str, row: int, draw: int) -> int:
-    """The first draw's seed does not depend on how many follow."""
-    place = (row,) if draw == 0 else (row, draw)
-    return derive_seed("offline", seed, name, *place)
+def _noise_seed(seed: int, dataset: str, row: int, draw: int) -> int:
+    """The seed of one draw for one sample; that of the first draw does not depend on how many follow."""
+    return derive_seed("offline", seed, dataset, row, *([draw] if draw else []))
 
 
-def difference_between(
-    predictor: VLAPredictor, reference: VLAPredictor, batches: Iterable[dict[str, Any]], seed: int = 0
-) -> dict[str, float]:
-    """How far two policies' actions are apart for the same observations and noise, as quantization moves them.
+def quantization_error(
+    predictor: VLAPredictor, reference: VLAPredictor, batches: Iterable[Batch], seed: int
+) -> dict[str, Any]:
+    """How far quantization moves a policy's actions, for the same observations and noise; logged and returned.
+
+    Args:
+        predictor: the quantized policy.
+        reference: the same policy with whole matrices.
+        batches: observations.
+        seed: of the noise.
 
     Returns:
-        `max` and `mean` of the absolute difference in normalized units, and `samples`, how many were compared.
+        `quantization`, its name; `max` and `mean` of the absolute difference in normalized units; `samples`, how many
+        predictions were compared.
     """
     differences = []
     for number, batch in enumerate(batches):
         state = batch["state"].numpy()
         seeds = [derive_seed("difference", seed, number, row) for row in range(len(state))]
-        both = [one.predict_batch(batch, seeds, predictor.num_inference_steps) for one in (predictor, reference)]
-        here, there = (reference.normalize_action(action, state) for action in both)
-        differences.append(np.abs(here - there))
+        actions = (
+            policy.predict_batch(batch, seeds, predictor.num_inference_steps) for policy in (predictor, reference)
+        )
+        quantized, whole = (reference.normalize_action(action, state) for action in actions)
+        differences.append(np.abs(quantized - whole))
     stacked = np.concatenate(differences)
-    return {"max": float(stacked.max()), "mean": float(stacked.mean()), "samples": len(stacked)}
+    text = "%s moves normalized actions by %.4f on average, at most %.4f (%d predictions)"
+    logger.info(text, predictor.quantization, stacked.mean(), stacked.max(), len(stacked))
+    error = {"max": float(stacked.max()), "mean": float(stacked.mean()), "samples": len(stacked)}
+    return {"quantization": predictor.quantization, **error}
+
+
+def measure_latency(predictor: VLAPredictor, batch: Batch, repeats: int) -> dict[str, float]:
+    """Milliseconds from a collated batch to its actions: `median_ms`, and `p95_ms`, the 95th percentile."""
+    seeds, times = list(range(len(batch["state"]))), []
+    for _ in range(repeats + 3):  # the first three warm up
+        started = time.perf_counter()
+        predictor.predict_batch(batch, seeds)
+        times.append(1000 * (time.perf_counter() - started))
+    return {"median_ms": float(np.median(times[3:])), "p95_ms": float(np.percentile(times[3:], 95))}

@@ -1,6 +1,6 @@
 """What an evaluation measures: errors of predicted chunks, trivial predictors to compare with, success intervals.
 
-The errors themselves are in utils/metrics.py, which training validation shares; here they meet what only an
+The errors themselves are in utils/metrics.py, which validation during training uses too; here is what only an
 evaluation needs. Plain numpy, no model needed.
 
 Shape letters: N samples, T horizon, A per_action_dim.

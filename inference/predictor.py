@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from data.processing import (
-    Batch,
     Frame,
     ObservationError,
     PromptTokenizer,
@@ -28,14 +27,12 @@ from data.processing import (
     collate_fn,
     processors_from_checkpoint,
 )
-from inference.acceleration import choose_weight_dtype, store_weights
-from inference.closed_loop.execution import ExecutionSettings
-from inference.quantization import quantize
-from inference.sampler import Sampler
-from inference.serving.export import read_policy
-from model.action_head.guidance import ActionPrefix
-from model.context import Context
+from inference.engine import Engine
+from inference.policy_files import read_policy
+from inference.settings import changed_settings
+from model.context import ActionPrefix
 from model.vla_model import VLAModel
+from utils.batch import Batch, example_batch
 from utils.config_utils import Config, MixtureEntry, config_from_dict
 from utils.misc import pick_device
 
@@ -47,11 +44,12 @@ class VLAPredictor:
 
     Attributes:
         config: the configuration that it was trained with.
+        settings: how it predicts: the `inference` section of `config`, with what was given instead.
         cameras: names of the cameras that it reads, in slot order.
         max_seq_len: observation frames that it takes, the current one included.
         state_dim, horizon, per_action_dim: widths of the state and of the predicted action chunk.
-        num_inference_steps, n_action_steps: defaults of sampling and of execution.
-        compile, quantization, weight_dtype: how it computes; see `inference` in utils/config_utils.py.
+        num_inference_steps, n_action_steps, compile, quantization: those of `settings`.
+        weight_dtype: that its matrices are stored in.
     """
 
     def __init__(
@@ -62,97 +60,70 @@ class VLAPredictor:
         prompt_tokenizer: PromptTokenizer,
         *,
         device: str | torch.device = "auto",
-        use_amp: bool | None = None,
-        num_inference_steps: int | None = None,
-        n_action_steps: int | None = None,
         dataset: str | None = None,
-        compile: str | None = None,
-        quantization: str | None = None,
-        weight_dtype: str | None = None,
+        use_amp: bool | None = None,
+        **inference: Any,
     ) -> None:
         """Use `from_checkpoint`, unless the model is already in memory; it is changed in place.
 
         Raises:
-            ValueError: num_inference_steps below 1 or above a diffusion head's noise levels, n_action_steps outside 1
-                to horizon, an unknown dataset, a CUDA graph on another device, or weights rounded below the compute
-                precision.
+            ValueError: a setting that does not exist, is out of range, or asks for what device, precision or head can't
+                do; an unknown dataset.
         """
-        self.device = pick_device(str(device))
-        if use_amp is not None:
-            model.compute_dtype = torch.bfloat16 if use_amp else torch.float32
-        self.compile = _given(compile, config.inference.compile)
-        self.quantization = _given(quantization, config.inference.quantization)
-        wanted = _given(weight_dtype, config.inference.weight_dtype)
-        self.weight_dtype = choose_weight_dtype(wanted, model.compute_dtype, self.device)
-        store_weights(model, self.weight_dtype)
-        quantize(model.backbone, self.quantization, config.model.vlm_config.quantization)
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        self.config = config
+        self.config, self.device = config, pick_device(str(device))
         self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
         self.cameras, self.max_seq_len = config.cameras, config.data.max_seq_len
         self.dataset_index, self.dataset = _choose_dataset(config, dataset)
         self.state_dim, self.horizon = self.dataset.state_dim, self.dataset.horizon
         self.per_action_dim = self.dataset.per_action_dim
-        self.num_inference_steps = _given(num_inference_steps, config.inference.num_inference_steps)
-        self.n_action_steps = _given(n_action_steps, min(config.inference.n_action_steps or self.horizon, self.horizon))
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {self.num_inference_steps}; give 1 or more")
-        if not 1 <= self.n_action_steps <= self.horizon:
-            raise ValueError(
-                f"n_action_steps is {self.n_action_steps}, but the policy predicts a horizon of {self.horizon} "
-                f"actions; give 1 to {self.horizon}"
-            )
+        self.settings = changed_settings(config.inference, self.horizon, inference)
+        self.num_inference_steps, self.n_action_steps = self.settings.num_inference_steps, self.settings.n_action_steps
+        self.compile, self.quantization = self.settings.compile, self.settings.quantization
+        if use_amp is not None:
+            model.compute_dtype = torch.bfloat16 if use_amp else torch.float32
+        self.engine = Engine(
+            model,
+            self.settings,
+            self.device,
+            prompt_max_len=config.data.prompt_max_len,
+            trained_quantization=config.model.vlm_config.quantization,
+        )
+        self.model, self.weight_dtype = self.engine.model, self.engine.weight_dtype
         self._warned: set[str] = set()
-        self.sampler = Sampler(model, self.compile, config.data.prompt_max_len, self.num_inference_steps, self.device)
 
     @classmethod
     def from_checkpoint(
         cls,
         path: str | Path,
         device: str | torch.device = "auto",
-        use_amp: bool | None = None,
-        *,
-        num_inference_steps: int | None = None,
-        n_action_steps: int | None = None,
         dataset: str | None = None,
-        compile: str | None = None,
-        quantization: str | None = None,
-        weight_dtype: str | None = None,
+        *,
+        use_amp: bool | None = None,
+        **inference: Any,
     ) -> VLAPredictor:
         """Load a policy from a checkpoint alone: no data, no pretrained directory, no config file.
 
         Args:
             path: `*.pth.tar` written by training, a folder that scripts/export_policy.py wrote, or the hub id of one.
             device: `auto` (GPU when there is one), `cpu`, `cuda:1`, ...
-            use_amp: True: bfloat16 autocast, also on a CPU. False: float32. None: the precision that the policy
-                was trained in (`model.vlm_config.dtype`).
-            num_inference_steps: sampling steps per prediction; None: the checkpoint's `inference` section.
-            n_action_steps: actions of each prediction that a rollout executes; None: the checkpoint's.
             dataset: for a policy trained on a mixture, the name of the dataset whose robot it drives: it decides
                 statistics and widths. None: the only one.
-            compile, quantization, weight_dtype: see `inference` in utils/config_utils.py; None: the checkpoint's.
-                The first prediction of a compiled policy, or of one on a GPU, is made here.
+            use_amp: True: bfloat16 autocast, also on a CPU. False: float32. None: the precision that the policy
+                was trained in (`model.vlm_config.dtype`).
+            inference: settings instead of the checkpoint's, by the names of `inference` in utils/config_utils.py, such
+                as num_inference_steps=5 or compile="default"; None: the checkpoint's. The first prediction of a
+                compiled policy, or of one on a GPU, is made here.
 
         Raises:
             CheckpointError: missing, truncated, unsafe or foreign file.
-            ValueError: steps out of range, or a setting that the device or the precision does not allow.
+            ValueError: a setting that does not exist (the error names the nearest one that does), is out of range, or
+                asks for what device, precision or head can't do; an unknown dataset.
             ImportError: the library of that quantization is missing.
         """
         checkpoint = read_policy(path)
         config = config_from_dict(checkpoint["config"], source=str(path))
-        predictor = cls(
-            VLAModel.from_checkpoint(checkpoint),
-            config,
-            *processors_from_checkpoint(checkpoint),
-            device=device,
-            use_amp=use_amp,
-            num_inference_steps=num_inference_steps,
-            n_action_steps=n_action_steps,
-            dataset=dataset,
-            compile=compile,
-            quantization=quantization,
-            weight_dtype=weight_dtype,
-        )
+        model, processors = VLAModel.from_checkpoint(checkpoint), processors_from_checkpoint(checkpoint)
+        predictor = cls(model, config, *processors, device=device, dataset=dataset, use_amp=use_amp, **inference)
         if predictor.compile != "none" or predictor.device.type == "cuda":
             predictor.warm_up()
         return predictor
@@ -168,12 +139,9 @@ class VLAPredictor:
         Args:
             batch_size: observations predicted together; compiled code and graphs serve one size each.
         """
-        shape = (self.max_seq_len, self.image_processor.height, self.image_processor.width, 3)
-        images = {camera: np.zeros(shape, np.uint8) for camera in self.cameras}
-        state = np.zeros(self.state_dim)
-        blank = self.observation(images["image_1"], images.get("image_2"), prompt="wait", state=state)
+        batch = example_batch(self.config, image_size=self.image_processor.height, batch_size=batch_size)
         started = time.perf_counter()
-        self.predict_batch(collate_fn([blank] * batch_size), [0] * batch_size)
+        self.predict_batch(batch, [0] * batch_size)
         seconds = time.perf_counter() - started
         logger.info("first prediction of %d, compile %s: %.1f s", batch_size, self.compile, seconds)
 
@@ -184,7 +152,7 @@ class VLAPredictor:
         *,
         prompt: str,
         state: Sequence[float] | np.ndarray | None = None,
-        seed: int | torch.Generator | None = None,
+        seed: int | None = None,
         num_inference_steps: int | None = None,
         prefix: ActionPrefix | None = None,
     ) -> np.ndarray:
@@ -198,7 +166,7 @@ class VLAPredictor:
                 does with data that lack it, and warns once; a policy trained with one camera ignores it.
             prompt: the instruction.
             state: (state_dim,), physical units; may be None only for a policy that takes no state.
-            seed: of the sampling noise; the same seed gives the same actions. None: torch's global generator.
+            seed: of the sampling noise; the same seed gives the same actions. None: one from torch's global generator.
             num_inference_steps: sampling steps; None: the predictor's default.
             prefix: what the actions have to continue (physical units, B = 1); see `inference.closed_loop.execution`.
 
@@ -210,15 +178,13 @@ class VLAPredictor:
                 finite, too many frames.
         """
         batch = self.observe(images_1, images_2, prompt=prompt, state=state)
-        generator = seed
-        if seed is not None and not isinstance(seed, torch.Generator):
-            generator = torch.Generator().manual_seed(int(seed))
-        return self._sample(batch, [generator], num_inference_steps, prefix)[0, 0]
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
+        return self.predict_draws(batch, [[seed]], num_inference_steps, prefix)[0, 0]
 
     def predict_batch(
         self,
         batch: Batch,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[int],
         num_inference_steps: int | None = None,
         prefix: ActionPrefix | None = None,
     ) -> np.ndarray:
@@ -226,8 +192,7 @@ class VLAPredictor:
 
         Args:
             batch: the data contract; actions are not needed.
-            seeds: one per sample, so that a sample's noise does not depend on what else is in the batch; None:
-                torch's global generator.
+            seeds: one per sample, so that a sample's noise does not depend on what else is in the batch.
             num_inference_steps: sampling steps; None: the predictor's default.
             prefix: what the actions have to continue, physical units; weights 0 for a sample that continues nothing.
 
@@ -239,7 +204,7 @@ class VLAPredictor:
     def predict_draws(
         self,
         batch: Batch,
-        seeds: Sequence[Sequence[int] | None],
+        seeds: Sequence[Sequence[int]],
         num_inference_steps: int | None = None,
         prefix: ActionPrefix | None = None,
     ) -> np.ndarray:
@@ -247,15 +212,17 @@ class VLAPredictor:
 
         Args:
             batch, num_inference_steps, prefix: as `predict_batch` takes them.
-            seeds: one entry per draw, each as `predict_batch` takes it.
+            seeds: per draw one seed for every sample.
 
         Returns:
             float32 (draws, B, horizon, per_action_dim), physical units.
         """
-        generators = [
-            None if draw is None else [torch.Generator().manual_seed(seed) for seed in draw] for draw in seeds
-        ]
-        return self._sample(batch, generators, num_inference_steps, prefix)
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        noise = self.model.draw_noise(seeds, steps)
+        batch = batch if noise is None else {**batch, "noise": noise}
+        prefix = None if prefix is None else self._widened(prefix)
+        action_KBTA = self.engine(batch, steps, num_draws=len(seeds), prefix=prefix)
+        return action_KBTA[..., : self.horizon, : self.per_action_dim].cpu().numpy()
 
     def observe(
         self,
@@ -295,44 +262,6 @@ class VLAPredictor:
         sample["dataset_index"] = self.dataset_index
         return sample
 
-    def execution_settings(
-        self,
-        strategy: str | None = None,
-        latency_steps: int | None = None,
-        n_action_steps: int | None = None,
-        max_guidance_weight: float | None = None,
-        guidance_steps: int | None = None,
-    ) -> ExecutionSettings:
-        """How a rollout or a robot executes this policy's chunks; None: as the checkpoint's `inference` section says.
-
-        Raises:
-            ValueError: numbers out of range, a horizon too short for the latency, or a strategy that the policy
-                was not trained for.
-        """
-        config = self.config.inference
-        settings = ExecutionSettings(
-            self.horizon,
-            _given(n_action_steps, self.n_action_steps),
-            _given(strategy, config.execution),
-            _given(latency_steps, config.latency_steps),
-            config.ensemble_decay,
-            _given(max_guidance_weight, config.max_guidance_weight),
-            _given(guidance_steps, config.guidance_steps),
-        )
-        trained = self.config.model.action_head_config.max_clean_prefix
-        if settings.strategy == "clean_prefix" and settings.latency_steps > trained:
-            raise ValueError(
-                f"clean_prefix execution commits latency_steps {settings.latency_steps} actions, but the policy was "
-                f"trained with max_clean_prefix {trained}; train with a longer one, or use rtc"
-            )
-        return settings
-
-    @torch.no_grad()
-    def context(self, batch: Batch) -> Context:
-        """What the action head sees of a batch, in the precision of `predict`."""
-        with self.model.autocast():
-            return self.model.encode(self.sampler.prepared(batch))
-
     def mean_action(self, state_NS: np.ndarray) -> np.ndarray:
         """The training data's mean action for each state, float32 (N, A), physical units.
 
@@ -365,18 +294,6 @@ class VLAPredictor:
         tensors = (torch.as_tensor(np.asarray(x, np.float32), device=self.device) for x in (action, state))
         return self.model.normalizer.normalize_action(*tensors, index)[..., : self.per_action_dim].cpu().numpy()
 
-    def _sample(
-        self,
-        batch: Batch,
-        generators: Sequence[Any],
-        num_inference_steps: int | None,
-        prefix: ActionPrefix | None,
-    ) -> np.ndarray:
-        steps = _given(num_inference_steps, self.num_inference_steps)
-        prefix = None if prefix is None else self._widened(prefix)
-        action_KBTA = self.sampler(batch, generators, steps, prefix)
-        return action_KBTA[..., : self.horizon, : self.per_action_dim].cpu().numpy()
-
     def _widened(self, prefix: ActionPrefix) -> ActionPrefix:
         """A prefix of the dataset's widths in the model's, on its device: what it lacks is free."""
         head = self.config.model.action_head_config
@@ -390,7 +307,15 @@ class VLAPredictor:
             if self.config.model.action_head_config.use_state_input:
                 raise ObservationError(f"state is missing; this policy takes {self.state_dim} values")
             return np.zeros(self.state_dim, np.float32)
-        values = np.asarray(state, np.float32)
+        try:
+            values = np.asarray(state)
+        except ValueError:  # nested lists of several lengths
+            values = np.empty(0, object)
+        if values.dtype.kind not in "iuf":
+            raise ObservationError(
+                f"state is a {type(state).__name__} of {values.dtype}; wanted {self.state_dim} numbers"
+            )
+        values = values.astype(np.float32)
         if values.shape != (self.state_dim,):
             raise ObservationError(
                 f"state has shape {values.shape}, {values.size} values; this policy takes {self.state_dim}"
@@ -412,10 +337,6 @@ def _frames(images: Frame | Sequence[Frame] | None) -> list[Frame] | None:
         return None
     several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
     return list(images) if several else [images]
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 def _choose_dataset(config: Config, name: str | None) -> tuple[int, MixtureEntry]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from inference.evaluate import Predictions
 from utils.metrics import METRICS
 from utils.misc import atomic_path
+from utils.text_table import text_table
 from utils.trajectory_plot import draw_trajectory
 
 
@@ -22,14 +23,6 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write JSON, whole or not at all; NaN is refused."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned text columns; floats get four significant digits, None becomes "-"."""
-    cells = [list(map(str, header))] + [[_cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def metrics_table(result: dict[str, Any]) -> str:
@@ -46,7 +39,7 @@ def metrics_table(result: dict[str, Any]) -> str:
 
 def _metrics_table(title: str, parts: dict[str, dict[str, Any]]) -> str:
     rows = [[metric, *(part["overall"][metric] for part in parts.values())] for metric in METRICS]
-    return table([title, *parts], [row for row in rows if any(value is not None for value in row[1:])])
+    return text_table([title, *parts], [row for row in rows if any(value is not None for value in row[1:])])
 
 
 def rollout_table(result: dict[str, Any]) -> str:
@@ -58,7 +51,7 @@ def rollout_table(result: dict[str, Any]) -> str:
         rate = task["successes"] / task["episodes"]
         interval = f"{100 * low:.0f} to {100 * high:.0f} %"
         rows.append([name, f"{task['successes']}/{task['episodes']}", f"{100 * rate:.0f} %", interval])
-    text = table(["task", "success", "rate", "Wilson 95 %"], rows)
+    text = text_table(["task", "success", "rate", "Wilson 95 %"], rows)
     if len(tiers) > 1:
         means = [f"{100 * result['summary'][key]:.1f} %" for key in ("mean_success_rate", "tier_mean_success_rate")]
         text += f"\nmean over tasks {means[0]}, over tiers {means[1]}"
@@ -68,7 +61,30 @@ def rollout_table(result: dict[str, Any]) -> str:
 def action_table(action_TA: np.ndarray) -> str:
     """One line per step of an action chunk (T, A)."""
     header = ["step", *(f"action_{a}" for a in range(action_TA.shape[1]))]
-    return table(header, [[t, *(f"{value:.5f}" for value in row)] for t, row in enumerate(action_TA)])
+    return text_table(header, [[t, *(f"{value:.5f}" for value in row)] for t, row in enumerate(action_TA)])
+
+
+def write_evaluation(
+    folder: Path,
+    result: dict[str, Any],
+    predictions: dict[str, Predictions],
+    save_predictions: bool,
+    num_plots: int,
+) -> list[Path]:
+    """Write what `evaluate_offline` found: metrics.json, plots/, and predictions.csv when asked for; returns the paths.
+
+    Args:
+        folder: of the output.
+        result, predictions: from `evaluate_offline`; the result may hold more.
+        save_predictions: write predictions.csv, see `write_predictions`.
+        num_plots: episodes per dataset to plot.
+    """
+    paths = [folder / "metrics.json"]
+    write_json(paths[0], result)
+    if save_predictions:
+        paths.append(folder / "predictions.csv")
+        write_predictions(paths[-1], predictions)
+    return [*paths, *plot_trajectories(folder / "plots", predictions, num_plots)]
 
 
 def write_actions(output_dir: Path, action_TA: np.ndarray, inputs: dict[str, Any]) -> list[Path]:
@@ -118,6 +134,17 @@ def plot_trajectories(output_dir: str | Path, predictions: dict[str, Predictions
     return paths
 
 
+def finish(text: str, paths: Sequence[str | Path], log_file: Path | None) -> None:
+    """Print what an evaluation found and which files it wrote; what it found is added to the log file as well."""
+    print("\n" + text)
+    if log_file is not None:
+        with log_file.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        paths = [*paths, log_file]
+    for path in paths:
+        print(f"wrote {path}")
+
+
 def file_stem(name: str) -> str:
     """A name that may hold slashes and spaces, as part of a file name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name.removesuffix(".parquet")).strip("_")
@@ -142,12 +169,6 @@ def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str) -
     figure.suptitle(f"First action of each prediction: {title}", fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _digits(value: float) -> str:

@@ -40,14 +40,13 @@ from typing import Any
 
 import torch
 
-import main_eval
-import main_train
+from data.loader import collate_fn, open_dataset
 from envs import FIRST_EVALUATION_SEED
+from inference.evaluate import measure_latency
 from inference.predictor import VLAPredictor
 from inference.report import write_json
 from model.action_head import ACTION_HEADS
 from scripts.compare_heads_report import markdown, plot, summarize
-from test_vla_offline import latency
 from training.run_log import read_metrics
 from utils.backbones import BACKBONE_SPECS
 from utils.checkpoint import newest_checkpoint
@@ -111,6 +110,7 @@ class Cell:
 
 def run_cell(plan: Plan, cell: Cell) -> None:
     """Train, evaluate and roll out one policy, in a process of its own; each stage that left its result is skipped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the script that is running ends as well
     folder = plan.output_dir / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / "log.txt").open("a")
@@ -130,7 +130,7 @@ def train(plan: Plan, cell: Cell) -> Path:
     folder = plan.output_dir / cell.name
     done, checkpoints = folder / "trained.json", folder / "checkpoints"
     if not done.is_file():
-        main_train.main(train_flags(plan, cell, plan.output_dir))
+        run_script("main_train.py", *train_flags(plan, cell, plan.output_dir))
         lines = [line for line in read_metrics(folder / "logs" / "metrics.jsonl") if "samples_per_second" in line]
         steps, wanted = lines[-1]["step"], plan.config.training.max_steps
         if steps < wanted:
@@ -173,7 +173,7 @@ def evaluate(plan: Plan, cell: Cell, checkpoint: Path) -> None:
         stages |= {"closed_loop": (rollouts, "rollouts.json"), "blind": ([*rollouts, "--blind"], "rollouts.json")}
     for name, (arguments, result) in stages.items():
         if not (folder / name / result).is_file():
-            main_eval.main([*common, *arguments, "--output_dir", str(folder / name)])
+            run_script("main_eval.py", *common, *arguments, "--output_dir", str(folder / name))
 
 
 def is_finished(plan: Plan, cell: Cell) -> bool:
@@ -244,14 +244,15 @@ def measure_speed(plan: Plan, cell: Cell) -> None:
     if (folder / "speed.json").is_file():
         return
     predictor = VLAPredictor.from_checkpoint(train(plan, cell), plan.device)
-    dataset = main_eval.open_dataset(predictor, plan.config.data.val_parquet_files[0], "data.val_parquet_files")
+    processors, files = (predictor.image_processor, predictor.prompt_tokenizer), plan.config.data.val_parquet_files
+    dataset = open_dataset(predictor.config, *processors, files[0], "data.val_parquet_files")
     parameters, trained = count_parameters(predictor.model)
     speed = {
         "parameters": parameters,
         "trained_parameters": trained,
         "head_parameters": count_parameters(predictor.model.action_head)[0],
         "samples_per_second": training_speed(plan, cell),
-        "latency": latency(predictor, dataset, LATENCY_REPEATS),
+        "latency": measure_latency(predictor, collate_fn([dataset[0]]), LATENCY_REPEATS),
         "device": str(predictor.device),
         "threads": torch.get_num_threads(),
     }

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from inference.metrics import wilson_interval
 from utils.misc import atomic_path
+from utils.text_table import markdown_table
 
 OFFLINE = ("mse_normalized", "best_of_k_mse_normalized", "spread_normalized", "mae", "first_step_error")
 SMOOTHNESS = ("smoothness", "smoothness_true")
@@ -73,7 +74,7 @@ def markdown(result: dict[str, Any]) -> str:
     header = ["backbone", "head", "parameters (head)", "samples/s"]
     header += ["MSE", f"best of {k}", "spread", "success", "blank images"]
     header += ["latency p50 / p95"]
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    table = []
     for row in rows:
         offline = row["offline"]
         cells = [
@@ -89,7 +90,7 @@ def markdown(result: dict[str, Any]) -> str:
         cells += [_success(row.get("closed_loop")), _success(row.get("blind"))]
         times = row["latency"]
         cells.append(f"{times['median_ms']:.1f} / {times['p95_ms']:.1f} ms" if times else "-")
-        lines.append("| " + " | ".join(cells) + " |")
+        table.append(cells)
     offline = f"MSE, best of {k} draws and spread: held-out episodes, normalized units, means over seeds."
     loop = (
         f"Success: {len(seeds)} training seed{'s' if len(seeds) > 1 else ''} x {len(settings['tasks'])} tasks "
@@ -100,7 +101,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"Training: {settings['steps']} steps of {settings['batch_size']} samples. Latency: one observation to "
         f"actions. Samples/s of training and latency: one process, alone on {settings['cores']} cores."
     )
-    return "\n".join([*lines, "", offline, loop if settings["episodes"] else "No closed loop.", speed])
+    return "\n".join(
+        [markdown_table(header, table), "", offline, loop if settings["episodes"] else "No closed loop.", speed]
+    )
 
 
 def plot(path: str | Path, result: dict[str, Any]) -> None:

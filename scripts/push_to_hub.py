@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 if not __package__:
     import _repository  # noqa: F401
 
-from inference.serving.export import MANIFEST, read_manifest
+from inference.policy_files import MANIFEST, read_manifest
 
 
 def main() -> None:

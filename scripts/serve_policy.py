@@ -23,11 +23,12 @@ if not __package__:
 
 from inference.predictor import VLAPredictor
 from inference.serving.server import PolicyServer
-from utils.config_reader import choices
+from utils.cli import add_setting_flags
 from utils.config_utils import ConfigError, InferenceConfig, override_config
 from utils.misc import set_up_logging
 
 logger = logging.getLogger(__name__)
+SETTINGS = ("num_inference_steps", "compile", "quantization")  # of `inference`
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,9 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", help="for a policy trained on a mixture: the dataset whose robot is driven")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as trained")
-    parser.add_argument("--num_inference_steps", type=int)
-    for name in ("compile", "quantization"):
-        parser.add_argument(f"--{name}", choices=choices(InferenceConfig, name), help="default: the checkpoint's")
+    add_setting_flags(parser.add_argument_group("instead of the checkpoint's settings"), InferenceConfig, SETTINGS)
     parser.add_argument("--num_threads", type=int, help="CPU threads of torch")
     parser.add_argument("--seed", type=int, default=0, help="of the noise of requests that carry no seed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="serving.key=value", dest="set_args")
@@ -70,7 +69,7 @@ def check_set_args(items: list[str]) -> None:
         if not item.startswith("serving."):
             raise ConfigError(
                 f"--set {item}: only serving.key=value is read here; how the policy predicts is chosen by "
-                "--num_inference_steps, --compile, --quantization and --use_amp"
+                f"{', '.join(f'--{name}' for name in SETTINGS)} and --use_amp"
             )
 
 
@@ -97,15 +96,9 @@ def main() -> None:
         torch.set_num_threads(args.num_threads)
     token = read_token(args.token_env, args.host)
     check_set_args(args.set_args)
-    predictor = VLAPredictor.from_checkpoint(
-        args.checkpoint_path,
-        args.device,
-        args.use_amp,
-        num_inference_steps=args.num_inference_steps,
-        dataset=args.dataset,
-        compile=args.compile,
-        quantization=args.quantization,
-    )
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    where = args.checkpoint_path, args.device, args.dataset
+    predictor = VLAPredictor.from_checkpoint(*where, use_amp=args.use_amp, **settings)
     serving = override_config(predictor.config, args.set_args).serving
     if predictor.compile != "none":  # no client should wait for a compiler
         for batch_size in range(2, serving.max_batch_size + 1):

@@ -186,6 +186,10 @@ def test_single_item(checkpoint, tmp_path, capsys):
         ("--env e --tasks t --control expert --compile default", "--compile has no meaning with --control expert"),
         ("--checkpoint_path c --eval_data_path d --compile fast", "argument --compile: invalid choice: 'fast'"),
         ("--checkpoint_path c --env e --tasks t --episodes 0", "--episodes is 0; give 1 or more"),
+        (
+            "--checkpoint_path c --eval_data_path d --num_inference_steps 0",
+            "--num_inference_steps is 0; it must be pos",
+        ),
         ("--checkpoint_path c --env e --tasks t --latency_steps -1", "--latency_steps is -1; give 0 or more control"),
         ("--checkpoint_path c --image1_paths i --prompt p --execution rtc", "--execution belongs to --env"),
         ("--env e --tasks t --control expert --execution rtc", "--execution has no meaning with --control expert"),
@@ -201,6 +205,13 @@ def test_contradictory_flags(flags, message, capsys):
         parse_args(flags.split(), "")
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_flags_of_settings_are_made_from_their_fields():
+    flags = "--checkpoint_path c --env e --tasks t --execution rtc --num_inference_steps 4 --n_action_steps 3"
+    args = parse_args(flags.split(), "")
+    assert args.settings == {"execution": "rtc", "num_inference_steps": 4, "n_action_steps": 3}
+    assert (args.episodes, args.num_envs, args.num_videos, args.blind, args.batch_size) == (20, 1, 3, False, 16)
 
 
 def test_env_options_are_read_as_yaml():

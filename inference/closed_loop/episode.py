@@ -2,8 +2,9 @@
 
 An environment here gives observations `{"image_1": uint8 (H, W, 3), optionally "image_2", "state": float32}`,
 reports `info["success"]`, and carries `instruction` and `control_hz`; where plans take time, also `hold_action`.
-Rendering is most of a simulator's work, and most frames are never looked at: an environment may honour the reset option
-`images_on_request`, leave the images out, and give those of the present state by `images()`.
+Rendering is most of a simulator's work, and most frames are never looked at. An environment may therefore honour the
+reset option `images_on_request`: its observations then hold no images, and `images()` renders those of the present
+state.
 
     episode = Episode(env, settings, seed)
     while (request := episode.advance()) is not None:       # runs until a plan is wanted or the episode has ended
@@ -26,7 +27,7 @@ from inference.closed_loop.execution import ExecutionSettings
 from inference.closed_loop.video import captioned
 
 if TYPE_CHECKING:
-    from model.action_head.guidance import ActionPrefix
+    from model.context import ActionPrefix
 
 Observation = dict[str, np.ndarray]
 
@@ -47,11 +48,12 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request for a plan, from one of several episodes.
+class EpisodeRequest:
+    """A request for a plan, and which of several episodes it comes from.
 
     Attributes:
-        seed: of the episode. number: how many plans the episode has had before.
+        seed: of the episode.
+        number: how many plans the episode has had before.
         request: what the plan is to be made from.
     """
 
@@ -94,7 +96,7 @@ class Episode:
     covers a step the robot holds still: `env.hold_action`.
 
     Args:
-        env: see the module's text; it is reset. Actions are sent as planned; clipping is its business.
+        env: see the module's text; it is reset. Actions are sent as planned: an environment clips them itself.
         settings: how plans are executed.
         seed: of the initial state.
         prompt: instead of the environment's instruction.

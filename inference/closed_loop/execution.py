@@ -28,16 +28,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from inference.settings import check_n_action_steps
+from utils.config_utils import InferenceConfig
+
 # Simulator processes import this module: only strategies that continue chunks import torch, which takes seconds.
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model.action_head.guidance import ActionPrefix
+    from model.context import ActionPrefix
 
 
 @dataclass(frozen=True)
 class ExecutionSettings:
-    """A strategy and its numbers.
+    """A strategy and its numbers; `from_config` makes one from the `inference` section, where the defaults are.
 
     Attributes:
         horizon: actions of each plan.
@@ -51,22 +54,33 @@ class ExecutionSettings:
 
     horizon: int
     n_action_steps: int
-    strategy: str = "synchronous"
-    latency_steps: int = 0
-    ensemble_decay: float = 0.01
-    max_guidance_weight: float = 5.0
-    guidance_steps: int | None = None
+    strategy: str
+    latency_steps: int
+    ensemble_decay: float
+    max_guidance_weight: float
+    guidance_steps: int | None
+
+    @classmethod
+    def from_config(cls, config: InferenceConfig, horizon: int) -> ExecutionSettings:
+        """The settings of a policy that predicts `horizon` actions.
+
+        Raises:
+            ValueError: more actions are executed than predicted, or the horizon is too short for the latency.
+        """
+        return cls(
+            horizon,
+            config.n_action_steps or horizon,
+            config.execution,
+            config.latency_steps,
+            config.ensemble_decay,
+            config.max_guidance_weight,
+            config.guidance_steps,
+        )
 
     def __post_init__(self) -> None:
         if self.strategy not in EXECUTION_STRATEGIES:
             raise ValueError(f"execution is {self.strategy!r}; give one of {', '.join(EXECUTION_STRATEGIES)}")
-        if not 1 <= self.n_action_steps <= self.horizon:
-            raise ValueError(
-                f"n_action_steps is {self.n_action_steps}, but the policy predicts a horizon of {self.horizon} "
-                f"actions; give 1 to {self.horizon}"
-            )
-        if self.latency_steps < 0:
-            raise ValueError(f"latency_steps is {self.latency_steps}; give 0 or more control steps")
+        check_n_action_steps(self.n_action_steps, self.horizon)
         interval, latency = EXECUTION_STRATEGIES[self.strategy].interval(self), self.latency_steps
         if self.strategy != "synchronous" and interval + latency > self.horizon:
             raise ValueError(
@@ -194,7 +208,7 @@ class RealTimeChunking(NaiveAsync):
     def _prefix(self) -> ActionPrefix | None:
         import torch
 
-        from model.action_head.guidance import ActionPrefix
+        from model.context import ActionPrefix
 
         horizon, executed = self.settings.horizon, self.step - self._start
         rest_TA = self._plan_TA[executed:horizon]

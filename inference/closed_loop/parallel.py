@@ -1,4 +1,4 @@
-"""Closed-loop episodes in several simulator processes, with one policy that plans for all of them in batches.
+"""Episodes in several simulator processes, with one policy that plans for all of them in batches.
 
     process 1: Episode ─► request ─┐                    ┌─► plan
     process 2: Episode ─► request ─┼─► planner, batched ┼─► plan
@@ -25,11 +25,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from inference.closed_loop.episode import Asked, EpisodeResult, PlanRequest
-from inference.closed_loop.policies import Control, Policy, own_planner
+from inference.closed_loop.episode import EpisodeRequest, EpisodeResult, PlanRequest
+from inference.closed_loop.policies import Control, Policy, local_planner
 from inference.closed_loop.simulator import Job, MakeEnv, reference_to, run_job
 from inference.serving.wire import pack, unpack
-from model.action_head.guidance import ActionPrefix
+from model.context import ActionPrefix
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Planner(Policy, Protocol):
     def check_widths(self, state_dim: int, per_action_dim: int) -> None:
         """Raise a ValueError where an environment does not fit the policy."""
 
-    def plan_many(self, asked: Sequence[Asked]) -> list[np.ndarray]:
+    def plan_many(self, requests: Sequence[EpisodeRequest]) -> list[np.ndarray]:
         """A plan (T, A) for each."""
 
 
@@ -49,7 +49,7 @@ class Finished:
     """An episode that was run.
 
     Attributes:
-        job, result: what was asked for, and what came of it; without frames and actions.
+        job, result: the job, and its result; without frames and actions.
         instruction: the environment's own.
         env_settings: see `RobotEnv.settings`.
     """
@@ -60,7 +60,7 @@ class Finished:
     env_settings: dict[str, Any]
 
 
-def run_jobs(
+def run_episodes(
     jobs: Sequence[Job],
     make_env: MakeEnv,
     policy: Planner | dict[str, Control],
@@ -101,27 +101,27 @@ def run_jobs(
             processes.append(process)
             connection.send_bytes(pack(start))
             _start_next(connection, waiting, running)
-        asked: dict[Connection, Asked] = {}
+        requests: dict[Connection, EpisodeRequest] = {}
         deadline = patience = 0.0
         while running:
-            others = list(running.keys() - asked.keys())
-            ready = wait(others, max(0.0, deadline - time.monotonic()) if asked else None) if others else []
+            others = list(running.keys() - requests.keys())
+            ready = wait(others, max(0.0, deadline - time.monotonic()) if requests else None) if others else []
             for connection in ready:
                 message = _receive(connection, running[connection])
                 if message["kind"] == "plan":
-                    # A batch waits for the others as long as a plan takes: a larger one costs hardly more.
-                    deadline = deadline if asked else time.monotonic() + patience
-                    asked[connection] = _asked(message)
+                    # Wait for the other processes' requests as long as a plan takes: a larger batch costs hardly more.
+                    deadline = deadline if requests else time.monotonic() + patience
+                    requests[connection] = _request(message)
                 elif message["kind"] == "env" and central is not None:
                     central.check_widths(message["state_dim"], message["per_action_dim"])
                 elif message["kind"] == "finished":
                     on_finished(_finished(running[connection], message))
                     _start_next(connection, waiting, running)
-            if asked and not ready:
+            if requests and not ready:
                 started = time.monotonic()
-                for connection, action_TA in zip(asked, central.plan_many(list(asked.values())), strict=True):
+                for connection, action_TA in zip(requests, central.plan_many(list(requests.values())), strict=True):
                     connection.send_bytes(pack(np.ascontiguousarray(action_TA)))
-                asked, patience = {}, time.monotonic() - started
+                requests, patience = {}, time.monotonic() - started
     finally:
         for process in processes:
             process.terminate()
@@ -130,7 +130,7 @@ def run_jobs(
 
 
 def start_simulator() -> tuple[subprocess.Popen[bytes], Connection]:
-    """A simulator process, and this side of the line to it."""
+    """Start a simulator process; returns it and the connection to it."""
     here, there = socket.socketpair()
     with there:
         command = [sys.executable, "-P", "-m", "inference.closed_loop.simulator", str(there.fileno())]
@@ -145,15 +145,15 @@ def _run_here(
     policy: Planner | dict[str, Control],
     on_finished: Callable[[Finished], None],
 ) -> None:
-    """The same in this process, one episode after the other."""
+    """Run every job in this process, one after the other."""
     env, task = None, None
     for job in jobs:
         if job.task != task:
             if env is not None:
                 env.close()
             env, task = make_env(job.task), job.task
-        own = policy[job.task] if isinstance(policy, dict) else policy
-        result = run_job(env, job, own.execution, own.max_seq_len, own_planner(own, env, job.seed))
+        driver = policy[job.task] if isinstance(policy, dict) else policy
+        result = run_job(env, job, driver.execution, driver.max_seq_len, local_planner(driver, env, job.seed))
         on_finished(Finished(job, result, env.unwrapped.instruction, env.unwrapped.settings()))
     if env is not None:
         env.close()
@@ -162,7 +162,7 @@ def _run_here(
 def _start_next(
     connection: Connection, waiting: list[tuple[Job, dict[str, Any]]], running: dict[Connection, Job]
 ) -> None:
-    """Give a simulator process its next job, or let it go."""
+    """Give a simulator process its next job; where there is none, tell it to end."""
     if waiting:
         running[connection], message = waiting.pop()
         connection.send_bytes(pack(message))
@@ -184,12 +184,14 @@ def _receive(connection: Connection, job: Job) -> dict[str, Any]:
     return message
 
 
-def _asked(message: dict[str, Any]) -> Asked:
+def _request(message: dict[str, Any]) -> EpisodeRequest:
     prefix = message["prefix"]
     if prefix is not None:
         tensors = (torch.from_numpy(np.array(prefix[name])) for name in ("action", "weight"))
         prefix = ActionPrefix(*tensors, prefix["max_guidance_weight"], prefix["clean"])
-    return Asked(message["seed"], message["number"], PlanRequest(tuple(message["history"]), message["prompt"], prefix))
+    return EpisodeRequest(
+        message["seed"], message["number"], PlanRequest(tuple(message["history"]), message["prompt"], prefix)
+    )
 
 
 def _finished(job: Job, message: dict[str, Any]) -> Finished:

@@ -1,4 +1,4 @@
-"""What drives an episode: the protocol, and two policies that stand beside a trained one in every table.
+"""What drives an episode: the protocol of policies, and the two controls that a trained policy is compared with.
 
 Imports no model, so that simulator processes start at once; the trained policy is
 `inference.closed_loop.rollout.ModelPolicy`.
@@ -14,9 +14,13 @@ import numpy as np
 
 from inference.closed_loop.episode import Observation, PlanRequest
 from inference.closed_loop.execution import ExecutionSettings
+from utils.config_utils import InferenceConfig
 
 if TYPE_CHECKING:
-    from model.action_head.guidance import ActionPrefix
+    from model.context import ActionPrefix
+
+
+ONE_ACTION = ExecutionSettings.from_config(InferenceConfig(execution="synchronous"), horizon=1)  # at once, one by one
 
 
 class Policy(Protocol):
@@ -35,8 +39,8 @@ class Policy(Protocol):
         """
 
 
-def own_planner(policy: Policy, env: gymnasium.Env, seed: int) -> Callable[[PlanRequest], np.ndarray]:
-    """The plans of a policy in this process, for an episode that was reset with `seed`."""
+def local_planner(policy: Policy, env: gymnasium.Env, seed: int) -> Callable[[PlanRequest], np.ndarray]:
+    """A function that asks a policy of this process for the plans of an episode that was reset with `seed`."""
     policy.reset(env, seed)
     return lambda request: policy.plan(request.history, request.prompt, request.prefix)
 
@@ -44,15 +48,15 @@ def own_planner(policy: Policy, env: gymnasium.Env, seed: int) -> Callable[[Plan
 class ReplayPolicy:
     """Plays demonstrations back without looking: the floor that any policy must beat.
 
-    The episode's seed chooses the demonstration (seed modulo their number). After its end its last action is
-    repeated, so that the control has as much time as a policy has.
+    The episode's seed chooses the demonstration (seed modulo their number). When the demonstration is over, its last
+    action is repeated, so that the control has as much time as a policy has.
 
     Args:
         demonstrations: actions of one episode each, (steps, A), physical units.
     """
 
     max_seq_len = 0
-    execution = ExecutionSettings(horizon=1, n_action_steps=1)
+    execution = ONE_ACTION
 
     def __init__(self, demonstrations: Sequence[np.ndarray]) -> None:
         if not demonstrations:
@@ -69,7 +73,7 @@ class ReplayPolicy:
         return self._actions[step : step + 1]
 
     def described(self, seed: int) -> dict[str, Any]:
-        """What it does in the episode of this seed, as plain values for `control_from`."""
+        """The control of the episode with this seed, as plain values for `control_from`."""
         return {"control": "replay", "action": self.demonstrations[seed % len(self.demonstrations)]}
 
 
@@ -77,7 +81,7 @@ class ExpertPolicy:
     """The environment's own scripted expert: the ceiling of what its demonstrations can teach."""
 
     max_seq_len = 0
-    execution = ExecutionSettings(horizon=1, n_action_steps=1)
+    execution = ONE_ACTION
 
     def reset(self, env: gymnasium.Env, seed: int) -> None:
         self._env = env.unwrapped
@@ -86,7 +90,7 @@ class ExpertPolicy:
         return np.asarray(self._env.expert_action())[None]
 
     def described(self, seed: int) -> dict[str, Any]:
-        """Plain values for `control_from`."""
+        """The control, as plain values for `control_from`."""
         return {"control": "expert"}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from inference.closed_loop.episode import Observation
 from inference.closed_loop.policies import Policy
-from model.action_head.guidance import ActionPrefix
+from model.context import ActionPrefix
 
 logger = logging.getLogger(__name__)
 REMEMBERED_LATENCIES = 10  # the next plan is expected to take as long as the slowest of these (arXiv 2506.07339)

@@ -1,4 +1,4 @@
-"""What closed-loop episodes leave behind, one line each, so that a killed evaluation goes on where it was.
+"""The record of a closed-loop evaluation, one line an episode, so that a killed evaluation goes on where it was.
 
 {folder}/rollout_settings.json    what was evaluated; another evaluation may not continue it
 {folder}/episodes.jsonl           one finished episode per line
@@ -46,12 +46,12 @@ class RolloutRecord:
             settings_path.unlink(missing_ok=True)
         self.lines: list[dict[str, Any]] = []
         if settings_path.is_file() and self.path.is_file():
-            found = json.loads(settings_path.read_text(encoding="utf-8"))
-            differing = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
+            old = json.loads(settings_path.read_text(encoding="utf-8"))
+            differing = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
             if differing:
                 raise ValueError(
                     f"{self.folder} holds episodes of another evaluation: {', '.join(differing)} differ"
-                    f"{'s' if len(differing) == 1 else ''} (there {found.get(differing[0])!r}, now "
+                    f"{'s' if len(differing) == 1 else ''} (there {old.get(differing[0])!r}, now "
                     f"{settings.get(differing[0])!r}); choose another --output_dir, or discard them with --restart"
                 )
             self._read()
@@ -65,7 +65,7 @@ class RolloutRecord:
 
     @property
     def env_settings(self) -> dict[str, Any]:
-        """Of the environment, as the episodes tell; see `RobotEnv.settings`."""
+        """The environment's settings, as the first episode recorded them; see `RobotEnv.settings`."""
         return self.lines[0]["env_settings"] if self.lines else {}
 
     def add(self, episode: Finished) -> None:

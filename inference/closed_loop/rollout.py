@@ -1,33 +1,52 @@
-"""Closed-loop rollouts: policies that drive a gymnasium environment, and the success rates that come of it.
+"""Closed-loop rollouts: a trained policy that drives a gymnasium environment, and its success rates.
 
-An environment here is what `inference.closed_loop.episode` describes, with `state_dim` and `per_action_dim` beside.
+An environment here is what `inference.closed_loop.episode` describes, and has `state_dim` and `per_action_dim` as well.
 
     history of frames ─► policy.plan ─► (T, A) actions ─► executed as `policy.execution` says ─► plan again
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from data.processing import Sample, collate_fn
-from inference.closed_loop.episode import Asked, Episode, EpisodeResult, Observation, PlanRequest
+from inference.closed_loop.episode import Episode, EpisodeRequest, EpisodeResult, Observation, PlanRequest
 from inference.closed_loop.execution import ExecutionSettings
-from inference.closed_loop.policies import Policy, own_planner
-from inference.closed_loop.video import VIDEO_FPS, tiled, write_video
+from inference.closed_loop.policies import Policy, local_planner
 from inference.metrics import wilson_interval
 from inference.predictor import VLAPredictor
-from model.action_head.guidance import ActionPrefix, joined
+from inference.settings import changed_settings
+from model.action_head.guidance import joined
+from model.context import ActionPrefix
 from utils.misc import derive_seed
 
-logger = logging.getLogger(__name__)
+GREY = 128  # of a blank image: the middle of the range, near zero after the backbone's normalization
 
-GREY = 128  # what a blank image holds: the middle of the range, near zero after the backbone's normalization
+
+def execution_settings(predictor: VLAPredictor, **changes: Any) -> ExecutionSettings:
+    """How a rollout or a robot executes a policy's chunks.
+
+    Args:
+        predictor: the policy, with its settings.
+        changes: other values of them by name, such as execution="rtc" or latency_steps=2; None: as they are.
+
+    Raises:
+        ValueError: a setting that does not exist or is out of range, a horizon too short for the latency, or a strategy
+            that the policy was not trained for.
+    """
+    config = changed_settings(predictor.settings, predictor.horizon, changes)
+    settings = ExecutionSettings.from_config(config, predictor.horizon)
+    trained = predictor.config.model.action_head_config.max_clean_prefix
+    if settings.strategy == "clean_prefix" and settings.latency_steps > trained:
+        raise ValueError(
+            f"clean_prefix execution commits latency_steps {settings.latency_steps} actions, but the policy was "
+            f"trained with max_clean_prefix {trained}; train with a longer one, or use rtc"
+        )
+    return settings
 
 
 class ModelPolicy:
@@ -35,22 +54,20 @@ class ModelPolicy:
 
     Args:
         predictor: the policy.
-        execution: how plans are executed; None: as the checkpoint's `inference` section says.
-        num_inference_steps: sampling steps; None: the predictor's default.
-        blind: give the policy grey images, with state and prompt intact. What it still achieves, it achieves
-            without looking.
+        execution: how plans are executed; None: as the predictor's settings say.
+        blind: give the policy grey images instead of the environment's, with state and prompt as they are: what does it
+            achieve without looking?
     """
 
     def __init__(
         self,
         predictor: VLAPredictor,
         execution: ExecutionSettings | None = None,
-        num_inference_steps: int | None = None,
         blind: bool = False,
     ) -> None:
-        self.predictor, self.num_inference_steps, self.blind = predictor, num_inference_steps, blind
+        self.predictor, self.blind = predictor, blind
         self.max_seq_len = predictor.max_seq_len
-        self.execution = execution or predictor.execution_settings()
+        self.execution = execution or execution_settings(predictor)
         self._seed = self._plans = 0
 
     def check_widths(self, state_dim: int, per_action_dim: int) -> None:
@@ -73,37 +90,36 @@ class ModelPolicy:
         self._seed, self._plans = seed, 0
 
     def plan(self, history: Sequence[Observation], prompt: str, prefix: ActionPrefix | None = None) -> np.ndarray:
-        asked = Asked(self._seed, self._plans, PlanRequest(tuple(history), prompt, prefix))
+        asked = EpisodeRequest(self._seed, self._plans, PlanRequest(tuple(history), prompt, prefix))
         self._plans += 1
         return self.plan_many([asked])[0]
 
-    def plan_many(self, asked: Sequence[Asked]) -> list[np.ndarray]:
-        """A plan (T, A) for each request, those with and those without something to continue in a batch each."""
-        plans: list[np.ndarray] = [np.empty(0)] * len(asked)
+    def plan_many(self, requests: Sequence[EpisodeRequest]) -> list[np.ndarray]:
+        """A plan (T, A) for each request; requests with something to continue and those without make a batch each."""
+        plans: list[np.ndarray] = [np.empty(0)] * len(requests)
         for continues in (False, True):
-            places = [i for i, one in enumerate(asked) if (one.request.prefix is not None) == continues]
-            if not places:
+            indices = [i for i, asked in enumerate(requests) if (asked.request.prefix is not None) == continues]
+            if not indices:
                 continue
-            chosen = [asked[i] for i in places]
+            batch = [requests[i] for i in indices]
             action_BTA = self.predictor.predict_batch(
-                collate_fn([self._sample(one.request) for one in chosen]),
-                [derive_seed("rollout", one.seed, one.number) for one in chosen],
-                self.num_inference_steps,
-                joined([one.request.prefix for one in chosen]) if continues else None,
+                collate_fn([self._sample(asked.request) for asked in batch]),
+                [derive_seed("rollout", asked.seed, asked.number) for asked in batch],
+                prefix=joined([asked.request.prefix for asked in batch]) if continues else None,
             )
-            for i, action_TA in zip(places, action_BTA, strict=True):
+            for i, action_TA in zip(indices, action_BTA, strict=True):
                 plans[i] = action_TA
         return plans
 
     def _sample(self, request: PlanRequest) -> Sample:
         last = request.history[-1]
         images = [
-            [self._seen(observation[camera]) for observation in request.history] if camera in last else None
+            [self._shown(observation[camera]) for observation in request.history] if camera in last else None
             for camera in ("image_1", "image_2")
         ]
         return self.predictor.observation(*images, prompt=request.prompt, state=last["state"])
 
-    def _seen(self, frame: np.ndarray) -> np.ndarray:
+    def _shown(self, frame: np.ndarray) -> np.ndarray:
         return np.full_like(frame, GREY) if self.blind else frame
 
 
@@ -121,57 +137,18 @@ def run_episode(
         ValueError: a plan is too short or not finite.
     """
     episode = Episode(env, policy.execution, seed, prompt=prompt, max_seq_len=policy.max_seq_len, record=record)
-    return episode.run(own_planner(policy, env, seed))
-
-
-def evaluate_task(
-    env: gymnasium.Env,
-    policy: Policy,
-    seeds: Sequence[int],
-    *,
-    prompt: str | None = None,
-    video_dir: str | Path | None = None,
-    name: str = "task",
-    num_videos: int = 0,
-) -> dict[str, Any]:
-    """Roll a policy out once per seed.
-
-    Args:
-        env, policy, prompt: as `run_episode` takes them.
-        seeds: one episode each.
-        video_dir, name, num_videos: the first `num_videos` episodes are written to
-            `{video_dir}/{name}_seed{seed}.mp4`, and beside each other to `{video_dir}/{name}.mp4`.
-
-    Returns:
-        A JSON-able dict: successes, episodes, success_rate, wilson_95, instruction, prompt, and per episode
-        seeds, success, steps, plans, held_steps, total_reward; seconds, plan_seconds (mean per plan), videos.
-    """
-    results: list[EpisodeResult] = []
-    recorded: list[list[np.ndarray]] = []
-    videos: list[str] = []
-    fps = min(env.unwrapped.control_hz, VIDEO_FPS)
-    for episode, seed in enumerate(seeds):
-        record = video_dir is not None and episode < num_videos
-        result = run_episode(env, policy, seed, prompt=prompt, record=record)
-        if record:
-            videos.append(str(Path(video_dir) / f"{name}_seed{seed}.mp4"))
-            write_video(videos[-1], result.frames, fps)
-            recorded.append(result.frames)
-            result.frames = []
-        results.append(result)
-        outcome = "success" if result.success else "failure"
-        logger.info("%s seed %d: %s, %d steps, %.1f s", name, seed, outcome, result.steps, result.seconds)
-    if len(recorded) > 1:
-        videos.append(str(Path(video_dir) / f"{name}.mp4"))
-        write_video(videos[-1], tiled(recorded), fps)
-    instruction = env.unwrapped.instruction
-    return task_summary(results, instruction, instruction if prompt is None else prompt, videos)
+    return episode.run(local_planner(policy, env, seed))
 
 
 def task_summary(
     results: Sequence[EpisodeResult], instruction: str, prompt: str, videos: Sequence[str]
 ) -> dict[str, Any]:
-    """A task's episodes as JSON-able values; see `evaluate_task`."""
+    """A task's episodes as JSON-able values.
+
+    Returns:
+        successes, episodes, success_rate, wilson_95, instruction, prompt, and per episode seeds, success, steps, plans,
+        held_steps, total_reward; seconds, plan_seconds (mean per plan), videos.
+    """
     successes = sum(result.success for result in results)
     return {
         "successes": successes,
@@ -214,7 +191,8 @@ def summarize_tasks(tasks: dict[str, dict[str, Any]], tiers: dict[str, str] | No
     if tiers is not None:
         names = dict.fromkeys(tiers.values())
         members = {tier: {task: tasks[task] for task in tasks if tiers[task] == tier} for tier in names}
-        summary["tiers"] = {tier: {**summarize_tasks(own), "tasks": len(own)} for tier, own in members.items() if own}
+        members = {tier: part for tier, part in members.items() if part}
+        summary["tiers"] = {tier: {**summarize_tasks(part), "tasks": len(part)} for tier, part in members.items()}
         rates = [tier["mean_success_rate"] for tier in summary["tiers"].values()]
         summary["tier_mean_success_rate"] = sum(rates) / len(rates)
     return summary

@@ -1,14 +1,13 @@
-"""A simulator process: runs the episodes that it is given, and asks whoever started it for every plan.
+"""A simulator process: runs the episodes that it is given, and asks the process that started it for every plan.
 
 Started by `inference.closed_loop.parallel` as `python -m inference.closed_loop.simulator FD`, FD being its end of a
 socket pair.
 Messages are those of `inference.serving.wire`:
 
-    from the start    {"env": where `make_env` is, "settings", "max_seq_len"}, once; then a job, and None at the end
-    from here         "env" when one was made, "plan" whenever one is wanted, "finished", "error"
+    to it      once {"env": where `make_env` is found, "settings", "max_seq_len"}; then jobs, one at a time; None to end
+    from it    "env" when it made an environment, "plan" when it wants a plan, "finished", "error"
 
-It imports neither torch nor the program that started it: of a run with many processes, start-up is the part that does
-not get shorter.
+It imports neither torch nor the program that started it, because both take seconds to import, in every process.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import numpy as np
 
 from inference.closed_loop.episode import Episode, EpisodeResult, PlanRequest
 from inference.closed_loop.execution import ExecutionSettings
-from inference.closed_loop.policies import control_from, own_planner
+from inference.closed_loop.policies import control_from, local_planner
 from inference.closed_loop.video import VIDEO_FPS, write_video
 from inference.serving.wire import pack, unpack
 
@@ -69,13 +68,13 @@ def run_job(
 
 
 def reference_to(make_env: MakeEnv) -> dict[str, Any]:
-    """Where a function of a module, or a partial of one, is found again, as plain values."""
+    """Plain values from which another process finds a function of a module, or a partial of one."""
     partial = make_env if isinstance(make_env, functools.partial) else functools.partial(make_env)
     place = {"module": partial.func.__module__, "name": partial.func.__qualname__}
     return {**place, "args": list(partial.args), "options": partial.keywords}
 
 
-def _distant_planner(connection: Connection, seed: int) -> Callable[[PlanRequest], np.ndarray]:
+def _remote_planner(connection: Connection, seed: int) -> Callable[[PlanRequest], np.ndarray]:
     number = 0
 
     def plan(request: PlanRequest) -> np.ndarray:
@@ -93,7 +92,7 @@ def _distant_planner(connection: Connection, seed: int) -> Callable[[PlanRequest
 
 
 def simulate(connection: Connection) -> None:
-    """Run jobs until there are none, or until nobody is left to give any."""
+    """Run jobs until None comes instead of one."""
     start = unpack(connection.recv_bytes())
     place = start["env"]
     function = getattr(importlib.import_module(place["module"]), place["name"])
@@ -110,11 +109,11 @@ def simulate(connection: Connection) -> None:
                 connection.send_bytes(pack({"kind": "env", **widths}))
             if message["control"] is None:
                 settings, max_seq_len = ExecutionSettings(**start["settings"]), start["max_seq_len"]
-                plan = _distant_planner(connection, job.seed)
+                plan = _remote_planner(connection, job.seed)
             else:
                 control = control_from(message["control"])
                 settings, max_seq_len = control.execution, control.max_seq_len
-                plan = own_planner(control, env, job.seed)
+                plan = local_planner(control, env, job.seed)
             result = run_job(env, job, settings, max_seq_len, plan)
         except (ValueError, ModuleNotFoundError, RuntimeError) as error:
             connection.send_bytes(pack({"kind": "error", "text": str(error)}))

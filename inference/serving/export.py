@@ -1,37 +1,19 @@
-"""A policy as a folder to share: safetensors weights and readable files, checked by their digests when loaded.
-
-model.safetensors         weights, those that evaluation uses
-config.yaml               the resolved configuration
-statistics.json           normalization statistics per dataset
-backbone_config.json      architecture of the backbone
-preprocessor_config.json  image processor
-tokenizer/                tokenizer files
-README.md                 model card, with the metrics that were given
-policy.json               format, cameras, training step, and the SHA-256 digest of every other file
-"""
+"""Writing a policy as a folder to share: safetensors weights and readable files; `inference.policy_files` reads it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from inference.policy_files import CARRIED, MANIFEST, WEIGHTS, digest
 from inference.serving.model_card import model_card
-from utils.checkpoint import FORMAT, CheckpointError, evaluation_weights, load_checkpoint
+from utils.checkpoint import CheckpointError, evaluation_weights
 from utils.misc import atomic_path
-
-MANIFEST, WEIGHTS = "policy.json", "model.safetensors"
-PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
-CARRIED = ("format", "step", "cameras", "base")  # plain values of a checkpoint that policy.json holds
 
 
 def export_policy(checkpoint: dict[str, Any], folder: str | Path, metrics: Sequence[str | Path] = ()) -> Path:
@@ -69,117 +51,9 @@ def export_policy(checkpoint: dict[str, Any], folder: str | Path, metrics: Seque
     for name, content in checkpoint["tokenizer_files"].items():
         (folder / "tokenizer" / Path(name).name).write_bytes(content.numpy().tobytes())
     (folder / "README.md").write_text(card, encoding="utf-8")
-    files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     _write_json(folder / MANIFEST, {**{key: checkpoint.get(key) for key in CARRIED}, "sha256": files})
     return folder
-
-
-def load_export(name_or_path: str | Path) -> dict[str, Any]:
-    """The checkpoint dict of an exported folder, for `VLAModel.from_checkpoint`.
-
-    Args:
-        name_or_path: a folder, or the id of a Hugging Face hub repository, which is downloaded.
-
-    Raises:
-        CheckpointError: nothing there, a file that was changed, is missing or can't be read, or any pickled file.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = _download(str(name_or_path))
-    manifest = read_manifest(folder)
-    try:
-        weights = load_file(folder / WEIGHTS)
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        statistics, backbone_config, image_processor = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in ("statistics.json", "backbone_config.json", "preprocessor_config.json")
-        )
-    except (OSError, ValueError, SafetensorError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{folder}: can't be read ({error}); export it again") from None
-    tokenizer_files = {
-        path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-        for path in sorted((folder / "tokenizer").iterdir())
-    }
-    return {
-        **{key: manifest[key] for key in CARRIED},
-        "model": weights,
-        "config": config,
-        "statistics": statistics,
-        "backbone_config": backbone_config,
-        "image_processor": image_processor,
-        "tokenizer_files": tokenizer_files,
-    }
-
-
-def read_policy(name_or_path: str | Path) -> dict[str, Any]:
-    """The checkpoint dict of a `*.pth.tar` file, an exported folder, or a hub id; errors as the two loaders."""
-    path = Path(name_or_path)
-    is_hub_id = not path.exists() and len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".tar"
-    return load_export(name_or_path) if path.is_dir() or is_hub_id else load_checkpoint(path, for_inference=True)
-
-
-def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:
-    """[bytes, modification time] of a policy's file, which tell whether it was replaced; None for a hub id."""
-    path = Path(name_or_path) if name_or_path is not None else None
-    if path is not None and path.is_dir():
-        path = path / MANIFEST
-    if path is None or not path.is_file():
-        return None
-    return [path.stat().st_size, path.stat().st_mtime]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """policy.json, after every file that it lists was found unchanged.
-
-    Raises:
-        CheckpointError: see `load_export`.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no {MANIFEST} in it; give a folder that scripts/export_policy.py wrote, or a *.pth.tar file"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in (*CARRIED, "sha256") if key not in manifest]
-        digests = dict(manifest.get("sha256", {}))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}); export it again") from None
-    if missing or manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: not of this program (format {manifest.get('format')!r}, lacks {missing})")
-    pickled = [found.name for found in sorted(folder.rglob("*")) if found.suffix.lower() in PICKLES]
-    if pickled:
-        raise CheckpointError(f"{folder}: holds {pickled[0]}, a kind of file that may run code; nothing was loaded")
-    needed = {WEIGHTS, "config.yaml", "statistics.json", "backbone_config.json", "preprocessor_config.json"}
-    for name in sorted(needed | digests.keys()):
-        file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing; export it again, or download it again")
-        if _digest(file) != digests.get(name):
-            raise CheckpointError(
-                f"{file}: changed since it was exported (SHA-256 differs from {MANIFEST}); don't use it: export it "
-                "again, or download it again"
-            )
-    stray = {str(p.relative_to(folder)) for p in (folder / "tokenizer").iterdir()} - digests.keys()
-    if stray:
-        raise CheckpointError(f"{folder}: {sorted(stray)[0]} is not listed in {MANIFEST}; remove it")
-    return manifest
-
-
-def _download(repository: str) -> Path:
-    try:
-        return Path(snapshot_download(repository, ignore_patterns=[f"*{suffix}" for suffix in sorted(PICKLES)]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{repository}: no such folder, nor such a policy on the hub ({reason}); give a *.pth.tar file, a folder "
-            "that scripts/export_policy.py wrote, or owner/name"
-        ) from None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

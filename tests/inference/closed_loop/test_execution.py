@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from inference.closed_loop.episode import Episode
-from inference.closed_loop.execution import EXECUTION_STRATEGIES, ExecutionSettings
-from inference.closed_loop.rollout import ModelPolicy, evaluate_task, run_episode
+from inference.closed_loop.execution import EXECUTION_STRATEGIES
+from inference.closed_loop.rollout import ModelPolicy, execution_settings, run_episode
 from inference.predictor import VLAPredictor
 from model.action_head.guidance import soft_mask
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
+from tests.inference.closed_loop.settings import executing
 from tests.inference.closed_loop.test_rollout import CountingEnv
 
 HORIZON = 8
@@ -49,7 +50,7 @@ class Timetable:
 
 def drive(strategy, n_action_steps, latency_steps, limit=24, **options):
     """(actions (steps, 4), the policy, the result) of one episode."""
-    policy = Timetable(ExecutionSettings(HORIZON, n_action_steps, strategy, latency_steps, **options))
+    policy = Timetable(executing(HORIZON, n_action_steps, strategy, latency_steps=latency_steps, **options))
     env = HoldingEnv(limit=limit)
     result = run_episode(env, policy, seed=0)
     return np.stack(env.actions), policy, result
@@ -143,12 +144,12 @@ def test_ensemble_plans_as_often_as_the_latency_allows():
 )
 def test_settings_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
-        ExecutionSettings(**({"horizon": 8, "n_action_steps": 4} | options))
+        executing(**({"horizon": 8, "n_action_steps": 4} | options))
 
 
 def test_an_episode_is_stepped_apart_from_its_policy():
     """Two episodes in turns, one planner for both: what evaluation in parallel needs."""
-    settings = ExecutionSettings(HORIZON, 3, "rtc", latency_steps=2)
+    settings = executing(HORIZON, 3, "rtc", latency_steps=2)
     policies = [Timetable(settings), Timetable(settings)]
     episodes = [Episode(HoldingEnv(limit=limit), settings, seed=0) for limit in (12, 7)]
     waiting = dict(enumerate(episodes))
@@ -175,12 +176,11 @@ def predictor(tmp_path_factory, tiny_paligemma_dir):
 
 @pytest.mark.parametrize("strategy", EXECUTION_STRATEGIES)
 def test_a_policy_under_latency_repeats_and_counts(predictor, strategy):
-    settings = predictor.execution_settings(strategy, latency_steps=2, n_action_steps=3)
-    results = [evaluate_task(HoldingEnv(limit=12), ModelPolicy(predictor, settings), [1, 2]) for _ in range(2)]
-    actions = [run_episode(HoldingEnv(limit=12), ModelPolicy(predictor, settings), seed=1).actions for _ in range(2)]
-    np.testing.assert_array_equal(*actions)
-    assert results[0]["held_steps"] == results[1]["held_steps"] == [6 if strategy == "synchronous" else 2] * 2
-    assert results[0]["steps"] == [12, 12]
+    settings = execution_settings(predictor, execution=strategy, latency_steps=2, n_action_steps=3)
+    results = [run_episode(HoldingEnv(limit=12), ModelPolicy(predictor, settings), seed) for seed in (1, 2, 1)]
+    np.testing.assert_array_equal(results[0].actions, results[2].actions)
+    assert [result.held_steps for result in results] == [6 if strategy == "synchronous" else 2] * 3
+    assert [result.steps for result in results] == [12] * 3
 
 
 def test_committed_steps_agree_between_chunks(predictor):
@@ -202,7 +202,8 @@ def test_committed_steps_agree_between_chunks(predictor):
             return action_TA
 
     for strategy, most in (("rtc", 0.35), ("clean_prefix", 1e-4)):
-        policy = Watched(predictor, predictor.execution_settings(strategy, latency_steps=2, n_action_steps=3))
+        settings = execution_settings(predictor, execution=strategy, latency_steps=2, n_action_steps=3)
+        policy = Watched(predictor, settings)
         run_episode(HoldingEnv(limit=18), policy, seed=0)
         with_prefix, without = np.mean(policy.gaps, axis=0)
         assert with_prefix < most * without
@@ -212,5 +213,5 @@ def test_strategies_that_the_policy_was_not_made_for(predictor):
     with pytest.raises(
         ValueError, match="clean_prefix execution commits latency_steps 3 actions, but the policy was t"
     ):
-        predictor.execution_settings("clean_prefix", latency_steps=3, n_action_steps=3)
-    assert predictor.execution_settings() == ExecutionSettings(HORIZON, 2)
+        execution_settings(predictor, execution="clean_prefix", latency_steps=3, n_action_steps=3)
+    assert execution_settings(predictor) == executing(HORIZON, 2)

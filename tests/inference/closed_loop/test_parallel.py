@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from envs import expand_tasks
-from inference.closed_loop.execution import ExecutionSettings
-from inference.closed_loop.parallel import run_jobs, start_simulator
+from inference.closed_loop.parallel import run_episodes, start_simulator
 from inference.closed_loop.policies import ReplayPolicy
 from inference.closed_loop.record import RolloutRecord
 from inference.closed_loop.rollout import ModelPolicy, summarize_tasks
@@ -19,6 +20,7 @@ from inference.closed_loop.video import read_video
 from inference.predictor import VLAPredictor
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
+from tests.inference.closed_loop.settings import executing
 from tests.inference.closed_loop.simple_env import DriftEnv
 
 JOBS = [Job(task, seed) for task in ("to_3", "to_100") for seed in range(3)]
@@ -33,7 +35,7 @@ def predictor(tmp_path_factory, tiny_paligemma_dir):
 
 def run(policy, jobs=JOBS, num_envs=1):
     found = {}
-    run_jobs(jobs, DriftEnv, policy, lambda e: found.update({(e.job.task, e.job.seed): e}), num_envs=num_envs)
+    run_episodes(jobs, DriftEnv, policy, lambda e: found.update({(e.job.task, e.job.seed): e}), num_envs=num_envs)
     return found
 
 
@@ -44,7 +46,7 @@ def outcome(episode):
 
 @pytest.mark.parametrize("execution", ["synchronous", "rtc"])
 def test_processes_and_batches_change_no_episode(predictor, execution):
-    settings = ExecutionSettings(4, 2, execution, latency_steps=1)
+    settings = executing(4, 2, execution, latency_steps=1)
     policy = ModelPolicy(predictor, settings)
     serial, parallel = run(policy), run(policy, num_envs=2)
     assert serial.keys() == parallel.keys() == {(job.task, job.seed) for job in JOBS}
@@ -75,6 +77,11 @@ def test_policies_that_run_beside_their_simulator(tmp_path):
     serial, parallel = run(policies, jobs), run(policies, jobs, num_envs=2)
     assert [outcome(parallel[key]) for key in serial] == [outcome(episode) for episode in serial.values()]
     assert len(read_video(film)) == serial["to_3", 0].result.steps + 1
+
+
+def test_simulator_processes_start_without_torch():
+    code = "import sys, inference.closed_loop.simulator as _; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_simulator_ends_with_whoever_started_it(capfd):

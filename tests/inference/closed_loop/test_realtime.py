@@ -8,13 +8,13 @@ import time
 import numpy as np
 import pytest
 
-from inference.closed_loop.execution import ExecutionSettings
 from inference.closed_loop.realtime import RealTimeController, UnderrunError
-from inference.closed_loop.rollout import ModelPolicy
+from inference.closed_loop.rollout import ModelPolicy, execution_settings
 from inference.predictor import VLAPredictor
 from model.action_head.guidance import soft_mask
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
+from tests.inference.closed_loop.settings import executing
 
 HORIZON = 10
 
@@ -32,7 +32,7 @@ class Planner:
     max_seq_len = 2
 
     def __init__(self, clock, strategy="rtc", n_action_steps=3):
-        self.execution = ExecutionSettings(HORIZON, n_action_steps, strategy)
+        self.execution = executing(HORIZON, n_action_steps, strategy)
         self.clock, self.go, self.seconds, self.seen, self.fault = clock, threading.Semaphore(0), 0.15, [], None
 
     def reset(self, env, seed):
@@ -174,7 +174,7 @@ def test_a_real_policy_in_real_time(tmp_path, tiny_paligemma_dir):
     files = [write_episodes(tmp_path / "a.parquet", [12])]
     checkpoint = train_tiny(tmp_path, tiny_paligemma_dir, files, head={"horizon": 20})
     predictor = VLAPredictor.from_checkpoint(checkpoint, "cpu")
-    policy = ModelPolicy(predictor, predictor.execution_settings("rtc", n_action_steps=3))
+    policy = ModelPolicy(predictor, execution_settings(predictor, execution="rtc", n_action_steps=3))
     frame = {"image_1": np.full((40, 40, 3), 90, np.uint8), "state": np.zeros(4, np.float32)}
     with RealTimeController(
         policy, prompt="press the button", control_hz=5, hold=lambda previous: previous

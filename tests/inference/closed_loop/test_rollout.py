@@ -9,13 +9,14 @@ import gymnasium
 import numpy as np
 import pytest
 
-from inference.closed_loop.execution import ExecutionSettings
+from inference.closed_loop.evaluation import evaluate_tasks
 from inference.closed_loop.policies import ExpertPolicy, ReplayPolicy
-from inference.closed_loop.rollout import GREY, ModelPolicy, evaluate_task, run_episode, summarize_tasks
+from inference.closed_loop.rollout import GREY, ModelPolicy, execution_settings, run_episode, summarize_tasks
 from inference.closed_loop.video import captioned, tiled
 from inference.predictor import VLAPredictor
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
+from tests.inference.closed_loop.settings import executing
 
 
 class CountingEnv(gymnasium.Env):
@@ -42,6 +43,9 @@ class CountingEnv(gymnasium.Env):
         self.hits += action[0] > 0.5
         return self._observe(), 1.0, False, self.t >= self.limit, {"success": self.hits == self.goal}
 
+    def settings(self):
+        return {}
+
     def expert_action(self):
         return np.ones(4, np.float32)
 
@@ -55,7 +59,7 @@ class Scripted:
 
     def __init__(self, chunk, n_action_steps, max_seq_len=1):
         self.chunk, self.max_seq_len = np.asarray(chunk, np.float32), max_seq_len
-        self.execution = ExecutionSettings(max(n_action_steps, len(chunk)), n_action_steps)
+        self.execution = executing(max(n_action_steps, len(chunk)), n_action_steps)
         self.seen = []
 
     def reset(self, env, seed):
@@ -150,9 +154,11 @@ def test_replay_plays_the_seed_s_demonstration_and_holds_its_last_action():
 
 
 def test_task_result_and_videos(tmp_path):
-    result = evaluate_task(
-        CountingEnv(goal=3), ExpertPolicy(), range(7, 11), video_dir=tmp_path, name="count", num_videos=2
-    )
+    settings = {"prompts": {}, "num_envs": 1, "num_videos": 2, "restart": False}
+    policy, tiers = {"count": ExpertPolicy()}, {"count": "easy"}
+    written = evaluate_tasks(tmp_path, tiers, range(7, 11), lambda _: CountingEnv(goal=3), policy, {}, **settings)
+    assert json.loads((tmp_path / "rollouts.json").read_text()) == written
+    result = written["tasks"]["count"]
     assert (result["successes"], result["episodes"], result["steps"]) == (4, 4, [3] * 4)
     assert result["seeds"] == [7, 8, 9, 10] and result["wilson_95"] == pytest.approx([0.5101, 1.0], abs=1e-4)
     assert [path.rsplit("/", 1)[1] for path in result["videos"]] == [
@@ -160,7 +166,6 @@ def test_task_result_and_videos(tmp_path):
         "count_seed8.mp4",
         "count.mp4",
     ]
-    json.dumps(result)
     with av.open(result["videos"][0]) as one, av.open(result["videos"][2]) as both:
         frames = [frame.to_ndarray(format="rgb24") for frame in one.decode(video=0)]
         assert len(frames) == 4  # the first observation and one per step
@@ -223,10 +228,12 @@ def test_blind_policy_sees_grey_and_everything_else(predictor):
 
 
 def test_model_policy_settings(predictor):
-    assert ModelPolicy(predictor).execution == ExecutionSettings(horizon=4, n_action_steps=2)  # the checkpoint's
-    assert ModelPolicy(predictor, predictor.execution_settings(n_action_steps=3)).execution.n_action_steps == 3
+    assert ModelPolicy(predictor).execution == executing(horizon=4, n_action_steps=2)  # the checkpoint's
+    assert ModelPolicy(predictor, execution_settings(predictor, n_action_steps=3)).execution.n_action_steps == 3
     with pytest.raises(ValueError, match="n_action_steps is 5, but the policy predicts a horizon of 4"):
-        predictor.execution_settings(n_action_steps=5)
+        execution_settings(predictor, n_action_steps=5)
+    with pytest.raises(ValueError, match="unknown key inference.latency; did you mean inference.latency_steps?"):
+        execution_settings(predictor, latency=2)
     env = CountingEnv()
     env.state_dim = 7
     with pytest.raises(ValueError, match="the policy has state_dim 4, the environment 7"):

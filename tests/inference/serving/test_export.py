@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
+from inference.policy_files import read_manifest
 from inference.predictor import VLAPredictor
-from inference.serving.export import export_policy, read_manifest
+from inference.serving.export import export_policy
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
 from utils.checkpoint import CheckpointError, load_checkpoint

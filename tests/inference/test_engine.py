@@ -19,12 +19,11 @@ import torch
 
 from data import processing
 from data.processing import MAX_KNOWN_PROMPTS, PromptTokenizer, collate_fn, processors_from_checkpoint
-from inference import sampler
+from inference import engine
 from inference.predictor import VLAPredictor
 from model.vla_model import VLAModel
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
-from tests.policies import act
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config_utils import config_from_dict
 
@@ -197,16 +196,17 @@ def test_on_a_gpu(checkpoint, mode):
 
 
 def test_prompts_are_embedded_once_and_forgotten_in_the_end(checkpoint, monkeypatch):
-    monkeypatch.setattr(sampler, "MAX_EMBEDDED_PROMPTS", 2)
+    monkeypatch.setattr(engine, "MAX_EMBEDDED_PROMPTS", 2)
     small = VLAPredictor.from_checkpoint(checkpoint, "cpu")
     batches = [small.observe(frame(), frame(1), prompt=prompt, state=STATE) for prompt in PROMPTS]
     for batch in batches + batches[::-1]:
-        embeds = small.sampler.prepared(batch)["prompt_embeds"]
+        embeds = small.engine.prepared(batch)["prompt_embeds"]
         assert torch.equal(embeds, small.model.backbone.embed_prompt(batch["input_ids"]))
-    kept = small.sampler._embedded.cache_info()
+    kept = small.engine._embedded.cache_info()
     assert kept.currsize == 2 and kept.hits == 2  # of the way back, the two that were still there
     together = small.predict_batch(observations(small), range(4))
-    plain = act(small.model, observations(small), 3)
+    noise = small.model.draw_noise([range(4)], 3)
+    (plain,) = small.model.act({**observations(small), "noise": noise}, 3)
     np.testing.assert_allclose(together, plain.numpy(), atol=1e-5, rtol=0)
 
 

@@ -1,0 +1,191 @@
+"""Closed-loop evaluation: every task rolled out from every seed, recorded as it goes, filmed and summarized.
+
+{folder}/rollouts.json                         settings, the episodes of every task, success rates with intervals
+{folder}/episodes.jsonl, rollout_settings.json    what an interrupted evaluation goes on from (`closed_loop.record`)
+{folder}/videos/                               the filmed episodes, those of a task side by side, one of every task
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from inference.closed_loop.parallel import Finished, Planner, run_episodes
+from inference.closed_loop.policies import Control, ExpertPolicy, ReplayPolicy
+from inference.closed_loop.record import RolloutRecord
+from inference.closed_loop.rollout import ModelPolicy, summarize_tasks
+from inference.closed_loop.simulator import Job, MakeEnv
+from inference.closed_loop.video import VIDEO_FPS, write_grid
+from inference.policy_files import policy_stamp
+from inference.predictor import VLAPredictor
+from inference.report import file_stem, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_closed_loop(
+    args: argparse.Namespace,
+    predictor: VLAPredictor | None,
+    tiers: Mapping[str, str],
+    seeds: Sequence[int],
+    make_env: MakeEnv,
+    demonstrations: Callable[[str, int, int], Sequence[np.ndarray]],
+) -> dict[str, Any]:
+    """The closed-loop mode of main_eval.py.
+
+    Args:
+        args: its flags, see `inference.eval_args`.
+        predictor: the policy; None: what --control names runs in its place.
+        tiers, seeds, make_env: as `evaluate_tasks` takes them.
+        demonstrations: (instruction, state_dim, per_action_dim) -> the recorded actions to replay, (steps, A) each.
+
+    Returns:
+        As `evaluate_tasks`.
+    """
+    override = args.prompt_override
+    settings = {
+        "checkpoint": args.checkpoint_path,
+        "checkpoint_stamp": policy_stamp(args.checkpoint_path),
+        "control": args.control or ("blind" if args.blind else "policy"),
+        "prompts": "swapped" if args.swap_prompts else "own" if override is None else override,
+        "env": args.env,
+        "env_options": args.options,
+        "demos_path": args.demos_path,
+    }
+    prompts = {} if override is None else dict.fromkeys(tiers, override)
+    if args.swap_prompts:
+        own = [_described(make_env, task)[0] for task in tiers]
+        prompts = dict(zip(tiers, own[1:] + own[:1], strict=True))
+    policy: Planner | dict[str, Control]
+    if args.control == "expert":
+        policy = {task: ExpertPolicy() for task in tiers}
+    elif args.control == "replay":
+        policy = {task: ReplayPolicy(demonstrations(*_described(make_env, task))) for task in tiers}
+    else:
+        policy = ModelPolicy(predictor, blind=args.blind)
+    return evaluate_tasks(
+        Path(args.output_dir),
+        tiers,
+        seeds,
+        make_env,
+        policy,
+        settings,
+        prompts=prompts,
+        num_envs=args.num_envs,
+        num_videos=args.num_videos,
+        restart=args.restart,
+    )
+
+
+def evaluate_tasks(
+    folder: Path,
+    tiers: Mapping[str, str],
+    seeds: Sequence[int],
+    make_env: MakeEnv,
+    policy: Planner | dict[str, Control],
+    settings: dict[str, Any],
+    *,
+    prompts: Mapping[str, str],
+    num_envs: int,
+    num_videos: int,
+    restart: bool,
+) -> dict[str, Any]:
+    """Roll a policy out in several tasks.
+
+    Args:
+        folder: gets the output; episodes that an interrupted evaluation finished there are not repeated.
+        tiers: per task the tier of difficulty that it belongs to.
+        seeds: one episode of every task each.
+        make_env, policy, num_envs: as `run_episodes` takes them.
+        settings: what decides an episode beside task, seed and policy; JSON-able. The policy's own are added.
+        prompts: instructions of tasks that are not given their own.
+        num_videos: episodes per task to film, the first ones.
+        restart: forget the episodes that the folder holds.
+
+    Returns:
+        The content of rollouts.json: `settings`; `tasks`, as `task_summary` gives them; `summary`, as `summarize_tasks`
+        gives it; `seconds`.
+
+    Raises:
+        ValueError: the folder holds another evaluation, or what an episode raises.
+        RuntimeError: a simulator process died.
+    """
+    started = time.perf_counter()
+    settings = {**settings, **_policy_settings(policy)}
+    record = RolloutRecord(folder, settings, restart)
+    filmed = set(seeds[:num_videos])
+    jobs = [
+        Job(task, seed, prompts.get(task), str(_video(folder, task, seed)) if seed in filmed else None)
+        for task in tiers
+        for seed in seeds
+        if (task, seed) not in record.done
+    ]
+    progress = tqdm(total=len(jobs), unit="episode", disable=None)
+
+    def on_finished(episode: Finished) -> None:
+        job, result = episode.job, episode.result
+        record.add(episode)
+        outcome = "success" if result.success else "failure"
+        logger.info("%s seed %d: %s, %d steps, %.1f s", job.task, job.seed, outcome, result.steps, result.seconds)
+        progress.update()
+
+    with logging_redirect_tqdm(), progress:
+        run_episodes(jobs, make_env, policy, on_finished, num_envs=num_envs)
+    results = {task: record.task(task, seeds) for task in tiers}
+    _tile_videos(folder, results)
+    result = {
+        "settings": {**settings, "env_settings": record.env_settings, "seed": seeds[0]},
+        "tasks": results,
+        "summary": summarize_tasks(results, dict(tiers)),
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(folder / "rollouts.json", result)
+    return result
+
+
+def _described(make_env: MakeEnv, task: str) -> tuple[str, int, int]:
+    """(instruction, state_dim, per_action_dim) of a task."""
+    env = make_env(task)
+    env.close()
+    return env.instruction, env.state_dim, env.per_action_dim
+
+
+def _policy_settings(policy: Planner | dict[str, Control]) -> dict[str, Any]:
+    """What decides a policy's plans beside its checkpoint."""
+    if isinstance(policy, dict):
+        return {"execution": vars(next(iter(policy.values())).execution)}
+    settings: dict[str, Any] = {"execution": vars(policy.execution)}
+    if isinstance(policy, ModelPolicy):
+        predictor = policy.predictor
+        settings |= {
+            "dataset": predictor.dataset.name,
+            "num_inference_steps": predictor.num_inference_steps,
+            "quantization": predictor.quantization,
+            "compute_dtype": str(predictor.model.compute_dtype).removeprefix("torch."),
+            "weight_dtype": str(predictor.weight_dtype).removeprefix("torch."),
+        }
+    return settings
+
+
+def _video(folder: Path, task: str, seed: int) -> Path:
+    return folder / "videos" / f"{file_stem(task)}_seed{seed}.mp4"
+
+
+def _tile_videos(folder: Path, results: dict[str, dict[str, Any]]) -> None:
+    """The filmed episodes of each task side by side, and the first of every task in one grid."""
+    firsts = [result["videos"][0] for result in results.values() if result["videos"]]
+    for task, result in results.items():
+        if len(result["videos"]) > 1:
+            path = folder / "videos" / f"{file_stem(task)}.mp4"
+            write_grid(path, result["videos"], VIDEO_FPS)
+            result["videos"].append(str(path))
+    if len(firsts) > 1:
+        write_grid(folder / "videos" / "grid.mp4", firsts, VIDEO_FPS)
