@@ -45,6 +45,7 @@ from inference.engine import TensorFunction, Tensors, accelerate
 from inference.predictor import VLAPredictor
 from model.context import Context
 from utils.misc import pick_device
+from utils.text_table import text_table
 
 STEPS, SEED = 10, 0
 GPU_WAYS = ("naive, float32", "graph of the loop", "graph", "max-autotune")
@@ -252,22 +253,20 @@ def print_report(views: int, result: dict[str, Any], wanted: list[str], absent: 
     """One table of the ways and one of the parts."""
     clock, speedup = ("p50_ms", "speedup") if on_gpu else ("cpu_p50_ms", "CPU speedup")
     base = result["ways"].get("naive", {}).get(clock)
-    print(f"\n{f'{views} view(s)':18} {'p50 ms':>9} {'p95 ms':>9} {speedup:>12} {'over floor':>11}", end="")
-    print(f" {'first call s':>13} {'difference':>11}")
-    for name in wanted:
-        if name in absent:
-            print(f"{name:18} {absent[name]}")
-            continue
+    rows: list[list[Any]] = []
+    for name in [name for name in wanted if name not in absent]:
         row = result["ways"][name]
-        ratio = f"{base / row[clock]:12.2f}" if base else f"{'-':>12}"
-        print(f"{name:18} {row['p50_ms']:9.2f} {row['p95_ms']:9.2f} {ratio}", end="")
-        print(f" {row['p50_ms'] / result['floor_ms']:11.1f} {row['first_s']:13.1f} {row['difference']:11.1e}")
-    print(f"{'floor':18} {result['floor_ms']:9.2f}")
-    print(f"{'part (cached)':18} {'ms':>9} {'graph ms':>9} {'GFLOP':>12} {'weights MB':>11} {'floor ms':>13}  bound by")
-    for name, part in result["parts"].items():
-        graph = f"{part['graph_ms']:9.2f}" if "graph_ms" in part else f"{'-':>9}"
-        print(f"{name:18} {part['ms']:9.2f} {graph} {part['gflops']:12.2f} {part['weights_mb']:11.1f}", end="")
-        print(f" {part['floor_ms']:13.2f}  {part['bound']}")
+        ratio = base / row[clock] if base else None
+        over_floor = row["p50_ms"] / result["floor_ms"]
+        rows.append([name, row["p50_ms"], row["p95_ms"], ratio, over_floor, row["first_s"], f"{row['difference']:.1e}"])
+    rows.append(["floor", result["floor_ms"], *[None] * 5])
+    header = [f"{views} view(s)", "p50 ms", "p95 ms", speedup, "over floor", "first call s", "difference"]
+    print(f"\n{text_table(header, rows)}")
+    print("".join(f"{name}: {absent[name]}\n" for name in wanted if name in absent))
+    columns = ("ms", "graph_ms", "gflops", "weights_mb", "floor_ms", "bound")
+    header = ["part (cached)", "ms", "graph ms", "GFLOP", "weights MB", "floor ms", "bound by"]
+    parts = result["parts"].items()
+    print(text_table(header, [[name, *(part.get(column) for column in columns)] for name, part in parts]))
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ from data.processing import PromptTokenizer, VLAImageProcessor
 from data.sampler import StepBatchSampler
 from model.tiny.paligemma import make_tiny_paligemma
 from utils.config_utils import DataConfig
+from utils.text_table import text_table
 
 SIZE, HORIZON, WORKERS, BATCH, DIMS = 224, 8, 2, 32, 7
 LIMITS = {"ratio": 0.85, "memory": 1.05, "first_batch": 2.0}
@@ -216,20 +217,15 @@ def main() -> None:
         "memory_growth": growth,
     }
     print(f"{SIZE} px JPEG frames, random order, horizon {HORIZON}, {WORKERS} workers, batch {BATCH}")
-    print(f"{'':<34}{'frames/s':>10}{'of the limit':>14}{'wanted':>10}")
-    lines = (
-        ("decode alone (the limit)", rates["decode"], 1.0, ""),
-        ("this loader, to a collated batch", rates["loader"], rates["ratio"], f"{LIMITS['ratio']:.2f}"),
-        ("pandas in memory, PIL", rates["naive"], rates["naive"] / rates["decode"], ""),
-    )
-    for heading, rate, ratio, wanted in lines:
-        print(f"{heading:<34}{rate:>10.0f}{ratio:>14.3f}{wanted:>10}")
-    print(f"\n{'dataset':<14}{'rows':>10}{'anonymous MB / worker':>24}{'s to first batch':>18}{'s to build cache':>18}")
-    for row in memory:
-        print(
-            f"{row['gb']:>6.2f} GB     {row['rows']:>10}{row['worker_peak_anonymous_mb']:>24.1f}"
-            f"{row['first_batch_seconds']:>18.2f}{row['build_seconds']:>18.1f}"
-        )
+    lines = [
+        ("decode alone (the limit)", rates["decode"], 1.0, None),
+        ("this loader, to a collated batch", rates["loader"], rates["ratio"], LIMITS["ratio"]),
+        ("pandas in memory, PIL", rates["naive"], rates["naive"] / rates["decode"], None),
+    ]
+    print(text_table(["", "frames/s", "of the limit", "wanted"], lines))
+    columns = ("gb", "rows", "worker_peak_anonymous_mb", "first_batch_seconds", "build_seconds")
+    header = ["dataset, GB", "rows", "anonymous MB / worker", "s to first batch", "s to build cache"]
+    print(f"\n{text_table(header, [[row[column] for column in columns] for row in memory])}")
     print(f"largest over smallest: {growth:.3f} (wanted below {LIMITS['memory']}); first batch wanted below 2 s")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -28,6 +28,7 @@ if not __package__:
 from envs import make_env
 from envs.mujoco_rendering import import_mujoco
 from scripts import record_demos
+from utils.text_table import text_table
 
 CAMERA = "corner4"
 
@@ -99,12 +100,12 @@ def main() -> None:
     runs = [recording(args.task, args.image_size, 8 * n * scale, n) for n in args.processes]
 
     print(f"{args.task}, {args.image_size} px, {os.cpu_count()} cores, load average before {load:.1f}")
-    print(f"{'':32}  {'sustained':>9}  {'with start':>10}")
-    print(f"{'gymnasium renderer, 1 process':32}  {baseline:9.0f}")
-    print(f"{'our renderer, 1 process':32}  {limit:9.0f}")
-    for run in runs:
-        name = f"record_demos.py, {run['processes']} process(es)"
-        print(f"{name:32}  {run['sustained']:9.0f}  {run['with_start']:10.0f}")
+    rows: list[list[Any]] = [
+        ["gymnasium renderer, 1 process", baseline, None],
+        ["our renderer, 1 process", limit, None],
+    ]
+    rows += [[f"record_demos.py, {run['processes']} process(es)", run["sustained"], run["with_start"]] for run in runs]
+    print(text_table(["frames/s", "sustained", "with start"], rows))
     if args.json:
         report = {
             "frames_per_second": max(runs, key=lambda run: run["processes"])["sustained"],

@@ -21,6 +21,11 @@ import tempfile
 import time
 from typing import Any
 
+if not __package__:
+    import _repository  # noqa: F401
+
+from utils.text_table import text_table
+
 LIMITS = {"speedup": 1.7, "flips": 0}
 TASKS = ("button-press-topdown-v3", "window-open-v3")
 
@@ -65,13 +70,14 @@ def main() -> None:
         "other_length": sum(a != b for a, b in steps),
         "successes": {"serial": sum(a for a, _ in pairs), "parallel": sum(b for _, b in pairs)},
     }
-    print(f"{'':<28}{'serial':>10}{f'{args.num_envs} processes':>16}{'wanted':>10}")
-    print(f"{'seconds':<28}{serial_seconds:>10.1f}{parallel_seconds:>16.1f}")
-    print(f"{'speed-up':<28}{1.0:>10.2f}{result['speedup']:>16.2f}{LIMITS['speedup']:>10.2f}")
-    counts = [f"{result['successes'][name]}/{len(pairs)}" for name in ("serial", "parallel")]
-    print(f"{'successes':<28}{counts[0]:>10}{counts[1]:>16}")
-    print(f"{'outcomes that changed':<28}{'':>10}{result['flips']:>16}{LIMITS['flips']:>10}")
-    print(f"{'episodes of another length':<28}{'':>10}{result['other_length']:>16}")
+    rows = [
+        ["seconds", serial_seconds, parallel_seconds, None],
+        ["speed-up", 1.0, result["speedup"], LIMITS["speedup"]],
+        ["successes", *(f"{result['successes'][name]}/{len(pairs)}" for name in ("serial", "parallel")), None],
+        ["outcomes that changed", None, result["flips"], LIMITS["flips"]],
+        ["episodes of another length", None, result["other_length"], None],
+    ]
+    print(text_table(["", "serial", f"{args.num_envs} processes", "wanted"], rows))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 

@@ -14,11 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import re
-import runpy
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -30,27 +27,12 @@ import torch
 if not __package__:
     import _repository  # noqa: F401
 
+from benchmarks.served import connect, resident_mb, start_server
 from inference.predictor import VLAPredictor
+from utils.text_table import text_table
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIMITS = {"wrong_answers": 0, "memory_growth": 1.05}
 TOLERANCE = 1e-4  # a batch of several rounds differently than one alone
-
-
-def connect(port: int) -> Any:
-    """A PolicyClient of scripts/client_example.py, the file that a robot has."""
-    return runpy.run_path(str(ROOT / "scripts/client_example.py"))["PolicyClient"](port=port)
-
-
-def start_server(checkpoint: str) -> tuple[subprocess.Popen, int]:
-    """A server process on a free port, and the port."""
-    command = [sys.executable, "scripts/serve_policy.py", "--checkpoint_path", checkpoint, "--port", "0"]
-    server = subprocess.Popen([*command, "--num_threads", "1"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    for line in server.stderr:
-        if found := re.search(r"serving on \S+ port (\d+)", line):
-            threading.Thread(target=server.stderr.read, daemon=True).start()  # so that its log never blocks it
-            return server, int(found[1])
-    raise RuntimeError("the server did not start")
 
 
 def observations(predictor: VLAPredictor, count: int) -> list[dict[str, object]]:
@@ -98,14 +80,6 @@ def load(port: int, asked: list, expected: list, seconds: float, results: list[t
         answers += 1
     client.close()
     results.append((answers, wrong))
-
-
-def resident_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no VmRSS in /proc/{pid}/status")
 
 
 def run_clients(port: int, clients: int, asked: list, expected: list, seconds: float) -> tuple[int, int]:
@@ -163,15 +137,17 @@ def main() -> None:
         "memory_growth": after / before,
         "exit_status": status,
     }
-    print(f"{'':<22}{'p50 ms':>10}{'p95 ms':>10}")
-    for name, values in times.items():
-        print(f"{name:<22}{medians[name]:>10.2f}{np.percentile(values, 95):>10.2f}")
+    rows = [[name, medians[name], float(np.percentile(values, 95))] for name, values in times.items()]
+    print(text_table(["", "p50 ms", "p95 ms"], rows))
     print(f"overhead of serving: {result['overhead_ms']:.2f} ms (median)")
     print(
         f"\n{args.clients} clients, {seconds:.0f} s: {answers} answers ({result['answers_per_second']:.0f} per second)"
     )
-    print(f"{'wrong answers':<22}{wrong:>10}{LIMITS['wrong_answers']:>10} wanted")
-    print(f"{'memory growth':<22}{after / before:>10.3f}{LIMITS['memory_growth']:>10} at most ({after:.0f} MB)")
+    rows = [
+        ["wrong answers", wrong, LIMITS["wrong_answers"]],
+        [f"memory growth, to {after:.0f} MB", after / before, LIMITS["memory_growth"]],
+    ]
+    print(text_table(["", "found", "at most"], rows))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     if wrong or after / before > LIMITS["memory_growth"] or status:

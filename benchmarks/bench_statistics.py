@@ -36,6 +36,7 @@ if not __package__:
 
 from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset
 from data.statistics import calculate_statistics
+from utils.text_table import text_table
 
 DIMS, FILES, IMAGE_SIZE, HORIZON = 14, 8, 96, 8
 LIMITS = {"seconds": 10.0, "bytes_read_ratio": 0.05}
@@ -131,16 +132,16 @@ def main() -> None:
         f"{rows} rows, {DIMS} state + {DIMS} action values and one JPEG each, {FILES} files, "
         f"{file_bytes / 1e9:.2f} GB; {os.cpu_count()} cores, {args.num_workers} workers, load average before {load:.1f}"
     )
-    headings = (
-        f"{'rows':>9}{'process':>10}{'calculation':>13}{'rows/s':>11}{'MB read':>9}{'of files':>10}{'memory':>10}"
-    )
-    print(f"{'':30}{headings}")
-    for run in runs:
-        print(
-            f"{run['name']:30}{run['rows']:9}{run['seconds']:8.2f} s{run['calculation_seconds']:11.2f} s"
-            f"{run['rows'] / run['calculation_seconds']:11.0f}{run['bytes_read'] / 1e6:9.1f}"
-            f"{run['bytes_read_ratio']:10.2%}{run['memory_mb']:7.0f} MB"
-        )
+    lines = [
+        [
+            *(run["name"], run["rows"], run["seconds"], run["calculation_seconds"]),
+            f"{run['rows'] / run['calculation_seconds']:.0f}",
+            *(run["bytes_read"] / 1e6, f"{run['bytes_read_ratio']:.2%}", run["memory_mb"]),
+        ]
+        for run in runs
+    ]
+    header = ["", "rows", "process, s", "calculation, s", "rows/s", "MB read", "of files", "memory, MB"]
+    print(text_table(header, lines))
     print(
         f"wanted: process below {LIMITS['seconds']:.0f} s for 1,000,000 rows (here {cold['seconds']:.2f} s), "
         f"read below {LIMITS['bytes_read_ratio']:.0%} (here {cold['bytes_read_ratio']:.2%})"

@@ -50,6 +50,7 @@ from training.fit_estimate import GB, expected_memory
 from training.trainer import VLATrainer
 from utils.batch import Batch, to_device
 from utils.config_utils import Config
+from utils.text_table import text_table
 
 LIMIT = 0.95
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
@@ -368,15 +369,10 @@ def measure_recipes(bench: Bench, sizes: Sequence[int], steps: int, minutes: flo
 
 
 def print_recipes(rows: Sequence[dict[str, Any]]) -> None:
-    """One line per recipe."""
-    print(f"\n{'recipe':<44}{'batch':>7}{'samples/s':>11}{'MFU':>7}{'peak GB':>9}{'expected':>10}  search ended")
-    for row in rows:
-        if row["tried"]:
-            mfu = "-" if row["mfu"] is None else f"{row['mfu']:.3f}"
-            figures = f"{row['batch_size']:>7}{row['samples_per_second']:>11.1f}{mfu:>7}{row['peak_gb']:>9.1f}"
-            print(f"{row['recipe']:<44}{figures}{row['expected_gb']:>10.1f}  {row['ended']}")
-        else:
-            print(f"{row['recipe']:<44}{'nothing fits':>18}  {row['ended']}")
+    """One line per recipe; of one that does not fit, only where the search ended."""
+    columns = ("recipe", "batch_size", "samples_per_second", "mfu", "peak_gb", "expected_gb", "ended")
+    header = ["recipe", "batch", "samples/s", "MFU", "peak GB", "expected", "search ended"]
+    print(f"\n{text_table(header, [[row.get(column) for column in columns] for row in rows])}")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from model.tiny.paligemma import make_tiny_paligemma
 from training.run_log import read_metrics
 from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
 from utils.config_utils import load_config
+from utils.text_table import text_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS, QUICK_STEPS = 300, 60
@@ -388,9 +389,8 @@ def main() -> None:
         ("hung rank, seconds to the end", hang, HANG_TIMEOUT_S + HANG_MARGIN_S),
     ):
         rows.append((what, f"{one['seconds']:.1f}", f"{limit:.0f}", _ended(one, limit)))
-    print(f"\n{'':36}{'found':>10}{'limit':>10}")
-    for what, value, limit, holds in rows:
-        print(f"{what:36}{value!s:>10}{limit:>10}{'' if holds else '   FAILED'}")
+    lines = [[what, value, limit, "" if holds else "FAILED"] for what, value, limit, holds in rows]
+    print(f"\n{text_table(['', 'found', 'limit', ''], lines)}")
     print(f"{time.monotonic() - began:.0f} s on {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
     report |= {"rank_death_seconds": death["seconds"], "hung_rank_seconds": hang["seconds"], "rank_death": death}
     report |= {"hung_rank": hang, "passed": all(holds for *_, holds in rows)}

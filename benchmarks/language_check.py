@@ -28,6 +28,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from envs import FIRST_EVALUATION_SEED, make_env
+from utils.text_table import text_table
 
 TASKS = ("faucet-open-v3", "faucet-close-v3")
 SCENE = {"hide_goal": True, "layout_of": TASKS[0]}
@@ -106,10 +107,12 @@ def main() -> None:
         "seconds": time.perf_counter() - started,
     }
     print(f"\nsame image and state at reset in both tasks: {identical} ({len(seeds)} seeds)")
-    print(f"{'prompt':<20}{'did it':>10}{'wanted':>10}{'did it under the other prompt':>32}")
-    for row in result["tasks"].values():
-        did, other = f"{row['obeyed']}/{episodes}", f"{row['done_under_the_other_prompt']}/{episodes}"
-        print(f"{row['prompt']:<20}{did:>10}{WANTED / 20:>10.0%}{other:>32}")
+    counts = ("obeyed", "done_under_the_other_prompt")
+    rows = [
+        [row["prompt"], *(f"{row[count]}/{episodes}" for count in counts), f"{WANTED / 20:.0%}"]
+        for row in result["tasks"].values()
+    ]
+    print(text_table(["prompt", "did it", "did it under the other prompt", "wanted"], rows))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 

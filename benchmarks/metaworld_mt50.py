@@ -29,6 +29,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from envs import FIRST_EVALUATION_SEED, expand_tasks
+from utils.text_table import text_table
 
 CONFIG, NAME = "configs/metaworld_mt50.yaml", "metaworld_mt50"
 BACKBONE = {
@@ -97,16 +98,15 @@ def evaluate(
 
 def print_table(results: dict[str, Any]) -> None:
     """Success by tier and over all, the three runs beside each other."""
-    print(f"\n{'':<14}{'tasks':>6}" + "".join(f"{name:>26}" for name in RUNS))
     summaries = {name: result["summary"] for name, result in results.items()}
-    for tier in summaries["policy"]["tiers"]:
-        rows = {name: summary["tiers"][tier] for name, summary in summaries.items()}
-        cells = [
-            f"{row['successes']}/{row['episodes']} {100 * row['mean_success_rate']:.1f} %" for row in rows.values()
-        ]
-        print(f"{tier:<14}{rows['policy']['tasks']:>6}" + "".join(f"{cell:>26}" for cell in cells))
+    rows = []
+    for tier, policy in summaries["policy"]["tiers"].items():
+        tiers = [summaries[name]["tiers"][tier] for name in RUNS]
+        cells = [f"{row['successes']}/{row['episodes']} {100 * row['mean_success_rate']:.1f} %" for row in tiers]
+        rows.append([tier, policy["tasks"], *cells])
     for label, key in (("mean of tasks", "mean_success_rate"), ("mean of tiers", "tier_mean_success_rate")):
-        print(f"{label:<20}" + "".join(f"{100 * summaries[name][key]:>24.1f} %" for name in RUNS))
+        rows.append([label, None, *(f"{100 * summaries[name][key]:.1f} %" for name in RUNS)])
+    print(f"\n{text_table(['', 'tasks', *RUNS], rows)}")
     for name in RUNS:
         low, high = summaries[name]["wilson_95"]
         print(f"{name}: 95 % interval over all episodes {100 * low:.1f} to {100 * high:.1f} %")

@@ -7,6 +7,11 @@ import json
 import pathlib
 from typing import Any
 
+if not __package__:
+    import _repository  # noqa: F401
+
+from utils.text_table import text_table
+
 # name in summary.json -> folder of the rollouts, heading of the column
 COLUMNS = {
     "success": ("closed_loop", "policy"),
@@ -28,7 +33,7 @@ def summarize(experiment_dir: pathlib.Path, seconds: dict[str, float]) -> dict[s
 
 def table(summary: dict[str, Any]) -> str:
     """The success counts, one task a line, and their totals."""
-    rows = [["task", *(heading for _, heading in COLUMNS.values())]]
+    rows = []
     for task in summary["success"]:
         rows.append([task, *("{successes}/{episodes}".format(**summary[name][task]) for name in COLUMNS)])
     totals = []
@@ -36,8 +41,7 @@ def table(summary: dict[str, Any]) -> str:
         done = sum(task["successes"] for task in summary[name].values())
         totals.append(f"{done}/{sum(task['episodes'] for task in summary[name].values())}")
     rows.append(["all", *totals])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return text_table(["task", *(heading for _, heading in COLUMNS.values())], rows)
 
 
 def main() -> None:

@@ -19,4 +19,4 @@ def test_cached_prediction_is_three_times_as_fast_as_the_naive_loop(tmp_path):
     assert view["ways"]["cached"]["difference"] < 1e-5 and view["ways"]["context once"]["difference"] < 1e-5
     assert view["floor_ms"] == pytest.approx(sum(part["floor_ms"] for part in view["parts"].values()))
     assert list(view["parts"]) == ["vision", "language", "action head"]
-    assert "graph              not available on this device" in done.stdout
+    assert "graph: not available on this device" in done.stdout

@@ -1,0 +1,37 @@
+"""A policy server as a process of its own, and a client of it."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+import threading
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def start_server(checkpoint: str) -> tuple[subprocess.Popen, int]:
+    """A server process on a free port, and the port."""
+    command = [sys.executable, "scripts/serve_policy.py", "--checkpoint_path", checkpoint, "--port", "0"]
+    server = subprocess.Popen([*command, "--num_threads", "1"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    for line in server.stderr:
+        if found := re.search(r"serving on \S+ port (\d+)", line):
+            threading.Thread(target=server.stderr.read, daemon=True).start()  # so that its log never blocks it
+            return server, int(found[1])
+    raise RuntimeError("the server did not start")
+
+
+def connect(port: int) -> Any:
+    """A PolicyClient of scripts/client_example.py, the file that a robot has."""
+    return runpy.run_path(str(ROOT / "scripts/client_example.py"))["PolicyClient"](port=port)
+
+
+def resident_mb(pid: int) -> float:
+    """Resident memory of a process."""
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no VmRSS in /proc/{pid}/status")
