@@ -104,22 +104,22 @@ def load_state(module: nn.Module, state: dict[str, Tensor]) -> None:
         return
     # bitsandbytes writes scales beside the weights but cannot read those of 4 bits; what state_dict gives is the
     # storage itself, except for the description of the format, which is made anew each time and must be the same.
-    for key, own in module.state_dict().items():
+    for key, current in module.state_dict().items():
         if key.endswith("weight_format") or ".quant_state." in key:
-            if not torch.equal(own.cpu(), state[key].cpu()):
+            if not torch.equal(current.cpu(), state[key].cpu()):
                 raise CheckpointError(
                     f"{key}: quantized as {bytes(state[key].flatten().tolist())!r}, wanted "
-                    f"{bytes(own.flatten().tolist())!r}; give the model.vlm_config.dtype that it was trained with"
+                    f"{bytes(current.flatten().tolist())!r}; give the model.vlm_config.dtype that it was trained with"
                 )
         else:
-            own.copy_(state[key])
+            current.copy_(state[key])
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict without what is frozen (and without its scales): what differs from the pretrained weights."""
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    own = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    return {key: value for key, value in module.state_dict().items() if key in own and key not in frozen}
+    tensors = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    return {key: value for key, value in module.state_dict().items() if key in tensors and key not in frozen}
 
 
 def base_fingerprint(module: nn.Module) -> str:

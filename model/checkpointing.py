@@ -105,12 +105,12 @@ def load_weights(policy: nn.Module, weights: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: naming the first parameters that are missing, left over or of another shape.
     """
-    own = policy.state_dict()
-    faults = [f"{key} is missing" for key in own if key not in weights]
-    faults += [f"{key} is not part of this model" for key in weights if key not in own]
-    for key in own.keys() & weights.keys():
-        if own[key].shape != weights[key].shape:
-            faults.append(f"{key} is {tuple(weights[key].shape)}, wanted {tuple(own[key].shape)}")
+    expected = policy.state_dict()
+    faults = [f"{key} is missing" for key in expected if key not in weights]
+    faults += [f"{key} is not part of this model" for key in weights if key not in expected]
+    for key in expected.keys() & weights.keys():
+        if expected[key].shape != weights[key].shape:
+            faults.append(f"{key} is {tuple(weights[key].shape)}, wanted {tuple(expected[key].shape)}")
     if faults:
         raise CheckpointError(
             f"checkpoint of another architecture: {'; '.join(faults[:4])}"
@@ -136,8 +136,8 @@ def _with_base(
             f"weights that were read have fingerprint {fingerprint[:12]}; name the right base in model.vlm_config "
             f"({keys})"
         )
-    own = trained_state(policy).keys()
-    return {key: value for key, value in policy.state_dict().items() if key not in own} | trained
+    trains = trained_state(policy).keys()
+    return {key: value for key, value in policy.state_dict().items() if key not in trains} | trained
 
 
 def require_same_architecture(saved: dict[str, Any], config: Config, path: str) -> None:
@@ -172,11 +172,11 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
 
 def _settings(section: Any) -> dict[str, Any]:
     """A section's values by name; those of a section within it as `lora.rank`."""
-    found = {}
+    values = {}
     for key, value in vars(section).items():
         inner = _settings(value) if dataclasses.is_dataclass(value) else None
-        found |= {key: value} if inner is None else {f"{key}.{name}": one for name, one in inner.items()}
-    return found
+        values |= {key: value} if inner is None else {f"{key}.{name}": item for name, item in inner.items()}
+    return values
 
 
 def _may_be_added(key: str, saved: dict[str, Any]) -> bool:

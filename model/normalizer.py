@@ -68,12 +68,12 @@ class Normalizer(nn.Module):
         self.clip = clip
         with torch.device("cpu"):  # also in a model on the meta device: a head may read the range when it is built
             for name, width in (("state", state_dim), ("action", per_action_dim)):
-                for part, value in _affine([one[name] for one in statistics], kind, bounds, width).items():
+                for part, value in _affine([entry[name] for entry in statistics], kind, bounds, width).items():
                     self.register_buffer(f"{name}_{part}", value)
             delta_A = torch.zeros(per_action_dim, dtype=torch.bool)
             delta_A[list(delta_dims)] = True
             self.register_buffer("action_is_delta_A", delta_A)
-            self.action_range = self._action_range([one["action"] for one in statistics], kind, bounds)
+            self.action_range = self._action_range([entry["action"] for entry in statistics], kind, bounds)
 
     @classmethod
     def from_config(cls, config: Config, statistics: Sequence[dict[str, Any]]) -> Normalizer:
@@ -115,7 +115,7 @@ class Normalizer(nn.Module):
         extremes = []
         for row, (part, worst) in enumerate((("min", torch.inf), ("max", -torch.inf))):
             width = self.action_exists.shape[1]
-            value_DA = torch.tensor([one[part] + [0.0] * (width - len(one[part])) for one in statistics])
+            value_DA = torch.tensor([entry[part] + [0.0] * (width - len(entry[part])) for entry in statistics])
             value_DA = (value_DA - self.action_center) * self.action_slope + self.action_target
             value_DA = value_DA.masked_fill(~self.action_exists | self.action_constant, worst)
             extremes.append(value_DA.amin(dim=0) if row == 0 else value_DA.amax(dim=0))
@@ -148,10 +148,10 @@ def _affine(
 ) -> dict[str, Tensor]:
     """The buffers of state or action, each (D, width): center, slope, target, constant, exists."""
     rows = {
-        key: torch.tensor([one[key] + [0.0] * (width - len(one[key])) for one in statistics], dtype=torch.float64)
+        key: torch.tensor([entry[key] + [0.0] * (width - len(entry[key])) for entry in statistics], dtype=torch.float64)
         for key in STATISTICS
     }
-    lengths = torch.tensor([len(one["min"]) for one in statistics])
+    lengths = torch.tensor([len(entry["min"]) for entry in statistics])
     if kind == "mean_std":
         center, scale = rows["mean"], rows["std"]
         target_center, target_scale = 0.0, 1.0

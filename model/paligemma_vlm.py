@@ -197,13 +197,13 @@ def _attn_implementation(vlm_config: VLMConfig, config: PaliGemmaConfig) -> dict
     return {"": choice, "text_config": choice, "vision_config": "sdpa"}
 
 
-def _place(name_or_path: str) -> str:
+def _setting(name_or_path: str) -> str:
     return f"model.vlm_config.model_name_or_path is {name_or_path!r}"
 
 
 def _read_backbone_config(name_or_path: str) -> PaliGemmaConfig:
     remedy = BACKBONE_SPECS["paligemma"].remedy("model_name_or_path")
-    values = read_model_config(name_or_path, _place(name_or_path), ["paligemma"], remedy)
+    values = read_model_config(name_or_path, _setting(name_or_path), ["paligemma"], remedy)
     config = PaliGemmaConfig.from_dict(values)
     config.vision_config.vision_use_head = False  # SigLIP's pooling head: nothing here reads it, it could not train
     return config
@@ -216,5 +216,5 @@ def _load_backbone(vlm_config: VLMConfig, config: PaliGemmaConfig) -> PaliGemmaM
     unused = rf"(^|\.)lm_head\.|vision_tower\.(vision_model\.)?head\.|language_model\.(model\.)?layers{left_over}"
     attention = _attn_implementation(vlm_config, config)
     return load_weights(
-        PaliGemmaModel, name_or_path, _place(name_or_path), config, unused, attn_implementation=attention
+        PaliGemmaModel, name_or_path, _setting(name_or_path), config, unused, attn_implementation=attention
     )

@@ -18,44 +18,46 @@ from transformers.utils import logging
 from utils.config_utils import ConfigError, VLMConfig
 
 
-def read_model_config(name_or_path: str, place: str, wanted: Sequence[str] | None, remedy: str) -> dict[str, Any]:
+def read_model_config(
+    name_or_path: str, setting: str, model_types: Sequence[str] | None, remedy: str
+) -> dict[str, Any]:
     """The values of a `config.json`.
 
     Args:
         name_or_path: directory or hub id.
-        place: the config key and its value, for errors.
-        wanted: model types that will do; None: any.
-        remedy: what to do where nothing suitable is found.
+        setting: the config key and its value, for errors.
+        model_types: those that will do; None: any.
+        remedy: what to do where no suitable model is there.
 
     Raises:
         ConfigError: nothing there, or a model of another type.
     """
     is_dir = Path(name_or_path).is_dir()
-    found = "no config.json with a model_type in it" if is_dir else "no such directory, nor such a model on the hub"
+    problem = "no config.json with a model_type in it" if is_dir else "no such directory, nor such a model on the hub"
     try:
         values, _ = PretrainedConfig.get_config_dict(name_or_path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{place}: {found} ({reason}); {remedy}") from error
+        raise ConfigError(f"{setting}: {problem} ({reason}); {remedy}") from error
     if "model_type" not in values:
-        raise ConfigError(f"{place}: {found}; {remedy}")
-    if wanted is not None and values["model_type"] not in wanted:
+        raise ConfigError(f"{setting}: {problem}; {remedy}")
+    if model_types is not None and values["model_type"] not in model_types:
         raise ConfigError(
-            f"{place}: its config.json says model_type {values['model_type']!r}, wanted "
-            f"{' or '.join(map(repr, wanted))}; {remedy}"
+            f"{setting}: its config.json says model_type {values['model_type']!r}, wanted "
+            f"{' or '.join(map(repr, model_types))}; {remedy}"
         )
     return values
 
 
 def load_weights(
-    model_class: type, name_or_path: str, place: str, config: PretrainedConfig, unused: str, **options: Any
+    model_class: type, name_or_path: str, setting: str, config: PretrainedConfig, unused: str, **options: Any
 ) -> PreTrainedModel:
     """The weights of a directory as float32, or an error: nothing may be left at its random initialisation.
 
     Args:
         model_class: a transformers model or auto class.
         name_or_path: directory or hub id.
-        place: the config key and its value, for errors.
+        setting: the config key and its value, for errors.
         config: architecture to build.
         unused: pattern of the tensors that may be left over.
         options: for `from_pretrained`.
@@ -77,7 +79,7 @@ def load_weights(
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{place}: its weights cannot be read ({reason}); download it again or write it anew"
+            f"{setting}: its weights cannot be read ({reason}); download it again or write it anew"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -88,7 +90,7 @@ def load_weights(
     ):
         if tensors:
             raise ConfigError(
-                f"{place}: its weights {problem} {sorted(tensors)[0]} ({len(tensors)} such tensors), "
+                f"{setting}: its weights {problem} {sorted(tensors)[0]} ({len(tensors)} such tensors), "
                 "so they do not belong to its config.json; download it again or write it anew"
             )
     return model
@@ -146,7 +148,7 @@ def truncate_layers(text_config: PretrainedConfig, num_layers: int | None) -> st
     """Let a language model be built from its first `num_layers` layers alone (None: all of them).
 
     Args:
-        text_config: changed in place, so that it describes the truncated model from then on.
+        text_config: changed in setting, so that it describes the truncated model from then on.
         num_layers: `model.vlm_config.num_language_layers`.
 
     Returns:

@@ -103,7 +103,7 @@ class SiglipLLM(Backbone):
         vision_tower = load_weights(
             SiglipVisionModel,
             vision_name,
-            _place("vision", vision_name),
+            _setting("vision", vision_name),
             vision_config,
             unused=r"^text_model\.|^logit_(scale|bias)$|(^|\.)head\.",
             attn_implementation="sdpa",
@@ -111,7 +111,7 @@ class SiglipLLM(Backbone):
         language_model = load_weights(
             AutoModel,
             language_name,
-            _place("language", language_name),
+            _setting("language", language_name),
             language_config,
             unused=rf"(^|\.)(lm_head|embed_out)\.|(^|\.)layers{left_over}",
             attn_implementation=attention,
@@ -215,7 +215,7 @@ class SiglipLLM(Backbone):
         return self.fusion.project_images(self.vision_tower(pixels_N3HW).last_hidden_state)
 
 
-def _place(kind: str, name_or_path: str) -> str:
+def _setting(kind: str, name_or_path: str) -> str:
     return f"model.vlm_config.{kind}_model_name_or_path is {name_or_path!r}"
 
 
@@ -224,24 +224,23 @@ def _remedy(kind: str) -> str:
 
 
 def _read_vision_config(name_or_path: str) -> SiglipVisionConfig:
-    wanted = ["siglip", "siglip_vision_model"]
-    place = _place("vision", name_or_path)
-    values = read_model_config(name_or_path, place, wanted, _remedy("vision"))
+    model_types = ["siglip", "siglip_vision_model"]
+    values = read_model_config(name_or_path, _setting("vision", name_or_path), model_types, _remedy("vision"))
     config = SiglipVisionConfig.from_dict(values["vision_config"] if values["model_type"] == "siglip" else values)
     config.vision_use_head = False  # SigLIP's pooling head: nothing here reads it, it could not train
     return config
 
 
 def _read_language_config(name_or_path: str) -> PretrainedConfig:
-    place, remedy = _place("language", name_or_path), _remedy("language")
-    values = read_model_config(name_or_path, place, None, remedy)
+    setting, remedy = _setting("language", name_or_path), _remedy("language")
+    values = read_model_config(name_or_path, setting, None, remedy)
     kind = values["model_type"]
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config = CONFIG_MAPPING[kind].from_dict(values)
         if hasattr(config, "hidden_size") and not hasattr(config, "vision_config"):
             return config
     raise ConfigError(
-        f"{place}: its config.json says model_type {kind!r}, wanted a causal language model of text alone, such as "
+        f"{setting}: its config.json says model_type {kind!r}, wanted a causal language model of text alone, such as "
         f"'qwen2' or 'llama'; {remedy}"
     )
 
@@ -262,6 +261,6 @@ def _require_causal(language_model: PreTrainedModel, name_or_path: str) -> None:
     first_2E = language_model(input_ids=pairs_22, use_cache=False).last_hidden_state[:, 0]
     if not torch.allclose(first_2E[0], first_2E[1], atol=1e-4, rtol=1e-4):
         raise ConfigError(
-            f"{_place('language', name_or_path)}: a token's features change with the tokens after it, wanted a causal "
-            f"language model; {_remedy('language')}"
+            f"{_setting('language', name_or_path)}: a token's features change with the tokens after it, wanted a "
+            f"causal language model; {_remedy('language')}"
         )

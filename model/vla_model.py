@@ -49,10 +49,10 @@ class VLAModel(nn.Module):
                 f"statistics of {len(statistics)} datasets, but the config has {len(datasets)} "
                 f"({', '.join(dataset.name for dataset in datasets)}); calculate the statistics again for this config"
             )
-        for one, dataset in zip(statistics, datasets, strict=True):
+        for entry, dataset in zip(statistics, datasets, strict=True):
             remedy = "calculate the statistics again for this config"
             place = f"statistics of dataset {dataset.name}"
-            check_statistics(one, dataset.state_dim, dataset.per_action_dim, place, remedy)
+            check_statistics(entry, dataset.state_dim, dataset.per_action_dim, place, remedy)
         self.statistics = list(statistics)
         self.base: dict[str, Any] | None = None  # see `model.checkpointing.frozen_base`
         self.compute_dtype = getattr(torch, config.model.vlm_config.dtype)
@@ -158,16 +158,16 @@ class VLAModel(nn.Module):
         Raises:
             ValueError: the head cannot continue such a prefix.
         """
-        head, place = self.action_head, (batch["state"], batch["dataset_index"])
+        head, units = self.action_head, (batch["state"], batch["dataset_index"])
         noise_K = batch.get("noise", (None,) * num_draws)
         assert len(noise_K) == num_draws, f"noise of {len(noise_K)} draws, wanted {num_draws}"
         assert "noise" in batch or not head.is_stochastic, f"{type(head).__name__} needs batch['noise'] (draw_noise)"
         if prefix is not None:
-            prefix = self._normalized(prefix, *place)
+            prefix = self._normalized(prefix, *units)
         with self.autocast():
             context = self.encode(batch)
             draws = [head.sample(context, noise, num_inference_steps, schedule, prefix) for noise in noise_K]
-        return torch.stack([self.normalizer.denormalize_action(action.float(), *place) for action in draws])
+        return torch.stack([self.normalizer.denormalize_action(action.float(), *units) for action in draws])
 
     def _normalized(self, prefix: ActionPrefix, state_BS: Tensor, dataset_index_B: Tensor) -> ActionPrefix:
         if not self.action_head.continues_chunks:

@@ -66,10 +66,10 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         return torch.stack([self._noise(shape, g, g.device) for g in generators]).to(device)
 
     def schedule(self, num_inference_steps: int, device: torch.device) -> dict[float, TimeConditions]:
-        """What time does at every moment that the integrator asks for; it is the same for all samples."""
-        asked: list[float] = []
-        integrate(lambda x, time: asked.append(time) or x, 0.0, num_inference_steps, self.config.integrator)
-        times = sorted(set(asked))
+        """What time does at every moment that the integrator visits; it is the same for all samples."""
+        visited: list[float] = []
+        integrate(lambda x, time: visited.append(time) or x, 0.0, num_inference_steps, self.config.integrator)
+        times = sorted(set(visited))
         conditions = self.conditions(torch.tensor(times, device=device))
         return {time: conditions.row(i) for i, time in enumerate(times)}
 
