@@ -106,12 +106,6 @@ def camera_frame(folder: Path) -> None:
     Image.fromarray(pixels).save(folder / "frame.png")
 
 
-def simulator_demonstrations(folder: Path) -> None:
-    """What somebody recorded before, of a task that the page does not record."""
-    (folder / "demos/train").mkdir(parents=True)
-    shutil.copy(ROOT / "data/samples/window-open-v3.parquet", folder / "demos/train")
-
-
 def recorded_tasks(folder: Path) -> None:
     """The sample demonstrations to train on, and one episode of them in place of held-out ones."""
     shutil.copytree(ROOT / "data/samples", folder / "train")
@@ -155,7 +149,7 @@ READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "docs/adding_a_backbone.md": (add_backbone,),
     "docs/adding_a_head.md": (add_head,),
     "docs/adding_a_simulator.md": (add_simulator,),
-    "docs/data_format.md": (own_demonstrations, simulator_demonstrations),
+    "docs/data_format.md": (own_demonstrations,),
     "docs/deployment.md": (trained_policy,),
     "docs/evaluation.md": (camera_frame,),
     "docs/execution.md": (latency_demonstrations,),

@@ -50,7 +50,7 @@ SMALLER = (
 RUN = {
     r"C=\S+$": r"^$",
     r"export POLICY_TOKEN=": r"^$",
-    r"python data/loader\.py": r"3 files|1 files, 3 episodes, 26 steps",
+    r"python data/loader\.py": r"1 files, 3 episodes, 26 steps",
     r"python utils/calculate_normalization_stats\.py": r"normalization_stats\.json",
     r"python inspect_parquet\.py": r"training may start|0 errors",
     r"python simple_analysis\.py": r"analysis",
