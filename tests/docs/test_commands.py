@@ -67,6 +67,7 @@ RUN = {
     r"python diagnose_ddp\.py": r"verdict: ready",
     r"python diagnose_weights\.py": r"\d+ findings",
     r"python scripts/estimate_memory\.py": r"sum \(calculated, not measured\)",
+    r"python scripts/make_tiny_siglip_llm\.py": r"siglip",
     r"python scripts/merge_lora\.py": r"\.pth\.tar: .* MB",
     r"python main_eval\.py .*--eval_data_path": r"wrote \S+metrics\.json",
     r"python main_eval\.py .*--image1_paths": r"(-?\d+\.\d+\s+){3}",

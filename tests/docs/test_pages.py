@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import latency
+from inference.eval_args import parse_args
 from tests.docs.pages import ROOT, Page, translations, without_comment, written_pages
 from utils.config_utils import Config
 
@@ -102,12 +103,15 @@ def test_settings_that_are_named_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_flags_that_are_named_exist(page):
+def test_flags_that_are_named_exist(page, capsys):
     known = {"--shm-size", "--ipc", "--rm", "--local-dir", "--repo-type", "--nproc_per_node"}  # docker, hf, torchrun
     for name in repository_files():
         if name.endswith((".py", ".sh")) and not name.startswith("tests/"):
             text = (ROOT / name).read_text(encoding="utf-8")
             known |= set(re.findall(r'"(--\w+)"', text) if name.endswith(".py") else re.findall(r"(--\w+)", text))
+    with pytest.raises(SystemExit):  # the flags of main_eval.py are not written out in its source
+        parse_args(["--help"], None)
+    known |= set(re.findall(r"--\w+", capsys.readouterr().out))
     known |= {f"--no-{flag[2:]}" for flag in known}  # argparse.BooleanOptionalAction
     for code in [*page.inline_code, *page.commands]:
         for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code):
