@@ -1,6 +1,7 @@
 """Success against latency: what each way of executing chunks loses when predictions take time.
 
     python benchmarks/latency.py [--quick] [--json latency.json] [--plot latency.png] [--episodes 10]
+    python benchmarks/latency.py --redraw latency.json --plot latency.png     # the picture alone
 
 A prediction is made from the observation of one control step and arrives `delay` control steps later (0, 1, 2, 4, 8;
 80 steps are a second). Meanwhile, and at the start, where there is nothing to execute yet:
@@ -25,6 +26,7 @@ import functools
 import json
 import multiprocessing
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -69,6 +71,20 @@ VARIANTS = {
     "ensemble": Variant("ensemble"),
     "rtc": Variant("rtc"),
     "clean_prefix": Variant("clean_prefix", policy="latency_prefix"),
+}
+LINES: dict[str, tuple[str, float, float, dict[str, Any]]] = {  # label, shift along the axis, height of counts, style
+    "deadline": (
+        f"within {DEADLINE} x the longest demonstration",
+        -0.08,
+        -12.0,
+        {"color": "#1f5fa8", "marker": "o", "markersize": 5, "linewidth": 2},
+    ),
+    "limit": (
+        "within the simulator's 200 control steps",
+        0.08,
+        -24.0,
+        {"color": "#d9822b", "marker": "s", "markersize": 5, "linewidth": 1.4, "linestyle": "--", "mfc": "white"},
+    ),
 }
 TRAINING = {"latency": [], "latency_prefix": [f"model.action_head_config.max_clean_prefix={LONGEST_PREFIX}"]}
 
@@ -214,29 +230,82 @@ def print_tables(summary: dict[str, Any], episodes: int) -> None:
 
 
 def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
-    """Success against delay, by deadline and by limit, with Wilson intervals."""
+    """One panel a variant: successes against delay, by deadline and by limit, with Wilson 95 % intervals.
+
+    The other variants stand behind in grey, so that panels can be compared although most lines coincide.
+
+    Args:
+        summary: variant -> delay -> row, as `summarize`, `read_json` or `read_published` give it.
+        path: the PNG file to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, constrained_layout=True)
-    titles = {"deadline": f"within {DEADLINE} x the longest demonstration", "limit": "within 200 control steps"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for number, (name, by_delay) in enumerate(summary.items()):
-            rate = np.array([row[key]["successes"] / row["episodes"] for row in by_delay.values()])
-            low, high = np.array([row[key]["wilson_95"] for row in by_delay.values()]).T
-            x = np.arange(len(by_delay)) + 0.06 * (number - (len(summary) - 1) / 2)
+    columns = min(3, len(summary))
+    rows = -(-len(summary) // columns)
+    size = (3.7 * columns, 3.1 * rows + 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    rates = {
+        (name, key): np.array([100 * row[key]["successes"] / row["episodes"] for row in by_delay.values()])
+        for name, by_delay in summary.items()
+        for key in LINES
+    }
+    for axis, (name, by_delay) in zip(axes.flat, summary.items(), strict=False):
+        x = np.arange(len(by_delay))
+        for other in summary:
+            label = f"the other strategies, within {DEADLINE} x" if other == name else None
+            axis.plot(x, rates[other, "deadline"], color="0.85", linewidth=1.2, zorder=1, label=label)
+        for key, (label, shift, height, style) in LINES.items():
+            rate = rates[name, key]
+            low, high = 100 * np.array([row[key]["wilson_95"] for row in by_delay.values()]).T
             error = np.clip([rate - low, high - rate], 0, None)
-            axis.errorbar(x, rate, error, marker="o", markersize=4, linewidth=1.4, capsize=2, label=name)
-        axis.set(title=title, xlabel="delay of every prediction (control steps)", ylim=(-0.03, 1.03))
-        axis.set_xticks(range(len(by_delay)), by_delay)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("success rate, Wilson 95 %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(summary), fontsize=8)
+            axis.errorbar(x + shift, rate, error, label=label, capsize=2.5, elinewidth=1, zorder=3, **style)
+            for at, row in zip(x, by_delay.values(), strict=True):  # counts, below the axis at zero
+                axis.text(at, height, row[key]["successes"], color=style["color"], fontsize=9, ha="center", va="center")
+        axis.set_title(name, fontsize=11, family="monospace", loc="left")
+        axis.set(xticks=x, xticklabels=list(by_delay), ylim=(-32, 106), yticks=range(0, 101, 25))
+        axis.grid(axis="y", color="0.92", linewidth=0.8, zorder=0)
+        axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(summary) :]:
+        axis.set_visible(False)
+    episodes = next(iter(next(iter(summary.values())).values()))["episodes"]
+    figure.supxlabel("delay of every prediction (control steps)", fontsize=10)
+    figure.supylabel(f"success rate, %, with Wilson 95 % intervals; below: successes of {episodes}", fontsize=10)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=3, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0.01, 0.01, 1, 0.95))
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The summary in a file that --json wrote."""
+    summary = json.loads(path.read_text(encoding="utf-8"))["summary"]
+    return {name: {int(delay): row for delay, row in by_delay.items()} for name, by_delay in summary.items()}
+
+
+def read_published(path: pathlib.Path) -> dict[str, Any]:
+    """The same for the published figures: the two tables of RESULTS.md that count successes by delay."""
+    tables = re.findall(
+        r"^\| successes of (\d+), by delay \|(.*)\n.*\n((?:\|.*\n)+)", path.read_text(encoding="utf-8"), re.M
+    )
+    if len(tables) != len(LINES):
+        raise ValueError(
+            f"{path} has {len(tables)} tables of successes by delay; wanted {len(LINES)}: {', '.join(LINES)}"
+        )
+    summary: dict[str, Any] = {}
+    for key, (episodes, head, body) in zip(LINES, tables, strict=True):
+        delays = [int(cell) for cell in head.split("|") if cell.strip().isdigit()]
+        for name, cells in re.findall(r"^\| `(\w+)` \|(.*)$", body, re.M):
+            for delay, cell in zip(delays, cells.split("|"), strict=False):
+                successes = int(cell.split()[0])
+                row = summary.setdefault(name, {}).setdefault(delay, {"episodes": int(episodes)})
+                row[key] = {"successes": successes, "wilson_95": wilson_interval(successes, int(episodes))}
+    return summary
 
 
 def main() -> None:
@@ -248,7 +317,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("experiments/latency/latency.png"))
+    parser.add_argument("--redraw", type=pathlib.Path, help="only draw: a --json result, or benchmarks/RESULTS.md")
     args = parser.parse_args()
+    if args.redraw:
+        plot((read_json if args.redraw.suffix == ".json" else read_published)(args.redraw), args.plot)
+        print(f"wrote {args.plot}")
+        return
     started = time.perf_counter()
     suffix = "_short" if args.quick else ""
     variants = {name: VARIANTS[name] for name in args.variants}

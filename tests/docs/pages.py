@@ -40,9 +40,9 @@ class Page:
         return [(len(marks), title) for marks, title in HEADING.findall(self.prose)]
 
     @property
-    def anchors(self) -> set[str]:
-        """What a link may name after #, made from the headings as GitHub makes it."""
-        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in self.headings}
+    def anchors(self) -> list[str]:
+        """What a link may name after #, a heading each, as GitHub makes it."""
+        return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in self.headings]
 
     @property
     def blocks(self) -> list[tuple[str, str]]:

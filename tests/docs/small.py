@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,12 @@ def own_demonstrations(folder: Path) -> None:
     write_episodes(folder / "demos/val/own.parquet", [6], seed=7, **options)
 
 
+def own_statistics(folder: Path) -> None:
+    """What utils/calculate_normalization_stats.py makes of them."""
+    command = ["utils/calculate_normalization_stats.py", "--config_path", "configs/vla_config.yaml"]
+    subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True)
+
+
 def lerobot_dataset(folder: Path) -> None:
     """A LeRobot dataset, written by lerobot itself."""
     shutil.copytree(ROOT / "tests/fixtures/lerobot_v30_video", folder / "lerobot_dataset")
@@ -96,12 +104,6 @@ def camera_frame(folder: Path) -> None:
     """A picture of a camera."""
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "frame.png")
-
-
-def simulator_demonstrations(folder: Path) -> None:
-    """What somebody recorded before, of a task that the page does not record."""
-    (folder / "demos/train").mkdir(parents=True)
-    shutil.copy(ROOT / "data/samples/window-open-v3.parquet", folder / "demos/train")
 
 
 def recorded_tasks(folder: Path) -> None:
@@ -142,21 +144,19 @@ def trained_policy(folder: Path) -> None:
 
 # Page -> what its reader has before the first command, beside the quickstart's results.
 READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
-    "README.md": (
-        pretrained_weights,
-        own_demonstrations,
-        lerobot_dataset,
-        hdf5_episodes,
-        camera_frame,
-        latency_demonstrations,
-    ),
+    "README.md": (pretrained_weights, own_demonstrations),
     "CONTRIBUTING.md": (),
     "docs/adding_a_backbone.md": (add_backbone,),
     "docs/adding_a_head.md": (add_head,),
     "docs/adding_a_simulator.md": (add_simulator,),
-    "docs/data_format.md": (simulator_demonstrations,),
+    "docs/data_format.md": (own_demonstrations,),
     "docs/deployment.md": (trained_policy,),
+    "docs/evaluation.md": (camera_frame,),
+    "docs/execution.md": (latency_demonstrations,),
     "docs/finetune_paligemma.md": (pretrained_weights, lerobot_dataset, own_configuration),
+    "docs/heads.md": (),
     "docs/lerobot.md": (lerobot_dataset, hdf5_episodes),
+    "docs/multi_gpu.md": (pretrained_weights, own_demonstrations, own_statistics),
+    "docs/training.md": (pretrained_weights, own_demonstrations, own_statistics),
     "docs/training_pipeline.md": (),
 }

@@ -50,7 +50,7 @@ SMALLER = (
 RUN = {
     r"C=\S+$": r"^$",
     r"export POLICY_TOKEN=": r"^$",
-    r"python data/loader\.py": r"3 files|1 files, 3 episodes, 26 steps",
+    r"python data/loader\.py": r"1 files, 3 episodes, 26 steps",
     r"python utils/calculate_normalization_stats\.py": r"normalization_stats\.json",
     r"python inspect_parquet\.py": r"training may start|0 errors",
     r"python simple_analysis\.py": r"analysis",
@@ -67,6 +67,7 @@ RUN = {
     r"python diagnose_ddp\.py": r"verdict: ready",
     r"python diagnose_weights\.py": r"\d+ findings",
     r"python scripts/estimate_memory\.py": r"sum \(calculated, not measured\)",
+    r"python scripts/make_tiny_siglip_llm\.py": r"siglip",
     r"python scripts/merge_lora\.py": r"\.pth\.tar: .* MB",
     r"python main_eval\.py .*--eval_data_path": r"wrote \S+metrics\.json",
     r"python main_eval\.py .*--image1_paths": r"(-?\d+\.\d+\s+){3}",

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -14,11 +15,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from benchmarks import latency
+from inference.eval_args import parse_args
 from tests.docs.pages import ROOT, Page, translations, without_comment, written_pages
 from utils.config_utils import Config
 
 PAGES, PAIRS = written_pages(), translations()
+IN_BOTH_LANGUAGES = {"data_format", "deployment", "evaluation", "execution", "finetune_paligemma", "glossary", "heads"}
+IN_BOTH_LANGUAGES |= {"multi_gpu", "training", "training_pipeline"}
 THEIR_OWN = {"configs/my_robot.yaml"}  # files that a reader of the pages makes
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?")
@@ -39,11 +45,7 @@ def test_the_pages_that_must_be_there():
     names = {page.name for page in PAGES}
     assert names >= {"README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/data_format.md", "docs/deployment.md"}
     assert names >= {"docs/troubleshooting.md", "docs/training_pipeline.md", "docs/finetune_paligemma.md"}
-    assert {english.name for english, _ in PAIRS} == {
-        "README.md",
-        "docs/training_pipeline.md",
-        "docs/finetune_paligemma.md",
-    }
+    assert {english.name for english, _ in PAIRS} == {"README.md", *(f"docs/{name}.md" for name in IN_BOTH_LANGUAGES)}
     assert all((ROOT / name).is_file() for name in ("LICENSE", "CITATION.cff", "Dockerfile"))
 
 
@@ -101,12 +103,15 @@ def test_settings_that_are_named_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_flags_that_are_named_exist(page):
+def test_flags_that_are_named_exist(page, capsys):
     known = {"--shm-size", "--ipc", "--rm", "--local-dir", "--repo-type", "--nproc_per_node"}  # docker, hf, torchrun
     for name in repository_files():
         if name.endswith((".py", ".sh")) and not name.startswith("tests/"):
             text = (ROOT / name).read_text(encoding="utf-8")
             known |= set(re.findall(r'"(--\w+)"', text) if name.endswith(".py") else re.findall(r"(--\w+)", text))
+    with pytest.raises(SystemExit):  # the flags of main_eval.py are not written out in its source
+        parse_args(["--help"], None)
+    known |= set(re.findall(r"--\w+", capsys.readouterr().out))
     known |= {f"--no-{flag[2:]}" for flag in known}  # argparse.BooleanOptionalAction
     for code in [*page.inline_code, *page.commands]:
         for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code):
@@ -127,17 +132,49 @@ def definitions(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("page", "pattern"),
     [
-        ("README.md", r"(?P<names>`[\w.]+`(?:, `[\w.]+`)*) in `(?P<path>[\w/]+\.py)`"),
-        ("README.zh-CN.md", r"`(?P<path>[\w/]+\.py)` 中的 (?P<names>`[\w.]+`(?:、`[\w.]+`)*)"),
+        ("docs/glossary.md", r"(?P<names>`[\w.]+`(?:, `[\w.]+`)*) in `(?P<path>[\w/]+\.py)`"),
+        ("docs/glossary.zh-CN.md", r"`(?P<path>[\w/]+\.py)` 中的 (?P<names>`[\w.]+`(?:、`[\w.]+`)*)"),
     ],
 )
 def test_the_glossary_names_code_that_is_there(page, pattern):
-    glossary = Page(ROOT / page).tables[-1]
+    (glossary,) = Page(ROOT / page).tables
     found = [match for row in glossary for match in re.finditer(pattern, row[1])]
     assert len(found) >= 11
     for match in found:
         for name in re.findall(r"`([\w.]+)`", match["names"]):
             assert name in definitions(ROOT / match["path"]), f"{page}: {match['path']} defines no {name}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_stays_short_and_maps_every_folder(name):
+    page = Page(ROOT / name)
+    assert len(page.text.splitlines()) <= 220
+    (the_map,) = [table for table in page.tables if any(row[0] == "`configs/`" for row in table)]
+    mapped = {row[0].strip("`").rstrip("/") for row in the_map[2:]}
+    folders = {str(Path(file).parent) for file in repository_files() if not file.startswith(("tests/", "docs/"))} - {
+        "."
+    }
+    depths = {"/".join(folder.split("/")[:2]) for folder in folders if not folder.startswith("configs/")}
+    assert mapped == depths | {"tests", "docs"}
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    known, unread = set(), [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+    while unread:
+        page = unread.pop()
+        known.add(page)
+        targets = [target.partition("#")[0] for target in Page(page).links if not target.startswith("http")]
+        found = {(page.parent / target).resolve() for target in targets if target.endswith(".md")}
+        unread += sorted(found - known - set(unread))
+    lost = {page.name for page in PAGES if page.path.parent in (ROOT, ROOT / "docs") and page.path not in known}
+    assert not lost, f"no page links to {lost}"
+
+
+def place_of(page: Page, target: str) -> tuple[str, int | str]:
+    """What a link leads to, alike in both languages: the English page, and the number of its heading."""
+    path, _, anchor = target.partition("#")
+    headings = Page((page.path.parent / path).resolve()).anchors if anchor else []
+    return path.replace(".zh-CN.md", ".md"), headings.index(anchor) if anchor in headings else anchor
 
 
 def shape(page: Page) -> dict[str, list]:
@@ -148,7 +185,7 @@ def shape(page: Page) -> dict[str, list]:
         "commands": page.commands,
         "languages of code blocks": [language for language, _ in page.blocks],
         "tables (rows, columns)": [(len(table), {len(row) for row in table}) for table in page.tables],
-        "links": [target.replace(".zh-CN.md", ".md") for target in page.links][1:],  # the first is the other language
+        "links": [place_of(page, target) for target in page.links][1:],  # the first is the other language
         "formulas": re.findall(r"\$\$.*?\$\$", page.prose, re.DOTALL),
     }
 
@@ -199,10 +236,28 @@ def test_named_subjects_are_covered(page, subjects):
         assert any(subject in title for title in titles), f"{page} has no section on {subject}"
 
 
-def test_the_pictures_are_what_their_program_draws(tmp_path):
+def test_the_picture_of_latency_shows_the_published_table(tmp_path):
+    """The same pixels again, from the tables of RESULTS.md; and a --json result is drawn too."""
+    skip_other_matplotlib()
+    table, drawn, again = ROOT / "benchmarks/RESULTS.md", tmp_path / "table.png", tmp_path / "json.png"
+    latency.plot(latency.read_published(table), drawn)
+    with Image.open(drawn) as new, Image.open(ROOT / "docs/images/latency.png") as published:
+        assert new.tobytes() == published.tobytes(), (
+            "run python benchmarks/latency.py --redraw benchmarks/RESULTS.md --plot docs/images/latency.png"
+        )
+    (tmp_path / "result.json").write_text(json.dumps({"summary": latency.read_published(table)}))
+    latency.plot(latency.read_json(tmp_path / "result.json"), again)
+    assert again.read_bytes() == drawn.read_bytes()
+
+
+def skip_other_matplotlib() -> None:
     wanted = re.search(r"^matplotlib==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
     if importlib.metadata.version("matplotlib") != wanted:
         pytest.skip(f"matplotlib {wanted} draws them")
+
+
+def test_the_pictures_are_what_their_program_draws(tmp_path):
+    skip_other_matplotlib()
     command = [sys.executable, "docs/make_figures.py", "--output_dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     for drawn in tmp_path.iterdir():
