@@ -27,7 +27,7 @@ if not __package__:
 
 from envs import make_env
 from envs.mujoco_rendering import import_mujoco
-from scripts import record_demos
+from scripts._recording import record, recording_parser
 from utils.text_table import text_table
 
 CAMERA = "corner4"
@@ -59,9 +59,10 @@ def recording(task: str, image_size: int, episodes: int, num_workers: int) -> di
     finished: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--tasks {task} --episodes {episodes} --num_workers {num_workers} --image_size {image_size}"
-        args = record_demos.parse_args([*flags.split(), "--camera", CAMERA, "--output_dir", folder])
+        args = recording_parser().parse_args([*flags.split(), "--camera", CAMERA, "--output_dir", folder])
+        args.command = "benchmarks/bench_recording.py"
         started = time.perf_counter()
-        record_demos.record(args, lambda episode: finished.append((time.perf_counter(), len(episode.actions))))
+        record(args, lambda episode: finished.append((time.perf_counter(), len(episode.actions))))
         seconds = time.perf_counter() - started
     warm = finished[num_workers - 1][0]
     return {

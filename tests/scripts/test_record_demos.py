@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from data.convert.episode_writer import ImageEncoding
-from scripts.record_demos import format_summaries, parse_args, record, record_attempt
+from scripts._recording import record, record_attempt
+from scripts.record_demos import format_summaries, parse_args
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SAMPLES = REPOSITORY / "data" / "samples"

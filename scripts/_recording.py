@@ -1,0 +1,281 @@
+"""Recording demonstrations of scripted experts: what scripts/record_demos.py does, for measurements as well."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import multiprocessing
+import os
+import pathlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, Steps
+from data.schema import SEED
+from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
+
+if TYPE_CHECKING:
+    from envs.base import RobotEnv
+
+logger = logging.getLogger(__name__)
+
+# Flags that are handed to the environment when they are given: what argparse is told of each, and the help.
+ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+    "image_size": ({"type": int}, "height and width in pixels (default: the simulator's)"),
+    "camera": ({}, "camera of image_1 (default: the simulator's)"),
+    "second_camera": ({}, "camera of image_2, e.g. gripperPOV (default: no image_2)"),
+    "hide_goal": ({"action": "store_true", "default": None}, "leave goal markers out of the images"),
+    "layout_of": ({}, "draw object positions from this task's range; it must share the scene"),
+    "max_episode_steps": ({"type": int}, "an attempt fails after (default: the simulator's)"),
+}
+
+
+@dataclass
+class Attempt:
+    """One attempt of the expert. T time steps."""
+
+    seed: int
+    prompt: str
+    settings: dict[str, Any]  # of the environment
+    images: dict[str, list[bytes]]  # of each camera T encoded images
+    states: list[np.ndarray] = field(default_factory=list)  # T float32 (state_dim,)
+    actions: list[np.ndarray] = field(default_factory=list)  # T float32 (per_action_dim,)
+    success: bool = False
+
+    def steps(self) -> Steps:
+        """The attempt as an episode's only block."""
+        length = len(self.actions)
+        return Steps(
+            images=self.images,
+            state=np.stack(self.states),
+            action=np.stack(self.actions),
+            prompts=[self.prompt] * length,
+            extra={SEED: np.full(length, self.seed, dtype=np.int64)},
+            terminal=True,
+        )
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """What was recorded of one task."""
+
+    task: str
+    path: pathlib.Path
+    kept: int  # episodes in the file
+    dropped: int  # attempts of the expert that failed
+    steps: int  # rows in the file
+    seconds: float
+
+
+def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The command line of recording. A flag of the environment that is not given leaves the simulator's default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="metaworld", help="simulator (default %(default)s)")
+    parser.add_argument("--tasks", nargs="+", required=True, help="names, tiers (easy, ...) or all; one file each")
+    parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
+    parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="folder of the Parquet files")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    for name, (options, text) in ENVIRONMENT_FLAGS.items():
+        parser.add_argument(f"--{name}", help=text, **options)
+    parser.add_argument("--steps_after_success", type=int, default=3, help="then stop (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="reset seed of the first attempt (default 0)")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="default %(default)s")
+    parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95 (default %(default)s)")
+    parser.add_argument(
+        "--noise_scale",
+        type=float,
+        default=0.0,
+        help="standard deviation of gaussian noise on the executed action; the recorded one stays the expert's, so "
+        "that recoveries are shown (DART, Laskey et al. 2017, arXiv 1703.09327) (default 0)",
+    )
+    parser.add_argument(
+        "--max_attempts_factor",
+        type=float,
+        default=3.0,
+        help="give up when the expert has not succeeded --episodes times in this many times as many attempts "
+        "(default %(default)s)",
+    )
+    return parser
+
+
+def record(args: argparse.Namespace, on_episode: Callable[[Attempt], None] | None = None) -> list[TaskSummary]:
+    """Records every task of ``args`` with ``args.num_workers`` processes.
+
+    Args:
+        args: from :func:`recording_parser`, and `command`, which is written into the files.
+        on_episode: called with each finished attempt, in order.
+
+    Returns:
+        One summary a task, in the order given.
+
+    Raises:
+        ValueError: an argument cannot be.
+        FileExistsError: an output file exists and ``args.overwrite`` is False; nothing has been recorded.
+        RuntimeError: an expert failed too often, or rendering is impossible.
+    """
+    args = _checked(args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    # spawn, not fork: a GL context and its threads do not survive a fork
+    executor = ProcessPoolExecutor(args.num_workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        return [_record_task(args, task, executor, on_episode) for task in args.tasks]
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
+    """Lets the expert try once; runs in a worker process.
+
+    Args:
+        args: as for :func:`record`.
+        task: name of the task.
+        seed: of the reset, and of the noise on the executed actions.
+
+    Returns:
+        The attempt, whether or not it succeeded.
+    """
+    given = {name: value for name in ENVIRONMENT_FLAGS if (value := getattr(args, name)) is not None}
+    env = _worker_env(args.env, task, **given)
+    noise = np.random.default_rng((seed, 1))
+    observation, _ = env.reset(seed=seed)
+    images: dict[str, list[bytes]] = {key: [] for key in observation if key != "state"}
+    attempt = Attempt(seed, env.instruction, env.settings(), images)
+    encode = _encoding(args)
+    truncated, steps_left = False, args.steps_after_success
+    while not truncated and steps_left >= 0:
+        action = env.expert_action()
+        for key, encoded in images.items():
+            encoded.append(encode(observation[key]))
+        attempt.states.append(observation["state"])
+        attempt.actions.append(action)
+        executed = action + args.noise_scale * noise.standard_normal(action.shape, dtype=np.float32)
+        observation, _, _, truncated, info = env.step(executed)
+        attempt.success |= info["success"]
+        steps_left -= attempt.success
+    return attempt
+
+
+def _encoding(args: argparse.Namespace) -> ImageEncoding:
+    return ImageEncoding(args.image_format, args.jpeg_quality)
+
+
+@functools.lru_cache(maxsize=1)
+def _worker_env(env: str, task: str, **options: Any) -> RobotEnv:
+    return make_env(env, task, **options)
+
+
+def _checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the tasks that `all` and tiers stand for, if they can be."""
+    if len(set(args.tasks)) < len(args.tasks):
+        raise ValueError(f"--tasks names a task twice: {' '.join(args.tasks)}")
+    args = argparse.Namespace(**{**vars(args), "tasks": expand_tasks(args.env, args.tasks)})
+    for name, least in (
+        ("episodes", 1),
+        ("num_workers", 1),
+        ("seed", 0),
+        ("steps_after_success", 0),
+        ("noise_scale", 0),
+    ):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}, must be at least {least}")
+    _encoding(args)
+    if args.max_attempts_factor < 1:
+        raise ValueError(f"--max_attempts_factor is {args.max_attempts_factor}, must be at least 1")
+    existing = [path for task in args.tasks if (path := _path_of(args, task)).exists()]
+    if existing and not args.overwrite:
+        raise FileExistsError(
+            f"{', '.join(map(str, existing))} exists already; choose another --output_dir, or replace with --overwrite"
+        )
+    if args.seed + args.episodes > FIRST_EVALUATION_SEED:
+        logger.warning(
+            "--seed %d with %d episodes reaches the seeds that evaluation starts from (%d): evaluate with another "
+            "--seed, or success will be measured on scenes that were trained on",
+            args.seed,
+            args.episodes,
+            FIRST_EVALUATION_SEED,
+        )
+    return args
+
+
+def _path_of(args: argparse.Namespace, task: str) -> pathlib.Path:
+    return args.output_dir / f"{task}.parquet"
+
+
+def _record_task(
+    args: argparse.Namespace, task: str, executor: Executor, on_episode: Callable[[Attempt], None] | None
+) -> TaskSummary:
+    started = time.perf_counter()
+    path = _path_of(args, task)
+    kept = dropped = num_steps = 0
+    writer: EpisodeFileWriter | None = None
+    with ExitStack() as stack:
+        progress = stack.enter_context(tqdm(total=args.episodes, desc=task, unit="episode", disable=None))
+        for attempt in _attempts(args, task, executor):
+            if on_episode is not None:
+                on_episode(attempt)
+            if not attempt.success:
+                dropped += 1
+                progress.set_postfix(dropped=dropped)
+                continue
+            steps = attempt.steps()
+            if writer is None:
+                writer = EpisodeFileWriter(
+                    path,
+                    cameras=list(steps.images),
+                    state_dim=steps.state.shape[1],
+                    per_action_dim=steps.action.shape[1],
+                    metadata=_metadata(args, task, attempt),
+                    source=task,
+                    extra=(SEED,),
+                )
+                stack.enter_context(writer)
+            writer.write_episode(kept, len(steps.prompts), [steps])
+            kept += 1
+            num_steps += len(steps.prompts)
+            progress.update()
+    return TaskSummary(task, path, kept, dropped, num_steps, time.perf_counter() - started)
+
+
+def _attempts(args: argparse.Namespace, task: str, executor: Executor) -> Iterator[Attempt]:
+    """Yields attempts in the order of their seeds until enough of them have succeeded.
+
+    Never more are under way than can still be needed, so none is thrown away, and never more than a few for
+    each worker, so that memory stays flat however many episodes are wanted.
+    """
+    max_attempts = int(args.episodes * args.max_attempts_factor)
+    pending: deque[Future[Attempt]] = deque()
+    submitted = kept = 0
+    while kept < args.episodes:
+        while len(pending) < min(3 * args.num_workers, args.episodes - kept) and submitted < max_attempts:
+            pending.append(executor.submit(record_attempt, args, task, args.seed + submitted))
+            submitted += 1
+        if not pending:
+            raise RuntimeError(
+                f"{task}: the expert succeeded in {kept} of {max_attempts} attempts (seeds {args.seed} to "
+                f"{args.seed + max_attempts - 1}), {args.episodes} episodes are wanted; ask for fewer, or raise "
+                "--max_attempts_factor or --max_episode_steps, or lower --noise_scale"
+            )
+        attempt = pending.popleft().result()
+        kept += attempt.success
+        yield attempt
+
+
+def _metadata(args: argparse.Namespace, task: str, attempt: Attempt) -> dict[str, Any]:
+    return {
+        "env": args.env,
+        "task": task,
+        "instruction": attempt.prompt,
+        "noise_scale": args.noise_scale,
+        "command": args.command,
+        **attempt.settings,
+    }
