@@ -6,17 +6,21 @@ from the pretrained directories again. `utils.checkpoint` writes and reads the f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from model.adapters import base_fingerprint, load_state, trained_state
+from model.allocation import AllocationLimit
 from model.backbone import Backbone, backbone_class
 from utils.backbones import BACKBONE_SPECS
-from utils.checkpoint import CheckpointError, evaluation_weights
+from utils.checkpoint import CheckpointError, check_finite, evaluation_weights
 from utils.config_utils import Config, ConfigError, config_from_dict, is_free
+from utils.statistics import StatisticsError
+from utils.text import printable
 
 Policy = TypeVar("Policy", bound=nn.Module)
 
@@ -39,12 +43,16 @@ def policy_from_checkpoint(
     base_name = None if base is None else base["name_or_path"]
     without_base = base is not None and not base["included"]
     adapted_later = is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
+    check_finite(weights, "checkpoint")
+    given_statistics = checkpoint["statistics"] if statistics is None else statistics
     if without_base:
         backbone = backbone_class(vlm.type).from_pretrained(vlm, *settings)
+        policy = policy_class(config, backbone, given_statistics)
     else:
         built = dataclasses.replace(vlm, lora=None, quantization="none") if adapted_later else vlm
-        backbone = backbone_class(vlm.type).from_config(checkpoint["backbone_config"], built, *settings)
-    policy = policy_class(config, backbone, checkpoint["statistics"] if statistics is None else statistics)
+        with _describes_a_model(), AllocationLimit(weights.values()):
+            backbone = backbone_class(vlm.type).from_config(checkpoint["backbone_config"], built, *settings)
+            policy = policy_class(config, backbone, given_statistics)
     if without_base:
         weights, base_name = _with_base(policy, weights, base, vlm.type), vlm.pretrained_names
     if statistics is not None:
@@ -60,6 +68,20 @@ def policy_from_checkpoint(
             "a checkpoint; set training.save_adapters_only: false"
         )
     return policy
+
+
+@contextlib.contextmanager
+def _describes_a_model() -> Iterator[None]:
+    """Name a checkpoint's architecture as the fault where no model can be built from it."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, StatisticsError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint: no model can be built from its configuration ({type(error).__name__}: {printable(error)}); "
+            "it was changed, or is of another version"
+        ) from None
 
 
 def frozen_base(backbone: Backbone, name_or_path: str | None) -> dict[str, Any] | None:

@@ -24,6 +24,9 @@ if not __package__:  # a robot has this file and inference/serving/wire.py alone
 
 from inference.serving.wire import pack, unpack
 
+MAX_REPLY_BYTES = 32_000_000
+MAX_ERROR_CHARS = 1000
+
 
 class PolicyClient:
     """A connection to scripts/serve_policy.py.
@@ -40,7 +43,7 @@ class PolicyClient:
         """
         headers = {"Authorization": f"Api-Key {token}"} if token else None
         self._closing = contextlib.ExitStack()
-        server = connect(f"ws://{host}:{port}", additional_headers=headers, compression=None, max_size=None)
+        server = connect(f"ws://{host}:{port}", additional_headers=headers, compression=None, max_size=MAX_REPLY_BYTES)
         self._connection = self._closing.enter_context(server)
         self.policy: dict[str, Any] = unpack(self._connection.recv())
 
@@ -52,13 +55,19 @@ class PolicyClient:
                 the noise is to be repeatable.
 
         Raises:
-            RuntimeError: the server refused the observation; its text says why.
+            RuntimeError: the server refused the observation; its text says why. Or it sent something else than finite
+                actions.
         """
         self._connection.send(pack(observation))
         reply = self._connection.recv()
         if isinstance(reply, str):
-            raise RuntimeError(reply)
-        return unpack(reply)["actions"]
+            raise RuntimeError("".join(c if c.isprintable() else " " for c in reply[:MAX_ERROR_CHARS]))
+        actions = unpack(reply)
+        actions = actions.get("actions") if isinstance(actions, dict) else None
+        shape = self.policy.get("horizon"), self.policy.get("per_action_dim")
+        if not isinstance(actions, np.ndarray) or actions.shape != shape or not np.isfinite(actions).all():
+            raise RuntimeError(f"the server sent no finite actions of shape {shape}; don't move")
+        return actions
 
     def close(self) -> None:
         """End the connection."""

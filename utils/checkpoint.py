@@ -1,8 +1,7 @@
 """One self-contained checkpoint file: written whole or not at all, read without executing any pickle.
 
-A file is a torch zip archive. Its index (`data.pkl`) holds the dict and says which record holds which tensor;
-torch numbers the records in the order of the dict. `optimizer` is the last entry, so that a reader that only wants
-the weights knows where to stop.
+A file is a torch zip archive, which `utils/torch_archive.py` reads: its index (`data.pkl`) holds the dict and says
+which record holds which tensor. What may stand in the dict is checked here.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ import contextlib
 import errno
 import logging
 import os
-import pickle
 import shutil
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,24 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.foreign_files import ForeignFileError, check_tokenizer_files, refuse_custom_code
 from utils.misc import atomic_path, disk_full_named, flush_to_disk
 from utils.shards import ShardError, check_shards, load_shards, remove_unused_shards, verify_shards
+from utils.text import printable
+from utils.torch_archive import Archive, ArchiveError, UnsafeArchiveError, open_archive
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "paligemma-vla/1"
 SUFFIX = ".pth.tar"
-REQUIRED = (
-    "format",
-    "step",
-    "config",
-    "model",
-    "statistics",
-    "cameras",
-    "backbone_config",
-    "image_processor",
-    "tokenizer_files",
-)
+REQUIRED = {
+    "format": str,
+    "step": int,
+    "config": dict,
+    "model": dict,
+    "statistics": list,
+    "cameras": list,
+    "backbone_config": dict,
+    "image_processor": dict,
+    "tokenizer_files": dict,
+}
+OPTIONAL = {"saved_at": float, "ema": dict, "base": dict, "shards": dict, "optimizer": dict}
 
 
 class CheckpointError(ValueError):
@@ -83,16 +84,13 @@ def link_checkpoint(source: Path, path: Path) -> None:
             verify_checkpoint(temporary)
 
 
-def load_checkpoint(
-    path: str | Path, map_location: str | torch.device = "cpu", *, for_inference: bool = False
-) -> dict[str, Any]:
-    """Read a checkpoint with `weights_only=True`, checked against its checksums.
+def load_checkpoint(path: str | Path, *, for_inference: bool = False) -> dict[str, Any]:
+    """Read a checkpoint without executing anything of it, checked against its checksums.
 
     Tensors are mapped from the file: what is never touched never takes memory.
 
     Args:
         path: `*.pth.tar`.
-        map_location: where to put the tensors.
         for_inference: leave the optimizer's state out; nothing of it is read.
 
     Returns:
@@ -100,22 +98,79 @@ def load_checkpoint(
         camera names, backbone config, tokenizer and image-processor files.
 
     Raises:
-        CheckpointError: no such file, truncated, holds a pickled object, or was not written by this program.
+        CheckpointError: no such file, truncated, damaged, holds a pickled object or a file that may carry code, or was
+            not written by this program.
     """
     path = Path(path)
-    checkpoint = _read(path, map_location)
+    archive = _open(path)
+    checkpoint = archive.value
     missing = [key for key in REQUIRED if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise CheckpointError(f"{path}: not a checkpoint of this program (no {', '.join(missing)})")
     if checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {checkpoint['format']!r}; this version reads {FORMAT!r}")
+        raise CheckpointError(f"{path}: format {_quoted(checkpoint['format'])}; this version reads {FORMAT!r}")
+    check_content(checkpoint, path)
     if for_inference:
         checkpoint.pop("optimizer", None)
-    verify_checkpoint(path, records=sum(1 for _ in _storages(checkpoint)) if for_inference else None)
+    with _as_checkpoint_error(path):
+        archive.verify(list(_storages(checkpoint)) if for_inference else None)
     if "shards" in checkpoint:
-        with _as_checkpoint_error():
-            return load_shards(checkpoint, path, map_location, leave_out="optimizer" if for_inference else None)
+        with _as_checkpoint_error(path):
+            return load_shards(checkpoint, path, leave_out="optimizer" if for_inference else None)
     return checkpoint
+
+
+def check_content(checkpoint: dict[str, Any], place: Path) -> None:
+    """Check what a checkpoint holds, before anything is built from it.
+
+    Args:
+        checkpoint: a dict with every key of REQUIRED, of plain values and tensors.
+        place: the file or folder that it was read from.
+
+    Raises:
+        CheckpointError: naming the part that is of another kind, or a file in it that may carry code.
+    """
+    for key, kind in (REQUIRED | OPTIONAL).items():
+        value = checkpoint.get(key)
+        absent = value is None and key in OPTIONAL
+        right = isinstance(value, kind) and not isinstance(value, bool) or kind is float and type(value) is int
+        if not absent and not right:
+            raise CheckpointError(
+                f"{place}: {key} is {_quoted(value)}; wanted a {kind.__name__}; it is not of this program"
+            )
+    if checkpoint["step"] < 0:
+        raise CheckpointError(f"{place}: step is {checkpoint['step']}; wanted 0 or more; it is not of this program")
+    averaged = (checkpoint.get("ema") or {}).get("weights", {})
+    for name, weights in (("model", checkpoint["model"]), ("ema.weights", averaged)):
+        sharded = "shards" in checkpoint
+        if not isinstance(weights, dict) or not all(
+            isinstance(key, str) and (isinstance(value, Tensor) or value is None and sharded)
+            for key, value in weights.items()
+        ):
+            raise CheckpointError(f"{place}: {name} holds something other than tensors; it is not of this program")
+    if not all(isinstance(camera, str) and camera.isidentifier() for camera in checkpoint["cameras"]):
+        raise CheckpointError(f"{place}: cameras are {_quoted(checkpoint['cameras'])}; wanted names such as image_1")
+    base = checkpoint.get("base")
+    if base is not None and not (
+        base.keys() >= {"name_or_path", "fingerprint", "included"} and isinstance(base["fingerprint"], str)
+    ):
+        raise CheckpointError(f"{place}: base is {_quoted(base)}; it is not of this program")
+    try:
+        check_tokenizer_files(checkpoint["tokenizer_files"])
+        refuse_custom_code(checkpoint["backbone_config"], "backbone_config")
+        refuse_custom_code(checkpoint["image_processor"], "image_processor")
+    except ForeignFileError as error:
+        raise CheckpointError(f"{place}: {error}; do not use it") from None
+
+
+def check_finite(weights: dict[str, Tensor], place: str | Path) -> None:
+    """Raise a CheckpointError at the first weight that is NaN or infinite: a policy of such acts at random."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+            raise CheckpointError(
+                f"{place}: weight {printable(name)} holds values that are not finite; training had gone wrong by then, "
+                "so use an earlier checkpoint of the run"
+            )
 
 
 def evaluation_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -126,30 +181,18 @@ def evaluation_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {**checkpoint["model"], **checkpoint["ema"]["weights"]}
 
 
-def verify_checkpoint(path: str | Path, records: int | None = None) -> None:
+def verify_checkpoint(path: str | Path) -> None:
     """Read a checkpoint file against its checksums, without keeping anything in memory.
-
-    Args:
-        path: the file.
-        records: check only the first `records` tensors, besides everything that is no tensor.
 
     Raises:
         CheckpointError: naming the record that is damaged.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                folder, _, number = name.rpartition("/")
-                if records is None or not (folder.endswith("/data") and int(number) >= records):
-                    with archive.open(name) as record:
-                        while record.read(1 << 24):
-                            pass
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); use an earlier checkpoint of the run") from None
+    with _as_checkpoint_error(Path(path)):
+        open_archive(Path(path), with_value=False).verify()
 
 
 def newest_checkpoint(folder: str | Path, experiment_name: str) -> Path | None:
-    """The checkpoint of an experiment that was written last and is whole; None where there is none at all.
+    """The checkpoint of an experiment of the highest step that is whole; None where there is none at all.
 
     Unreadable files, and those of another experiment, are named in a warning and passed over.
 
@@ -159,16 +202,16 @@ def newest_checkpoint(folder: str | Path, experiment_name: str) -> Path | None:
     found, unreadable = [], []
     for path in sorted(Path(folder).glob(f"*{SUFFIX}")):
         try:
-            found.append((written_at(path, experiment_name), path))
+            found.append((progress(path, experiment_name), path))
         except CheckpointError as error:
             unreadable.append(error)
     for _, path in sorted(found, reverse=True):
         try:
-            verify_checkpoint(path)
-            content = _read(path)
-            with _as_checkpoint_error():
-                if "shards" in content:
-                    verify_shards(content, path)
+            archive = _open(path)
+            with _as_checkpoint_error(path):
+                archive.verify()
+                if "shards" in archive.value:
+                    verify_shards(archive.value, path)
         except CheckpointError as error:
             unreadable.append(error)
             continue
@@ -182,30 +225,36 @@ def newest_checkpoint(folder: str | Path, experiment_name: str) -> Path | None:
     return None
 
 
-def written_at(path: Path, experiment_name: str) -> float:
-    """When a checkpoint of an experiment was written, in seconds since 1970; it travels with a copied file.
+def progress(path: Path, experiment_name: str) -> tuple[int, float]:
+    """How far a checkpoint of an experiment is: its step, and among equal ones when it was written.
+
+    The step comes first because clocks go wrong: one that is set back would make every later checkpoint an old one.
 
     Raises:
         CheckpointError: unreadable, or of another experiment.
     """
-    checkpoint = _read(path)
-    if not isinstance(checkpoint, dict) or not {"saved_at", "config"} <= checkpoint.keys():
+    checkpoint = _open(path).value
+    if not isinstance(checkpoint, dict) or not {"step", "saved_at", "config"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this program, or of an earlier version of it")
-    with _as_checkpoint_error():
+    with _as_checkpoint_error(path):
         if "shards" in checkpoint:
             check_shards(checkpoint, path)
-    name = checkpoint["config"]["training"]["experiment_name"]
+    training = checkpoint["config"].get("training") if isinstance(checkpoint["config"], dict) else None
+    name = training.get("experiment_name") if isinstance(training, dict) else None
     if name != experiment_name:
-        raise CheckpointError(f"{path}: belongs to the experiment {name!r}, not to {experiment_name!r}")
-    return checkpoint["saved_at"]
+        raise CheckpointError(f"{path}: belongs to the experiment {_quoted(name)}, not to {experiment_name!r}")
+    step, saved_at = checkpoint["step"], checkpoint["saved_at"]
+    if type(step) is not int or not isinstance(saved_at, int | float):
+        raise CheckpointError(f"{path}: step {_quoted(step)} saved at {_quoted(saved_at)}; it is not of this program")
+    return step, saved_at
 
 
 def prune_checkpoints(folder: Path, keep: int, experiment_name: str) -> None:
-    """Remove all but the `keep` newest `checkpoint_*` files of an experiment; the best model always stays."""
+    """Remove all but the `keep` furthest `checkpoint_*` files of an experiment; the best model always stays."""
     written = []
     for path in folder.glob(f"checkpoint_*{SUFFIX}"):
         try:
-            written.append((written_at(path, experiment_name), path))
+            written.append((progress(path, experiment_name), path))
         except CheckpointError as error:
             logger.warning("not counted by training.keep_last_k: %s", error)
     for _, path in sorted(written, reverse=True)[keep:]:
@@ -219,7 +268,7 @@ def shards_of(path: Path) -> Path | None:
     Raises:
         CheckpointError: the file can't be read.
     """
-    content = _read(path)
+    content = _open(path).value
     return path.parent / content["shards"]["folder"] if "shards" in content else None
 
 
@@ -237,33 +286,39 @@ def remove_unreferenced_shards(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_checkpoint_error() -> Iterator[None]:
+def _as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
         yield
     except ShardError as error:
         raise CheckpointError(str(error)) from None
+    except ArchiveError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); use an earlier checkpoint of the run") from None
 
 
-def _read(path: Path, map_location: str | torch.device = "cpu") -> Any:
-    """The content, tensors mapped; only the index is checked."""
+def _open(path: Path) -> Archive:
+    """The archive, its tensors mapped; only the index is checked."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; give a *.pth.tar file written by main_train.py")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path}: not a whole checkpoint ({path.stat().st_size} bytes, no archive inside): truncated, or another "
-            "kind of file; use an earlier checkpoint of the run"
-        )
-    verify_checkpoint(path, records=0)  # so that a damaged index is told from an unsafe one
     try:
-        return torch.load(path, map_location=map_location, mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        return open_archive(path)
+    except UnsafeArchiveError as error:
         raise CheckpointError(
-            f"{path}: holds something other than tensors and plain values, which is never unpickled ({reason}); "
+            f"{path}: holds something other than tensors and plain values, which is never unpickled ({error}); "
             "convert it with the program that wrote it, and do not trust it"
         ) from None
-    except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); use an earlier checkpoint of the run") from None
+    except ArchiveError as error:
+        raise CheckpointError(
+            f"{path}: damaged, crafted, or not a checkpoint ({path.stat().st_size:,} bytes: {error}); use an earlier "
+            "checkpoint of the run"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: can't be read ({error.strerror}); see its permissions, or copy it again"
+        ) from None
+
+
+def _quoted(value: Any) -> str:
+    return printable(repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}", 80)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

@@ -98,15 +98,26 @@ class ServingConfig:
     max_waiting: int = 64  # requests that wait for the model; further ones are refused
     max_clients: int = 64  # connections at once
     max_message_bytes: int = 32_000_000  # of one request
+    max_buffered_bytes: int = 256_000_000  # of requests over all connections; beyond, who holds most is dropped
     max_image_pixels: int = 16_000_000  # height x width of one frame, also of an encoded one
+    max_request_pixels: int = 32_000_000  # the same, of all frames of a request together
     max_prompt_chars: int = 4096  # of an instruction, which is kept with its tokens
-    timeout_s: float = 20.0  # for a handshake, a prediction, a client that answers no ping, and the end of a connection
+    timeout_s: float = 20.0  # for a handshake, a message, an answer (decoding included), a ping; and see idle_timeout_s
+    idle_timeout_s: float = 600.0  # a connection without a request for so long is closed
+    allowed_origins: tuple[str, ...] = ()  # web pages that may connect, as in http://localhost:3000; robots are none
+    allowed_hosts: tuple[str, ...] = ()  # dotted names of this server, for clients without a token that call it so
 
     def __post_init__(self) -> None:
         positive(self, "serving", "max_batch_size", "max_waiting", "max_clients", "max_message_bytes")
-        positive(self, "serving", "max_image_pixels", "max_prompt_chars", "timeout_s")
+        positive(self, "serving", "max_image_pixels", "max_request_pixels", "max_prompt_chars", "timeout_s")
+        positive(self, "serving", "max_buffered_bytes", "idle_timeout_s")
         if self.batch_window_ms < 0:
             raise ConfigError(f"serving.batch_window_ms is {self.batch_window_ms}; give 0 or more")
+        if self.max_buffered_bytes < self.max_message_bytes:
+            raise ConfigError(
+                f"serving.max_buffered_bytes is {self.max_buffered_bytes}, less than one message may have "
+                f"(serving.max_message_bytes {self.max_message_bytes}); raise it"
+            )
         if len(set(self.keys.values())) < len(self.keys) or "seed" in self.keys.values():
             raise ConfigError(f"serving: keys {list(self.keys.values())} are not distinct, or one is 'seed'")
 

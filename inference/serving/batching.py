@@ -20,6 +20,10 @@ class BusyError(RuntimeError):
     """More requests are waiting than the server takes."""
 
 
+class PredictionError(RuntimeError):
+    """The policy raised instead of predicting; the cause is what it raised."""
+
+
 @dataclass
 class Prediction:
     """One request's answer.
@@ -48,7 +52,8 @@ class RequestBatcher:
     """Predicts what is waiting, at most `max_batch` requests in a pass.
 
     The first request opens a window; the pass starts when it closes, or as soon as every client waits. A lone
-    client therefore never waits for company.
+    client therefore never waits for company. A pass that fails is repeated request by request, so that one client's
+    observation is never another's error.
 
     Args:
         predict: samples and one seed each -> actions (B, T, A); called in a thread, one call at a time.
@@ -78,7 +83,7 @@ class RequestBatcher:
 
         Raises:
             BusyError: `max_waiting` requests wait already.
-            whatever `predict` raises.
+            PredictionError: the policy raised, or gave something else than actions for every request.
         """
         if len(self.waiting) >= self.max_waiting:
             raise BusyError(f"{len(self.waiting)} requests are waiting already; ask again later, or at a lower rate")
@@ -96,12 +101,13 @@ class RequestBatcher:
         while True:
             await self._gather()
             requests = [self.waiting.popleft() for _ in range(min(self.max_batch, len(self.waiting)))]
-            if requests:
-                await self._predict(requests)
+            if not await self._predict(requests):
+                for request in requests:  # one of them may be to blame, or their number
+                    await self._predict([request])
 
     def close(self) -> None:
-        """End the thread; what it computes is finished first."""
-        self._thread.shutdown()
+        """Start nothing more; what the thread computes just now is not waited for."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _gather(self) -> None:
         """Wait for the first request, then for the window or for everybody."""
@@ -117,18 +123,29 @@ class RequestBatcher:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), left)
 
-    async def _predict(self, requests: list[_Request]) -> None:
+    async def _predict(self, requests: list[_Request]) -> bool:
+        """Answer requests; where a pass of several fails, False, and they are left to be tried one by one."""
+        requests = [request for request in requests if not request.done.done()]  # the others gave up meanwhile
+        if not requests:
+            return True
         started = time.perf_counter()
         work = functools.partial(self.predict, [r.sample for r in requests], [r.seed for r in requests])
         run = asyncio.get_running_loop().run_in_executor(self._thread, work)
         await asyncio.wait([run])
         seconds = time.perf_counter() - started
         error = run.exception()
+        if error is None and np.shape(run.result())[:1] != (len(requests),):
+            error = ValueError(f"actions of shape {np.shape(run.result())} for {len(requests)} requests")
+        if error is not None and len(requests) > 1:
+            return False
         for i, request in enumerate(requests):
-            if request.done.done():  # whoever asked gave up meanwhile
+            if request.done.done():
                 continue
             if error is not None:
-                request.done.set_exception(error)
+                failure = PredictionError(str(error) or type(error).__name__)
+                failure.__cause__ = error
+                request.done.set_exception(failure)
             else:
                 waited = started - request.arrived
                 request.done.set_result(Prediction(run.result()[i], len(requests), waited, seconds))
+        return True

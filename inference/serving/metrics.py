@@ -1,8 +1,11 @@
-"""What the policy server counts and times, for Prometheus."""
+"""What the policy server counts and times, for Prometheus, and how much of what clients cause it to log."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -11,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 RECENT = 1024  # answers that the latency percentiles are taken over
 PERCENTILES = (50, 95, 99)
+LOG_LINES, LOG_SECONDS = 20, 10.0  # warnings that clients may cause in so many seconds; the rest is counted
 
 
 class ServerMetrics:
@@ -62,6 +66,31 @@ class ServerMetrics:
     def render(self) -> str:
         """Everything in Prometheus' text format."""
         return generate_latest(self.registry).decode()
+
+
+class LimitedLog:
+    """Warnings that clients cause: so many in a period, then one line that counts the rest."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger = logger
+        self._lock = threading.Lock()
+        self._until, self._written, self._left_out = 0.0, 0, 0
+
+    def warning(self, message: str, *values: object, exc_info: BaseException | None = None) -> None:
+        """Log, unless the period's lines are used up."""
+        with self._lock:
+            now = time.monotonic()
+            left_out = 0
+            if now >= self._until:
+                self._until, self._written = now + LOG_SECONDS, 0
+                left_out, self._left_out = self._left_out, 0
+            self._written += 1
+            if self._written > LOG_LINES:
+                self._left_out += 1
+                return
+        if left_out:
+            self.logger.warning("%d more warnings about clients were left out", left_out)
+        self.logger.warning(message, *values, exc_info=exc_info)
 
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

@@ -4,43 +4,45 @@ On connection the server sends a dict that describes the policy. Then, for every
 `{"actions": float32 (horizon, per_action_dim), "server_timing": {..}}`, or with a text that says what was wrong with
 the request; the connection stays usable. `GET /healthz` and `GET /metrics` (Prometheus) answer on the same port.
 
-    clients ─► unpack, check, decode ─► RequestBatcher ─► VLAPredictor, one thread ─► pack ─► clients
+    clients ─► Room (who may) ─► RequestReader, threads ─► RequestBatcher ─► VLAPredictor, one thread ─► clients
+
+SECURITY.md lists what is promised, and every limit with its test.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import hmac
 import http
-import io
-import itertools
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from websockets.asyncio.server import Request, Response, ServerConnection, serve
+from websockets.asyncio.server import Request, Response, serve
 from websockets.exceptions import ConnectionClosed
 
 from data.processing import ObservationError, Sample, collate_fn
 from inference.predictor import VLAPredictor
-from inference.serving.batching import BusyError, Prediction, RequestBatcher
+from inference.serving.batching import BusyError, Prediction, PredictionError, RequestBatcher
+from inference.serving.connections import Connection, IdleError, Room
 from inference.serving.metrics import ServerMetrics
-from inference.serving.wire import WireError, pack, unpack
+from inference.serving.requests import RequestError, RequestReader
+from inference.serving.wire import WireError, pack
 from utils.config_utils import ServingConfig
-from utils.misc import derive_seed
+from utils.text import printable
 
 logger = logging.getLogger(__name__)
+_quiet = logging.getLogger(f"{__name__}.websockets")  # its tracebacks of broken handshakes are any stranger's to cause
+_quiet.setLevel(logging.CRITICAL)
 
-GOING_AWAY = 1001
+GOING_AWAY, TRY_AGAIN = 1001, 1013
 MAX_TEXT = 500  # characters of a reply or a log line that quotes a request
-
-
-class RequestError(ValueError):
-    """An observation that the policy can't use."""
+LIGHT_PIXELS = 4_000_000  # requests with more to decode wait for each other, in a thread of their own
+STOP_MARGIN_S = 5.0  # the server has stopped so long after `serving.timeout_s` at the latest
+CLOSE_S = 2.0  # for a client's own part in closing its connection
 
 
 class PolicyServer:
@@ -54,14 +56,16 @@ class PolicyServer:
             token: what clients must send as `Authorization: Api-Key <token>` (or Bearer); None: nothing.
             seed: of the sampling noise of requests that carry none.
         """
-        self.predictor, self.config, self.token, self.seed = predictor, config, token, seed
+        self.predictor, self.config = predictor, config
         self.metrics = ServerMetrics(waiting=lambda: len(self.batcher.waiting))
+        self.room = Room(config, token)
+        self.reader = RequestReader(predictor, config, seed)
         self.port: int | None = None  # while running
-        self._numbers = itertools.count()
-        self._warned: set[str] = set()
 
     async def run(self, host: str, port: int, stopping: asyncio.Event | None = None) -> None:
         """Serve until `stopping` is set; then take no more clients, finish what is in flight, and return.
+
+        That takes at most `serving.timeout_s` and STOP_MARGIN_S; what is not finished then is given up.
 
         Args:
             host, port: where to listen; port 0 takes a free one (`self.port`).
@@ -80,96 +84,160 @@ class PolicyServer:
             max_waiting=config.max_waiting,
             clients=lambda: self.metrics.num_clients,
         )
-        batching = asyncio.create_task(self.batcher.run())
-        async with serve(
+        self._light = ThreadPoolExecutor(2, thread_name_prefix="requests")
+        self._heavy = ThreadPoolExecutor(1, thread_name_prefix="large requests")
+        server = await serve(
             self._connection,
             host,
             port,
+            create_connection=functools.partial(Connection, self.room),
             process_request=self._before_handshake,
             max_size=config.max_message_bytes,
+            max_queue=2,
             compression=None,
             open_timeout=config.timeout_s,
             ping_interval=config.timeout_s / 2,
             ping_timeout=config.timeout_s / 2,
-            close_timeout=config.timeout_s,
+            close_timeout=min(CLOSE_S, config.timeout_s),
             server_header=None,
-        ) as server:
+            logger=_quiet,
+        )
+        tasks = [asyncio.create_task(self.batcher.run()), asyncio.create_task(self.room.watch())]
+        try:
             self.port = server.sockets[0].getsockname()[1]
             logger.info("serving on %s port %d", host, self.port)
-            await self._stopped
+            await asyncio.wait({self._stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             logger.info("stopping: no new clients, finishing %d connections", self.metrics.num_clients)
             server.close(close_connections=False)
-            await server.wait_closed()
-        batching.cancel()
-        self.batcher.close()
+            self.room.close(with_clients=False)
+            closed = asyncio.ensure_future(server.wait_closed())
+            await asyncio.wait({closed}, timeout=config.timeout_s + CLOSE_S)
+            self.room.close(with_clients=True)
+            await asyncio.wait({closed}, timeout=CLOSE_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.batcher.close()
+            for pool in (self._light, self._heavy):
+                pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in tasks:
+            if not task.cancelled() and task.exception() is not None:
+                raise task.exception()
 
-    async def _before_handshake(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _before_handshake(self, connection: Connection, request: Request) -> Response | None:
         """HTTP requests, and clients that may not come in."""
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "ok\n")
-        if self.token is not None and not self._authorized(request.headers.get_all("Authorization")):
-            self.metrics.refused("token")
-            text = "missing or wrong token; send the header 'Authorization: Api-Key <token>'\n"
-            return connection.respond(http.HTTPStatus.UNAUTHORIZED, text)
-        if request.path == "/metrics":
+        refusal = self.room.refusal(request)
+        if refusal is None and request.path == "/metrics":
             return connection.respond(http.HTTPStatus.OK, self.metrics.render())
-        if self.metrics.num_clients >= self.config.max_clients:
-            self.metrics.refused("full")
+        if refusal is None and not self.room.take_place(connection):
             text = f"{self.config.max_clients} clients are connected, which is serving.max_clients; try again later\n"
-            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
-        return None
+            refusal = "full", http.HTTPStatus.SERVICE_UNAVAILABLE, text
+        if refusal is None:
+            return None
+        reason, status, text = refusal
+        self.metrics.refused(reason)
+        self.room.log.warning("turned away: %s", printable(text.strip(), MAX_TEXT))
+        return connection.respond(status, text)
 
-    def _authorized(self, headers: Sequence[str]) -> bool:
-        kind, _, given = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
-        return kind.lower() in ("api-key", "bearer") and hmac.compare_digest(given.encode(), self.token.encode())
-
-    async def _connection(self, connection: ServerConnection) -> None:
+    async def _connection(self, connection: Connection) -> None:
         """One client, from the description to its end."""
+        gone = asyncio.ensure_future(connection.wait_closed())
         with self.metrics.client():
             try:
-                await connection.send(pack(self.describe()))
+                await asyncio.wait_for(connection.send(pack(self.describe())), self.config.timeout_s)
                 while (message := await self._next_message(connection)) is not None:
-                    reply = await self._answer(message)
+                    reply = await self._answer(message, connection, gone)
+                    del message
                     await asyncio.wait_for(connection.send(reply), self.config.timeout_s)
+                    connection.done()
                 await connection.close(GOING_AWAY, "the server is stopping")
             except ConnectionClosed:
                 pass  # for whatever reason: there is nobody left to tell
+            except IdleError:
+                text = f"no request for {self.config.idle_timeout_s:g} s (serving.idle_timeout_s)"
+                await connection.close(TRY_AGAIN, text)
             except TimeoutError:
                 await connection.close(GOING_AWAY, f"no reply was read within {self.config.timeout_s:g} s")
+            finally:
+                gone.cancel()
 
-    async def _next_message(self, connection: ServerConnection) -> bytes | str | None:
+    async def _next_message(self, connection: Connection) -> bytes | str | None:
         """What the client sends next; None when the server stops first."""
+        connection.waiting_since = asyncio.get_running_loop().time()
         receiving = asyncio.ensure_future(connection.recv())
-        await asyncio.wait({receiving, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
+        ends = {receiving, self._stopped}
+        await asyncio.wait(ends, timeout=self.config.idle_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        connection.waiting_since = None
         if receiving.done():
             return receiving.result()
         receiving.cancel()
+        if not self._stopped.done():
+            raise IdleError
         return None
 
-    async def _answer(self, message: bytes | str) -> bytes | str:
-        """The reply to one message: packed actions, or a text that names the fault."""
+    async def _answer(self, message: bytes | str, connection: Connection, gone: asyncio.Future[None]) -> bytes | str:
+        """The reply to one message: packed actions, or a text that names the fault.
+
+        Reading, decoding, waiting and predicting together may take `serving.timeout_s`, and end when the client does.
+        """
         started = time.perf_counter()
-        try:
-            sample, seed = await asyncio.to_thread(self._read, message)
-            prediction = await asyncio.wait_for(self.batcher.submit(sample, seed), self.config.timeout_s)
-            if not np.isfinite(prediction.actions).all():
-                raise RequestError("the policy predicted actions that are not finite; nothing was sent to the robot")
-        except (WireError, RequestError, ObservationError, BusyError) as error:
-            return self._refuse(str(error), "busy" if isinstance(error, BusyError) else "bad_request")
-        except TimeoutError:
+        work = asyncio.ensure_future(self._predicted(message, connection))
+        await asyncio.wait({work, gone}, timeout=self.config.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()
+            if gone.done():
+                self.metrics.refused("gone")
+                return ""
             return self._refuse(f"no prediction within {self.config.timeout_s:g} s (serving.timeout_s)", "timeout")
-        except RuntimeError as error:  # torch's, such as a GPU without memory for this batch
-            logger.exception("a prediction failed")
-            reason = str(error).partition("\n")[0]
-            return self._refuse(f"the prediction failed ({reason}); the server's log has the whole of it", "failed")
-        seconds = time.perf_counter() - started
-        self.metrics.answered(seconds, prediction.batch_size)
-        return pack({"actions": prediction.actions, "server_timing": _timing(prediction, seconds)})
+        error = work.exception()
+        if error is None:
+            seconds = time.perf_counter() - started
+            connection.answered += 1
+            self.metrics.answered(seconds, work.result().batch_size)
+            return pack({"actions": work.result().actions, "server_timing": _timing(work.result(), seconds)})
+        if isinstance(error, BusyError):
+            return self._refuse(str(error), "busy")
+        if isinstance(error, (WireError, RequestError, ObservationError)):
+            return self._refuse(str(error), "bad_request")
+        self.room.log.warning(
+            "a prediction failed", exc_info=error.__cause__ or error
+        )  # as torch does for want of memory
+        reason = str(error if isinstance(error, PredictionError) else type(error).__name__).partition("\n")[0]
+        return self._refuse(f"the prediction failed ({reason}); the server's log has the whole of it", "failed")
+
+    async def _predicted(self, message: bytes | str, connection: Connection) -> Prediction:
+        """Read a message and wait for its actions; whatever is wrong with it, or with them, is raised."""
+        wanted = True
+        try:
+            request, sample = await self._in(self._light, self._read, message, lambda: wanted)
+            for key in set(request.unread) - connection.unread_keys:
+                self.room.log.warning("requests carry keys that nothing reads: %s", key)
+                connection.unread_keys.add(key)
+            if sample is None:
+                sample = await self._in(self._heavy, self.reader.sample, request, lambda: wanted)
+            prediction = await self.batcher.submit(sample, request.seed)
+        finally:
+            wanted = False
+        if not np.isfinite(prediction.actions).all():
+            raise RequestError("the policy predicted actions that are not finite; nothing was sent to the robot")
+        return prediction
+
+    def _in(self, pool: Executor, work: Any, *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+
+    def _read(self, message: bytes | str, wanted: Any) -> tuple[Any, Sample | None]:
+        """A request, and its sample unless there is much to decode."""
+        request = self.reader.read(message)
+        light = request.encoded_pixels <= LIGHT_PIXELS
+        return request, self.reader.sample(request, wanted) if light else None
 
     def _refuse(self, text: str, reason: str) -> str:
         self.metrics.refused(reason)
-        text = _short(text)
-        logger.warning("refused a request: %s", text)
+        text = printable(text, MAX_TEXT)
+        self.room.log.warning("refused a request: %s", text)
         return f"error: {text}"
 
     def describe(self) -> dict[str, Any]:
@@ -189,104 +257,8 @@ class PolicyServer:
             "n_action_steps": predictor.n_action_steps,
         }
 
-    def _read(self, message: bytes | str) -> tuple[Sample, int]:
-        """A request as a sample and the seed of its noise.
-
-        Raises:
-            WireError, RequestError, ObservationError: with the fault and what is wanted.
-        """
-        if isinstance(message, str):
-            raise RequestError("a text message; wanted a binary one, packed with msgpack")
-        request = unpack(message)
-        if not isinstance(request, dict):
-            raise RequestError(f"the message holds a {type(request).__name__}; wanted a dict with {self._wanted()}")
-        take = functools.partial(self._take, request)
-        prompt, state, seed = take("prompt"), take("state"), request.get("seed")
-        if not isinstance(prompt, str):
-            found = "missing" if prompt is None else f"a {type(prompt).__name__}"
-            raise RequestError(f"{self.config.prompt_key!r} is {found}; wanted the instruction as text")
-        if len(prompt) > (limit := self.config.max_prompt_chars):
-            found = f"{self.config.prompt_key!r} has {len(prompt)} characters"
-            raise RequestError(f"{found}; at most {limit} are taken (serving.max_prompt_chars)")
-        if seed is None:
-            seed = derive_seed("serving", self.seed, next(self._numbers))
-        elif not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise RequestError(f"'seed' is {seed!r}; wanted a whole number, 0 or more and below 2**63")
-        images = {camera: self._frames(take(camera), self.config.keys[camera]) for camera in ("image_1", "image_2")}
-        if images["image_1"] is None:
-            raise RequestError(f"{self.config.image_1_key!r} is missing; wanted {self._wanted()}")
-        self._warn_unread(request)
-        sample = self.predictor.observation(
-            images["image_1"], images["image_2"], prompt=prompt, state=self._state(state)
-        )
-        return sample, int(seed)
-
-    def _take(self, request: dict[Any, Any], name: str) -> Any:
-        """A request's value under the configured key, or under the name that the batch contract uses."""
-        key = self.config.keys[name]
-        return request.get(key, request.get(name))
-
-    def _frames(self, value: Any, key: str) -> list[Any] | None:
-        if value is None:
-            return None
-        several = isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 4)
-        frames = list(value) if several else [value]
-        for frame in frames:
-            if isinstance(frame, bytes):
-                self._check_pixels(*_encoded_size(frame, key), key)
-            elif not isinstance(frame, np.ndarray):
-                kind = type(frame).__name__
-                raise RequestError(f"{key!r} holds a {kind}; wanted uint8 (H, W, 3), or JPEG or PNG as bytes")
-            elif frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
-                raise RequestError(f"{key!r} is {frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB")
-            else:
-                self._check_pixels(frame.shape[1], frame.shape[0], key)
-        return frames
-
-    def _check_pixels(self, width: int, height: int, key: str) -> None:
-        limit = self.config.max_image_pixels
-        if width * height > limit:
-            found = f"{key!r} is {height} x {width} pixels"
-            raise RequestError(f"{found}; at most {limit} are taken (serving.max_image_pixels)")
-
-    def _state(self, value: Any) -> np.ndarray | None:
-        if value is None:
-            return None
-        key, width = self.config.state_key, self.predictor.state_dim
-        if isinstance(value, list) and all(type(item) in (int, float) for item in value):
-            value = np.array(value, np.float64)
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
-            found = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-            raise RequestError(f"{key!r} is {found}; wanted {width} numbers")
-        return value
-
-    def _warn_unread(self, request: dict[Any, Any]) -> None:
-        unread = {str(key) for key in request} - set(self.config.keys) - set(self.config.keys.values()) - {"seed"}
-        if len(self._warned) < 100 and unread - self._warned:
-            named = _short(", ".join(sorted(unread - self._warned)[:5]))
-            logger.warning("requests carry keys that nothing reads: %s", named)
-            self._warned |= unread
-
-    def _wanted(self) -> str:
-        keys = [self.config.keys[name] for name in (*self.predictor.cameras, "state", "prompt")]
-        return ", ".join(map(repr, keys))
-
     def _predict(self, samples: Sequence[Sample], seeds: Sequence[int]) -> np.ndarray:
         return self.predictor.predict_batch(collate_fn(samples), seeds)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ..."
-
-
-def _encoded_size(frame: bytes, key: str) -> tuple[int, int]:
-    """(width, height) of an encoded image, from its header alone."""
-    try:
-        with Image.open(io.BytesIO(frame)) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-        raise RequestError(f"{key!r}: {len(frame)} bytes are no readable JPEG or PNG ({reason})") from None
 
 
 def _timing(prediction: Prediction, seconds: float) -> dict[str, float]:

@@ -54,18 +54,31 @@ def array(data=b"\0" * 8, dtype="<f4", shape=(2,)):
         (b"\xdd\xff\xff\xff\xff", "no msgpack"),
         (b"\xdd\x00\x00\x10\x01" + b"\x00" * 4097, "4097 exceeds max_array_len"),
         (b"\x92" + (b"\xdc\x03\xe8" + b"\x90" * 1000) * 2, "more than 1024 lists and dicts in a message"),
+        (b"\x91" * 33 + b"\x90", "more than 32 deep"),
+        (msgpack.packb([[0] * 4000] * 5), "more than 16384 values in a message"),
+        (b"\xdf\x00\x00\x10\x01", "4097 exceeds max_map_len"),
+        (b"\xc6\xff\xff\xff\xff", "cut off"),
+        (b"\xdc\x00", "cut off"),
+        (msgpack.packb({b"__npgeneric__": True, b"data": 1e308, b"dtype": "<f2"}), "does not fit"),
+        (msgpack.packb({b"__npgeneric__": True, b"data": float("nan"), b"dtype": "<i4"}), "does not fit"),
         (msgpack.packb(msgpack.ExtType(1, b"x")), "extension type 1"),
         (array(dtype="|O"), "dtype '|O'"),
         (array(dtype="<U4"), "dtype '<U4'"),
         (array(dtype="<c8"), "dtype '<c8'"),
         (array(dtype="f4,f4"), "dtype 'f4,f4'"),
         (array(dtype="(2,)f4"), r"dtype '\(2,\)f4'"),
+        (array(dtype="(1,1"), r"dtype '\(1,1'"),  # numpy's own parser raises SyntaxError here
+        (array(dtype="f4,("), r"dtype 'f4,\('"),
+        (array(dtype="<f16"), "dtype '<f16'"),
+        (array(dtype="f" * 10_000), r"dtype 'f{80}' \.\.\."),
         (array(dtype=7), "dtype 7"),
         (array(dtype=None), "dtype None"),
         (array(shape=[3]), r"shape \(3,\) .* 8 bytes of data; wanted 12"),
         (array(shape=[-2]), r"shape \[-2\]"),
         (array(shape=[2**40, 2**40]), "8 bytes of data"),
+        (array(data=b"", shape=[2**40, 0, 1, 3]), "without elements .* each size is at most 4096"),
         (array(shape=[1] * 9), "at most 8 sizes"),
+        (array(shape=[1] * 4000), r"at most 8 sizes"),
         (array(shape="2"), "shape '2'"),
         (array(data="text"), "str of data"),
         (msgpack.packb({b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"}), "a number is given as bytes"),
@@ -75,6 +88,13 @@ def array(data=b"\0" * 8, dtype="<f4", shape=(2,)):
 def test_unsound_messages_are_named(data, message):
     with pytest.raises(WireError, match=message):
         unpack(data)
+
+
+@pytest.mark.parametrize("value", [0, 200, -1, -33, 2**16, 2**40, -(2**40), 0.5, None, True, "a" * 300, b"b" * 70_000])
+def test_every_length_and_size_is_walked_over(value):
+    message = {"a": [value] * 20, "b": {str(i): value for i in range(20)}, "c": value}
+    assert unpack(pack(message)) == message
+    assert unpack(msgpack.packb(message, use_single_float=True)) == message
 
 
 @pytest.mark.parametrize("value", [np.array([object()]), np.array(["a"]), np.complex64(1j), {1, 2}, object()])

@@ -1,0 +1,209 @@
+"""A robot's message as a sample for the model, every size in it checked before anything is spent on it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.processing import Sample
+from inference.predictor import VLAPredictor
+from inference.serving.wire import unpack
+from utils.config_utils import ServingConfig
+from utils.encoded_images import ImageHeaderError, encoded_size
+from utils.misc import derive_seed
+from utils.text import printable
+
+MAX_QUOTED = 1000  # characters of a request that an error quotes; the reply is cut to fewer
+MAX_UNREAD_KEYS = 16  # keys that nothing reads and a client is told of
+CAMERAS = ("image_1", "image_2")
+Frame = np.ndarray | bytes
+
+
+class RequestError(ValueError):
+    """An observation that the policy can't use."""
+
+
+@dataclass
+class Request:
+    """A checked request; its frames are not decoded yet.
+
+    Attributes:
+        images: per camera its frames, None where it is absent.
+        state: (state_dim,) or None.
+        encoded_pixels: of all frames that have to be decoded.
+        unread: names of keys that nothing reads, a few of them.
+    """
+
+    prompt: str
+    state: np.ndarray | None
+    images: dict[str, list[Frame] | None]
+    seed: int
+    encoded_pixels: int
+    unread: list[str]
+
+
+class RequestReader:
+    """Reads requests for one policy; used by several threads."""
+
+    def __init__(self, predictor: VLAPredictor, config: ServingConfig, seed: int) -> None:
+        """
+        Args:
+            predictor: the policy.
+            config: names of the keys in requests, and the limits.
+            seed: of the sampling noise of requests that carry none.
+        """
+        self.predictor, self.config, self.seed = predictor, config, seed
+        self._numbers = itertools.count()
+
+    def read(self, message: bytes | str) -> Request:
+        """Unpack and check a message; nothing is decoded, and no pixel is touched.
+
+        Raises:
+            WireError, RequestError: with the fault and what is wanted.
+        """
+        if isinstance(message, str):
+            raise RequestError("a text message; wanted a binary one, packed with msgpack")
+        request = unpack(message)
+        if not isinstance(request, dict):
+            raise RequestError(f"the message holds a {type(request).__name__}; wanted a dict with {self._wanted()}")
+        take = functools.partial(self._take, request)
+        images = {camera: self._frames(take(camera), self.config.keys[camera]) for camera in CAMERAS}
+        if images["image_1"] is None:
+            raise RequestError(f"{self.config.image_1_key!r} is missing; wanted {self._wanted()}")
+        return Request(
+            prompt=self._prompt(take("prompt")),
+            state=self._state(take("state")),
+            images=images,
+            seed=self._seed(request.get("seed")),
+            encoded_pixels=self._check_pixels(images),
+            unread=self._unread(request),
+        )
+
+    def sample(self, request: Request, wanted: Callable[[], bool]) -> Sample | None:
+        """Decode a request's frames and make the sample that the model takes.
+
+        Args:
+            request: as `read` gives it.
+            wanted: asked before every frame whether somebody still waits for the answer.
+
+        Returns:
+            The sample; None when nobody waits any more.
+
+        Raises:
+            ObservationError: a frame that can't be decoded, or a state or prompt that the policy can't use.
+        """
+        processor = self.predictor.image_processor
+        images: dict[str, list[np.ndarray] | None] = {}
+        for camera, frames in request.images.items():
+            images[camera] = None if frames is None else []
+            for frame in frames or []:
+                if not wanted():
+                    return None
+                if isinstance(frame, bytes):
+                    encoded, frame = frame, np.empty((processor.height, processor.width, 3), np.uint8)
+                    processor.decode_into(encoded, frame)
+                images[camera].append(frame)
+        return self.predictor.observation(
+            images["image_1"], images["image_2"], prompt=request.prompt, state=request.state
+        )
+
+    def _take(self, request: dict[Any, Any], name: str) -> Any:
+        """A request's value under the configured key, or under the name that the batch contract uses."""
+        return request.get(self.config.keys[name], request.get(name))
+
+    def _prompt(self, prompt: Any) -> str:
+        if not isinstance(prompt, str):
+            found = "missing" if prompt is None else f"a {type(prompt).__name__}"
+            raise RequestError(f"{self.config.prompt_key!r} is {found}; wanted the instruction as text")
+        if len(prompt) > (limit := self.config.max_prompt_chars):
+            found = f"{self.config.prompt_key!r} has {len(prompt)} characters"
+            raise RequestError(f"{found}; at most {limit} are taken (serving.max_prompt_chars)")
+        return prompt
+
+    def _seed(self, seed: Any) -> int:
+        if seed is None:
+            return derive_seed("serving", self.seed, next(self._numbers))
+        if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise RequestError(f"'seed' is {_quoted(seed)}; wanted a whole number, 0 or more and below 2**63")
+        return int(seed)
+
+    def _frames(self, value: Any, key: str) -> list[Frame] | None:
+        """The frames of one camera, told apart by type and shape alone."""
+        if value is None:
+            return None
+        several = isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 4)
+        number, limit = (len(value) if several else 1), self.predictor.max_seq_len
+        if not 1 <= number <= limit:
+            raise RequestError(f"{key!r}: {number} frames; wanted 1 to max_seq_len {limit}")
+        frames = list(value) if several else [value]
+        for frame in frames:
+            if not isinstance(frame, (bytes, np.ndarray)):
+                kind = type(frame).__name__
+                raise RequestError(f"{key!r} holds a {kind}; wanted uint8 (H, W, 3), or JPEG or PNG as bytes")
+            if isinstance(frame, np.ndarray) and (
+                frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size
+            ):
+                raise RequestError(f"{key!r} is {frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB")
+        return frames
+
+    def _check_pixels(self, images: dict[str, list[Frame] | None]) -> int:
+        """Check every frame's size, and that of all together; returns the pixels that have to be decoded."""
+        config, total, encoded = self.config, 0, 0
+        for camera, frames in images.items():
+            key = config.keys[camera]
+            for frame in frames or []:
+                if isinstance(frame, bytes):
+                    width, height = _encoded_size(frame, key)
+                    encoded += width * height
+                else:
+                    height, width = frame.shape[:2]
+                total += width * height
+                if width * height > config.max_image_pixels:
+                    found = f"{key!r} is {height} x {width} pixels"
+                    raise RequestError(
+                        f"{found}; at most {config.max_image_pixels} are taken (serving.max_image_pixels)"
+                    )
+        if total > config.max_request_pixels:
+            found = f"the frames have {total} pixels together"
+            raise RequestError(f"{found}; at most {config.max_request_pixels} are taken (serving.max_request_pixels)")
+        return encoded
+
+    def _state(self, value: Any) -> np.ndarray | None:
+        if value is None:
+            return None
+        key, width = self.config.state_key, self.predictor.state_dim
+        if isinstance(value, list) and all(type(item) in (int, float) for item in value):
+            value = np.array(value, np.float64)
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
+            found = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+            raise RequestError(f"{key!r} is {found}; wanted {width} numbers")
+        return value
+
+    def _unread(self, request: dict[Any, Any]) -> list[str]:
+        known = {*self.config.keys, *self.config.keys.values(), "seed"}
+        unread = (key for key in request if not (isinstance(key, str) and key in known))
+        named = (printable(key[:MAX_QUOTED] if isinstance(key, (str, bytes)) else key, 60) for key in unread)
+        return list(itertools.islice(named, MAX_UNREAD_KEYS))
+
+    def _wanted(self) -> str:
+        keys = [self.config.keys[name] for name in (*self.predictor.cameras, "state", "prompt")]
+        return ", ".join(map(repr, keys))
+
+
+def _quoted(value: Any) -> str:
+    """A value of a request as Python writes it, cut before that where it is long."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:MAX_QUOTED])
+    return repr(value) if isinstance(value, (int, float, np.generic)) else f"a {type(value).__name__}"
+
+
+def _encoded_size(frame: bytes, key: str) -> tuple[int, int]:
+    try:
+        return encoded_size(frame)
+    except ImageHeaderError as error:
+        raise RequestError(f"{key!r}: {len(frame)} bytes are no readable JPEG or PNG ({error})") from None
