@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,18 @@ class Simulator:
     requirements: str = "requirements-sim.txt"
 
     def make(self, task: str, **options: Any) -> RobotEnv:
-        """An environment of this simulator; arguments and errors as its class has them."""
+        """An environment of this simulator; arguments and errors as its class has them.
+
+        Raises:
+            ValueError: an option that the class does not take; names the nearest that it takes.
+        """
         module, _, name = self.environment.rpartition(".")
-        return getattr(importlib.import_module(module), name)(task, **options)
+        environment = getattr(importlib.import_module(module), name)
+        known = [parameter for parameter in inspect.signature(environment).parameters if parameter != "task"]
+        for option in options:
+            if option not in known:
+                raise ValueError(f"{name} has no option {option!r}; {suggest(option, known)}")
+        return environment(task, **options)
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -57,7 +57,7 @@ RUN = {
     r"python scripts/convert_lerobot\.py --to_lerobot": r"LeRobot v3\.0, 6 episodes",
     r"python scripts/convert_lerobot\.py": r"demos/\w+: .*episodes",
     r"python scripts/convert_hdf5\.py": r"demos/\w+: .*1 ",
-    r"python scripts/record_demos\.py": r"button-press-topdown-v3",
+    r"python scripts/record_demos\.py": r"button-press-topdown-v3|left\.parquet",
     r"python main_train\.py .*--dry_run": r"sum \(calculated, not measured\)(.|\n)*one step: loss ",
     r"python main_train\.py .*--resume_checkpoint": r"resumed ",
     r"python main_train\.py": r"checkpoint_epoch_\d",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("envs", "model", "utils", "data", "inference")
+FOLDERS = ("envs", "model", "utils", "data", "inference", "scripts")
 PROGRAM = """
 import sys
 from envs import expand_tasks, make_env
@@ -37,6 +37,10 @@ for task in ("left", "right"):
     assert env.instruction.startswith("move the dot")
 try:
     make_env("dot", "up")
+except ValueError as error:
+    print(error)
+try:
+    make_env("dot", "left", image_sise=32)
 except ValueError as error:
     print(error)
 """
@@ -79,13 +83,17 @@ def run(checkout: Path, *command: str) -> str:
 
 
 def test_the_document_s_simulator_meets_the_interface(checkout):
-    assert "unknown dot task 'up'; valid names: left, right" in run(checkout, "-W", "error::UserWarning", "-c", PROGRAM)
+    said = run(checkout, "-W", "error::UserWarning", "-c", PROGRAM)
+    assert "unknown dot task 'up'; valid names: left, right" in said
+    assert "DotEnv has no option 'image_sise'; did you mean 'image_size'?" in said
 
 
-def test_the_document_s_simulator_is_evaluated_in_closed_loop(checkout):
+def test_the_document_s_simulator_is_recorded_and_evaluated(checkout):
     page = (ROOT / "docs/adding_a_simulator.md").read_text()
-    (command,) = re.findall(r"```bash\npython (.*?)\n```", page, flags=re.DOTALL)
-    run(checkout, *command.split())
+    (commands,) = re.findall(r"```bash\n(.*?)\n```", page, flags=re.DOTALL)
+    for command in commands.splitlines():
+        run(checkout, *command.split()[1:])
+    assert {path.name for path in (checkout / "demos/dot").iterdir()} == {"left.parquet", "right.parquet"}
     found = json.loads((checkout / "eval_results/rollouts.json").read_text())
     assert found["summary"]["tiers"].keys() == {"easy"}
     assert {task["successes"] for task in found["tasks"].values()} == {2}
