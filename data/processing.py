@@ -122,8 +122,8 @@ class VLAImageProcessor:
         if isinstance(frame, (str, Path)):
             place, frame = str(frame), _read(Path(frame))
         if isinstance(frame, np.ndarray):
-            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
-                raise ObservationError(f"image: array is {frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB")
+            if (fault := array_fault(frame)) is not None:
+                raise ObservationError(f"image: array is {fault}")
             pixels = np.ascontiguousarray(frame)
         elif isinstance(frame, Image.Image):
             pixels = np.array(frame.convert("RGB"))
@@ -149,6 +149,13 @@ class VLAImageProcessor:
             return simplejpeg.decode_jpeg(encoded, "RGB", **limits)
         simplejpeg.decode_jpeg(encoded, "RGB", buffer=out, **limits)
         return out
+
+
+def array_fault(frame: np.ndarray) -> str | None:
+    """Why an array can't be a frame: what it is and what is wanted; None for one that can."""
+    if frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3 and frame.size:
+        return None
+    return f"{frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB"
 
 
 def _read(path: Path) -> bytes:

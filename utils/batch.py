@@ -61,7 +61,10 @@ def example_batch(
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
 
-    batch: Batch = {camera: zeros(frames, 3, image_size, image_size, dtype=torch.uint8) for camera in cameras}
+    def images() -> Tensor:  # laid out in memory as decoders write them, for compiled code is made for one layout
+        return zeros(frames, image_size, image_size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+
+    batch: Batch = {camera: images() for camera in cameras}
     batch |= {
         "image_mask": ~zeros(len(cameras), dtype=torch.bool),
         "vlm_attention_mask": ~zeros(frames, dtype=torch.bool),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.processing import Sample
+from data.processing import Sample, array_fault
 from inference.predictor import VLAPredictor
 from inference.serving.wire import unpack
 from utils.config_utils import ServingConfig
@@ -145,10 +145,8 @@ class RequestReader:
             if not isinstance(frame, (bytes, np.ndarray)):
                 kind = type(frame).__name__
                 raise RequestError(f"{key!r} holds a {kind}; wanted uint8 (H, W, 3), or JPEG or PNG as bytes")
-            if isinstance(frame, np.ndarray) and (
-                frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size
-            ):
-                raise RequestError(f"{key!r} is {frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB")
+            if isinstance(frame, np.ndarray) and (fault := array_fault(frame)) is not None:
+                raise RequestError(f"{key!r} is {fault}")
         return frames
 
     def _check_pixels(self, images: dict[str, list[Frame] | None]) -> int:

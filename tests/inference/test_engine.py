@@ -24,6 +24,7 @@ from inference.predictor import VLAPredictor
 from model.vla_model import VLAModel
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
+from utils.batch import example_batch
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config_utils import config_from_dict
 
@@ -135,6 +136,18 @@ def test_warming_up_a_batch_predicts_that_many(plain):
     plain.warm_up(3)
     hook.remove()
     assert images == [6]  # two cameras each
+
+
+def test_warming_up_has_the_layout_of_an_observation(plain):
+    """Compiled code is made for shapes and strides: other ones would be compiled at the first real prediction."""
+    blank = example_batch(plain.config, image_size=plain.image_processor.height, batch_size=len(PROMPTS))
+    prepared = [plain.engine.prepared(batch) for batch in (blank, observations(plain))]
+    assert prepared[0].keys() == prepared[1].keys()
+    for name, tensor in prepared[0].items():
+        other = prepared[1][name]
+        assert tensor.dtype == other.dtype, name
+        if name in plain.cameras:
+            assert (tensor.shape, tensor.stride()) == (other.shape, other.stride())
 
 
 def test_draws_share_the_context(plain):
