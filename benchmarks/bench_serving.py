@@ -27,7 +27,8 @@ import torch
 if not __package__:
     import _repository  # noqa: F401
 
-from benchmarks.served import connect, resident_mb, start_server
+from benchmarks.memory import resident_mb
+from benchmarks.served import open_client, start_server
 from inference.predictor import VLAPredictor
 from utils.text_table import text_table
 
@@ -72,7 +73,7 @@ def measure_latency(predictor: VLAPredictor, client: Any, asked: list, rounds: i
 
 def load(port: int, asked: list, expected: list, seconds: float, results: list[tuple[int, int]]) -> None:
     """One client: ask until the time is over; appends (answers, wrong answers)."""
-    client, answers, wrong = connect(port), 0, 0
+    client, answers, wrong = open_client(port), 0, 0
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         i = (answers * 7 + threading.get_ident()) % len(asked)
@@ -111,7 +112,7 @@ def main() -> None:
     expected = [predict(predictor, observation) for observation in asked]
     server, port = start_server(args.checkpoint_path)
     try:
-        client = connect(port)
+        client = open_client(port)
         times = measure_latency(predictor, client, asked, rounds)
         client.close()
         run_clients(

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -48,7 +49,7 @@ from data.loader import VLADataset, make_loader
 from data.sampler import StepBatchSampler
 from training.fit_estimate import GB, expected_memory
 from training.trainer import VLATrainer
-from utils.batch import Batch, to_device
+from utils.batch import Batch, example_batch, to_device
 from utils.config_utils import Config
 from utils.text_table import text_table
 
@@ -187,8 +188,8 @@ class Bench:
             **changes,
         }
         backbone = self.folder / "backbone"
-        policy, config, self.images, self.tokenizer = random_policy(self.size, 1, self.device, backbone, settings)
-        return UnsavedTrainer(config, policy, loader, None, self.device, {})
+        policy, self.config, self.images, self.tokenizer = random_policy(self.size, 1, self.device, backbone, settings)
+        return UnsavedTrainer(self.config, policy, loader, None, self.device, {})
 
     def loader(self, config: Config) -> Any:
         """The data loader of a training run."""
@@ -208,20 +209,16 @@ class Bench:
     def batches(self, size: int, count: int = 4) -> list[Batch]:
         """Pre-collated random batches with every step valid and one prompt."""
         generator = torch.Generator().manual_seed(0)
-        horizon, shape = 8, (size, 1, 3, self.pixels, self.pixels)
         ids = torch.tensor([self.tokenizer(PROMPT)] * size)
+        example = example_batch(self.config, image_size=self.pixels, batch_size=size, text_len=ids.shape[1])
+        random = functools.partial(torch.rand, generator=generator)
         return [
             {
-                "image_1": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
-                "image_mask": torch.ones(size, 1, dtype=torch.bool),
-                "vlm_attention_mask": torch.ones(size, 1, dtype=torch.bool),
+                **example,
+                "image_1": torch.randint(0, 256, example["image_1"].shape, dtype=torch.uint8, generator=generator),
                 "input_ids": ids,
-                "prompt_mask": torch.ones_like(ids, dtype=torch.bool),
-                "state": torch.rand(size, self.dims, generator=generator),
-                "action": torch.rand(size, horizon, self.dims, generator=generator),
-                "action_is_pad": torch.zeros(size, horizon, dtype=torch.bool),
-                **{key: torch.zeros(size, dtype=torch.int64) for key in ("dataset_index", "episode_index")},
-                "frame_index": torch.arange(size),
+                "state": random(example["state"].shape),
+                "action": random(example["action"].shape),
             }
             for _ in range(count)
         ]

@@ -29,10 +29,11 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from benchmarks.crafted_files import KINDS, OURS, WrongValueError  # noqa: E402
-from benchmarks.fuzz_server import limit_memory, peak_mb  # noqa: E402
+from benchmarks.crafted_files import KINDS, OURS, WrongValueError
+from benchmarks.memory import limit_memory, peak_mb
 
 LIMIT_S = 5.0
 
@@ -104,7 +105,7 @@ def fuzz(cases: int, seed: int, kinds: list[str] | None = None) -> dict[str, Any
                     faults["wrong_values"].append(f"{name} {number}: {error}")
                 except TooSlowError:
                     outcome = "too slow"
-                except BaseException as error:  # noqa: BLE001 - what this looks for
+                except BaseException as error:
                     if isinstance(error, KeyboardInterrupt):
                         raise
                     outcome = "uncaught"

@@ -22,7 +22,6 @@ import logging
 import pathlib
 import random
 import re
-import resource
 import signal
 import socket
 import sys
@@ -35,34 +34,23 @@ import torch
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import connect
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # so "python benchmarks/x.py" finds the repository
+if not __package__:
+    import _repository  # noqa: F401
 
-from benchmarks.bench_serving import resident_mb, start_server  # noqa: E402
-from benchmarks.fuzz_messages import good_request, message  # noqa: E402
-from data.processing import ObservationError  # noqa: E402
-from inference.predictor import VLAPredictor  # noqa: E402
-from inference.serving.requests import RequestError, RequestReader  # noqa: E402
-from inference.serving.wire import WireError  # noqa: E402
-from scripts.client_example import PolicyClient  # noqa: E402
-from utils.config_utils import ServingConfig  # noqa: E402
+from benchmarks.fuzz_messages import good_request, message
+from benchmarks.memory import limit_memory, peak_mb, peak_of, resident_mb
+from benchmarks.served import open_client, start_server
+from data.processing import ObservationError
+from inference.predictor import VLAPredictor
+from inference.serving.requests import RequestError, RequestReader
+from inference.serving.wire import WireError
+from utils.config_utils import ServingConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OURS = (WireError, RequestError, ObservationError)
 PEAK_GROWTH_MB = 600  # of this process over all messages: the bound that SECURITY.md states for one message at a time
 STOP_S = 25.0  # serving.timeout_s and STOP_MARGIN_S
 TOLERANCE = 1e-4  # a batch of several rounds differently than one alone
-
-
-def peak_mb() -> float:
-    """The largest resident memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def limit_memory(megabytes: int) -> None:
-    """Let this process map so much more than it has now."""
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (megabytes << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def fuzz_in_process(predictor: VLAPredictor, count: int, seed: int, config: ServingConfig) -> dict[str, Any]:
@@ -84,7 +72,7 @@ def fuzz_in_process(predictor: VLAPredictor, count: int, seed: int, config: Serv
                 predict(predictor, request)
         except OURS as error:
             outcome, text = type(error).__name__, f"{type(error).__name__} {re.sub(r'[^a-z ]+', '', str(error))[:60]}"
-        except BaseException as error:  # noqa: BLE001 - what this looks for
+        except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
             outcome = text = "uncaught"
@@ -127,7 +115,7 @@ class GoodClient(threading.Thread):
         client = None
         while not self.stop.is_set():
             try:
-                client = client or PolicyClient(port=self.port)
+                client = client or open_client(self.port)
                 i = self.answers % len(self.asked)
                 started = time.monotonic()
                 actions = client.predict(self.asked[i])
@@ -175,11 +163,6 @@ def policy_server(checkpoint: str, result: dict[str, Any]):
     finally:
         server.kill()
         server.wait()
-
-
-def peak_of(pid: int) -> float:
-    """The largest resident memory that a process has had, MB."""
-    return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
 def gathered(good: list[GoodClient]) -> dict[str, Any]:

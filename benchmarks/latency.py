@@ -46,6 +46,7 @@ from inference.metrics import wilson_interval
 from inference.predictor import VLAPredictor
 from utils.misc import atomic_path
 from utils.parquet_utils import resolve_parquet_files
+from utils.text_table import text_table
 
 TASKS = ("button-press-topdown-v3", "window-open-v3")
 DELAYS = (0, 1, 2, 4, 8)
@@ -208,25 +209,26 @@ def print_tables(summary: dict[str, Any], episodes: int) -> None:
         ("deadline", f"successes within {DEADLINE} x the longest demonstration (of {episodes})"),
         ("limit", f"successes within 200 steps (of {episodes})"),
     ):
-        print(f"\n{title}\n{'delay':<16}" + "".join(f"{delay:>18}" for delay in delays) + f"{'kept at 4':>12}")
+        rows = []
         for name, by_delay in summary.items():
             cells = []
             for row in by_delay.values():
                 low, high = (100 * value for value in row[key]["wilson_95"])
-                cells.append(f"{row[key]['successes']} ({low:.0f}-{high:.0f} %)".rjust(18))
-            kept = by_delay[AT_DELAY][key]["kept"]
-            print(f"{name:<16}" + "".join(cells) + (f"{kept:>12.2f}" if kept is not None else f"{'-':>12}"))
-    print(f"\nmean steps to success, mean |action change| x 1000\n{'delay':<16}" + "".join(f"{d:>18}" for d in delays))
+                cells.append(f"{row[key]['successes']} ({low:.0f}-{high:.0f} %)")
+            rows.append([name, *cells, by_delay[AT_DELAY][key]["kept"]])
+        print(f"\n{title}\n{text_table(['delay', *delays, f'kept at {AT_DELAY}'], rows)}")
+    rows = []
     for name, by_delay in summary.items():
         cells = []
         for row in by_delay.values():
             steps = "-" if row["steps_to_success"] is None else f"{row['steps_to_success']:.0f}"
-            cells.append(f"{steps}, {1000 * row['action_change']:.0f}".rjust(18))
-        print(f"{name:<16}" + "".join(cells))
-    print(f"\nkept at delay {AT_DELAY}, for deadlines of 1.1 to 2 x the longest demonstration")
-    for name, by_delay in summary.items():
-        kept = by_delay[AT_DELAY]["kept_by_factor"]
-        print(f"{name:<16}" + "".join(f"{factor:>8}: {value:.2f}" for factor, value in kept.items()))
+            cells.append(f"{steps}, {1000 * row['action_change']:.0f}")
+        rows.append([name, *cells])
+    print(f"\nmean steps to success, mean |action change| x 1000\n{text_table(['delay', *delays], rows)}")
+    kept = {name: by_delay[AT_DELAY]["kept_by_factor"] for name, by_delay in summary.items()}
+    rows = [[name, *by_factor.values()] for name, by_factor in kept.items()]
+    print(f"\nkept at delay {AT_DELAY}, for deadlines of so many times the longest demonstration")
+    print(text_table(["", *next(iter(kept.values()))], rows))
 
 
 def plot(summary: dict[str, Any], path: pathlib.Path) -> None:

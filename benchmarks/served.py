@@ -24,14 +24,6 @@ def start_server(checkpoint: str) -> tuple[subprocess.Popen, int]:
     raise RuntimeError("the server did not start")
 
 
-def connect(port: int) -> Any:
+def open_client(port: int) -> Any:
     """A PolicyClient of scripts/client_example.py, the file that a robot has."""
     return runpy.run_path(str(ROOT / "scripts/client_example.py"))["PolicyClient"](port=port)
-
-
-def resident_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no VmRSS in /proc/{pid}/status")
