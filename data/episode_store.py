@@ -37,6 +37,7 @@ from data.schema import (
     episode_starts,
     flags,
     prompts,
+    require_frames,
     vectors,
 )
 from utils.parquet_utils import (
@@ -300,9 +301,7 @@ def _frames(batch: pa.RecordBatch, name: str | None, camera: str, path: Source, 
     if name is None:
         return pa.nulls(batch.num_rows, pa.large_binary())
     frames = encoded_frames(batch.column(name), name, path)
-    if camera == MAIN_CAMERA and frames.null_count:
-        row = first_row + int(np.flatnonzero(np.asarray(frames.is_null()))[0])
-        raise DataError(f"{path} row {row}: {name} is null; {MAIN_CAMERA} is needed at every step")
+    require_frames(frames, name, path, first_row, always=camera == MAIN_CAMERA)
     return frames.cast(pa.large_binary())
 
 

@@ -27,12 +27,12 @@ from data.dataset import MixtureDataset, VLADataset
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, VLAImageProcessor, collate_fn
 from data.sampler import PassBatchSampler, StepBatchSampler
-from data.schema import CAMERAS, MAIN_CAMERA
+from data.schema import CAMERAS, MAIN_CAMERA, VECTORS, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
-from utils.parquet_utils import DataError, Source, open_parquet, resolve_parquet_files
+from utils.parquet_utils import DataError, Source, batches, open_parquet, resolve_parquet_files
 
 __all__ = [
     "VLADataset",
@@ -217,8 +217,9 @@ def main() -> None:
     args = parser.parse_args()
     set_up_logging()
     files = resolve_parquet_files(args.data_path, "--data_path")
-    first = next(open_parquet(files[0]).iter_batches(batch_size=1, columns=["state", "action"]))
-    state_dim, per_action_dim = len(first.column("state")[0]), len(first.column("action")[0])
+    with open_parquet(files[0]) as file:
+        _, first = next(batches(file, files[0], list(VECTORS), 1))
+    state_dim, per_action_dim = (vector_width(first.column(name), name, files[0]) for name in VECTORS)
     store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=CAMERAS)
     lengths = np.diff(store.episode_starts)
     decode = VLAImageProcessor(224, 224, (0.5,) * 3, (0.5,) * 3, 3)

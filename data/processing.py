@@ -6,7 +6,6 @@ so a frame that was trained on and the same frame seen by the robot give the sam
 
 from __future__ import annotations
 
-import io
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -14,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
 
+from data.decoding import decode_frame, upright_rgb
 from utils.backbones import BACKBONE_SPECS
 from utils.batch import Batch
 from utils.config_utils import Config
 
 logger = logging.getLogger(__name__)
 
-JPEG_START = b"\xff\xd8"
 MAX_KNOWN_PROMPTS = 4096  # tokenized instructions that are kept; a server may be sent any number of them
 Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
 Sample = dict[str, Any]
@@ -109,14 +107,15 @@ class VLAImageProcessor:
         """Decode one frame and resize it to fill `out`.
 
         A JPEG larger than needed is scaled down while it is decoded (by eighths of its size, never below what is
-        needed) and resampled from there: training and serving do the same to the same bytes.
+        needed) and resampled from there: training and serving do the same to the same bytes (`data/decoding.py`).
 
         Args:
             frame: encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3).
             out: uint8 (height, width, 3), contiguous.
 
         Raises:
-            ObservationError: bytes or a file that can't be decoded, or an array of another type or shape.
+            ObservationError: bytes or a file that can't be decoded, more than 8 bits a value, or an array of another
+                type or shape.
         """
         place = "image"
         if isinstance(frame, (str, Path)):
@@ -126,10 +125,13 @@ class VLAImageProcessor:
                 raise ObservationError(f"image: array is {fault}")
             pixels = np.ascontiguousarray(frame)
         elif isinstance(frame, Image.Image):
-            pixels = np.array(frame.convert("RGB"))
+            try:
+                pixels = np.array(upright_rgb(frame))
+            except ValueError as error:
+                raise ObservationError(f"image: {error}") from None
         else:
             try:
-                pixels = self._decode(frame, out)
+                pixels = decode_frame(frame, self.height, self.width, out)
             except (OSError, SyntaxError, ValueError) as error:
                 found = f"{len(frame)} bytes is no readable JPEG or PNG ({error})"
                 raise ObservationError(f"{place}: {found}") from None
@@ -138,17 +140,6 @@ class VLAImageProcessor:
         if pixels.shape[:2] != (self.height, self.width):
             pixels = Image.fromarray(pixels).resize((self.width, self.height), self.resample)
         out[:] = pixels
-
-    def _decode(self, encoded: bytes | memoryview, out: np.ndarray) -> np.ndarray:
-        """`out`, filled, where a JPEG has that size; else uint8 (H, W, 3), the frame whole or reduced."""
-        if encoded[:2] != JPEG_START:
-            with Image.open(io.BytesIO(encoded)) as image:
-                return np.array(image.convert("RGB"))
-        limits = {"min_height": self.height, "min_width": self.width}
-        if simplejpeg.decode_jpeg_header(encoded, **limits)[:2] != (self.height, self.width):
-            return simplejpeg.decode_jpeg(encoded, "RGB", **limits)
-        simplejpeg.decode_jpeg(encoded, "RGB", buffer=out, **limits)
-        return out
 
 
 def array_fault(frame: np.ndarray) -> str | None:

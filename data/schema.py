@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from utils.parquet_utils import DataError, Source
 
@@ -130,6 +131,38 @@ def encoded_frames(column: pa.Array, name: str, path: Source) -> pa.Array:
     if not _is_image(column.type):
         raise DataError(f"{path}: column {name!r} is {column.type}; wanted binary (encoded JPEG or PNG)")
     return column
+
+
+def require_frames(frames: pa.Array, name: str, path: Source, first_row: int, *, always: bool) -> None:
+    """Raise a DataError for a frame of no bytes; also for a null one where the camera is needed `always`.
+
+    Args:
+        frames: from `encoded_frames`.
+        name, path, first_row: of the column, for the message.
+        always: at every step, as the main camera is.
+    """
+    if always and frames.null_count:
+        raise DataError(f"{path} row {first_row + _first_null(frames)}: {name} is null; it is needed at every step")
+    empty = np.flatnonzero(np.asarray(pc.equal(pc.binary_length(frames), 0).fill_null(False)))
+    if len(empty):
+        remedy = "it is needed at every step" if always else "write null where the camera is absent"
+        raise DataError(f"{path} row {first_row + int(empty[0])}: {name} is empty (0 bytes); {remedy}")
+
+
+def vector_width(column: pa.Array | pa.ChunkedArray, name: str, path: Source) -> int:
+    """Values that the first row of a list column has.
+
+    Raises:
+        DataError: another type, or a first row without values.
+    """
+    if not _is_vector(column.type):
+        raise DataError(f"{path}: column {name!r} is {column.type}; wanted a list of float32")
+    first = column[0].as_py()
+    if not first:
+        raise DataError(
+            f"{path} row 0: {name} is {'null' if first is None else 'an empty list'}; every time step needs its values"
+        )
+    return len(first)
 
 
 def vectors(

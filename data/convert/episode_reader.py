@@ -22,11 +22,14 @@ from data.schema import (
     episode_starts,
     flags,
     prompts,
+    require_frames,
+    vector_width,
     vectors,
 )
-from utils.parquet_utils import DataError, open_parquet, require_columns
+from utils.parquet_utils import DataError, batches, open_parquet
 
-ROWS_PER_BLOCK = 64
+ROWS_PER_BLOCK = 64  # of images
+ROWS_PER_READ = 16384  # of numbers
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,9 @@ def read_episodes(files: Sequence[Path]) -> list[Episode]:
     file_starts = [0]
     for path in files:
         with open_parquet(path) as file:
-            require_columns(file, path, REQUIRED)
-            table = file.read(columns=list(REQUIRED))
+            table = pa.Table.from_batches([batch for _, batch in batches(file, path, list(REQUIRED), ROWS_PER_READ)])
         for name in VECTORS:
-            width = parts[name][0].shape[1] if parts[name] else len(table[name][0].as_py() or ())
+            width = parts[name][0].shape[1] if parts[name] else vector_width(table[name], name, path)
             parts[name].append(vectors(table[name], name, width, path, 0, width_from="the first row's width,"))
         for name in FLAGS:
             parts[name].append(flags(table[name], name, path, 0))
@@ -108,27 +110,15 @@ def read_images(spans: Sequence[Span], camera: str) -> Iterator[bytes]:
     for span in spans:
         with open_parquet(span.path) as file:
             column = camera_column(camera, file.schema_arrow.names, span.path)
-            require_columns(file, span.path, [column or camera])
-            first = 0  # row of the file at which the row group begins
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if first < span.end and first + rows > span.begin:
-                    for batch in file.iter_batches(ROWS_PER_BLOCK, row_groups=[group], columns=[column]):
-                        yield from _chosen(encoded_frames(batch.column(0), column, span.path), first, span, camera)
-                        first += batch.num_rows
-                else:
-                    first += rows
-
-
-def _chosen(frames: pa.Array, first: int, span: Span, camera: str) -> Iterator[bytes]:
-    """Those frames of a block that lie in the span."""
-    begin, end = max(span.begin - first, 0), min(span.end - first, len(frames))
-    if begin >= end:
-        return
-    for i, frame in enumerate(frames.slice(begin, end - begin).to_pylist(), start=first + begin):
-        if frame is None:
-            raise DataError(
-                f"{span.path} row {i}: {camera} is null; LeRobot has no absent frames, so leave that camera out "
-                "(--cameras)"
-            )
-        yield frame
+            for row, batch in batches(file, span.path, [column or camera], ROWS_PER_BLOCK, first_row=span.begin):
+                if row >= span.end:
+                    break
+                frames = encoded_frames(batch.column(0), column, span.path).slice(0, span.end - row)
+                if frames.null_count:
+                    i = row + int(np.flatnonzero(np.asarray(frames.is_null()))[0])
+                    raise DataError(
+                        f"{span.path} row {i}: {camera} is null; LeRobot has no absent frames, so leave that camera "
+                        "out (--cameras)"
+                    )
+                require_frames(frames, column, span.path, row, always=True)
+                yield from frames.to_pylist()

@@ -32,6 +32,7 @@ from data.convert.lerobot import DONE
 from data.convert.lerobot_files import CHUNKS_SIZE, DATA_PATH, ROWS_PER_BLOCK, VIDEO_PATH, DataFiles, VideoFiles
 from data.convert.lerobot_stats import Stats, count_pixels, image_stats, sampled_frames, vector_stats
 from data.convert.video import VideoEncoding, encode_video, video_info
+from data.decoding import upright
 from utils.parquet_utils import DataError, open_parquet
 
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
@@ -364,9 +365,10 @@ class _Pixels:
             where = f"{self._spans[0].path} row {self._spans[0].begin} (first of the episode) + {i}: {self._camera}"
             try:
                 with Image.open(io.BytesIO(data)) as image:
-                    shape, mode = (image.height, image.width, 3), image.mode
+                    turned = upright(image)
+                    shape, mode = (turned.height, turned.width, 3), turned.mode
                     if mode == "RGB" and (self._decode_all or i in self.sampled):
-                        pixels = np.asarray(image)
+                        pixels = np.asarray(turned)
             except OSError as error:
                 raise DataError(f"{where} can't be decoded ({error}); drop or mend that episode") from None
             if mode != "RGB" or (i and shape != self.shape):

@@ -10,10 +10,9 @@ import numpy as np
 
 from data.doctor.analysis import row_digests
 from data.doctor.findings import Findings
-from data.doctor.reading import READ_ERRORS
 from data.doctor.rows import Rows
 from data.schema import VECTORS
-from utils.parquet_utils import Source, open_bytes
+from utils.parquet_utils import READ_ERRORS, Source, open_bytes
 
 SHARED = 0.5  # part of an episode's rows that also occur in the other split, from which the splits overlap
 

@@ -10,8 +10,9 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-import simplejpeg
 from PIL import Image, UnidentifiedImageError
+
+from data.decoding import ORIENTATION, decode_frame, is_deep
 
 # what Pillow's readers raise over damaged files
 DECODE_ERRORS = (
@@ -45,7 +46,6 @@ FRAME = np.dtype(
 )
 BLANK_RANGE = 4  # largest difference within a channel of a frame of one colour, 0 to 255
 SCALED_SIDE = 64  # pixels that are enough to judge a frame; the codec scales larger JPEGs down as it decodes
-JPEG_START = b"\xff\xd8"
 
 
 def examine_frames(
@@ -93,12 +93,9 @@ def _examine(frame: bytes, fact: np.ndarray, least_side: int) -> Image.Image:
         fact["format"], fact["mode"] = (image.format or "").encode(), image.mode.encode()
         fact["width"], fact["height"] = image.size
         if "exif" in image.info:
-            fact["orientation"] = image.getexif().get(0x0112, 0) % 256
-        if frame[:2] == JPEG_START:
-            pixels = simplejpeg.decode_jpeg(frame, "RGB", min_height=least_side, min_width=least_side)
-            picture = Image.fromarray(pixels)
-        else:
-            picture = image.convert("RGB")
+            fact["orientation"] = image.getexif().get(ORIENTATION, 0) % 256
+        deep = image.convert("RGB") if is_deep(image.mode) else None  # a finding of its own
+    picture = deep or Image.fromarray(decode_frame(frame, least_side, least_side))
     extrema = picture.getextrema()
     fact["blank"] = all(high - low <= BLANK_RANGE for low, high in extrema)
     fact["level"] = np.mean(extrema)

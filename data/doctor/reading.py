@@ -28,9 +28,8 @@ from data.schema import (
     column_type,
     missing_camera,
 )
-from utils.parquet_utils import STREAM_BUFFER, Source, open_bytes
+from utils.parquet_utils import READ_ERRORS, STREAM_BUFFER, Source, one_line, open_bytes, stream_batches
 
-READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)  # what pyarrow raises over damaged files
 ROWS_PER_BATCH = 8192
 
 
@@ -90,17 +89,13 @@ def stream(
     file: pq.ParquetFile, path: Source, column: str, batch_size: int, findings: Findings
 ) -> Iterator[tuple[int, pa.Array]]:
     """(first row, values) of one column, batch by batch; where it can't be read further, `corrupt_data` and the end."""
-    first, rows = 0, file.metadata.num_rows
+    first = 0
     try:
-        for batch in file.iter_batches(batch_size=batch_size, columns=[column]):
-            if first + batch.num_rows > rows:
-                raise ValueError(f"more values than the file's {rows} rows")
+        for first, batch in stream_batches(file, [column], batch_size):
             yield first, batch.column(0)
             first += batch.num_rows
-        if first < rows:
-            raise ValueError(f"the column ends after {first} of {rows} rows")
     except READ_ERRORS as error:
-        message = f"column {column!r} can't be read from here on ({_first_line(error)})"
+        message = f"column {column!r} can't be read from here on ({one_line(error)})"
         findings.add("corrupt_data", message, file=path, row=first)
 
 
@@ -175,7 +170,7 @@ def _read_file(path: Source, known: dict[str, int], findings: Findings) -> tuple
         if count != sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)):
             raise ValueError("the row groups hold another number of rows than the file")
     except READ_ERRORS as error:
-        findings.add("unreadable_file", f"not a readable Parquet file ({_first_line(error)})", file=path)
+        findings.add("unreadable_file", f"not a readable Parquet file ({one_line(error)})", file=path)
         return _blank(0), False
     if count == 0:
         findings.add("empty_file", "the file holds no rows", file=path)
@@ -287,7 +282,3 @@ def _ticks_per_second(ticks: np.ndarray) -> float:
     steps = np.diff(ticks[np.isfinite(ticks)])
     step = float(np.median(steps[steps > 0])) if (steps > 0).any() else 1.0
     return next((unit for unit in (1.0, 1e3, 1e6, 1e9) if 1e-3 <= step / unit <= 2), 1.0)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -531,7 +531,7 @@ FAULTS = [
     Fault(
         "not_rgb", "c.parquet", 61, put("c.parquet", 61, "image_1", converted("CMYK", "JPEG")), episode=7, name="cmyk"
     ),
-    Fault("not_8_bit", "c.parquet", 62, put("c.parquet", 62, "image_1", converted("I;16")), episode=7, loads=True),
+    Fault("not_8_bit", "c.parquet", 62, put("c.parquet", 62, "image_1", converted("I;16")), episode=7),
     Fault("image_format", "c.parquet", 63, put("c.parquet", 63, "image_1", converted("RGB", "BMP")), episode=7),
     Fault("turned_image", "c.parquet", 64, put("c.parquet", 64, "image_1", turned()), episode=7),
     Fault("camera_gap", "a.parquet", 5, put("a.parquet", 5, "image_2", None), episode=0),
