@@ -96,6 +96,7 @@ class VLADataset(Dataset):
             if not self.store.has_camera(camera):
                 logger.warning("no file has %s: its slot is masked in every sample", camera)
         tokens = [prompt_tokenizer(prompt) for prompt in self.store.prompts]
+        _warn_of_prompts_cut_to_one(self.store.prompts, tokens)
         lengths = np.array([len(ids) for ids in tokens])
         self._prompt_mask = np.arange(lengths.max()) < lengths[:, None]  # (prompts, tokens of the longest)
         self._prompt_ids = np.zeros(self._prompt_mask.shape, dtype=np.int64)
@@ -239,6 +240,19 @@ class VLADataset(Dataset):
             groups = np.searchsorted(self.store.episode_starts, rows, side="right")
         _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
         return 1.0 / (len(counts) * counts[inverse])
+
+
+def _warn_of_prompts_cut_to_one(prompts: Sequence[str], tokens: Sequence[list[int]]) -> None:
+    """Warn where two instructions are the same to the model, because both were cut to `data.prompt_max_len`."""
+    known: dict[tuple[int, ...], str] = {}
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        other = known.setdefault(tuple(ids), prompt)
+        if " ".join(other.split()) != " ".join(prompt.split()):
+            logger.warning(
+                "instructions %r and %r are the same %d tokens to the model: raise data.prompt_max_len, or word them "
+                "differently",
+                *(other, prompt, len(ids)),
+            )
 
 
 class MixtureDataset(Dataset):

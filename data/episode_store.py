@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -52,7 +52,7 @@ from utils.parquet_utils import (
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 ROWS_PER_BATCH = 512
 
 
@@ -216,15 +216,15 @@ def _remove(folder: Path, pid: int) -> None:
 
 def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
     """Make the cache unless it is there. One process builds it; others that open the same files wait for it."""
-    if (folder / "meta.json").is_file():
+    if _is_whole(folder):
         return
     try:
         locks = folder.parent / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with open(locks / folder.name, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "meta.json").is_file():
-                _build(files, spec, folder)
+            locked = _lock(lock)
+            if not _is_whole(folder):
+                _build(files, spec, folder, alone=locked)
     except OSError as error:  # raised by writing: a source that can't be read is a DataError
         needed = sum(size for _, size, _ in spec["files"])
         raise DataError(
@@ -233,16 +233,53 @@ def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None
         ) from None
 
 
-def _build(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
-    """Make the cache; the caller holds its lock."""
-    for leftover in folder.parent.glob(f".{folder.name}.*"):  # a process was killed while it built
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache is there and every file of it has the size that it was written with."""
+    try:
+        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
+        if all((folder / name).stat().st_size == size for name, size in sizes.items()):
+            return True
+        fault = "files are cut short"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        fault = "files are missing or damaged"
+    if folder.exists():
+        logger.warning("episode cache: %s: %s; it is made again", folder, fault)
+    return False
+
+
+def _lock(file: TextIO) -> bool:
+    """Wait for the lock; False, with a warning, on a file system that has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        logger.warning(
+            "episode cache: %s can't be locked (%s), so processes that start at once each build it; mount the file "
+            "system with locks (-o flock), or set data.cache_dir to a local folder",
+            *(file.name, error.strerror),
+        )
+        return False
+    return True
+
+
+def _build(files: list[Source], spec: dict[str, Any], folder: Path, *, alone: bool) -> None:
+    """Make the cache.
+
+    Args:
+        alone: the caller holds its lock. Without one, another process may finish first, and its cache is kept.
+    """
+    for leftover in folder.parent.glob(f".{folder.name}.*") if alone else ():  # a process was killed while it built
         shutil.rmtree(leftover)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    damaged = temporary.with_name(f"{temporary.name}.damaged")
     try:
         _write_cache(files, spec, temporary)
-        os.rename(temporary, folder)
+        if not _is_whole(folder):
+            if folder.exists():
+                os.rename(folder, damaged)
+            os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
@@ -268,6 +305,7 @@ def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> Non
         np.save(folder / f"{name}.npy", arrays[name])
     np.save(folder / "episode_starts.npy", starts)
     meta = {"spec": spec, "prompts": list(known_prompts), "file_starts": file_starts, "cameras": cameras}
+    meta["sizes"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
