@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from utils.config_utils import Config
 from utils.statistics import STATISTICS
 
+WIDEST = 50.0  # half the range of a dimension, in units of its scale, from which on min and max are the better scale
+
 
 class ActionRange(NamedTuple):
     """Where normalized actions lie, each float32 (2, A): row 0 the lowest, row 1 the highest value.
@@ -35,7 +37,9 @@ class Normalizer(nn.Module):
     `min_max` maps [min, max] and `quantile` maps [q01, q99] onto `bounds`; `mean_std` subtracts the mean and
     divides by the standard deviation. A dimension that never changed in training (range below 1e-6 of its
     size) is only shifted, and denormalizing returns its constant exactly, whatever a head predicts. One that
-    changes, but too rarely for its quantiles to differ (a gripper that shuts once), is mapped by its min and max.
+    changes, but so rarely that its quantiles (or its standard deviation) are a tiny part of its range, is mapped by its
+    min and max: a gripper that shuts once, a wrist that rests but for encoder noise. So no training value lies more
+    than WIDEST times the scale from the center.
 
     In delta mode an action dimension is taken relative to the same dimension of the current state before it is
     normalized, and the state is added back after denormalizing.
@@ -162,7 +166,7 @@ def _affine(
     smallest = 1e-6 * rows["max"].abs().maximum(rows["min"].abs()).clamp(min=1.0)
     middle, half = (rows["min"] + rows["max"]) / 2, (rows["max"] - rows["min"]) / 2
     constant = half <= smallest
-    degenerate = constant | (scale <= smallest)
+    degenerate = constant | (scale <= smallest) | (half > WIDEST * scale)
     center, scale = torch.where(degenerate, middle, center), torch.where(degenerate, half, scale)
     return {
         "center": center.float(),
