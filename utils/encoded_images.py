@@ -13,6 +13,7 @@ import simplejpeg
 
 JPEG_START, PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 FORMATS = ("JPEG", "PNG")  # for PIL's `formats`
+RECORDED_FORMATS = (*FORMATS, "BMP", "WEBP")  # of one's own recordings; a server takes the first two
 MAX_SCANS = 32  # of a progressive JPEG, which takes one pass over all its pixels each; encoders make about 10
 _SOME_CHUNKS, _BYTES_PER_CHUNK = 256, 1024  # a PNG may have so many chunks, and one more per so many bytes
 
