@@ -33,7 +33,7 @@ def decode_frame(
     A JPEG larger than needed is scaled down while it is decoded, by eighths of its size.
 
     Args:
-        encoded: of a JPEG or PNG; BMP and WebP are read too.
+        encoded: of a JPEG or PNG; BMP, TIFF and WebP are read too.
         min_height, min_width: the result is not scaled below these.
         out: uint8 (min_height, min_width, 3), contiguous; a JPEG that comes out in that size is decoded into it.
 
