@@ -14,6 +14,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from utils.encoded_images import RECORDED_FORMATS
+
 logger = logging.getLogger(__name__)
 
 JPEG_START = b"\xff\xd8"
@@ -31,7 +33,7 @@ def decode_frame(
     A JPEG larger than needed is scaled down while it is decoded, by eighths of its size.
 
     Args:
-        encoded: of a JPEG, PNG or other format of Pillow's.
+        encoded: of a JPEG or PNG; BMP, TIFF and WebP are read too.
         min_height, min_width: the result is not scaled below these.
         out: uint8 (min_height, min_width, 3), contiguous; a JPEG that comes out in that size is decoded into it.
 
@@ -84,7 +86,7 @@ def is_deep(mode: str) -> bool:
 
 
 def _by_pillow(encoded: bytes | memoryview) -> np.ndarray:
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=RECORDED_FORMATS) as image:
         return np.array(upright_rgb(image))
 
 

@@ -7,6 +7,8 @@ so a frame that was trained on and the same frame seen by the robot give the sam
 from __future__ import annotations
 
 import logging
+import math
+import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +23,26 @@ from data.decoding import decode_frame, upright_rgb
 from utils.backbones import BACKBONE_SPECS
 from utils.batch import Batch
 from utils.config_utils import Config
+from utils.foreign_files import ForeignFileError, check_processor_folder
+from utils.text import printable
 
 logger = logging.getLogger(__name__)
 
+MAX_SIDE = 4096  # pixels of the images that a model takes
 MAX_KNOWN_PROMPTS = 4096  # tokenized instructions that are kept; a server may be sent any number of them
+# What PIL and simplejpeg run into on bytes that are no image, or a crafted one.
+DECODING_FAULTS = (
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
 Sample = dict[str, Any]
 
@@ -55,8 +73,9 @@ class VLAImageProcessor:
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
+            check_processor_folder(Path(name_or_path))
             settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
-        except OSError as error:
+        except (OSError, ForeignFileError) as error:
             reason = str(error).splitlines()[0]
             raise ObservationError(
                 f"image processor: no preprocessor_config.json at {name_or_path!r} ({reason}); set "
@@ -70,9 +89,19 @@ class VLAImageProcessor:
         size = settings.get("size", {})
         if isinstance(size, int):
             size = {"height": size, "width": size}
+        mean, std = settings.get("image_mean", (0.5,) * 3), settings.get("image_std", (0.5,) * 3)
+        resample = settings.get("resample", Image.Resampling.BICUBIC)
         fault = None
-        if "height" not in size or "width" not in size:
-            fault = f"size is {size}; wanted height and width"
+        if not isinstance(size, dict) or "height" not in size or "width" not in size:
+            fault = f"size is {printable(size)}; wanted height and width"
+        elif not all(type(size[side]) is int and 1 <= size[side] <= MAX_SIDE for side in ("height", "width")):
+            fault = f"size is {printable(size)}; wanted whole numbers from 1 to {MAX_SIDE}"
+        elif not all(_is_three_numbers(values) for values in (mean, std)) or 0 in std:
+            fault = f"image_mean is {printable(mean)} and image_std {printable(std)}; wanted three finite numbers each"
+        elif resample not in list(Image.Resampling):
+            fault = f"resample is {printable(resample)}; wanted one of PIL's filters, 0 to 5"
+        elif type(settings.get("rescale_factor", 1 / 255)) not in (int, float):
+            fault = f"rescale_factor is {printable(settings['rescale_factor'])}; wanted 1/255"
         elif settings.get("do_center_crop") or settings.get("do_pad"):
             fault = "do_center_crop and do_pad are not supported; wanted both false"
         elif abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
@@ -80,8 +109,7 @@ class VLAImageProcessor:
         if fault is not None:
             remedy = "set data.image_processor_name_or_path to a directory or hub id whose preprocessing is such"
             raise ObservationError(f"image processor at {place!r}: {fault}; {remedy}")
-        mean, std = settings.get("image_mean", (0.5,) * 3), settings.get("image_std", (0.5,) * 3)
-        return cls(size["height"], size["width"], mean, std, settings.get("resample", Image.Resampling.BICUBIC))
+        return cls(size["height"], size["width"], mean, std, resample)
 
     def to_settings(self) -> dict[str, Any]:
         """The content of a `preprocessor_config.json` that gives this processor again."""
@@ -132,7 +160,7 @@ class VLAImageProcessor:
         else:
             try:
                 pixels = decode_frame(frame, self.height, self.width, out)
-            except (OSError, SyntaxError, ValueError) as error:
+            except DECODING_FAULTS as error:
                 found = f"{len(frame)} bytes is no readable JPEG or PNG ({error})"
                 raise ObservationError(f"{place}: {found}") from None
         if pixels is out:
@@ -147,6 +175,11 @@ def array_fault(frame: np.ndarray) -> str | None:
     if frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3 and frame.size:
         return None
     return f"{frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB"
+
+
+def _is_three_numbers(values: Any) -> bool:
+    numbers = values if isinstance(values, list | tuple) else ()
+    return len(numbers) == 3 and all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
 
 
 def _read(path: Path) -> bytes:
@@ -187,9 +220,10 @@ class PromptTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            check_processor_folder(Path(name_or_path))
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        except Exception as error:  # its Rust part raises the bare class, its Python part any other
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ObservationError(
                 f"tokenizer: none at {name_or_path!r} ({reason}); set data.tokenizer_name_or_path to a directory or "
                 "hub id that has one"

@@ -15,21 +15,25 @@ The folder, written by `inference.serving.export`; its files are checked by thei
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from utils.checkpoint import FORMAT, CheckpointError, load_checkpoint
+from utils.checkpoint import FORMAT, CheckpointError, check_content, load_checkpoint
+from utils.foreign_files import TOKENIZER_FILES, ForeignFileError, inside, read_json, read_yaml
+from utils.text import printable
 
 MANIFEST, WEIGHTS = "policy.json", "model.safetensors"
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
+DESCRIPTIONS = ("statistics.json", "backbone_config.json", "preprocessor_config.json")
+NEEDED = frozenset({WEIGHTS, "config.yaml", *DESCRIPTIONS})
+WRITTEN = NEEDED | {MANIFEST, "README.md"} | {f"tokenizer/{name}" for name in TOKENIZER_FILES}
+LEFT_ALONE = (".cache", ".git", ".gitattributes", "LICENSE", "LICENSE.md")  # beside a policy on the hub; never read
 CARRIED = ("format", "step", "cameras", "base")  # plain values of a checkpoint that policy.json holds
 
 
@@ -65,18 +69,16 @@ def load_export(name_or_path: str | Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     try:
         weights = load_file(folder / WEIGHTS)
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        statistics, backbone_config, image_processor = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in ("statistics.json", "backbone_config.json", "preprocessor_config.json")
-        )
-    except (OSError, ValueError, SafetensorError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{folder}: can't be read ({error}); export it again") from None
-    tokenizer_files = {
-        path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-        for path in sorted((folder / "tokenizer").iterdir())
-    }
-    return {
+        config = read_yaml(folder / "config.yaml")
+        statistics, backbone_config, image_processor = (read_json(folder / name) for name in DESCRIPTIONS)
+        tokenizer_files = {
+            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for path in sorted((folder / "tokenizer").iterdir())
+            if path.stat().st_size
+        }
+    except (OSError, ForeignFileError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: can't be read ({printable(error)}); export it again") from None
+    checkpoint = {
         **{key: manifest[key] for key in CARRIED},
         "model": weights,
         "config": config,
@@ -85,6 +87,8 @@ def load_export(name_or_path: str | Path) -> dict[str, Any]:
         "image_processor": image_processor,
         "tokenizer_files": tokenizer_files,
     }
+    check_content(checkpoint, folder)
+    return checkpoint
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -99,30 +103,55 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: no {MANIFEST} in it; give a folder that scripts/export_policy.py wrote, or a *.pth.tar file"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in (*CARRIED, "sha256") if key not in manifest]
-        digests = dict(manifest.get("sha256", {}))
-    except (ValueError, TypeError, AttributeError) as error:
+        manifest = read_json(path)
+    except ForeignFileError as error:
         raise CheckpointError(f"{path}: not readable ({error}); export it again") from None
-    if missing or manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: not of this program (format {manifest.get('format')!r}, lacks {missing})")
-    pickled = [found.name for found in sorted(folder.rglob("*")) if found.suffix.lower() in PICKLES]
+    digests = manifest.get("sha256") if isinstance(manifest, dict) else None
+    missing = [key for key in (*CARRIED, "sha256") if digests is None or key not in manifest]
+    if missing or manifest["format"] != FORMAT or not isinstance(digests, dict):
+        raise CheckpointError(f"{path}: not of this program; wanted format {FORMAT!r} and {', '.join(CARRIED)}, sha256")
+    _check_names(folder, set(digests))
+    for name in sorted(NEEDED | digests.keys()):
+        if digest(folder / name) != digests.get(name):
+            raise CheckpointError(
+                f"{folder / name}: changed since it was exported (SHA-256 differs from {MANIFEST}); don't use it: "
+                "export it again, or download it again"
+            )
+    _refuse_others(folder, set(digests))
+    return manifest
+
+
+def _check_names(folder: Path, listed: set[str]) -> None:
+    """Check that what is needed and what is listed are files that `export_policy` writes, in the folder itself.
+
+    Raises:
+        CheckpointError: naming the file that is missing, lies elsewhere or is of no use to a policy.
+    """
+    pickled = [path.name for path in _files(folder) if path.suffix.lower() in PICKLES]
     if pickled:
         raise CheckpointError(f"{folder}: holds {pickled[0]}, a kind of file that may run code; nothing was loaded")
-    needed = {WEIGHTS, "config.yaml", "statistics.json", "backbone_config.json", "preprocessor_config.json"}
-    for name in sorted(needed | digests.keys()):
-        file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing; export it again, or download it again")
-        if digest(file) != digests.get(name):
+    # The hub's cache keeps a snapshot's files as links to the blobs beside it.
+    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    for name in sorted(NEEDED | listed):
+        path = inside(root, (folder / name).relative_to(root)) if name in WRITTEN else None
+        if path is None or not path.is_file():
             raise CheckpointError(
-                f"{file}: changed since it was exported (SHA-256 differs from {MANIFEST}); don't use it: export it "
-                "again, or download it again"
+                f"{folder}: {printable(name)} is missing, lies elsewhere, or is no file of a policy; export "
+                "it again, or download it again"
             )
-    stray = {str(p.relative_to(folder)) for p in (folder / "tokenizer").iterdir()} - digests.keys()
-    if stray:
-        raise CheckpointError(f"{folder}: {sorted(stray)[0]} is not listed in {MANIFEST}; remove it")
-    return manifest
+    if not (folder / "tokenizer").is_dir():
+        raise CheckpointError(f"{folder}: tokenizer/ is missing; export it again, or download it again")
+
+
+def _refuse_others(folder: Path, listed: set[str]) -> None:
+    for path in _files(folder):
+        name = path.relative_to(folder)
+        if name.parts[0] not in LEFT_ALONE and str(name) not in listed | {MANIFEST, "README.md"}:
+            raise CheckpointError(f"{folder}: {printable(name)} is not listed in {MANIFEST}; remove it")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
 
 
 def digest(path: Path) -> str:

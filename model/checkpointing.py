@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from model.adapters import base_fingerprint, load_state, trained_state
@@ -22,6 +23,17 @@ from utils.config_utils import Config, ConfigError, config_from_dict, is_free
 from utils.statistics import StatisticsError
 from utils.text import printable
 
+# What the classes of transformers and torch run into on a description that somebody changed.
+_BUILDING_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 Policy = TypeVar("Policy", bound=nn.Module)
 
 
@@ -77,7 +89,7 @@ def _describes_a_model() -> Iterator[None]:
         yield
     except (CheckpointError, ConfigError, StatisticsError):
         raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _BUILDING_FAULTS as error:
         raise CheckpointError(
             f"checkpoint: no model can be built from its configuration ({type(error).__name__}: {printable(error)}); "
             "it was changed, or is of another version"

@@ -7,6 +7,9 @@ from typing import Literal
 
 from utils.config_fields import positive
 from utils.config_reader import ConfigError
+from utils.text import printable
+
+MAX_NAME_CHARS = 200  # of a dataset's name, which goes into logs, tables and file names
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class MixtureEntry:
     horizon: int | None = None  # actions that are true targets, for datasets of a lower rate; None: the head's
 
     def __post_init__(self) -> None:
+        if not self.name.isprintable() or len(self.name) > MAX_NAME_CHARS:
+            raise ConfigError(f"data.mixture: name is {printable(self.name)!r}; give at most {MAX_NAME_CHARS} letters")
         if self.weight < 0:
             raise ConfigError(f"data.mixture {self.name}: weight is {self.weight}; give 0 or more")
         for name in ("state_dim", "per_action_dim", "horizon"):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from utils.config_fields import not_negative, positive
 from utils.config_reader import ConfigError
+from utils.foreign_files import is_plain_name
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TrainingConfig:
                 positive(self, "training", name)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number in (0, 1), or null for none")
-        if not self.experiment_name or "/" in self.experiment_name:
+        if not is_plain_name(self.experiment_name):
             raise ConfigError(f"training.experiment_name is {self.experiment_name!r}; give a plain folder name")
 
 

@@ -29,6 +29,7 @@ from utils.config_model import (
 )
 from utils.config_reader import ConfigError, build, read_tree, set_dotted
 from utils.config_training import LRSchedulerConfig, OptimizerConfig, TrainingConfig
+from utils.foreign_files import ForeignFileError, parse_yaml
 
 __all__ = [
     "ActionHeadConfig",
@@ -284,7 +285,11 @@ def _apply(tree: dict[str, Any], set_args: list[str]) -> None:
         key, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item}: no '='; write --set section.key=value")
-        set_dotted(tree, key.strip(), yaml.safe_load(text), f"--set {item}")
+        try:
+            value = parse_yaml(text)
+        except ForeignFileError as error:
+            raise ConfigError(f"--set {item}: {error}") from None
+        set_dotted(tree, key.strip(), value, f"--set {item}")
 
 
 def _plain(value: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.config_utils import config_from_dict
+from utils.foreign_files import ForeignFileError, read_json
+from utils.text import markdown_text
 from utils.text_table import markdown_table
 
 
@@ -37,10 +38,10 @@ def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -
     ]
     sections = [
         "---\nlibrary_name: paligemma-vla\npipeline_tag: robotics\ntags:\n- robotics\n- vision-language-action\n---",
-        f"# {config.training.experiment_name}",
+        f"# {markdown_text(config.training.experiment_name)}",
         "A robot policy trained with PaliGemma-VLA: images, an instruction and the robot's state in, a chunk of "
         "actions out.",
-        markdown_table(("", ""), rows),
+        _table(("", ""), rows),
         *(_metrics_section(Path(path)) for path in metrics),
         "## Use",
         "```python\n"
@@ -56,15 +57,20 @@ def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -
 
 def _metrics_section(path: Path) -> str:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_json(path)
+    except ForeignFileError as error:
         raise ValueError(
             f"{path}: can't be read ({error}); give metrics.json or rollouts.json of main_eval.py"
         ) from None
-    if "tasks" in found:
-        return _closed_loop(found)
-    if "predictors" in found:
-        return _offline(found)
+    sections = {"tasks": _closed_loop, "predictors": _offline}
+    for key, section in sections.items():
+        if isinstance(found, dict) and key in found:
+            try:
+                return section(found)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: {key} are not as main_eval.py writes them ({error!r}); evaluate again"
+                ) from None
     raise ValueError(
         f"{path}: holds neither 'tasks' nor 'predictors'; give metrics.json or rollouts.json of main_eval.py"
     )
@@ -75,9 +81,9 @@ def _closed_loop(found: dict[str, Any]) -> str:
         (name, f"{task['successes']}/{task['episodes']}", "{:.0%} to {:.0%}".format(*task["wilson_95"]))
         for name, task in found["tasks"].items()
     ]
-    settings = found["settings"]
+    settings = {key: markdown_text(value) for key, value in found["settings"].items()}
     heading = f"## Closed loop: {settings['env']}, {settings['control']}, seeds from {settings['seed']}"
-    return f"{heading}\n\n{markdown_table(('task', 'success', '95 % interval'), rows)}"
+    return f"{heading}\n\n{_table(('task', 'success', '95 % interval'), rows)}"
 
 
 def _offline(found: dict[str, Any]) -> str:
@@ -85,4 +91,9 @@ def _offline(found: dict[str, Any]) -> str:
         (name, *(f"{result['overall'][key]:.4g}" for key in ("mse", "mae")))
         for name, result in found["predictors"].items()
     ]
-    return f"## Recorded data, physical units\n\n{markdown_table(('predictor', 'MSE', 'MAE'), rows)}"
+    return f"## Recorded data, physical units\n\n{_table(('predictor', 'MSE', 'MAE'), rows)}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table whose cells are shown as written."""
+    return markdown_table(header, [[markdown_text(cell) for cell in row] for row in rows])
