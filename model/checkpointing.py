@@ -44,6 +44,7 @@ def policy_from_checkpoint(
     statistics: Sequence[dict[str, Any]] | None = None,
     *,
     use_ema: bool = True,
+    must_be_finite: bool = True,
 ) -> Policy:
     """The policy of a checkpoint; see `VLAModel.from_checkpoint`, whose class is `policy_class`."""
     config = config or config_from_dict(checkpoint["config"], source="checkpoint")
@@ -55,7 +56,8 @@ def policy_from_checkpoint(
     base_name = None if base is None else base["name_or_path"]
     without_base = base is not None and not base["included"]
     adapted_later = is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
-    check_finite(weights, "checkpoint")
+    if must_be_finite:
+        check_finite(weights, "checkpoint")
     given_statistics = checkpoint["statistics"] if statistics is None else statistics
     if without_base:
         backbone = backbone_class(vlm.type).from_pretrained(vlm, *settings)

@@ -92,6 +92,7 @@ class VLAModel(nn.Module):
         statistics: Sequence[dict[str, Any]] | None = None,
         *,
         use_ema: bool = True,
+        must_be_finite: bool = True,
     ) -> VLAModel:
         """The policy of a checkpoint dict (`utils.checkpoint.load_checkpoint`), from it alone.
 
@@ -101,11 +102,13 @@ class VLAModel(nn.Module):
             statistics: take these instead of the checkpoint's own (new data); None keeps the old units.
             use_ema: take the average of the weights where the checkpoint has one (`training.ema_decay`), as
                 validation did; False to go on training.
+            must_be_finite: refuse weights that are NaN or infinite; False to look at them.
 
         Raises:
-            CheckpointError: the weights do not fit the architecture that the config describes.
+            CheckpointError: the weights do not fit the architecture that the config describes, or are not finite.
         """
-        return policy_from_checkpoint(cls, checkpoint, config, statistics, use_ema=use_ema)
+        options = {"use_ema": use_ema, "must_be_finite": must_be_finite}
+        return policy_from_checkpoint(cls, checkpoint, config, statistics, **options)
 
     def forward(self, batch: Batch) -> Tensor:
         """Training loss per action step, float32 (B, T), zero where `action_is_pad`.
