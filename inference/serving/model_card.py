@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config_utils import config_from_dict
+from utils.text_table import markdown_table
 
 
 def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -> str:
@@ -39,7 +40,7 @@ def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -
         f"# {config.training.experiment_name}",
         "A robot policy trained with PaliGemma-VLA: images, an instruction and the robot's state in, a chunk of "
         "actions out.",
-        _table(("", ""), rows),
+        markdown_table(("", ""), rows),
         *(_metrics_section(Path(path)) for path in metrics),
         "## Use",
         "```python\n"
@@ -76,7 +77,7 @@ def _closed_loop(found: dict[str, Any]) -> str:
     ]
     settings = found["settings"]
     heading = f"## Closed loop: {settings['env']}, {settings['control']}, seeds from {settings['seed']}"
-    return f"{heading}\n\n{_table(('task', 'success', '95 % interval'), rows)}"
+    return f"{heading}\n\n{markdown_table(('task', 'success', '95 % interval'), rows)}"
 
 
 def _offline(found: dict[str, Any]) -> str:
@@ -84,9 +85,4 @@ def _offline(found: dict[str, Any]) -> str:
         (name, *(f"{result['overall'][key]:.4g}" for key in ("mse", "mae")))
         for name, result in found["predictors"].items()
     ]
-    return f"## Recorded data, physical units\n\n{_table(('predictor', 'MSE', 'MAE'), rows)}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return f"## Recorded data, physical units\n\n{markdown_table(('predictor', 'MSE', 'MAE'), rows)}"
