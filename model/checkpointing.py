@@ -53,6 +53,7 @@ def policy_from_checkpoint(
     load_weights(policy, weights)
     if adapted_later:
         policy.backbone.adapt(vlm)
+        policy.rest_unread()
     policy.base = frozen_base(backbone, base_name)
     if config.training.save_adapters_only and policy.base is not None and policy.base["name_or_path"] is None:
         raise ConfigError(

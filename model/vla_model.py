@@ -62,6 +62,13 @@ class VLAModel(nn.Module):
         self.action_head = build_action_head(
             config.model.action_head_config, backbone.spec, data.state_dim, self.normalizer.action_range
         )
+        self.rest_unread()
+
+    def rest_unread(self) -> None:
+        """Stop training what nothing reads: with DDP, a weight that gets no gradient is an error."""
+        if not self.action_head.wants_tokens:
+            for parameter in self.backbone.unread_parameters():
+                parameter.requires_grad_(False)
 
     @classmethod
     def from_pretrained(
@@ -186,7 +193,8 @@ class VLAModel(nn.Module):
         """
         images = self.augmentation([batch[camera] for camera in self.cameras])
         seen = {**batch, **dict(zip(self.cameras, images, strict=True))}
-        context = self.backbone(seen, keys_values=self.action_head.wants_keys_values)
+        head = self.action_head
+        context = self.backbone(seen, keys_values=head.wants_keys_values, tokens=head.wants_tokens)
         return dataclasses.replace(
             context,
             state_BS=self.normalizer.normalize_state(batch["state"], batch["dataset_index"]),
