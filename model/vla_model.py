@@ -20,9 +20,10 @@ from model.augmentation import ImageAugmentation
 from model.backbone import Backbone, backbone_class
 from model.checkpointing import frozen_base, policy_from_checkpoint
 from model.context import ActionPrefix, Context
-from model.normalizer import Normalizer
+from model.published_normalizer import build_normalizer
 from utils.batch import Batch
 from utils.config_utils import Config, ConfigError
+from utils.normalization import needed_statistics
 from utils.statistics import StatisticsError, check_statistics
 
 
@@ -52,11 +53,11 @@ class VLAModel(nn.Module):
         for entry, dataset in zip(statistics, datasets, strict=True):
             remedy = "calculate the statistics again for this config"
             place = f"statistics of dataset {dataset.name}"
-            check_statistics(entry, dataset.state_dim, dataset.per_action_dim, place, remedy)
+            check_statistics(entry, dataset.state_dim, dataset.per_action_dim, place, remedy, needed_statistics(data))
         self.statistics = list(statistics)
         self.base: dict[str, Any] | None = None  # see `model.checkpointing.frozen_base`
         self.compute_dtype = getattr(torch, config.model.vlm_config.dtype)
-        self.normalizer = Normalizer.from_config(config, statistics)
+        self.normalizer = build_normalizer(config, statistics)
         self.augmentation = ImageAugmentation(data.augmentation)
         self.backbone = backbone
         self.action_head = build_action_head(
@@ -239,7 +240,7 @@ class VLAModel(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return self.normalizer.state_center.device
+        return self.normalizer.state_exists.device
 
 
 def _check_head_and_backbone(config: Config) -> None:

@@ -211,7 +211,8 @@ class Config:
     @property
     def cameras(self) -> tuple[str, ...]:
         """Names of the image columns that the model reads, in slot order."""
-        return ("image_1", "image_2") if self.model.vlm_config.use_aux_camera else ("image_1",)
+        older_spelling = ("image_1", "image_2") if self.model.vlm_config.use_aux_camera else ("image_1",)
+        return self.data.cameras or older_spelling
 
     @property
     def experiment_dir(self) -> Path:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.pi_fixtures import KINDS, arrays, folder
-from utils.normalization import MissingStatistics, published_scaling
+from utils.normalization import published_scaling
 from utils.policy_folder import read_policy_folder
+from utils.statistics import StatisticsError
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +54,7 @@ def test_every_mode(mode: str, arithmetic: str, normalized: list[float], restore
 
 
 def test_missing_statistics_are_named() -> None:
-    with pytest.raises(MissingStatistics, match="normalization quantile needs q01 and q99; there are mean, std"):
+    with pytest.raises(StatisticsError, match="normalization quantile needs q01 and q99; there are mean, std"):
         published_scaling({"mean": [0.0], "std": [1.0]}, "quantile", "openpi", 1)
-    with pytest.raises(MissingStatistics, match="needs mean and std; there are none at all"):
+    with pytest.raises(StatisticsError, match="needs mean and std; there are none at all"):
         published_scaling({}, "mean_std", "lerobot", 1)
