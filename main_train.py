@@ -70,6 +70,7 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         processors = processors_from_checkpoint(checkpoint)
         loaders = build_loaders(config, *processors, place)
         statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
+        processors[1].read_states(config, statistics)
         policy = VLAModel.from_checkpoint(checkpoint, config, statistics=statistics)
 
     else:  # a new run from a pretrained backbone
@@ -77,6 +78,7 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         processors = processors_from_config(config)
         loaders = build_loaders(config, *processors, place)
         statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
+        processors[1].read_states(config, statistics)
         policy = VLAModel.from_pretrained(config, statistics, processors[0].mean, processors[0].std)
 
     trainer_class = TRAINERS[config.training.strategy] if place.in_group else VLATrainer

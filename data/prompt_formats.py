@@ -26,12 +26,7 @@ def prompt_texts(prompt: str, prompt_format: PromptFormat, state_bins: Sequence[
         prompt: the instruction as written.
         prompt_format: one of the four.
         state_bins: for `pi05`, from `state_bins`.
-
-    Raises:
-        ValueError: the instruction is blank.
     """
-    if not prompt.strip():
-        raise ValueError(f"prompt is {prompt!r}; a policy needs an instruction")
     if prompt_format == "paligemma":
         return (" ".join(prompt.split()) + "\n",)
     if prompt_format == "pi0":

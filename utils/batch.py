@@ -18,8 +18,9 @@ class Batch(TypedDict, total=False):
     """Tensors of one batch by name; a dict at run time.
 
     The images are one key per camera, with the names that `Config.cameras` gives, in slot order; the two names of
-    the standard schema stand for them here. A sample is a batch of one without its first axis. Actions are absent
-    where none are known (serving), and the last three keys are there only when an inference engine has added them.
+    the standard schema stand for them here. With `data.image_fit` pad they are float32 from 0 to 1 instead of uint8.
+    A sample is a batch of one without its first axis. Actions are absent where none are known (serving), and the last
+    three keys are there only when an inference engine has added them.
     """
 
     image_1: Tensor  # uint8 (B, S, 3, H, W): frames up to and including now, oldest first; resized, not rescaled
@@ -61,7 +62,8 @@ def example_batch(
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
 
-    batch: Batch = {camera: zeros(frames, 3, image_size, image_size, dtype=torch.uint8) for camera in cameras}
+    pixel_type = torch.float32 if config.data.image_fit == "pad" else torch.uint8
+    batch: Batch = {camera: zeros(frames, 3, image_size, image_size, dtype=pixel_type) for camera in cameras}
     batch |= {
         "image_mask": ~zeros(len(cameras), dtype=torch.bool),
         "vlm_attention_mask": ~zeros(frames, dtype=torch.bool),
