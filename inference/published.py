@@ -125,7 +125,7 @@ def policy_config(policy: PublishedPolicy, sizes: PiSizes, tokenizer_name: str) 
                     "num_heads": sizes.expert.num_heads,
                     "max_action_dim": sizes.max_action_dim,
                     "time": "token" if variant == "pi0" else "adaptive_norm",
-                    "state": "token" if variant == "pi0" else "prompt",
+                    "state_token": variant == "pi0",
                     "time_periods": [config.get("min_period", 4e-3), config.get("max_period", 4.0)],
                     **({"max_state_dim": sizes.max_state_dim} if variant == "pi0" else {}),
                 },

@@ -62,7 +62,7 @@ def make_expert(kind: str, part: str = "policy", **settings: Any) -> ActionExper
         mlp_dim=sizes.expert.mlp_dim,
         num_heads=sizes.expert.num_heads,
         time={"pi0": "token", "pi05": "adaptive_norm"}[kind],
-        state={"pi0": "token", "pi05": "prompt"}[kind],
+        state_token=kind == "pi0",
         **settings.pop("expert", {}),
     )
     config = ActionHeadConfig(type="action_expert", horizon=10, per_action_dim=7, expert=expert, **settings)

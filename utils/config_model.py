@@ -120,7 +120,7 @@ class ExpertConfig:
     max_state_dim: int = 32  # narrower states are padded with zeros
     max_action_dim: int = 32  # narrower actions too; the padding is noised like the rest and has no loss
     time: Literal["token", "adaptive_norm"] = "token"  # mixed into the action tokens (pi0), or into every norm (pi0.5)
-    state: Literal["token", "prompt", "none"] = "token"  # a token (pi0), in the prompt's text (pi0.5), unread
+    state_token: bool = True  # the state as a token of its own (pi0); false: it is in the prompt alone (pi0.5)
     time_periods: tuple[float, float] = (4e-3, 4.0)  # shortest and longest of the time embedding
     gradient_checkpointing: bool = free(False)
 

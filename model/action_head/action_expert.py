@@ -69,12 +69,17 @@ class ActionExpertHead(FlowMatching):
         self.expert = GemmaExpert(sizes, spec)
         self.action_in_proj = nn.Linear(sizes.max_action_dim, width)
         self.action_out_proj = zero_init(nn.Linear(width, sizes.max_action_dim))
-        if sizes.state == "token":
+        if self.sees_state:
             self.state_proj = nn.Linear(sizes.max_state_dim, width)
         if sizes.time == "token":
             self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * width, width), nn.Linear(width, width)
         else:
             self.time_mlp_in, self.time_mlp_out = nn.Linear(width, width), nn.Linear(width, width)
+
+    @property
+    def sees_state(self) -> bool:
+        """Whether the state is a token here, rather than text in the prompt or nowhere."""
+        return self.config.use_state_input and self.config.expert.state_token
 
     @property
     def flow_dim(self) -> int:
@@ -104,7 +109,7 @@ class ActionExpertHead(FlowMatching):
         if self.config.detach_context:
             layers = tuple((keys.detach(), values.detach()) for keys, values in layers)
         memory = Memory(layers, context.mask_BL, context.mask_BL.sum(dim=1) + 1)
-        if self.config.expert.state != "token":
+        if not self.sees_state:
             return memory
         state_BS = required_state(context).float()
         state_BS = F.pad(state_BS, (0, self.config.expert.max_state_dim - state_BS.shape[1]))
@@ -191,5 +196,5 @@ def _check(config: ActionHeadConfig, spec: ContextSpec, state_dim: int) -> None:
         )
     for name, found in (("max_action_dim", config.per_action_dim), ("max_state_dim", state_dim)):
         limit = getattr(sizes, name)
-        if found > limit and (name == "max_action_dim" or sizes.state == "token"):
+        if found > limit and (name == "max_action_dim" or sizes.state_token):
             raise ConfigError(f"{place}.{name} is {limit}, but there are {found} values; give at least that many")

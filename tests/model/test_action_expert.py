@@ -170,14 +170,14 @@ def test_training_steps_are_lerobots(kind: str) -> None:
 
 SPEC = ContextSpec(width=12, num_layers=2, num_kv_heads=2, head_dim=8, rope_theta=10000.0)
 SMALL = {"width": 16, "mlp_dim": 24, "num_heads": 4, "max_state_dim": 5, "max_action_dim": 6}
-SHAPES = [("token", "token"), ("token", "none"), ("adaptive_norm", "prompt"), ("adaptive_norm", "token")]
-every_shape = pytest.mark.parametrize(("time", "state"), SHAPES)
+SHAPES = [("token", True), ("token", False), ("adaptive_norm", False), ("adaptive_norm", True)]
+every_shape = pytest.mark.parametrize(("time", "state_token"), SHAPES)
 
 
-def small_head(time: str = "token", state: str = "token", **options: Any) -> ActionExpertHead:
+def small_head(time: str = "token", state_token: bool = True, **options: Any) -> ActionExpertHead:
     """Random everywhere, also where weights start at 0."""
     torch.manual_seed(0)
-    expert = ExpertConfig(**SMALL, time=time, state=state, **options.pop("expert", {}))
+    expert = ExpertConfig(**SMALL, time=time, state_token=state_token, **options.pop("expert", {}))
     head = build_action_head(
         ActionHeadConfig(type="action_expert", per_action_dim=4, expert=expert, **options), SPEC, 3
     )
@@ -216,8 +216,8 @@ def test_time_embedding_has_more_digits_than_float32_angles() -> None:
 
 
 @every_shape
-def test_noise_draws_are_as_many_passes(time: str, state: str) -> None:
-    head, context, (noise, moments) = small_head(time, state), small_context(), chance(6)
+def test_noise_draws_are_as_many_passes(time: str, state_token: bool) -> None:
+    head, context, (noise, moments) = small_head(time, state_token), small_context(), chance(6)
     together = head.loss_at(context, ACTION, no_pad(2, 8), noise, moments)
     apart = [head.loss_at(context, ACTION, no_pad(2, 8), noise[i::3], moments[i::3]) for i in range(3)]
     close(together, torch.stack(apart).mean(dim=0), atol=1e-5)
@@ -226,8 +226,8 @@ def test_noise_draws_are_as_many_passes(time: str, state: str) -> None:
 
 @every_shape
 @torch.no_grad()
-def test_what_does_not_exist_has_no_influence_and_may_be_left_out(time: str, state: str) -> None:
-    head, context, (noise, _) = small_head(time, state), small_context(), chance(2)
+def test_what_does_not_exist_has_no_influence_and_may_be_left_out(time: str, state_token: bool) -> None:
+    head, context, (noise, _) = small_head(time, state_token), small_context(), chance(2)
     spoilt = [
         tuple(one.masked_fill(~context.mask_BL[:, None, :, None], 7.0) for one in pair) for pair in context.keys_values
     ]
@@ -245,8 +245,8 @@ def test_what_does_not_exist_has_no_influence_and_may_be_left_out(time: str, sta
 
 @every_shape
 @torch.no_grad()
-def test_sampling_writes_no_keys_of_its_own_into_the_context(time: str, state: str) -> None:
-    head, context, (noise, _) = small_head(time, state), small_context(), chance(2)
+def test_sampling_writes_no_keys_of_its_own_into_the_context(time: str, state_token: bool) -> None:
+    head, context, (noise, _) = small_head(time, state_token), small_context(), chance(2)
     before = [one.clone() for pair in context.keys_values for one in pair]
     first = head.sample(context, noise, 3)
     assert torch.equal(head.sample(context, noise, 3), first)
@@ -265,15 +265,15 @@ def test_the_state_sees_no_action() -> None:
     moved = dataclasses.replace(context, state_BS=context.state_BS + 1)
     (noise, _) = chance(2)
     assert not torch.allclose(head.sample(moved, noise, 2), head.sample(context, noise, 2), atol=1e-3)
-    unread = small_head("token", "none")
+    unread = small_head(use_state_input=False)
     assert torch.equal(unread.sample(moved, noise, 2), unread.sample(context, noise, 2))
 
 
 @every_shape
-def test_checkpointed_gradients_are_the_same(time: str, state: str) -> None:
+def test_checkpointed_gradients_are_the_same(time: str, state_token: bool) -> None:
     found = []
     for checkpointing in (False, True):
-        head = small_head(time, state, expert={"gradient_checkpointing": checkpointing}).train()
+        head = small_head(time, state_token, expert={"gradient_checkpointing": checkpointing}).train()
         context = small_context()
         for pair in context.keys_values:
             for one in pair:
@@ -325,9 +325,9 @@ def test_missing_dimensions_are_noised_and_have_no_loss() -> None:
 
 
 @every_shape
-def test_velocity_is_the_slope_of_the_path_that_it_learns(time: str, state: str) -> None:
+def test_velocity_is_the_slope_of_the_path_that_it_learns(time: str, state_token: bool) -> None:
     """One batch is learnt: from the trained noise the integration ends near the trained actions."""
-    head, context, (noise, _) = small_head(time, state).train(), small_context(), chance(2)
+    head, context, (noise, _) = small_head(time, state_token).train(), small_context(), chance(2)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     for step in range(200):
         optimizer.zero_grad()
@@ -339,8 +339,8 @@ def test_velocity_is_the_slope_of_the_path_that_it_learns(time: str, state: str)
 
 
 @every_shape
-def test_it_continues_chunks_by_guidance_and_by_clean_prefixes(time: str, state: str) -> None:
-    head, context, (noise, _) = small_head(time, state, max_clean_prefix=3), small_context(), chance(2)
+def test_it_continues_chunks_by_guidance_and_by_clean_prefixes(time: str, state_token: bool) -> None:
+    head, context, (noise, _) = small_head(time, state_token, max_clean_prefix=3), small_context(), chance(2)
     plan = ACTION * 0.3
     prefix = ActionPrefix(plan, soft_mask(8, 2, 5).expand(2, -1))
     with torch.no_grad():
