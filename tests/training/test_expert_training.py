@@ -1,4 +1,4 @@
-"""The action expert trained on data files: prompts that say the state, letterboxed floats, and serving that does alike."""
+"""The action expert trained on data files: prompts that say the state, letterboxed floats, and serving alike."""
 
 from __future__ import annotations
 
