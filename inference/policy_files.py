@@ -47,9 +47,7 @@ def read_policy(name_or_path: str | Path, **published: Any) -> dict[str, Any]:
     Raises:
         ValueError: `published` for a policy of this program, which says all of it.
     """
-    path = Path(name_or_path)
-    is_hub_id = not path.exists() and len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".tar"
-    folder = _download(str(name_or_path)) if is_hub_id else path
+    folder = local_folder(name_or_path)
     if is_policy_folder(folder):
         return published_checkpoint(folder, **published)
     if published:
@@ -57,7 +55,14 @@ def read_policy(name_or_path: str | Path, **published: Any) -> dict[str, Any]:
             f"{name_or_path}: {', '.join(published)} is for folders of LeRobot's and openpi's pi0 and pi0.5 "
             "policies, and this is none"
         )
-    return load_export(folder) if folder.is_dir() else load_checkpoint(path, for_inference=True)
+    return load_export(folder) if folder.is_dir() else load_checkpoint(folder, for_inference=True)
+
+
+def local_folder(name_or_path: str | Path) -> Path:
+    """The path itself, or where the hub repository of that id was downloaded to; CheckpointError where it can't be."""
+    path = Path(name_or_path)
+    is_hub_id = not path.exists() and len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".tar"
+    return _download(str(name_or_path)) if is_hub_id else path
 
 
 def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:

@@ -18,7 +18,7 @@ from model.adapters import adapt
 from model.context import Context, ContextSpec
 from utils.backbones import BACKBONE_SPECS
 from utils.batch import Batch
-from utils.config_utils import VisionResamplerConfig, VLMConfig
+from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
 
 
 class Backbone(nn.Module, ABC):
@@ -118,6 +118,13 @@ class Backbone(nn.Module, ABC):
         """Freeze, quantize and add LoRA to the pretrained parts, as the config asks; see `model.adapters.adapt`."""
         parts = self.components()
         adapt({"vision": parts["vision tower"], "language": parts["language model"]}, vlm_config)
+        if vlm_config.freeze_projector:
+            if "projector" not in parts:
+                raise ConfigError(
+                    f"model.vlm_config.freeze_projector is set, but a {vlm_config.type} backbone has no projector; "
+                    "remove it"
+                )
+            parts["projector"].requires_grad_(False)
 
     @staticmethod
     @abstractmethod

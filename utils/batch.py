@@ -41,6 +41,17 @@ class Batch(TypedDict, total=False):
     noise: Tensor  # (K, B, ...): what `VLAModel.draw_noise` drew
 
 
+def steps_with_loss(batch: Batch, config: Config) -> Tensor:
+    """Which action steps have a loss, bool (B, T): those that are not padded.
+
+    With `loss_over_padding` all do, except in samples of nothing but padding, which only fill a batch.
+    """
+    is_pad_BT = batch["action_is_pad"]
+    if not config.model.action_head_config.loss_over_padding:
+        return ~is_pad_BT
+    return (~is_pad_BT.all(dim=1, keepdim=True)).expand_as(is_pad_BT)
+
+
 def example_batch(
     config: Config, *, image_size: int, batch_size: int = 1, text_len: int = 2, device: torch.device | str = "cpu"
 ) -> Batch:

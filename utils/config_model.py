@@ -64,6 +64,7 @@ class VLMConfig:
     use_aux_camera: bool = False  # read image_2 as well
     freeze_vision_tower: bool = free(False)
     freeze_language_model: bool = free(False)
+    freeze_projector: bool = free(False)  # paligemma: of image tokens, after the vision tower
     dtype: str = free("bfloat16")  # of compute (autocast) and of frozen weights as stored; trained weights are fp32
     vision_dtype: Literal["float32"] | None = free(None)  # float32: the vision tower stays out of dtype; null: as dtype
     num_image_tokens: int | None = free(None)  # per image, before the resampler; derived, checked when given

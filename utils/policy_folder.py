@@ -137,6 +137,12 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         ) from None
 
 
+def read_relative_dims(folder: str | Path, action_dim: int) -> tuple[int, ...]:
+    """Action dimensions that the pre-processor of a LeRobot folder takes relative to the state."""
+    steps = _steps(Path(folder), "policy_preprocessor.json", PREPROCESSOR_STEPS)
+    return _relative_dims(steps.get("relative_actions_processor"), action_dim)
+
+
 def _read_lerobot(folder: Path, config: dict[str, Any], norm_stats: str | Path | None) -> PublishedPolicy:
     place = folder / "config.json"
     if config["type"] not in ("pi0", "pi05"):

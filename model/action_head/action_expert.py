@@ -93,10 +93,12 @@ class ActionExpertHead(FlowMatching):
     def action_targets(self, context: Context, action_BTA: Tensor, action_is_pad_BT: Tensor) -> tuple[Tensor, Tensor]:
         """See `FlowMatching`; with `loss_over_padding` the last action is repeated, and every step has a loss."""
         if self.config.loss_over_padding:
+            action_is_pad_BT = action_is_pad_BT.bool()
             last_B = (~action_is_pad_BT).sum(dim=1).clamp(min=1) - 1
             step_BT = torch.arange(action_BTA.shape[1], device=last_B.device).minimum(last_B[:, None])
             action_BTA = action_BTA.gather(1, step_BT[..., None].expand_as(action_BTA))
-            action_is_pad_BT = torch.zeros_like(action_is_pad_BT)
+            # A sample of nothing but padding only fills a batch.
+            action_is_pad_BT = action_is_pad_BT.all(dim=1, keepdim=True).expand_as(action_is_pad_BT)
         action_BTA, action_is_pad_BT = super().action_targets(context, action_BTA, action_is_pad_BT)
         action_BTA = action_BTA * existing_dims(context, self.per_action_dim)
         return F.pad(action_BTA, (0, self.flow_dim - self.per_action_dim)), action_is_pad_BT
@@ -111,12 +113,11 @@ class ActionExpertHead(FlowMatching):
         memory = Memory(layers, context.mask_BL, context.mask_BL.sum(dim=1) + 1)
         if not self.sees_state:
             return memory
-        state_BS = required_state(context).float()
-        state_BS = F.pad(state_BS, (0, self.config.expert.max_state_dim - state_BS.shape[1]))
+        state_BE = self.embed_state(required_state(context))
         # The state sees no action and no time, so that it is computed once for all draws and steps. Norms that adapt
         # to time get none of it: their biases alone.
-        timeless = self.expert.modulations(state_BS.new_zeros(1, 1, self.config.expert.width))
-        return self.expert.remember(_exactly(self.state_proj, state_BS)[:, None], timeless, memory)
+        timeless = self.expert.modulations(state_BE.new_zeros(1, 1, self.config.expert.width))
+        return self.expert.remember(state_BE[:, None], timeless, memory)
 
     def sampling_context(self, context: Context) -> Memory:
         """`encode_context` with places that the action tokens of every step write to."""
@@ -130,8 +131,25 @@ class ActionExpertHead(FlowMatching):
             into = self.action_time_mlp_in
             mixed = _exactly_linear(embedded, into.weight[:, self.config.expert.width :], into.bias)
             return Moments(mixed, self.expert.modulations(embedded))
-        condition = F.silu(_exactly(self.time_mlp_out, F.silu(_exactly(self.time_mlp_in, embedded))))
-        return Moments(None, self.expert.modulations(condition))
+        return Moments(None, self.expert.modulations(self.time_condition(embedded)))
+
+    def time_condition(self, embedded: Tensor) -> Tensor:
+        """What adaptive norms are conditioned on, of the embedded time."""
+        return F.silu(_exactly(self.time_mlp_out, F.silu(_exactly(self.time_mlp_in, embedded))))
+
+    def embed_actions(self, x_NTA: Tensor, moments: Moments) -> Tensor:
+        """The action tokens that enter the expert, float32 (N, T, E)."""
+        tokens_NTE = _exactly(self.action_in_proj, x_NTA)
+        if moments.mixed is None:
+            return tokens_NTE
+        weight = self.action_time_mlp_in.weight[:, : self.config.expert.width]
+        return _exactly(self.action_time_mlp_out, F.silu(_exactly_linear(tokens_NTE, weight) + moments.mixed))
+
+    def embed_state(self, state_BS: Tensor) -> Tensor:
+        """The state's token, float32 (B, E)."""
+        return _exactly(
+            self.state_proj, F.pad(state_BS.float(), (0, self.config.expert.max_state_dim - state_BS.shape[1]))
+        )
 
     def velocity(
         self,
@@ -149,11 +167,7 @@ class ActionExpertHead(FlowMatching):
             action_is_pad_NT: bool, tokens that others must not attend to; None: all exist.
         """
         moments = time if isinstance(time, Moments) else self.conditions(time)
-        tokens_NTE = _exactly(self.action_in_proj, x_NTA)
-        if moments.mixed is not None:
-            weight = self.action_time_mlp_in.weight[:, : self.config.expert.width]
-            mixed = F.silu(_exactly_linear(tokens_NTE, weight) + moments.mixed)
-            tokens_NTE = _exactly(self.action_time_mlp_out, mixed)
+        tokens_NTE = self.embed_actions(x_NTA, moments)
         mask_NT = None if action_is_pad_NT is None else ~action_is_pad_NT
         return _exactly(self.action_out_proj, self.expert(tokens_NTE, moments.modulations, context, mask_NT))
 
