@@ -9,6 +9,7 @@ main_train_ddp.py sets too.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,8 @@ from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_
 from utils.config_utils import Config
 from utils.misc import derive_seed, set_up_logging, user_message
 from utils.statistics import load_statistics
+
+logger = logging.getLogger(__name__)
 
 TRAINERS = {"ddp": VLATrainerDDP, "fsdp": VLATrainerFSDP}  # training.strategy -> how several processes train
 
@@ -63,13 +66,17 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         loaders = build_loaders(config, *processors, place)
         policy = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
 
-    elif args.init_checkpoint:  # a new run from a checkpoint's weights, with the statistics of its own data
+    elif args.init_checkpoint:  # a new run from a checkpoint's weights, by default with the statistics of its own data
         checkpoint = load_checkpoint(args.init_checkpoint, for_inference=True)
         refuse_to_overwrite(config, None)
         require_same_architecture(checkpoint["config"], config, args.init_checkpoint)
         processors = processors_from_checkpoint(checkpoint)
         loaders = build_loaders(config, *processors, place)
-        statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
+        statistics = checkpoint["statistics"]
+        if args.statistics != "pretrained":
+            statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
+        logger.info("normalization statistics: %s", args.statistics or "own")
+        processors[1].read_states(config, statistics)
         policy = VLAModel.from_checkpoint(checkpoint, config, statistics=statistics)
 
     else:  # a new run from a pretrained backbone
@@ -77,6 +84,7 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         processors = processors_from_config(config)
         loaders = build_loaders(config, *processors, place)
         statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
+        processors[1].read_states(config, statistics)
         policy = VLAModel.from_pretrained(config, statistics, processors[0].mean, processors[0].std)
 
     trainer_class = TRAINERS[config.training.strategy] if place.in_group else VLATrainer

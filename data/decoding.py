@@ -34,7 +34,7 @@ def decode_frame(
 
     Args:
         encoded: of a JPEG or PNG; BMP, TIFF and WebP are read too.
-        min_height, min_width: the result is not scaled below these.
+        min_height, min_width: the result is not scaled below these; 0: it is not scaled.
         out: uint8 (min_height, min_width, 3), contiguous; a JPEG that comes out in that size is decoded into it.
 
     Returns:

@@ -60,7 +60,7 @@ class PackedBatches(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> PackedBatch:
         """The batch of some samples; raises the DataError of `VLADataset.batch`."""
-        block = ImageBlock(self.first.image_shape(len(indices)))
+        block = ImageBlock(self.first.image_shape(len(indices)), self.first.image_processor.pixel_type)
         arrays = self.dataset.arrays(np.asarray(indices), block.images.swapaxes(0, 1))
         return PackedBatch(arrays, self.first.cameras, block)
 
@@ -103,7 +103,9 @@ def make_loader(
     if num_workers:
         largest = batch_size if batch_sampler is None else batch_sampler.micro_batch_size
         slots = PREFETCH + 3  # besides those prefetched: one being made, two in use
-        pool = SlotPool(num_workers, slots, math.prod(batches.first.image_shape(largest)))
+        first = batches.first
+        slot_bytes = math.prod(first.image_shape(largest)) * first.image_processor.pixel_type.itemsize
+        pool = SlotPool(num_workers, slots, slot_bytes)
         options = {"persistent_workers": True, "prefetch_factor": PREFETCH}
     order = {"batch_sampler": batch_sampler} if batch_sampler is not None else {"batch_size": batch_size}
     loader = DataLoader(

@@ -1,6 +1,7 @@
-"""Reading a policy: a `*.pth.tar` file, a folder that scripts/export_policy.py wrote, or the hub id of such a folder.
+"""Reading a policy: a `*.pth.tar` file, a folder that scripts/export_policy.py wrote, a published pi0 or pi0.5
+(`inference.published`), or the hub id of such a folder.
 
-The folder, written by `inference.serving.export`; its files are checked by their digests before any is used:
+The exported folder, written by `inference.serving.export`; its files are checked by their digests before any is used:
 
     model.safetensors         weights, those that evaluation uses
     config.yaml               the resolved configuration
@@ -24,8 +25,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from inference.published import published_checkpoint
 from utils.checkpoint import FORMAT, CheckpointError, check_content, load_checkpoint
 from utils.foreign_files import TOKENIZER_FILES, ForeignFileError, inside, read_json, read_yaml
+from utils.policy_folder import is_policy_folder
 from utils.text import printable
 
 MANIFEST, WEIGHTS = "policy.json", "model.safetensors"
@@ -37,11 +40,33 @@ LEFT_ALONE = (".cache", ".git", ".gitattributes", "LICENSE", "LICENSE.md")  # be
 CARRIED = ("format", "step", "cameras", "base")  # plain values of a checkpoint that policy.json holds
 
 
-def read_policy(name_or_path: str | Path) -> dict[str, Any]:
-    """The checkpoint dict of a `*.pth.tar` file, an exported folder, or a hub id; errors as the two loaders."""
+def read_policy(name_or_path: str | Path, **published: Any) -> dict[str, Any]:
+    """The checkpoint dict of a policy; errors as the loaders.
+
+    Args:
+        name_or_path: a `*.pth.tar` file, an exported folder, the folder of a pi0 or pi0.5 policy of LeRobot or openpi,
+            or the hub id of a folder.
+        published: what such a pi0 or pi0.5 folder does not say; see `published_checkpoint`.
+
+    Raises:
+        ValueError: `published` for a policy of this program, which says all of it.
+    """
+    folder = local_folder(name_or_path)
+    if is_policy_folder(folder):
+        return published_checkpoint(folder, **published)
+    if published:
+        raise ValueError(
+            f"{name_or_path}: {', '.join(published)} is for folders of LeRobot's and openpi's pi0 and pi0.5 "
+            "policies, and this is none"
+        )
+    return load_export(folder) if folder.is_dir() else load_checkpoint(folder, for_inference=True)
+
+
+def local_folder(name_or_path: str | Path) -> Path:
+    """The path itself, or where the hub repository of that id was downloaded to; CheckpointError where it can't be."""
     path = Path(name_or_path)
     is_hub_id = not path.exists() and len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".tar"
-    return load_export(name_or_path) if path.is_dir() or is_hub_id else load_checkpoint(path, for_inference=True)
+    return _download(str(name_or_path)) if is_hub_id else path
 
 
 def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:

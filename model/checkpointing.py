@@ -75,6 +75,7 @@ def policy_from_checkpoint(
     load_weights(policy, weights)
     if adapted_later:
         policy.backbone.adapt(vlm)
+        policy.rest_unread()
     policy.base = frozen_base(backbone, base_name)
     if config.training.save_adapters_only and policy.base is not None and policy.base["name_or_path"] is None:
         raise ConfigError(
@@ -176,6 +177,22 @@ def _with_base(
     return {key: value for key, value in policy.state_dict().items() if key not in trains} | trained
 
 
+# What an action expert may change from one robot to the next: its tokens have the width of the widest robot, are not
+# numbered, and were normalized before it saw them.
+HEAD_OF_ANY_ROBOT = ("horizon", "per_action_dim", "action_dim")
+DATA_OF_ONE_ROBOT = (
+    "state_dim",
+    "action_mode",
+    "absolute_action_dims",
+    "normalization_type",
+    "state_normalization_type",
+    "normalization_arithmetic",
+    "normalization_eps",
+    "action_bounds",
+)
+DATA_AS_SEEN = ("image_fit", "prompt_format")
+
+
 def require_same_architecture(saved: dict[str, Any], config: Config, path: str) -> None:
     """Raise a ConfigError that lists how the config's architecture differs from a checkpoint's.
 
@@ -185,6 +202,7 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
         path: the checkpoint, for the message.
     """
     old = config_from_dict(saved, source=path)
+    any_robot = config.model.action_head_config.type == "action_expert"
     differences = []
     for section in ("vlm_config", "vision_resampler_config", "action_head_config"):
         before, now = _settings(getattr(old.model, section)), _settings(getattr(config.model, section))
@@ -194,8 +212,9 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
             if not is_free(getattr(config.model, section), key)
             and before.get(key) != now.get(key)
             and not _may_be_added(key, saved)
+            and not (key in HEAD_OF_ANY_ROBOT and any_robot)
         ]
-    for key in ("state_dim", "action_mode", "absolute_action_dims", "normalization_type", "action_bounds"):
+    for key in (*(() if any_robot else DATA_OF_ONE_ROBOT), *DATA_AS_SEEN):
         before, now = getattr(old.data, key), getattr(config.data, key)
         if before != now:
             differences.append(f"data.{key}: checkpoint {before!r}, config {now!r}")

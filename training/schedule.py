@@ -80,10 +80,12 @@ def learning_rate(step: int, base_lr: float, config: LRSchedulerConfig, total_st
 
     The first `warmup_steps` rise linearly and end at the peak; the schedule's own clock starts after them.
     `CosineAnnealingLR` and `warmup_cosine` fall along half a cosine to `eta_min` at `T_max` and stay there;
-    `StepLR` multiplies by `gamma` every `step_size`.
+    `StepLR` multiplies by `gamma` every `step_size`. `lerobot_cosine` is the schedule of LeRobot's pi0: see there.
     """
     unit = epoch_steps if config.interval == "epoch" else 1
     warmup = config.warmup_steps * unit
+    if config.type == "lerobot_cosine":
+        return _lerobot_cosine(step, base_lr, config.eta_min, int(warmup), int(config.T_max * unit), total_steps)
     if step < warmup:
         return base_lr * (step + 1) / math.ceil(warmup)
     elapsed = step - warmup
@@ -94,3 +96,16 @@ def learning_rate(step: int, base_lr: float, config: LRSchedulerConfig, total_st
     length = config.T_max * unit if config.T_max is not None else total_steps - warmup
     progress = min(1.0, elapsed / max(1, length))
     return config.eta_min + (base_lr - config.eta_min) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _lerobot_cosine(step: int, peak: float, end: float, warmup: int, decay: int, total_steps: int) -> float:
+    """LeRobot's `CosineDecayWithWarmupSchedulerConfig`: the first step has peak / (warmup + 1), and the cosine counts
+    from step 0, so that it has fallen a little when the warm-up ends. A run shorter than `decay` shortens both."""
+    if total_steps < decay:
+        warmup, decay = int(warmup * (total_steps / decay)), total_steps
+    if step < warmup:
+        first = 1 / (warmup + 1)
+        return peak * (first if step == 0 else (first - 1) * (1 - step / warmup) + 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(step, decay) / decay))
+    share = end / peak
+    return peak * ((1 - share) * cosine + share)

@@ -79,7 +79,8 @@ class OptimizerConfig:
     vision_lr: float | None = None  # peak of the vision tower and its projector; None: lr
     language_lr: float | None = None  # peak of the language model; None: lr
     head_lr: float | None = None  # peak of the action head and the vision resampler; None: lr
-    weight_decay: float = 0.01  # not applied to norms and biases
+    weight_decay: float = 0.01  # not applied to norms and biases, unless decay_all
+    decay_all: bool = False  # decay every parameter, as pi0's original training does
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     eps: float = 1e-8  # AdamW
     momentum: float = 0.9  # SGD
@@ -100,7 +101,7 @@ class OptimizerConfig:
 class LRSchedulerConfig:
     """The learning rate as a function of the step; lengths count optimizer steps, or epochs if `interval` says so."""
 
-    type: Literal["CosineAnnealingLR", "StepLR", "warmup_cosine", "constant"] = "warmup_cosine"
+    type: Literal["CosineAnnealingLR", "StepLR", "warmup_cosine", "constant", "lerobot_cosine"] = "warmup_cosine"
     interval: Literal["step", "epoch"] = "step"  # unit of warmup_steps, T_max and step_size
     warmup_steps: int = 0  # linear from 0, before any of the schedules
     T_max: int | None = None  # where the cosine reaches eta_min and stays; None: the end of training
@@ -112,4 +113,6 @@ class LRSchedulerConfig:
         not_negative(self, "lr_scheduler", "warmup_steps", "eta_min")
         if self.T_max is not None:
             positive(self, "lr_scheduler", "T_max")
+        elif self.type == "lerobot_cosine":
+            raise ConfigError("lr_scheduler.type is lerobot_cosine, whose T_max must be given (30000 for pi0)")
         positive(self, "lr_scheduler", "step_size", "gamma")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,21 @@ def load_statistics(path: str | None, config: Config, config_path: str) -> list[
     return [_dataset_statistics(content["datasets"], entry, config, path, remedy) for entry in config.datasets]
 
 
-def check_statistics(statistics: dict[str, Any], state_dim: int, per_action_dim: int, source: str, remedy: str) -> None:
-    """Raise a StatisticsError unless every statistic is there with the right number of finite values."""
+def check_statistics(
+    statistics: dict[str, Any],
+    state_dim: int,
+    per_action_dim: int,
+    source: str,
+    remedy: str,
+    needed: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Raise a StatisticsError unless every statistic is there with the right number of finite values.
+
+    Args:
+        needed: of `state` and `action`, the statistics to look for; None: STATISTICS of both.
+    """
     for name, key, width in (("state", "data.state_dim", state_dim), ("action", "per_action_dim", per_action_dim)):
-        for statistic in STATISTICS:
+        for statistic in STATISTICS if needed is None else needed[name]:
             values = statistics.get(name, {}).get(statistic)
             if values is None:
                 raise StatisticsError(f"{source}: no {name}.{statistic}; {remedy}")
