@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from data.processing import collate_fn
-from data.prompt_formats import state_bins
+from data.prompts import state_bins
 from inference.predictor import VLAPredictor
 from model.action_head.guidance import guidance_weight, soft_mask
 from model.context import Context

@@ -25,6 +25,10 @@ EXTRANEOUS = "extraneous bytes before marker"  # libjpeg's words
 _told: set[str] = set()  # what this process has warned of
 
 
+class ObservationError(ValueError):
+    """A frame, state or prompt can't be used; the message says what was found and what was wanted."""
+
+
 def decode_frame(
     encoded: bytes | memoryview, min_height: int, min_width: int, out: np.ndarray | None = None
 ) -> np.ndarray:

@@ -74,7 +74,7 @@ class DataConfig:
     siglip_model_name: str | None = None  # SigLIP checkpoint whose image processor is used
     cameras: tuple[str, ...] = ()  # image columns that the model reads, in slot order; empty: image_1 (and image_2)
     image_fit: Literal["stretch", "pad", "pad_bytes"] = "stretch"  # to the model's size; pad: as LeRobot, or openpi
-    prompt_format: Literal["paligemma", "pi0", "openpi_pi0", "pi05"] = "paligemma"  # see data/prompt_formats.py
+    prompt_format: Literal["paligemma", "pi0", "openpi_pi0", "pi05"] = "paligemma"  # see data/prompts.py
     max_seq_len: int = 1  # observation frames per sample, the current one included
     prompt_max_len: int = 48  # text tokens per prompt, <bos> and the closing newline included
     batch_size: int = 8  # samples per optimizer step, over all ranks and micro-batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.prompt_formats import prompt_texts, state_bins
+from data.prompts import prompt_texts, state_bins
 from tests.pi_fixtures import arrays, plain
 
 
