@@ -9,6 +9,7 @@ main_train_ddp.py sets too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from utils.checkpoint import load_checkpoint
 from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_parser
 from utils.config_utils import Config
 from utils.misc import derive_seed, set_up_logging, user_message
+from utils.run_lock import only_run
 from utils.statistics import load_statistics
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if place.rank == 0:
                 print(report)
         else:
-            build_trainer(args, config, place).fit()
+            with only_run(config.experiment_dir) if place.rank == 0 else contextlib.nullcontext():
+                build_trainer(args, config, place).fit()
 
 
 def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLATrainer:
@@ -113,5 +116,5 @@ def build_loaders(
 if __name__ == "__main__":
     try:
         main()
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, OSError) as error:
         sys.exit(f"error: {user_message(error)}")

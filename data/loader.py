@@ -9,6 +9,7 @@ import argparse
 import functools
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+LOST_WORKER = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")  # torch's words
 PREFETCH = 4  # batches that each worker makes ahead
 
 
@@ -77,7 +79,14 @@ class BatchLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for packed in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                packed = next(batches, None)
+            except RuntimeError as error:
+                raise _worker_error(error) from None
+            if packed is None:
+                return
             yield packed.unpack(self._pool)
 
 
@@ -118,6 +127,17 @@ def make_loader(
         **options,
     )
     return BatchLoader(dataset, loader, pool)
+
+
+def _worker_error(error: RuntimeError) -> Exception:
+    """A DataError for a loader worker that died, and any other error as it is."""
+    if not LOST_WORKER.search(str(error)):
+        return error
+    reason = str(error).splitlines()[0]
+    return DataError(
+        f"a loader worker died ({reason}), perhaps for want of memory: start again from the last checkpoint, with "
+        "fewer data.num_workers where it happens again"
+    )
 
 
 def _as_it_is(packed: PackedBatch) -> PackedBatch:
