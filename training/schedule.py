@@ -60,7 +60,7 @@ class RunLength:
 def unfinished_warmup(config: LRSchedulerConfig, total_steps: int, epoch_steps: float) -> str | None:
     """A warning where a run ends before its learning rate has risen to the peak; None where it rises in time."""
     warmup = config.warmup_steps * (epoch_steps if config.interval == "epoch" else 1)
-    if warmup < total_steps:
+    if warmup < total_steps or config.type == "lerobot_cosine":  # which shortens its warm-up with the run
         return None
     return (
         f"lr_scheduler.warmup_steps {config.warmup_steps} take {warmup:.0f} of the run's {total_steps} steps: the "

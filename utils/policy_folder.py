@@ -60,6 +60,8 @@ class PublishedPolicy:
         normalization: mode of `state` and of `action`, in `utils.normalization`'s words.
         arithmetic, eps: of the normalization.
         statistics: of `state` and `action`, every one that the folder has; empty where it has none.
+        statistics_files: the tensors of LeRobot's statistics files as they are, those of images included: the
+            pre-processor's and the post-processor's.
         relative_action_dims: dimensions that are relative to the state.
         image_size: height and width, or None: as the tensors say.
     """
@@ -79,6 +81,7 @@ class PublishedPolicy:
     arithmetic: Literal["lerobot", "openpi"]
     eps: float
     statistics: Statistics
+    statistics_files: tuple[dict[str, Tensor], ...] = ({}, {})
     relative_action_dims: tuple[int, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
     image_size: tuple[int, int] | None = None
@@ -171,10 +174,8 @@ def _read_lerobot(folder: Path, config: dict[str, Any], norm_stats: str | Path |
         )
     if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
         raise PolicyFolderError(f"{folder}: images are normalized by {modes['VISUAL']}; only IDENTITY is read here")
-    if norm_stats is not None:
-        statistics = read_norm_stats(norm_stats)
-    else:
-        statistics = _lerobot_statistics(folder, normalizer)
+    files = _statistics_file(folder, normalizer), _statistics_file(folder, unnormalizer)
+    statistics = _lerobot_statistics(files[0]) if norm_stats is None else read_norm_stats(norm_stats)
     policy = PublishedPolicy(
         folder=folder,
         layout="lerobot",
@@ -191,6 +192,7 @@ def _read_lerobot(folder: Path, config: dict[str, Any], norm_stats: str | Path |
         arithmetic="lerobot",
         eps=normalizer["config"].get("eps", 1e-8) if normalizer else 1e-8,
         statistics=statistics,
+        statistics_files=files,
         relative_action_dims=_relative_dims(steps.get("relative_actions_processor"), action_dim),
         renamed=steps.get("rename_observations_processor", {}).get("config", {}).get("rename_map", {}),
         image_size=tuple(config["image_resolution"]),
@@ -302,17 +304,21 @@ def _mode(modes: Mapping[str, str], key: str, place: Path) -> str:
     return MODES[name]
 
 
-def _lerobot_statistics(folder: Path, normalizer: dict[str, Any] | None) -> Statistics:
-    """Of state and action, as the normalizer's file has them."""
+def _statistics_file(folder: Path, normalizer: dict[str, Any] | None) -> dict[str, Tensor]:
+    """`feature.statistic` -> values, as the normalizer's file has them; nothing where it names none."""
     if normalizer is None or "state_file" not in normalizer:
-        return {"state": {}, "action": {}}
+        return {}
     path = folder / normalizer["state_file"]
     if not path.is_file():
         raise PolicyFolderError(f"{path}: no such file, though the pre-processor names it; download the policy again")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise PolicyFolderError(f"{path}: no readable statistics ({error}); download it again") from None
+
+
+def _lerobot_statistics(tensors: Mapping[str, Tensor]) -> Statistics:
+    """Of state and action."""
     result: Statistics = {"state": {}, "action": {}}
     for key, tensor in tensors.items():
         feature, _, statistic = key.rpartition(".")
