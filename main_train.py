@@ -23,6 +23,7 @@ from model.checkpointing import require_same_architecture
 from model.vla_model import VLAModel
 from training.dry_run import dry_run, without_traces
 from training.launch import USER_ERRORS, Place, training_place
+from training.origin import announce_changes, goes_on, settings_to_go_on, statistics_of_new_run
 from training.trainer import VLATrainer
 from training.trainer_ddp import VLATrainerDDP
 from training.trainer_fsdp import VLATrainerFSDP
@@ -55,25 +56,30 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         torch.set_num_threads(config.training.num_threads)
     torch.manual_seed(derive_seed("init", config.training.seed))  # of the weights that nothing is loaded into
 
-    if resumed := resume_path(args, config):  # go on with a run, or fine-tune from its weights and optimizer moments
-        checkpoint = load_checkpoint(resumed)
-        refuse_to_overwrite(config, checkpoint)
+    resumed = resume_path(args, config)  # with its optimizer: to go on with its run, or to fine-tune
+    source = resumed or args.init_checkpoint
+    checkpoint = load_checkpoint(source, for_inference=not resumed) if source else None
+    same_run = resumed and goes_on(checkpoint, resumed, config)
+    if not same_run:
+        refuse_to_overwrite(config)
+
+    if same_run:  # go on where it stopped
+        config = settings_to_go_on(checkpoint, resumed, config, args.config_path)
         require_same_architecture(checkpoint["config"], config, resumed)
-        processors = processors_from_checkpoint(checkpoint)
+        processors = processors_from_checkpoint(checkpoint, config)
+        announce_changes(checkpoint, resumed, config)
         loaders = build_loaders(config, *processors, place)
         policy = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
 
-    elif args.init_checkpoint:  # a new run from a checkpoint's weights, with the statistics of its own data
-        checkpoint = load_checkpoint(args.init_checkpoint, for_inference=True)
-        refuse_to_overwrite(config, None)
-        require_same_architecture(checkpoint["config"], config, args.init_checkpoint)
-        processors = processors_from_checkpoint(checkpoint)
+    elif source:  # a new run from a checkpoint's weights, with the statistics of its own data
+        require_same_architecture(checkpoint["config"], config, source)
+        processors = processors_from_checkpoint(checkpoint, config)
+        announce_changes(checkpoint, source, config)
         loaders = build_loaders(config, *processors, place)
-        statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
-        policy = VLAModel.from_checkpoint(checkpoint, config, statistics=statistics)
+        statistics = statistics_of_new_run(source, config, args.config_path)
+        policy = VLAModel.from_checkpoint(checkpoint, config, statistics=statistics, use_ema=not resumed)
 
     else:  # a new run from a pretrained backbone
-        refuse_to_overwrite(config, None)
         processors = processors_from_config(config)
         loaders = build_loaders(config, *processors, place)
         statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)

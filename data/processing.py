@@ -6,6 +6,7 @@ so a frame that was trained on and the same frame seen by the robot give the sam
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -208,6 +209,10 @@ class PromptTokenizer:
                 (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
             return cls.from_pretrained(folder, max_len, backbone)
 
+    def reads_like(self, other: PromptTokenizer) -> bool:
+        """Whether every instruction becomes the same tokens as with another one, lengths aside."""
+        return self.prefix == other.prefix and _rules(self.tokenizer) == _rules(other.tokenizer)
+
     def to_files(self) -> dict[str, Tensor]:
         """The tokenizer's files as a checkpoint carries them (name -> uint8 content)."""
         with tempfile.TemporaryDirectory() as folder:
@@ -260,6 +265,14 @@ def _own_prefix(tokenizer: Any) -> list[int]:
     bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
     return whole[: starts[0]] if starts else []
+
+
+def _rules(tokenizer: Any) -> Any:
+    """What decides which tokens a text becomes: comparable by value."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    return {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}
 
 
 def build_observation(
@@ -349,13 +362,43 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
     return batch
 
 
-def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProcessor, PromptTokenizer]:
-    """The image processor and the tokenizer that a checkpoint was trained with, from the checkpoint alone."""
+def processors_from_checkpoint(
+    checkpoint: dict[str, Any], config: Config | None = None
+) -> tuple[VLAImageProcessor, PromptTokenizer]:
+    """The image processor and the tokenizer that a checkpoint was trained with, from the checkpoint alone.
+
+    Args:
+        checkpoint: as loaded.
+        config: of a run that trains on from it: its `prompt_max_len` counts, and a tokenizer or image processor that
+            it names must be the checkpoint's.
+
+    Raises:
+        ObservationError: the config names another one, or one that is not there.
+    """
     image_processor = VLAImageProcessor.from_settings(checkpoint["image_processor"], "checkpoint")
-    config = checkpoint["config"]
-    tokenizer = PromptTokenizer.from_files(
-        checkpoint["tokenizer_files"], config["data"]["prompt_max_len"], config["model"]["vlm_config"]["type"]
-    )
+    saved, backbone = checkpoint["config"]["data"], checkpoint["config"]["model"]["vlm_config"]["type"]
+    max_len = saved["prompt_max_len"] if config is None else config.data.prompt_max_len
+    tokenizer = PromptTokenizer.from_files(checkpoint["tokenizer_files"], max_len, backbone)
+    for key in (
+        () if config is None else ("tokenizer_name_or_path", "image_processor_name_or_path", "siglip_model_name")
+    ):
+        named = getattr(config.data, key)
+        if named is None:
+            continue
+        try:
+            if key == "tokenizer_name_or_path":
+                same = PromptTokenizer.from_pretrained(named, max_len, backbone).reads_like(tokenizer)
+            else:
+                same = VLAImageProcessor.from_pretrained(named).to_settings() == image_processor.to_settings()
+        except ObservationError:
+            if named == saved.get(key):
+                continue  # a checkpoint needs nothing beside itself
+            raise
+        if not same:
+            raise ObservationError(
+                f"data.{key}: {named!r} is another one than the checkpoint's, which its weights were trained with; "
+                f"remove data.{key} to keep the checkpoint's, or begin from the pretrained backbone"
+            )
     return image_processor, tokenizer
 
 
