@@ -9,6 +9,7 @@ main_train_ddp.py sets too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from utils.checkpoint import load_checkpoint
 from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_parser
 from utils.config_utils import Config
 from utils.misc import derive_seed, set_up_logging, user_message
+from utils.run_lock import only_run
 from utils.statistics import load_statistics
 
 TRAINERS = {"ddp": VLATrainerDDP, "fsdp": VLATrainerFSDP}  # training.strategy -> how several processes train
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if place.rank == 0:
                 print(report)
         else:
-            build_trainer(args, config, place).fit()
+            with only_run(config.experiment_dir) if place.rank == 0 else contextlib.nullcontext():
+                build_trainer(args, config, place).fit()
 
 
 def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLATrainer:
@@ -71,18 +74,20 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         loaders = build_loaders(config, *processors, place)
         policy = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
 
-    elif source:  # a new run from a checkpoint's weights, with the statistics of its own data
+    elif source:  # a new run from a checkpoint's weights, by default with the statistics of its own data
         require_same_architecture(checkpoint["config"], config, source)
         processors = processors_from_checkpoint(checkpoint, config)
         announce_changes(checkpoint, source, config)
         loaders = build_loaders(config, *processors, place)
-        statistics = statistics_of_new_run(source, config, args.config_path)
+        statistics = statistics_of_new_run(checkpoint, source, config, args)
+        processors[1].read_states(config, statistics)
         policy = VLAModel.from_checkpoint(checkpoint, config, statistics=statistics, use_ema=not resumed)
 
     else:  # a new run from a pretrained backbone
         processors = processors_from_config(config)
         loaders = build_loaders(config, *processors, place)
         statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
+        processors[1].read_states(config, statistics)
         policy = VLAModel.from_pretrained(config, statistics, processors[0].mean, processors[0].std)
 
     trainer_class = TRAINERS[config.training.strategy] if place.in_group else VLATrainer
@@ -111,5 +116,5 @@ def build_loaders(
 if __name__ == "__main__":
     try:
         main()
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, OSError) as error:
         sys.exit(f"error: {user_message(error)}")

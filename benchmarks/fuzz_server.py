@@ -43,7 +43,7 @@ from benchmarks.served import open_client, start_server
 from data.processing import ObservationError
 from inference.predictor import VLAPredictor
 from inference.serving.requests import RequestError, RequestReader
-from inference.serving.wire import WireError
+from inference.serving.wire import WireError, pack
 from utils.config_utils import ServingConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -249,8 +249,6 @@ def silent(port: int, number: int, stop: threading.Event) -> None:
 
 def never_reads(port: int, observation: Any, stop: threading.Event) -> None:
     """Ask and never read an answer."""
-    from inference.serving.wire import pack
-
     while not stop.is_set():
         try:
             with connect(f"ws://127.0.0.1:{port}", compression=None, max_queue=1) as connection:

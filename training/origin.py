@@ -7,6 +7,7 @@ the unit of an older schedule) stays the checkpoint's when the same run goes on.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 from pathlib import Path
@@ -44,10 +45,18 @@ def settings_to_go_on(checkpoint: dict[str, Any], path: str, config: Config, con
     return config
 
 
-def statistics_of_new_run(path: str, config: Config, config_path: str) -> list[dict[str, Any]]:
-    """The statistics of a new run that takes weights from the checkpoint `path`: those that the config names."""
+def statistics_of_new_run(
+    checkpoint: dict[str, Any], path: str, config: Config, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The statistics of a new run that takes weights from the checkpoint `path`.
+
+    Those that the config names, or with `--statistics pretrained` the checkpoint's.
+    """
+    if args.statistics == "pretrained":
+        logger.info("statistics: those of %s (--statistics pretrained)", path)
+        return checkpoint["statistics"]
     logger.info("statistics: those of this run's data (%s), not of %s", config.data.normalization_stats_path, path)
-    return load_statistics(config.data.normalization_stats_path, config, config_path)
+    return load_statistics(config.data.normalization_stats_path, config, args.config_path)
 
 
 def announce_changes(checkpoint: dict[str, Any], path: str, config: Config) -> None:

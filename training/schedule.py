@@ -65,6 +65,8 @@ def schedule_warnings(base_lr: float, config: LRSchedulerConfig, total_steps: in
     Args:
         base_lr, config, total_steps, epoch_steps: as for `learning_rate`.
     """
+    if config.type == "lerobot_cosine":  # shortens itself
+        return []
     warmup = _in_steps("warmup_steps", config, epoch_steps)
     if warmup >= total_steps:
         return [
@@ -106,9 +108,12 @@ def learning_rate(step: int, base_lr: float, config: LRSchedulerConfig, total_st
 
     The first `warmup_steps` rise linearly and end at the peak; the schedule's own clock starts after them.
     `CosineAnnealingLR` and `warmup_cosine` fall along half a cosine to `eta_min` at `T_max` and stay there;
-    `StepLR` multiplies by `gamma` every `step_size`.
+    `StepLR` multiplies by `gamma` every `step_size`. `lerobot_cosine` is the schedule of LeRobot's pi0: see there.
     """
     warmup = _in_steps("warmup_steps", config, epoch_steps)
+    if config.type == "lerobot_cosine":
+        decay = _in_steps("T_max", config, epoch_steps)
+        return _lerobot_cosine(step, base_lr, config.eta_min, int(warmup), int(decay), total_steps)
     if step < warmup:
         return base_lr * (step + 1) / math.ceil(warmup)
     elapsed = step - warmup
@@ -124,3 +129,16 @@ def learning_rate(step: int, base_lr: float, config: LRSchedulerConfig, total_st
 def _in_steps(name: str, config: LRSchedulerConfig, epoch_steps: float) -> float:
     """A length of the schedule in optimizer steps, not necessarily whole."""
     return getattr(config, name) * (epoch_steps if config.counts_epochs(name) else 1)
+
+
+def _lerobot_cosine(step: int, peak: float, end: float, warmup: int, decay: int, total_steps: int) -> float:
+    """LeRobot's `CosineDecayWithWarmupSchedulerConfig`: the first step has peak / (warmup + 1), and the cosine counts
+    from step 0, so that it has fallen a little when the warm-up ends. A run shorter than `decay` shortens both."""
+    if total_steps < decay:
+        warmup, decay = int(warmup * (total_steps / decay)), total_steps
+    if step < warmup:
+        first = 1 / (warmup + 1)
+        return peak * (first if step == 0 else (first - 1) * (1 - step / warmup) + 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(step, decay) / decay))
+    share = end / peak
+    return peak * ((1 - share) * cosine + share)

@@ -29,7 +29,7 @@ from training.schedule import RunLength, learning_rate, schedule_warnings
 from training.state import TrainState, checkpoint_of, continue_from
 from training.stopping import BestValidation, StopRequest, require_defined
 from training.validation import ValidationStopped, validate
-from utils.batch import Batch, to_device
+from utils.batch import Batch, steps_with_loss, to_device
 from utils.checkpoint import link_checkpoint, prune_checkpoints, save_checkpoint
 from utils.config_utils import Config, ConfigError
 from utils.misc import count_parameters, derive_seed, remove_leftovers
@@ -151,7 +151,7 @@ class VLATrainer:
         """
         state, config = self.state, self.config
         self.model.train()
-        valid = sum((~batch["action_is_pad"]).sum() for batch in micro_batches)
+        valid = sum(steps_with_loss(batch, config).sum() for batch in micro_batches)
         stop = torch.tensor(self.stop.reason is not None)
         valid, stop = self.reduce_sum(torch.stack([valid, stop.to(valid)]).to(self.device))
         lr = learning_rate(

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from data.statistics import calculate_for_config, calculate_statistics
 from utils.config_utils import ConfigError, load_config
-from utils.misc import atomic_path, set_up_logging
+from utils.misc import atomic_path, set_up_logging, user_message
 from utils.parquet_utils import DataError
 from utils.statistics import StatisticsError
 
@@ -50,5 +50,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, StatisticsError, ConfigError) as error:
-        sys.exit(f"error: {error}")
+    except (DataError, StatisticsError, ConfigError, OSError) as error:
+        sys.exit(f"error: {user_message(error)}")

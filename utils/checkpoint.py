@@ -308,8 +308,8 @@ def _open(path: Path) -> Archive:
         ) from None
     except ArchiveError as error:
         raise CheckpointError(
-            f"{path}: damaged, crafted, or not a checkpoint ({path.stat().st_size:,} bytes: {error}); use an earlier "
-            "checkpoint of the run"
+            f"{path}: not a whole checkpoint, or not one of this program ({path.stat().st_size:,} bytes: {error}); use "
+            "an earlier checkpoint of the run"
         ) from None
     except OSError as error:
         raise CheckpointError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,11 @@ def require_same_statistics(
     for entry, before, now in zip(config.datasets, kept, given, strict=False):
         for column in ("state", "action"):
             for name in STATISTICS:
-                if before[column][name] != now[column][name]:
+                here, there = (each[column].get(name) for each in (now, before))
+                if here != there:
                     raise StatisticsError(
                         f"{path}: not the statistics of {checkpoint_path} (dataset {entry.name}, {column}.{name}: "
-                        f"{now[column][name]}, in the checkpoint {before[column][name]}). A run that goes on keeps "
+                        f"{here}, in the checkpoint {there}). A run that goes on keeps "
                         "those of its checkpoint, in whose units its weights predict: give --set "
                         "data.normalization_stats_path=null to go on with them, or begin a new run with the new ones: "
                         f"--init_checkpoint {checkpoint_path} --experiment_name NEW"
@@ -93,10 +94,21 @@ def require_same_statistics(
     logger.info("statistics: those of %s, which %s holds too", checkpoint_path, path)
 
 
-def check_statistics(statistics: dict[str, Any], state_dim: int, per_action_dim: int, source: str, remedy: str) -> None:
-    """Raise a StatisticsError unless every statistic is there with the right number of finite values."""
+def check_statistics(
+    statistics: dict[str, Any],
+    state_dim: int,
+    per_action_dim: int,
+    source: str,
+    remedy: str,
+    needed: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Raise a StatisticsError unless every statistic is there with the right number of finite values.
+
+    Args:
+        needed: of `state` and `action`, the statistics to look for; None: STATISTICS of both.
+    """
     for name, key, width in (("state", "data.state_dim", state_dim), ("action", "per_action_dim", per_action_dim)):
-        for statistic in STATISTICS:
+        for statistic in STATISTICS if needed is None else needed[name]:
             values = statistics.get(name, {}).get(statistic)
             if values is None:
                 raise StatisticsError(f"{source}: no {name}.{statistic}; {remedy}")

@@ -113,8 +113,7 @@ def convert_files(
     """
     started = time.perf_counter()
     output_dir = files[0].path.parent
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with _only_writer(output_dir):
+    with written_or_named(output_dir), _only_writer(output_dir):
         for leftover in output_dir.glob(".*.parquet.tmp"):
             leftover.unlink()
         _check_folder(output_dir, files, overwrite)
@@ -131,6 +130,19 @@ def convert_files(
         rows=sum(file.rows for file in files),
         seconds=time.perf_counter() - started,
     )
+
+
+@contextlib.contextmanager
+def written_or_named(folder: Path) -> Iterator[None]:
+    """Make a folder for output; a DataError with the remedy where it, or a file in it, can't be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{folder}: can't be written ({error.strerror or error}); make room, or name another folder, and start "
+            "again: what is complete is kept, and nothing half done is in the way"
+        ) from None
 
 
 def is_complete(file: OutputFile) -> bool:
@@ -333,6 +345,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="of frames that are encoded")
     parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95, 4:4:4 (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="make everything again")
+    parser.add_argument("--follow_links", action="store_true", help="read linked files that lie outside of the folder")
 
 
 def _positive(text: str) -> int:

@@ -29,9 +29,11 @@ from data.convert.conversion import (
     plan_files,
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
+from data.convert.foreign_sources import reading
 from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset
 from data.convert.video import VideoReader
 from data.schema import TIMESTAMP
+from utils.encoded_images import is_image
 from utils.parquet_utils import DataError, open_parquet, require_columns
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,6 @@ logger = logging.getLogger(__name__)
 ROWS_PER_BLOCK = 64
 TERMINAL = ("auto", "always", "never")
 DONE = "next.done"
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # JPEG, PNG
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class LeRobotOptions:
         prompt: instruction of all steps; None: the dataset's tasks.
         terminal: whether episodes ended by themselves: `always`, `never`, or `auto`, which is what `next.done` of the
             last step says, and no where there is no such feature.
+        follow_links: read files that are links to others outside of the folder.
     """
 
     cameras: dict[str, str]
@@ -64,6 +66,7 @@ class LeRobotOptions:
     tolerance_s: float
     prompt: str | None
     terminal: str
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if self.terminal not in TERMINAL:
@@ -84,6 +87,7 @@ def convert_lerobot(
     terminal: str = "auto",
     num_workers: int = 1,
     overwrite: bool = False,
+    follow_links: bool = False,
 ) -> ConversionSummary:
     """Convert a LeRobot dataset into Parquet files of our schema, one each episode (see `plan_files`).
 
@@ -93,12 +97,12 @@ def convert_lerobot(
         cameras: `<feature>=image_1` and perhaps `<feature>=image_2`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
-        state_keys, action_key, encoding, tolerance_s, prompt, terminal: see `LeRobotOptions`.
+        state_keys, action_key, encoding, tolerance_s, prompt, terminal, follow_links: see `LeRobotOptions`.
 
     Raises:
         DataError: a fault in the dataset or the options, naming place and remedy.
     """
-    dataset = LeRobotDataset(lerobot_dir)
+    dataset = LeRobotDataset(lerobot_dir, follow_links)
     options = LeRobotOptions(
         cameras=parse_cameras(cameras, dataset.cameras, str(lerobot_dir)),
         state_keys=tuple(state_keys),
@@ -107,6 +111,7 @@ def convert_lerobot(
         tolerance_s=tolerance_s,
         prompt=prompt,
         terminal=terminal,
+        follow_links=follow_links,
     )
     numeric = [key for key in dataset.features if not dataset.is_camera(key)]
     check_names((*options.state_keys, action_key), numeric, "feature", str(dataset.info_path))
@@ -139,13 +144,13 @@ def _settings(dataset: LeRobotDataset, options: LeRobotOptions) -> dict[str, Any
 
 
 @functools.lru_cache(maxsize=1)
-def _open(root: Path, _digest: str) -> LeRobotDataset:
+def _open(root: Path, _digest: str, follow_links: bool) -> LeRobotDataset:
     """The dataset in the state of `_digest`: read once per process, whatever the number of its files."""
-    return LeRobotDataset(root)
+    return LeRobotDataset(root, follow_links)
 
 
 def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None:
-    dataset = _open(root, json.dumps(file.settings["dataset"]))
+    dataset = _open(root, json.dumps(file.settings["dataset"]), options.follow_links)
     readers: dict[str, VideoReader] = {}
     with EpisodeFileWriter(
         file.path,
@@ -170,7 +175,8 @@ def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None
         try:
             for index in file.episodes:
                 episode = dataset.episodes[index]
-                writer.write_episode(index, episode.length, _read_episode(dataset, options, episode, readers))
+                with reading(episode.data_file):
+                    writer.write_episode(index, episode.length, _read_episode(dataset, options, episode, readers))
         finally:
             for reader in readers.values():
                 reader.close()
@@ -280,7 +286,7 @@ def _embedded(column: pa.Array, key: str, where: str, begin: int) -> list[bytes]
         column = pc.struct_field(column, "bytes")
     frames: list[bytes | None] = column.to_pylist()
     for i, frame in enumerate(frames):
-        if not frame or not frame.startswith(SIGNATURES):
+        if not frame or not is_image(frame):
             reason = f"begins with {frame[:4]!r}" if frame else "is not embedded"
             raise DataError(
                 f"{where} {begin + i}: {key} {reason}; wanted the bytes of a JPEG or PNG image: write the dataset "

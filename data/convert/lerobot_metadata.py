@@ -8,15 +8,19 @@ v3.0   meta/{info.json, tasks.parquet, episodes/**.parquet}; files of many episo
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.convert.conversion import fingerprint
+from data.convert.foreign_sources import MAX_STEPS, file_in, fill_template
+from utils.foreign_files import ForeignFileError, parse_json
 from utils.parquet_utils import DataError, open_parquet, require_columns
+from utils.text import printable
 
+MAX_FPS = 10_000
+MAX_INDEX = 1_000_000_000
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
 
@@ -48,14 +52,22 @@ class LeRobotDataset:
         episodes: episode_index -> `EpisodeSource`, ascending.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
         """Read the metadata.
 
+        Args:
+            root: the dataset's folder.
+            follow_links: read files that are links to others outside of the folder.
+
         Raises:
-            DataError: not a LeRobot dataset, another version, or metadata that are incomplete.
+            DataError: not a LeRobot dataset, another version, metadata that are incomplete or no metadata, or that
+                lead out of the folder.
         """
-        self.root, self.info_path = root, root / "meta" / "info.json"
+        self.root, self.follow_links = root, follow_links
+        self.info_path = file_in(root, "meta/info.json", follow_links)
         self.info = _read_json(self.info_path)
+        if not isinstance(self.info, dict):
+            raise DataError(f"{self.info_path}: holds a {type(self.info).__name__}; wanted a LeRobot dataset's info")
         self.version = str(self.info.get("codebase_version"))
         if self.version not in VERSIONS:
             raise DataError(
@@ -64,24 +76,61 @@ class LeRobotDataset:
             )
         try:
             self.features: dict[str, dict[str, Any]] = self.info["features"]
+            self._check_info()
             self.fps: float = self.info["fps"]
             self.robot_type: str | None = self.info.get("robot_type")
             if self.version == "v3.0":
-                self.tasks_path = root / "meta" / "tasks.parquet"
-                self.episode_paths = sorted((root / "meta" / "episodes").rglob("*.parquet"))
+                self.tasks_path = file_in(root, "meta/tasks.parquet", follow_links)
+                found = sorted((root / "meta" / "episodes").rglob("*.parquet"))
+                self.episode_paths = [file_in(root, path.relative_to(root), follow_links) for path in found]
                 self.tasks, episodes = _tasks_v3(self.tasks_path), self._episodes_v3()
             else:
-                self.tasks_path = root / "meta" / "tasks.jsonl"
-                self.episode_paths = [root / "meta" / "episodes.jsonl"]
+                self.tasks_path = file_in(root, "meta/tasks.jsonl", follow_links)
+                self.episode_paths = [file_in(root, "meta/episodes.jsonl", follow_links)]
                 self.tasks, episodes = _tasks_v2(self.tasks_path), self._episodes_v2()
             self.episodes = dict(sorted(episodes.items()))
+            self._check_episodes()
         except KeyError as error:
             raise DataError(
                 f"{root / 'meta'}: the entry {error} is missing; the dataset is not a whole LeRobot {self.version}, so "
                 "fetch it again"
             ) from None
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{root / 'meta'}: not as LeRobot {self.version} writes it ({printable(repr(error))}); "
+                "fetch the dataset again"
+            ) from None
         if not self.episodes:
             raise DataError(f"{root / 'meta'}: no episodes; record some, or fetch the dataset again")
+
+    def _check_episodes(self) -> None:
+        for episode in self.episodes.values():
+            if type(episode.index) is not int or not 0 <= episode.index < MAX_INDEX:
+                raise DataError(
+                    f"{self.root / 'meta'}: episode_index is {episode.index!r}; wanted a whole number from 0"
+                )
+            if type(episode.length) is not int or not 0 <= episode.length <= MAX_STEPS:
+                raise DataError(f"{self.root / 'meta'}: length of episode {episode.index} is {episode.length!r}")
+        for index, text in self.tasks.items():
+            if not isinstance(text, str):
+                raise DataError(f"{self.tasks_path}: task {index} is {printable(repr(text))}; wanted its instruction")
+
+    def _check_info(self) -> None:
+        fps, chunk = self.info["fps"], self.info.get("chunks_size", 1000)
+        if type(fps) not in (int, float) or not 0 < fps <= MAX_FPS:
+            raise DataError(f"{self.info_path}: fps is {printable(repr(fps))}; wanted a number from 0 to {MAX_FPS}")
+        if type(chunk) is not int or chunk < 1:
+            raise DataError(f"{self.info_path}: chunks_size is {printable(repr(chunk))}; wanted 1 or more")
+        for name, feature in self.features.items():
+            sound = isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
+            shape = feature.get("shape") if sound else None
+            if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+                raise DataError(
+                    f"{self.info_path}: feature {printable(name)!r} is {printable(repr(feature))}; wanted its dtype "
+                    "and shape"
+                )
 
     @property
     def cameras(self) -> list[str]:
@@ -172,9 +221,8 @@ class LeRobotDataset:
         return episodes
 
     def _path(self, template: str, **values: Any) -> Path:
-        if not isinstance(self.info[template], str):
-            raise DataError(f"{self.info_path}: {template} is {self.info[template]!r}; wanted a template of paths")
-        return self.root / self.info[template].format(**values)
+        name = fill_template(self.info[template], f"{self.info_path}: {template}", values)
+        return file_in(self.root, name, self.follow_links)
 
 
 def _is_depth(feature: dict[str, Any]) -> bool:
@@ -199,23 +247,23 @@ def _tasks_v3(path: Path) -> dict[int, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror}; wanted the folder of a LeRobot dataset ({', '.join(VERSIONS)})"
         ) from None
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); fetch that file again") from None
+    except ForeignFileError as error:
+        raise DataError(f"{path}: {error}; fetch that file again") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; the dataset is incomplete, so fetch it again") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path} line {number}: not valid JSON ({error}); fetch that file again") from None
+                yield parse_json(line)
+            except ForeignFileError as error:
+                raise DataError(f"{path} line {number}: {error}; fetch that file again") from None
