@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.loader import build_datasets, build_sampler, make_loader
-from data.processing import processors_from_checkpoint, processors_from_config
+from data.processing import processors_from_config
 from data.sampler import PassBatchSampler
+from data.trained_processors import processors_to_train_on
 from model.checkpointing import require_same_architecture
 from model.vla_model import VLAModel
 from training.dry_run import dry_run, without_traces
@@ -69,14 +70,14 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
     if same_run:  # go on where it stopped
         config = settings_to_go_on(checkpoint, resumed, config, args.config_path)
         require_same_architecture(checkpoint["config"], config, resumed)
-        processors = processors_from_checkpoint(checkpoint, config)
+        processors = processors_to_train_on(checkpoint, config)
         announce_changes(checkpoint, resumed, config)
         loaders = build_loaders(config, *processors, place)
         policy = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
 
     elif source:  # a new run from a checkpoint's weights, by default with the statistics of its own data
         require_same_architecture(checkpoint["config"], config, source)
-        processors = processors_from_checkpoint(checkpoint, config)
+        processors = processors_to_train_on(checkpoint, config)
         announce_changes(checkpoint, source, config)
         loaders = build_loaders(config, *processors, place)
         statistics = statistics_of_new_run(checkpoint, source, config, args)

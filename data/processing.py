@@ -306,44 +306,14 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
     return batch
 
 
-def processors_from_checkpoint(
-    checkpoint: dict[str, Any], config: Config | None = None
-) -> tuple[VLAImageProcessor, PromptTokenizer]:
-    """The image processor and the tokenizer that a checkpoint was trained with, from the checkpoint alone.
-
-    Args:
-        checkpoint: as loaded.
-        config: of a run that trains on from it: its `prompt_max_len` counts, and a tokenizer or image processor that
-            it names must be the checkpoint's.
-
-    Raises:
-        ObservationError: the config names another one, or one that is not there.
-    """
+def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProcessor, PromptTokenizer]:
+    """The image processor and the tokenizer that a checkpoint was trained with, from the checkpoint alone."""
     image_processor = VLAImageProcessor.from_settings(checkpoint["image_processor"], "checkpoint")
-    saved = config_from_dict(checkpoint["config"], source="checkpoint")
-    data, backbone = (config or saved).data, saved.model.vlm_config.type
-    settings = data.prompt_max_len, backbone, data.prompt_format
-    tokenizer = PromptTokenizer.from_files(checkpoint["tokenizer_files"], *settings)
-    tokenizer.read_states(config or saved, checkpoint["statistics"])
-    for key in ("tokenizer_name_or_path", "image_processor_name_or_path", "siglip_model_name"):
-        named = getattr(data, key)
-        if config is None or named is None:
-            continue
-        try:
-            if key == "tokenizer_name_or_path":
-                same = PromptTokenizer.from_pretrained(named, *settings).reads_like(tokenizer)
-            else:
-                other = VLAImageProcessor.from_pretrained(named, data.image_fit)
-                same = other.to_settings() == image_processor.to_settings()
-        except ObservationError:
-            if named == getattr(saved.data, key):
-                continue  # a checkpoint needs nothing beside itself
-            raise
-        if not same:
-            raise ObservationError(
-                f"data.{key}: {named!r} is another one than the checkpoint's, which its weights were trained with; "
-                f"remove data.{key} to keep the checkpoint's, or begin from the pretrained backbone"
-            )
+    config = config_from_dict(checkpoint["config"], source="checkpoint")
+    data, backbone = config.data, config.model.vlm_config.type
+    files = checkpoint["tokenizer_files"]
+    tokenizer = PromptTokenizer.from_files(files, data.prompt_max_len, backbone, data.prompt_format)
+    tokenizer.read_states(config, checkpoint["statistics"])
     return image_processor, tokenizer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from data.processing import ObservationError, processors_from_checkpoint, processors_from_config
+from data.trained_processors import processors_to_train_on
 from model.tiny.paligemma import make_tiny_paligemma
 from tests.conftest import TINY
 from training.origin import announce_changes, goes_on, position_warnings, settings_to_go_on
@@ -123,17 +124,17 @@ def test_tokenizer_and_image_processor_are_the_checkpoints(tmp_path, tiny_palige
     }
     long = run(model=vlm, data={"prompt_max_len": 200})
     assert processors_from_checkpoint(checkpoint)[1].max_len == 8
-    assert len(processors_from_checkpoint(checkpoint, long)[1]("press the button " * 9)) > 8
+    assert len(processors_to_train_on(checkpoint, long)[1]("press the button " * 9)) > 8
 
     def named(path: Path | str) -> Config:
         names = {"tokenizer_name_or_path": str(path), "image_processor_name_or_path": str(path)}
         return run(model=vlm, data=names)
 
-    processors_from_checkpoint(checkpoint, named(tiny_paligemma_dir))  # the same ones
+    processors_to_train_on(checkpoint, named(tiny_paligemma_dir))  # the same ones
     with pytest.raises(ObservationError, match="tokenizer: none at '/nowhere/tok'"):
-        processors_from_checkpoint(checkpoint, named("/nowhere/tok"))
+        processors_to_train_on(checkpoint, named("/nowhere/tok"))
     make_tiny_paligemma(tmp_path / "other", **TINY | {"prompts": ("quite other words",)})
     with pytest.raises(ObservationError, match=r"data.tokenizer_name_or_path: .* is another one than the checkpoint's"):
-        processors_from_checkpoint(checkpoint, named(tmp_path / "other"))
+        processors_to_train_on(checkpoint, named(tmp_path / "other"))
     gone = {**checkpoint, "config": config_to_dict(named("/nowhere/tok"))}
-    processors_from_checkpoint(gone, named("/nowhere/tok"))  # a run that goes on needs nothing beside its checkpoint
+    processors_to_train_on(gone, named("/nowhere/tok"))  # a run that goes on needs nothing beside its checkpoint
