@@ -5,6 +5,7 @@ Shape letters: B batch, S state_dim.
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -129,6 +130,10 @@ class PromptTokenizer:
                 (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
             return cls.from_pretrained(folder, max_len, backbone, prompt_format)
 
+    def reads_like(self, other: PromptTokenizer) -> bool:
+        """Whether every instruction becomes the same tokens as with another one, lengths and formats aside."""
+        return self.prefix == other.prefix and _rules(self.tokenizer) == _rules(other.tokenizer)
+
     def to_files(self) -> dict[str, Tensor]:
         """The tokenizer's files as a checkpoint carries them (name -> uint8 content)."""
         with tempfile.TemporaryDirectory() as folder:
@@ -204,3 +209,11 @@ def _own_prefix(tokenizer: Any) -> list[int]:
     bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
     return whole[: starts[0]] if starts else []
+
+
+def _rules(tokenizer: Any) -> Any:
+    """What decides which tokens a text becomes: comparable by value."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    return {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")}

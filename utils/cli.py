@@ -151,20 +151,10 @@ def resume_path(args: argparse.Namespace, config: Config) -> str | None:
     return None if newest is None else str(newest)
 
 
-def refuse_to_overwrite(config: Config, resumed: dict[str, Any] | None) -> None:
-    """Raise a ConfigError when a new run would write into the folder of an earlier one.
-
-    Args:
-        config: of the run that is about to start.
-        resumed: the checkpoint of --resume_checkpoint; one of the same experiment continues that run.
-    """
-    name = config.training.experiment_name
-    if resumed is not None and resumed["config"]["training"]["experiment_name"] == name:
-        return
-    written = list((config.experiment_dir / "checkpoints").glob(f"*{SUFFIX}"))  # not what a killed save left behind
-    if written:
-        newest = max(written, key=lambda path: path.stat().st_mtime)
+def refuse_to_overwrite(config: Config) -> None:
+    """Raise a ConfigError when a new run would write into the folder of an earlier one."""
+    if any((config.experiment_dir / "checkpoints").glob(f"*{SUFFIX}")):  # not what a killed save left behind
         raise ConfigError(
-            f"{config.experiment_dir} already holds a run; continue it with --resume_checkpoint {newest}, or choose "
+            f"{config.experiment_dir} already holds a run; continue it with --resume_checkpoint auto, or choose "
             "another --experiment_name"
         )

@@ -99,20 +99,33 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LRSchedulerConfig:
-    """The learning rate as a function of the step; lengths count optimizer steps, or epochs if `interval` says so."""
+    """The learning rate as a function of the step.
+
+    `T_max` and `step_size` count epochs for `CosineAnnealingLR` and `StepLR`, as they do where torch's schedulers of
+    these names are stepped once an epoch; all other lengths count optimizer steps. `interval` says otherwise.
+    """
 
     type: Literal["CosineAnnealingLR", "StepLR", "warmup_cosine", "constant", "lerobot_cosine"] = "warmup_cosine"
-    interval: Literal["step", "epoch"] = "step"  # unit of warmup_steps, T_max and step_size
+    interval: Literal["step", "epoch"] | None = None  # unit of every length below; None: see above
     warmup_steps: int = 0  # linear from 0, before any of the schedules
     T_max: int | None = None  # where the cosine reaches eta_min and stays; None: the end of training
     eta_min: float = 0.0  # final learning rate of the cosines
-    step_size: int = 1000  # StepLR
+    step_size: int | None = None  # StepLR, which needs it: where the learning rate falls, again and again
     gamma: float = 0.1  # StepLR
 
     def __post_init__(self) -> None:
         not_negative(self, "lr_scheduler", "warmup_steps", "eta_min")
-        if self.T_max is not None:
-            positive(self, "lr_scheduler", "T_max")
-        elif self.type == "lerobot_cosine":
+        for name in ("T_max", "step_size"):
+            if getattr(self, name) is not None:
+                positive(self, "lr_scheduler", name)
+        positive(self, "lr_scheduler", "gamma")
+        if self.type == "StepLR" and self.step_size is None:
+            raise ConfigError("lr_scheduler.type is StepLR without a step_size; give a number of epochs")
+        if self.type == "lerobot_cosine" and self.T_max is None:
             raise ConfigError("lr_scheduler.type is lerobot_cosine, whose T_max must be given (30000 for pi0)")
-        positive(self, "lr_scheduler", "step_size", "gamma")
+
+    def counts_epochs(self, name: str) -> bool:
+        """Whether a length (`warmup_steps`, `T_max` or `step_size`) is a number of epochs, not of optimizer steps."""
+        if self.interval is not None:
+            return self.interval == "epoch"
+        return name != "warmup_steps" and self.type in ("CosineAnnealingLR", "StepLR")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from utils.config_utils import Config, DataConfig, MixtureEntry
+
+logger = logging.getLogger(__name__)
 
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
 
@@ -55,6 +58,40 @@ def load_statistics(path: str | None, config: Config, config_path: str) -> list[
         raise StatisticsError(f"{path}: no section 'datasets'; {remedy}")
     _check_settings(content, config, path, command)
     return [_dataset_statistics(content["datasets"], entry, config, path, remedy) for entry in config.datasets]
+
+
+def require_same_statistics(
+    kept: Sequence[dict[str, Any]], checkpoint_path: str, config: Config, config_path: str
+) -> None:
+    """Raise a StatisticsError where a run that goes on names other statistics than those of its checkpoint.
+
+    Its weights predict in the units of the checkpoint's statistics, which therefore stay. Where the config names no
+    file, or one that is not there, the log says so.
+
+    Args:
+        kept: the checkpoint's, per dataset.
+        checkpoint_path: for messages.
+        config, config_path: as for `load_statistics`.
+    """
+    path = config.data.normalization_stats_path
+    if path is None or not Path(path).is_file():
+        reason = "data.normalization_stats_path is null" if path is None else f"{path} is not there"
+        logger.info("statistics: those of %s (%s)", checkpoint_path, reason)
+        return
+    given = load_statistics(path, config, config_path)
+    for entry, before, now in zip(config.datasets, kept, given, strict=False):
+        for column in ("state", "action"):
+            for name in STATISTICS:
+                here, there = (each[column].get(name) for each in (now, before))
+                if here != there:
+                    raise StatisticsError(
+                        f"{path}: not the statistics of {checkpoint_path} (dataset {entry.name}, {column}.{name}: "
+                        f"{here}, in the checkpoint {there}). A run that goes on keeps "
+                        "those of its checkpoint, in whose units its weights predict: give --set "
+                        "data.normalization_stats_path=null to go on with them, or begin a new run with the new ones: "
+                        f"--init_checkpoint {checkpoint_path} --experiment_name NEW"
+                    )
+    logger.info("statistics: those of %s, which %s holds too", checkpoint_path, path)
 
 
 def check_statistics(
