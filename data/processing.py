@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import struct
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,17 @@ from torch import Tensor
 
 from data.decoding import decode_frame, upright_rgb
 from data.image_fit import letterbox_bytes, letterbox_float
-from data.prompt_formats import PromptFormat, prompt_texts, state_bins
+from data.observation_error import ObservationError
+from data.prompt_tokenizer import PromptTokenizer
 from utils.backbones import BACKBONE_SPECS
 from utils.batch import Batch
 from utils.config_utils import Config, config_from_dict
 from utils.foreign_files import ForeignFileError, check_processor_folder
-from utils.normalization import StateNormalizer
 from utils.text import printable
 
 logger = logging.getLogger(__name__)
 
 MAX_SIDE = 4096  # pixels of the images that a model takes
-MAX_KNOWN_PROMPTS = 4096  # tokenized instructions that are kept; a server may be sent any number of them
 # What PIL and simplejpeg run into on bytes that are no image, or a crafted one.
 DECODING_FAULTS = (
     EOFError,
@@ -48,10 +46,6 @@ DECODING_FAULTS = (
 )
 Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
 Sample = dict[str, Any]
-
-
-class ObservationError(ValueError):
-    """A frame, state or prompt can't be used; the message says what was found and what was wanted."""
 
 
 class VLAImageProcessor:
@@ -220,148 +214,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ObservationError(f"image: {path} is no readable file ({error})") from None
-
-
-class PromptTokenizer:
-    """Turns an instruction into text tokens: a prefix, then the text of its format (`data/prompt_formats.py`).
-
-    The prefix is what the backbone was pretrained with: `<bos>` for PaliGemma; for other language models whatever
-    their tokenizer itself puts in front of a text (`<s>` for Llama, nothing for Qwen). No padding token is needed,
-    for padding is masked. Image tokens are not part of it: they are the backbone's affair.
-    """
-
-    def __init__(
-        self, tokenizer: Any, max_len: int, backbone: str = "paligemma", prompt_format: PromptFormat = "paligemma"
-    ) -> None:
-        """
-        Args:
-            tokenizer: of transformers.
-            max_len: tokens, the prefix included.
-            backbone: `model.vlm_config.type`.
-            prompt_format: `data.prompt_format`. One that says the state needs `read_states` before the first prompt.
-        """
-        self.tokenizer, self.max_len, self.prompt_format = tokenizer, max_len, prompt_format
-        self.normalize_state: StateNormalizer | None = None
-        starts_with_bos = BACKBONE_SPECS[backbone].prompt_start == "bos"
-        self.prefix = [tokenizer.bos_token_id] if starts_with_bos else _own_prefix(tokenizer)
-        self._known: dict[tuple[str, ...], Tensor] = {}
-        self._warned = False
-
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str, max_len: int, backbone: str = "paligemma", prompt_format: PromptFormat = "paligemma"
-    ) -> PromptTokenizer:
-        """Load the tokenizer of a Hugging Face directory or hub id.
-
-        Raises:
-            ObservationError: no tokenizer there, or for PaliGemma one without a `<bos>` token.
-        """
-        from transformers import AutoTokenizer
-
-        try:
-            check_processor_folder(Path(name_or_path))
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        except Exception as error:  # its Rust part raises the bare class, its Python part any other
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ObservationError(
-                f"tokenizer: none at {name_or_path!r} ({reason}); set data.tokenizer_name_or_path to a directory or "
-                "hub id that has one"
-            ) from None
-        if BACKBONE_SPECS[backbone].prompt_start == "bos" and tokenizer.bos_token_id is None:
-            raise ObservationError(
-                f"tokenizer at {name_or_path!r} has no <bos> token, which the prompt of a {backbone} needs"
-            )
-        return cls(tokenizer, max_len, backbone, prompt_format)
-
-    @classmethod
-    def from_files(
-        cls,
-        files: dict[str, Tensor],
-        max_len: int,
-        backbone: str = "paligemma",
-        prompt_format: PromptFormat = "paligemma",
-    ) -> PromptTokenizer:
-        """Load from the tokenizer files that a checkpoint carries (name -> uint8 content)."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
-            return cls.from_pretrained(folder, max_len, backbone, prompt_format)
-
-    def to_files(self) -> dict[str, Tensor]:
-        """The tokenizer's files as a checkpoint carries them (name -> uint8 content)."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
-            return {
-                path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-                for path in sorted(Path(folder).iterdir())
-                if path.is_file()
-            }
-
-    @property
-    def reads_state(self) -> bool:
-        """Whether the prompt says the state, so that it is another at every step."""
-        return self.prompt_format == "pi05"
-
-    def read_states(self, config: Config, statistics: Sequence[dict[str, Any]]) -> None:
-        """Normalize the states that prompts say by these statistics, one per dataset; nothing for other formats."""
-        if self.reads_state:
-            self.normalize_state = StateNormalizer(config.data, statistics, config.datasets)
-
-    def __call__(self, prompt: str, state: np.ndarray | None = None, dataset_index: int = 0) -> list[int]:
-        """Token ids of one instruction, at most `max_len`; a longer one is cut with one warning.
-
-        Args:
-            prompt: the instruction as written.
-            state: float32 (state_dim,), physical units, padded to the model's width; read where `reads_state`.
-            dataset_index: whose statistics the state is normalized by.
-
-        Raises:
-            ObservationError: the prompt is empty.
-        """
-        return self.tensor(prompt, state, dataset_index).tolist()
-
-    def tensor(self, prompt: str, state: np.ndarray | None = None, dataset_index: int = 0) -> Tensor:
-        """The same as int64 (L,), made once per text and not to be changed; errors as above."""
-        if not prompt.strip():
-            raise ObservationError(f"prompt is {prompt!r}; a policy needs an instruction")
-        bins = None
-        if self.reads_state:
-            assert self.normalize_state is not None and state is not None, "read_states comes before the first prompt"
-            bins = state_bins(self.normalize_state(state, dataset_index)).tolist()
-        texts = prompt_texts(prompt, self.prompt_format, bins)
-        ids_L = self._known.get(texts)
-        if ids_L is None:
-            ids_L = torch.tensor(self._encode(texts), dtype=torch.int64)
-            while len(self._known) >= MAX_KNOWN_PROMPTS:
-                # The oldest, from a copy: another thread of a server may change the dict meanwhile.
-                self._known.pop(next(iter(list(self._known)), None), None)
-            self._known[texts] = ids_L
-        return ids_L
-
-    def _encode(self, texts: tuple[str, ...]) -> list[int]:
-        ids = list(self.prefix)
-        for text in texts:
-            ids += self.tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) <= self.max_len:
-            return ids
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "prompt of %d tokens cut to data.prompt_max_len %d: %r; raise prompt_max_len to keep it whole",
-                len(ids),
-                self.max_len,
-                "".join(texts).strip(),
-            )
-        if self.prompt_format == "paligemma":  # which always ends in its newline
-            return [*ids[: self.max_len - 1], ids[-1]]
-        return ids[: self.max_len]
-
-
-def _own_prefix(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text."""
-    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-    return whole[: starts[0]] if starts else []
 
 
 def build_observation(
