@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the tables here as well")
     args = parser.parse_args(arguments)
     checkpoint = load_checkpoint(args.checkpoint_path)
-    policy = VLAModel.from_checkpoint(checkpoint)
+    policy = VLAModel.from_checkpoint(checkpoint, must_be_finite=False)
     base, source = base_weights(config_from_dict(checkpoint["config"], source=args.checkpoint_path), args.base)
 
     measured = measure(policy, base)

@@ -9,6 +9,7 @@ main_train_ddp.py sets too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +18,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.loader import build_datasets, build_sampler, make_loader
-from data.processing import processors_from_checkpoint, processors_from_config
+from data.processing import processors_from_config
 from data.sampler import PassBatchSampler
 from data.statistics import require_statistics_of
+from data.trained_processors import processors_to_train_on
 from model.checkpointing import require_same_architecture
 from model.vla_model import VLAModel
 from training.dry_run import dry_run, without_traces
 from training.launch import USER_ERRORS, Place, training_place
+from training.origin import announce_changes, goes_on, settings_to_go_on, statistics_of_new_run
 from training.trainer import VLATrainer
 from training.trainer_ddp import VLATrainerDDP
 from training.trainer_fsdp import VLATrainerFSDP
@@ -31,6 +34,7 @@ from utils.checkpoint import load_checkpoint
 from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_parser
 from utils.config_utils import Config
 from utils.misc import derive_seed, set_up_logging, user_message
+from utils.run_lock import only_run
 from utils.statistics import load_statistics
 
 TRAINERS = {"ddp": VLATrainerDDP, "fsdp": VLATrainerFSDP}  # training.strategy -> how several processes train
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if place.rank == 0:
                 print(report)
         else:
-            build_trainer(args, config, place).fit()
+            with only_run(config.experiment_dir) if place.rank == 0 else contextlib.nullcontext():
+                build_trainer(args, config, place).fit()
 
 
 def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLATrainer:
@@ -56,28 +61,35 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         torch.set_num_threads(config.training.num_threads)
     torch.manual_seed(derive_seed("init", config.training.seed))  # of the weights that nothing is loaded into
 
-    if resumed := resume_path(args, config):  # go on with a run, or fine-tune from its weights and optimizer moments
-        checkpoint = load_checkpoint(resumed)
-        refuse_to_overwrite(config, checkpoint)
+    resumed = resume_path(args, config)  # with its optimizer: to go on with its run, or to fine-tune
+    source = resumed or args.init_checkpoint
+    checkpoint = load_checkpoint(source, for_inference=not resumed) if source else None
+    same_run = resumed and goes_on(checkpoint, resumed, config)
+    if not same_run:
+        refuse_to_overwrite(config)
+
+    if same_run:  # go on where it stopped
+        config = settings_to_go_on(checkpoint, resumed, config, args.config_path)
         require_same_architecture(checkpoint["config"], config, resumed)
-        processors = processors_from_checkpoint(checkpoint)
+        processors = processors_to_train_on(checkpoint, config)
+        announce_changes(checkpoint, resumed, config)
         loaders = build_loaders(config, *processors, place)
         policy = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
 
-    elif args.init_checkpoint:  # a new run from a checkpoint's weights, with the statistics of its own data
-        checkpoint = load_checkpoint(args.init_checkpoint, for_inference=True)
-        refuse_to_overwrite(config, None)
-        require_same_architecture(checkpoint["config"], config, args.init_checkpoint)
-        processors = processors_from_checkpoint(checkpoint)
+    elif source:  # a new run from a checkpoint's weights, by default with the statistics of its own data
+        require_same_architecture(checkpoint["config"], config, source)
+        processors = processors_to_train_on(checkpoint, config)
+        announce_changes(checkpoint, source, config)
         loaders = build_loaders(config, *processors, place)
-        statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
-        policy = VLAModel.from_checkpoint(checkpoint, config, statistics=statistics)
+        statistics = statistics_of_new_run(checkpoint, source, config, args)
+        processors[1].read_states(config, statistics)
+        policy = VLAModel.from_checkpoint(checkpoint, config, statistics=statistics, use_ema=not resumed)
 
     else:  # a new run from a pretrained backbone
-        refuse_to_overwrite(config, None)
         processors = processors_from_config(config)
         loaders = build_loaders(config, *processors, place)
         statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
+        processors[1].read_states(config, statistics)
         policy = VLAModel.from_pretrained(config, statistics, processors[0].mean, processors[0].std)
 
     require_statistics_of(loaders[0].dataset, policy.statistics, config.data.action_mode)
@@ -107,5 +119,5 @@ def build_loaders(
 if __name__ == "__main__":
     try:
         main()
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, OSError) as error:
         sys.exit(f"error: {user_message(error)}")

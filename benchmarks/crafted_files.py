@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import yaml
 
+from benchmarks.crafted_folders import damaged_cache, hdf5_folder, lerobot_folder
 from data.processing import ObservationError
 from inference.predictor import VLAPredictor
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -332,8 +333,8 @@ def odd_config(rng: random.Random, folder: pathlib.Path, secret: pathlib.Path, m
         "data: &d\n  mixture: *d",
         "&a [*a]",
         f"data: !!python/object/apply:os.system ['touch {marker}']",
-        f"base: {secret}",
-        f"base: {os.path.relpath(secret, folder)}",
+        "base: [1]",
+        "base: .",
         "base: config.yaml",
         "[" * 5000,
         "training: {experiment_name: '..'}",
@@ -362,4 +363,7 @@ KINDS: dict[str, Callable[[random.Random, pathlib.Path, pathlib.Path, pathlib.Pa
     "evil_tokenizer": evil_tokenizer,
     "changed_export": changed_export,
     "odd_config": odd_config,
+    "lerobot_folder": lerobot_folder,
+    "hdf5_folder": hdf5_folder,
+    "damaged_cache": damaged_cache,
 }

@@ -56,6 +56,7 @@ def dear_image(rng: random.Random) -> bytes:
             lambda: start + png_chunk(b"IDAT") * 5000,
             lambda: start + png_chunk(rng.choice([b"tRNS", b"gAMA", b"pHYs", b"cHRM", b"acTL", b"fcTL"]), b"\1"),
             lambda: progressive[:scan] + progressive[scan:-2] * rng.choice([20, 200]) + b"\xff\xd9",
+            lambda: progressive[:2] + rng.choice([b"\xff\xe1\0\4ab", b"\xff", b"\xff\0"]) * 3000 + progressive[2:],
             lambda: encoded(rng.choice(OTHER_FORMATS), (256, 256)),
         ]
     )()

@@ -43,7 +43,7 @@ from benchmarks.served import open_client, start_server
 from data.processing import ObservationError
 from inference.predictor import VLAPredictor
 from inference.serving.requests import RequestError, RequestReader
-from inference.serving.wire import WireError
+from inference.serving.wire import WireError, pack
 from utils.config_utils import ServingConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -249,8 +249,6 @@ def silent(port: int, number: int, stop: threading.Event) -> None:
 
 def never_reads(port: int, observation: Any, stop: threading.Event) -> None:
     """Ask and never read an answer."""
-    from inference.serving.wire import pack
-
     while not stop.is_set():
         try:
             with connect(f"ws://127.0.0.1:{port}", compression=None, max_queue=1) as connection:
@@ -290,7 +288,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     args = parser.parse_args()
     counts = (2000, 100, 5.0) if args.quick else (args.messages, args.socket_messages, args.seconds)
-    logging.getLogger("data.processing").setLevel(logging.ERROR)
+    logging.getLogger("data.prompt_tokenizer").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, device="cpu")
     rng = random.Random(args.seed)

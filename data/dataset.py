@@ -95,12 +95,10 @@ class VLADataset(Dataset):
         for camera in cameras:
             if not self.store.has_camera(camera):
                 logger.warning("no file has %s: its slot is masked in every sample", camera)
-        tokens = [prompt_tokenizer(prompt) for prompt in self.store.prompts]
-        _warn_of_prompts_cut_to_one(self.store.prompts, tokens)
-        lengths = np.array([len(ids) for ids in tokens])
-        self._prompt_mask = np.arange(lengths.max()) < lengths[:, None]  # (prompts, tokens of the longest)
-        self._prompt_ids = np.zeros(self._prompt_mask.shape, dtype=np.int64)
-        self._prompt_ids[self._prompt_mask] = np.concatenate(tokens)
+        if not prompt_tokenizer.reads_state:
+            tokens = [prompt_tokenizer.tensor(prompt) for prompt in self.store.prompts]
+            _warn_of_prompts_cut_to_one(self.store.prompts, tokens)
+            self._prompt_ids, self._prompt_mask = _padded(tokens)  # (prompts, tokens of the longest)
 
     def __len__(self) -> int:
         return len(self.store) if self._rows is None else len(self._rows)
@@ -119,7 +117,7 @@ class VLADataset(Dataset):
         Raises:
             DataError: a frame that can't be decoded, naming file and row.
         """
-        images = np.empty(self.image_shape(len(indices)), dtype=np.uint8)
+        images = np.empty(self.image_shape(len(indices)), dtype=self.image_processor.pixel_type)
         arrays = self.arrays(np.asarray(indices), images.swapaxes(0, 1))
         return as_batch(arrays, self.cameras, torch.from_numpy(images))
 
@@ -133,7 +131,7 @@ class VLADataset(Dataset):
 
         Args:
             indices: int (B,), samples of this dataset.
-            images: of each sample the memory of its frames, uint8 (V, S, H, W, 3), contiguous in its last three axes.
+            images: of each sample the memory of its frames, (V, S, H, W, 3), contiguous in its last three axes.
 
         Returns:
             Every key of the batch but the cameras', as numpy arrays.
@@ -158,15 +156,14 @@ class VLADataset(Dataset):
         begins = store.episode_starts[episodes]
         action, is_pad = self._action_window(rows, store.episode_starts[episodes + 1])
         prompts = store.prompt_index[rows]
-        prompt_mask = self._prompt_mask[prompts]
-        longest = int(prompt_mask.sum(axis=1).max())
         state = np.zeros((len(rows), self.state_dim), dtype=np.float32)
         state[:, : store.state.shape[1]] = store.state[rows]
+        input_ids, prompt_mask = self._tokens(prompts, state)
         return {
             "vlm_attention_mask": rows[:, None] + np.arange(1 - self.max_seq_len, 1) >= begins[:, None],
             "raw_prompt_text": [store.prompts[prompt] for prompt in prompts.tolist()],
-            "input_ids": np.ascontiguousarray(self._prompt_ids[prompts, :longest]),
-            "prompt_mask": np.ascontiguousarray(prompt_mask[:, :longest]),
+            "input_ids": input_ids,
+            "prompt_mask": prompt_mask,
             "state": state,
             "action": action,
             "action_is_pad": is_pad,
@@ -174,6 +171,17 @@ class VLADataset(Dataset):
             "episode_index": episodes,
             "frame_index": rows - begins,
         }
+
+    def _tokens(self, prompts: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and their mask, (B, L), of instructions by number and states; padded to the longest."""
+        if self.prompt_tokenizer.reads_state:
+            texts = [self.store.prompts[prompt] for prompt in prompts.tolist()]
+            encode, index = self.prompt_tokenizer.tensor, self.dataset_index
+            return _padded([encode(text, row, index) for text, row in zip(texts, state, strict=True)])
+        mask = self._prompt_mask[prompts]
+        longest = int(mask.sum(axis=1).max())
+        ids = self._prompt_ids[prompts, :longest]
+        return np.ascontiguousarray(ids), np.ascontiguousarray(mask[:, :longest])
 
     def _action_window(self, rows: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The next T actions from each row of the store on, and which of them are padding.
@@ -312,8 +320,17 @@ def _merge(parts: Sequence[Arrays], positions: np.ndarray) -> Arrays:
     return merged
 
 
+def _padded(tokens: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of several texts, int64 (texts, tokens of the longest), and their mask."""
+    lengths = np.array([len(ids) for ids in tokens])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(mask.shape, dtype=np.int64)
+    ids[mask] = np.concatenate([one.numpy() for one in tokens])
+    return ids, mask
+
+
 def as_batch(arrays: Arrays, cameras: Sequence[str], images: Tensor) -> Batch:
-    """Numpy arrays and a block of images, uint8 (V, B, S, H, W, 3), as a batch; nothing is copied."""
+    """Numpy arrays and a block of images, (V, B, S, H, W, 3), as a batch; nothing is copied."""
     batch: Batch = {camera: images[i].permute(0, 1, 4, 2, 3) for i, camera in enumerate(cameras)}
     for key, values in arrays.items():
         batch[key] = torch.from_numpy(values) if isinstance(values, np.ndarray) else values

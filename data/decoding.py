@@ -14,6 +14,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from utils.encoded_images import RECORDED_FORMATS
+
 logger = logging.getLogger(__name__)
 
 JPEG_START = b"\xff\xd8"
@@ -21,6 +23,10 @@ EXIF = b"Exif\0\0"
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 EXTRANEOUS = "extraneous bytes before marker"  # libjpeg's words
 _told: set[str] = set()  # what this process has warned of
+
+
+class ObservationError(ValueError):
+    """A frame, state or prompt can't be used; the message says what was found and what was wanted."""
 
 
 def decode_frame(
@@ -31,8 +37,8 @@ def decode_frame(
     A JPEG larger than needed is scaled down while it is decoded, by eighths of its size.
 
     Args:
-        encoded: of a JPEG, PNG or other format of Pillow's.
-        min_height, min_width: the result is not scaled below these.
+        encoded: of a JPEG or PNG; BMP, TIFF and WebP are read too.
+        min_height, min_width: the result is not scaled below these; 0: it is not scaled.
         out: uint8 (min_height, min_width, 3), contiguous; a JPEG that comes out in that size is decoded into it.
 
     Returns:
@@ -84,7 +90,7 @@ def is_deep(mode: str) -> bool:
 
 
 def _by_pillow(encoded: bytes | memoryview) -> np.ndarray:
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=RECORDED_FORMATS) as image:
         return np.array(upright_rgb(image))
 
 

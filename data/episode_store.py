@@ -4,19 +4,25 @@ The first use of a set of Parquet files checks every row and writes a cache fold
 contiguous arrays, encoded images in an Arrow file. Both are memory-mapped, so that all loader workers and
 ranks of a machine share one copy through the page cache. The folder's name is a digest of the source files
 (path, size, modification time) and of what was read from them: a changed source gets a new cache.
+
+A cache is checked where it is used: its numbers when it is opened, each frame the first time that any process reads it
+(CRC-32). One that is damaged is named in the log and built again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,6 +46,7 @@ from data.schema import (
     require_frames,
     vectors,
 )
+from utils.misc import file_checksum
 from utils.parquet_utils import (
     DataError,
     Source,
@@ -54,6 +61,13 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
 ROWS_PER_BATCH = 512
+ARRAYS = (*VECTORS, "prompt_index", "episode_starts", "frame_checksums")
+# What the readers of NumPy, Arrow and JSON run into in a file that is cut or changed.
+_READING_FAULTS = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError, EOFError)
+
+
+class _DamagedError(Exception):
+    """A cache is not as it was written; the text says which part."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +132,10 @@ class EpisodeStore:
         self._temporary = None if keep_cache else _Temporary.of_this_process()
         if self._temporary is not None:
             root = self._temporary.path
-        self.folder = root / digest
-        _build_once(self.files, spec, self.folder)
+        self.folder, self._spec = root / digest, spec
+        self._open()
         size = sum(path.stat().st_size for path in self.folder.iterdir())
         logger.info("episode cache: %.1f MB at %s", size / 1e6, self.folder)
-        meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-        self.prompts: list[str] = meta["prompts"]
-        self.file_starts = np.array(meta["file_starts"], dtype=np.int64)
-        self.state, self.action, self.prompt_index = (
-            np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))  # indexing a memmap itself is slower
-            for name in ("state", "action", "prompt_index")
-        )
-        self.episode_starts = np.load(self.folder / "episode_starts.npy")
-        self._images = {camera: _map_images(self.folder / "images.arrow", camera) for camera in meta["cameras"]}
 
     def __len__(self) -> int:
         return len(self.state)
@@ -149,8 +154,84 @@ class EpisodeStore:
         return camera in self._images
 
     def image(self, camera: str, row: int) -> memoryview | None:
-        """Encoded bytes of one frame, without a copy; None where the camera is absent."""
-        return self._images[camera][row] if camera in self._images else None
+        """Encoded bytes of one frame, without a copy; None where the camera is absent.
+
+        Raises:
+            DataError: the frame is not as it was written, and the cache could not be built again.
+        """
+        if camera not in self._images:
+            return None
+        frame = self._images[camera][row]
+        if not self._verified[camera][row]:
+            if _frame_checksum(frame) != self._frame_checksums[camera][row]:
+                self._open(damage=f"{camera} of row {row} is not as it was written")
+                frame = self._images[camera][row]
+                if _frame_checksum(frame) != self._frame_checksums[camera][row]:
+                    raise self._beyond_repair(f"{camera} of row {row} changes while it is read")
+            self._verified[camera][row] = True
+        return frame
+
+    def _open(self, damage: str | None = None) -> None:
+        """Map the cache, and build it where there is none, or where it is damaged."""
+        for _ in range(2):
+            if damage is not None:
+                logger.warning("episode cache: %s is damaged (%s): it is built again", self.folder, damage)
+                self._discard()
+            _build_once(self.files, self._spec, self.folder)
+            try:
+                self._map()
+                return
+            except _DamagedError as error:
+                damage = str(error)
+            except _READING_FAULTS as error:
+                damage = f"{type(error).__name__}: {error}"
+        raise self._beyond_repair(damage)
+
+    def _beyond_repair(self, damage: str) -> DataError:
+        return DataError(
+            f"episode cache: {self.folder} is damaged again after it was built anew ({damage}); delete it, and look "
+            "after that disk, or set data.cache_dir to another one"
+        )
+
+    def _discard(self) -> None:
+        """Delete the cache that this store has mapped; another process may have replaced it by a new one already."""
+        try:
+            unchanged = [fingerprint(path) for path in self.files] == self._spec["files"]
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise DataError(
+                f"episode cache: {self.folder} is damaged, and the files that it was made from have changed since; "
+                "start again"
+            )
+        with _locked(self.folder), contextlib.suppress(FileNotFoundError):
+            if self.folder.stat().st_ino == self._inode:
+                shutil.rmtree(self.folder)
+
+    def _map(self) -> None:
+        self._inode = self.folder.stat().st_ino
+        meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        if meta.pop("checksum") != _meta_checksum(meta):
+            raise _DamagedError("meta.json is not as it was written")
+        for name, checksum in meta["checksums"].items():
+            if file_checksum(self.folder / name) != checksum:
+                raise _DamagedError(f"{name} is not as it was written")
+        if (self.folder / "images.arrow").stat().st_size != meta["image_bytes"]:
+            raise _DamagedError("images.arrow is cut off")
+        self.prompts: list[str] = meta["prompts"]
+        self.file_starts = np.array(meta["file_starts"], dtype=np.int64)
+        self.state, self.action, self.prompt_index = (
+            np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))  # indexing a memmap itself is slower
+            for name in (*VECTORS, "prompt_index")
+        )
+        self.episode_starts = np.load(self.folder / "episode_starts.npy")
+        cameras, rows = meta["cameras"], len(self.state)
+        self._images = {camera: _map_images(self.folder / "images.arrow", camera) for camera in cameras}
+        checksums = np.asarray(np.load(self.folder / "frame_checksums.npy", mmap_mode="r"))
+        self._frame_checksums = dict(zip(cameras, checksums, strict=True))
+        # Shared with the loader workers that are forked from here, so that each frame is checked once for all.
+        shared = np.frombuffer(mmap.mmap(-1, max(1, len(cameras) * rows)), np.bool_)
+        self._verified = {camera: shared[i * rows : (i + 1) * rows] for i, camera in enumerate(cameras)}
 
     def prompt(self, row: int) -> str:
         """The instruction at a global row."""
@@ -216,15 +297,12 @@ def _remove(folder: Path, pid: int) -> None:
 
 def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
     """Make the cache unless it is there. One process builds it; others that open the same files wait for it."""
-    if _is_whole(folder):
+    if (folder / "meta.json").is_file():
         return
     try:
-        locks = folder.parent / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with open(locks / folder.name, "w") as lock:
-            locked = _lock(lock)
-            if not _is_whole(folder):
-                _build(files, spec, folder, alone=locked)
+        with _locked(folder) as alone:
+            if not (folder / "meta.json").is_file():
+                _build(files, spec, folder, alone=alone)
     except OSError as error:  # raised by writing: a source that can't be read is a DataError
         needed = sum(size for _, size, _ in spec["files"])
         raise DataError(
@@ -233,18 +311,13 @@ def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None
         ) from None
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a cache is there and every file of it has the size that it was written with."""
-    try:
-        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
-        if all((folder / name).stat().st_size == size for name, size in sizes.items()):
-            return True
-        fault = "files are cut short"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        fault = "files are missing or damaged"
-    if folder.exists():
-        logger.warning("episode cache: %s: %s; it is made again", folder, fault)
-    return False
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Keep other processes from building or deleting a cache; gives False where the file system has no locks."""
+    locks = folder.parent / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with open(locks / folder.name, "w") as lock:
+        yield _lock(lock)
 
 
 def _lock(file: TextIO) -> bool:
@@ -270,16 +343,14 @@ def _build(files: list[Source], spec: dict[str, Any], folder: Path, *, alone: bo
     for leftover in folder.parent.glob(f".{folder.name}.*") if alone else ():  # a process was killed while it built
         shutil.rmtree(leftover)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    damaged = temporary.with_name(f"{temporary.name}.damaged")
     try:
         _write_cache(files, spec, temporary)
-        if not _is_whole(folder):
-            if folder.exists():
-                os.rename(folder, damaged)
+        if alone or not (folder / "meta.json").is_file():
+            if folder.is_dir():  # without meta.json: not a cache, or what is left of one
+                shutil.rmtree(folder)
             os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
@@ -287,7 +358,7 @@ def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> Non
     cameras = [camera for camera in spec["cameras"] if any(camera in of_file for of_file in columns)]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*VECTORS, "prompt_index", *FLAGS)}
     known_prompts: dict[str, int] = {}
-    file_starts, rows = [], 0
+    file_starts, rows, checksums = [], 0, []
     schema = pa.schema([(camera, pa.large_binary()) for camera in cameras])
     with ipc.new_file(folder / "images.arrow", schema) as writer:
         for path, column_of in zip(files, columns, strict=True):
@@ -298,15 +369,33 @@ def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> Non
                 _append_numbers(parts, known_prompts, batch, path, first_row, spec)
                 images = [_frames(batch, column_of.get(camera), camera, path, first_row) for camera in cameras]
                 writer.write_batch(pa.record_batch(images, schema=schema))
+                found = [_frame_checksums(column) for column in images]
+                checksums.append(np.array(found, np.uint32).reshape(len(images), batch.num_rows))
             rows += file.metadata.num_rows
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
     starts = episode_starts(arrays, files, file_starts)
-    for name in (*VECTORS, "prompt_index"):
+    arrays |= {"episode_starts": starts, "frame_checksums": np.concatenate(checksums, axis=1)}
+    for name in ARRAYS:
         np.save(folder / f"{name}.npy", arrays[name])
-    np.save(folder / "episode_starts.npy", starts)
     meta = {"spec": spec, "prompts": list(known_prompts), "file_starts": file_starts, "cameras": cameras}
-    meta["sizes"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    meta["checksums"] = {f"{name}.npy": file_checksum(folder / f"{name}.npy") for name in ARRAYS}
+    meta["image_bytes"] = (folder / "images.arrow").stat().st_size
+    meta["checksum"] = _meta_checksum(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _meta_checksum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _frame_checksum(frame: memoryview | bytes | None) -> int:
+    """CRC-32 of a frame; 0 for an absent one, and for no other."""
+    return 0 if frame is None else max(1, zlib.crc32(frame))
+
+
+def _frame_checksums(column: pa.Array) -> list[int]:
+    buffers = (frame.as_buffer() for frame in column)
+    return [_frame_checksum(buffer if buffer is not None and len(buffer) else None) for buffer in buffers]
 
 
 def _image_columns(file: pq.ParquetFile, path: Source, cameras: Sequence[str]) -> dict[str, str]:

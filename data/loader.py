@@ -9,6 +9,7 @@ import argparse
 import functools
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+LOST_WORKER = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")  # torch's words
 PREFETCH = 4  # batches that each worker makes ahead
 
 
@@ -60,7 +62,7 @@ class PackedBatches(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> PackedBatch:
         """The batch of some samples; raises the DataError of `VLADataset.batch`."""
-        block = ImageBlock(self.first.image_shape(len(indices)))
+        block = ImageBlock(self.first.image_shape(len(indices)), self.first.image_processor.pixel_type)
         arrays = self.dataset.arrays(np.asarray(indices), block.images.swapaxes(0, 1))
         return PackedBatch(arrays, self.first.cameras, block)
 
@@ -77,7 +79,14 @@ class BatchLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for packed in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                packed = next(batches, None)
+            except RuntimeError as error:
+                raise _worker_error(error) from None
+            if packed is None:
+                return
             yield packed.unpack(self._pool)
 
 
@@ -103,7 +112,9 @@ def make_loader(
     if num_workers:
         largest = batch_size if batch_sampler is None else batch_sampler.micro_batch_size
         slots = PREFETCH + 3  # besides those prefetched: one being made, two in use
-        pool = SlotPool(num_workers, slots, math.prod(batches.first.image_shape(largest)))
+        first = batches.first
+        slot_bytes = math.prod(first.image_shape(largest)) * first.image_processor.pixel_type.itemsize
+        pool = SlotPool(num_workers, slots, slot_bytes)
         options = {"persistent_workers": True, "prefetch_factor": PREFETCH}
     order = {"batch_sampler": batch_sampler} if batch_sampler is not None else {"batch_size": batch_size}
     loader = DataLoader(
@@ -116,6 +127,17 @@ def make_loader(
         **options,
     )
     return BatchLoader(dataset, loader, pool)
+
+
+def _worker_error(error: RuntimeError) -> Exception:
+    """A DataError for a loader worker that died, and any other error as it is."""
+    if not LOST_WORKER.search(str(error)):
+        return error
+    reason = str(error).splitlines()[0]
+    return DataError(
+        f"a loader worker died ({reason}), perhaps for want of memory: start again from the last checkpoint, with "
+        "fewer data.num_workers where it happens again"
+    )
 
 
 def _as_it_is(packed: PackedBatch) -> PackedBatch:

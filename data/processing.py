@@ -7,7 +7,8 @@ so a frame that was trained on and the same frame seen by the robot give the sam
 from __future__ import annotations
 
 import logging
-import tempfile
+import math
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,37 +18,70 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.decoding import decode_frame, upright_rgb
+from data.decoding import ObservationError, decode_frame, upright_rgb
+from data.image_fit import letterbox_bytes, letterbox_float
+from data.prompts import PromptTokenizer
 from utils.backbones import BACKBONE_SPECS
 from utils.batch import Batch
-from utils.config_utils import Config
+from utils.config_utils import Config, config_from_dict
+from utils.foreign_files import ForeignFileError, check_processor_folder
+from utils.text import printable
 
 logger = logging.getLogger(__name__)
 
-MAX_KNOWN_PROMPTS = 4096  # tokenized instructions that are kept; a server may be sent any number of them
+MAX_SIDE = 4096  # pixels of the images that a model takes
+# What PIL and simplejpeg run into on bytes that are no image, or a crafted one.
+DECODING_FAULTS = (
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
 Sample = dict[str, Any]
 
 
-class ObservationError(ValueError):
-    """A frame, state or prompt can't be used; the message says what was found and what was wanted."""
-
-
 class VLAImageProcessor:
-    """Decodes a frame and resizes it to the backbone's input size.
+    """Decodes a frame and fits it to the backbone's input size.
 
-    The aspect ratio is not kept (PaliGemma's own preprocessing). The result stays uint8: rescaling and
-    normalization happen on the device, with `mean` and `std` that the model keeps as buffers.
+    `stretch` gives up the aspect ratio (PaliGemma's own preprocessing); `pad` and `pad_bytes` keep it, between black
+    bars (`data/image_fit.py`). The result stays uint8: rescaling and normalization happen on the device, with `mean`
+    and `std` that the model keeps as buffers. `pad` alone, which interpolates in float32, gives values from 0 to 1.
+
+    Attributes:
+        pixel_type: numpy's, of the values that it makes.
     """
 
-    def __init__(self, height: int, width: int, mean: Sequence[float], std: Sequence[float], resample: int) -> None:
-        self.height, self.width = height, width
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resample: int,
+        fit: str = "stretch",
+    ) -> None:
+        """
+        Args:
+            height, width: of the result.
+            mean, std: per channel, on the scale of pixels in [0, 1].
+            resample: Pillow's filter, of `stretch`.
+            fit: `data.image_fit`.
+        """
+        self.height, self.width, self.fit = height, width, fit
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.resample = Image.Resampling(resample)
+        self.pixel_type = np.dtype(np.float32 if fit == "pad" else np.uint8)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str) -> VLAImageProcessor:
-        """Read `preprocessor_config.json` of a Hugging Face directory or hub id.
+    def from_pretrained(cls, name_or_path: str, fit: str = "stretch") -> VLAImageProcessor:
+        """Read `preprocessor_config.json` of a Hugging Face directory or hub id, which says nothing of `fit`.
 
         Raises:
             ObservationError: no such file, or preprocessing that this class does not do.
@@ -55,14 +89,15 @@ class VLAImageProcessor:
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
+            check_processor_folder(Path(name_or_path))
             settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
-        except OSError as error:
+        except (OSError, ForeignFileError) as error:
             reason = str(error).splitlines()[0]
             raise ObservationError(
                 f"image processor: no preprocessor_config.json at {name_or_path!r} ({reason}); set "
                 "data.image_processor_name_or_path to a directory or hub id that has one"
             ) from None
-        return cls.from_settings(settings, name_or_path)
+        return cls.from_settings({**settings, "fit": fit}, name_or_path)
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any], place: str) -> VLAImageProcessor:
@@ -70,9 +105,19 @@ class VLAImageProcessor:
         size = settings.get("size", {})
         if isinstance(size, int):
             size = {"height": size, "width": size}
+        mean, std = settings.get("image_mean", (0.5,) * 3), settings.get("image_std", (0.5,) * 3)
+        resample = settings.get("resample", Image.Resampling.BICUBIC)
         fault = None
-        if "height" not in size or "width" not in size:
-            fault = f"size is {size}; wanted height and width"
+        if not isinstance(size, dict) or "height" not in size or "width" not in size:
+            fault = f"size is {printable(size)}; wanted height and width"
+        elif not all(type(size[side]) is int and 1 <= size[side] <= MAX_SIDE for side in ("height", "width")):
+            fault = f"size is {printable(size)}; wanted whole numbers from 1 to {MAX_SIDE}"
+        elif not all(_is_three_numbers(values) for values in (mean, std)) or 0 in std:
+            fault = f"image_mean is {printable(mean)} and image_std {printable(std)}; wanted three finite numbers each"
+        elif resample not in list(Image.Resampling):
+            fault = f"resample is {printable(resample)}; wanted one of PIL's filters, 0 to 5"
+        elif type(settings.get("rescale_factor", 1 / 255)) not in (int, float):
+            fault = f"rescale_factor is {printable(settings['rescale_factor'])}; wanted 1/255"
         elif settings.get("do_center_crop") or settings.get("do_pad"):
             fault = "do_center_crop and do_pad are not supported; wanted both false"
         elif abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
@@ -80,8 +125,7 @@ class VLAImageProcessor:
         if fault is not None:
             remedy = "set data.image_processor_name_or_path to a directory or hub id whose preprocessing is such"
             raise ObservationError(f"image processor at {place!r}: {fault}; {remedy}")
-        mean, std = settings.get("image_mean", (0.5,) * 3), settings.get("image_std", (0.5,) * 3)
-        return cls(size["height"], size["width"], mean, std, settings.get("resample", Image.Resampling.BICUBIC))
+        return cls(size["height"], size["width"], mean, std, resample, settings.get("fit", "stretch"))
 
     def to_settings(self) -> dict[str, Any]:
         """The content of a `preprocessor_config.json` that gives this processor again."""
@@ -91,27 +135,29 @@ class VLAImageProcessor:
             "image_std": list(self.std),
             "resample": int(self.resample),
             "rescale_factor": 1 / 255,
+            **({} if self.fit == "stretch" else {"fit": self.fit}),
         }
 
     def __call__(self, frame: Frame) -> Tensor:
         """Decode and resize one frame; see `decode_into`.
 
         Returns:
-            uint8 (3, height, width), RGB, a view of memory laid out as (height, width, 3).
+            (3, height, width) of `pixel_type`, RGB, a view of memory laid out as (height, width, 3).
         """
-        out = np.empty((self.height, self.width, 3), dtype=np.uint8)
+        out = np.empty((self.height, self.width, 3), dtype=self.pixel_type)
         self.decode_into(frame, out)
         return torch.from_numpy(out).permute(2, 0, 1)
 
     def decode_into(self, frame: Frame, out: np.ndarray) -> None:
         """Decode one frame and resize it to fill `out`.
 
-        A JPEG larger than needed is scaled down while it is decoded (by eighths of its size, never below what is
-        needed) and resampled from there: training and serving do the same to the same bytes (`data/decoding.py`).
+        A JPEG larger than needed that is to be stretched is scaled down while it is decoded (by eighths of its size,
+        never below what is needed) and resampled from there: training and serving do the same to the same bytes
+        (`data/decoding.py`).
 
         Args:
             frame: encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3).
-            out: uint8 (height, width, 3), contiguous.
+            out: (height, width, 3) of `pixel_type`, contiguous.
 
         Raises:
             ObservationError: bytes or a file that can't be decoded, more than 8 bits a value, or an array of another
@@ -131,15 +177,23 @@ class VLAImageProcessor:
                 raise ObservationError(f"image: {error}") from None
         else:
             try:
-                pixels = decode_frame(frame, self.height, self.width, out)
-            except (OSError, SyntaxError, ValueError) as error:
+                pixels = self._decode(frame, out)
+            except DECODING_FAULTS as error:
                 found = f"{len(frame)} bytes is no readable JPEG or PNG ({error})"
                 raise ObservationError(f"{place}: {found}") from None
         if pixels is out:
             return
-        if pixels.shape[:2] != (self.height, self.width):
+        if self.fit != "stretch":
+            pixels = (letterbox_float if self.fit == "pad" else letterbox_bytes)(pixels, self.height, self.width)
+        elif pixels.shape[:2] != (self.height, self.width):
             pixels = Image.fromarray(pixels).resize((self.width, self.height), self.resample)
         out[:] = pixels
+
+    def _decode(self, encoded: bytes | memoryview, out: np.ndarray) -> np.ndarray:
+        """`out`, filled, where a JPEG has that size; else uint8 (H, W, 3), the frame whole or reduced."""
+        if self.fit == "stretch":
+            return decode_frame(encoded, self.height, self.width, out)
+        return decode_frame(encoded, 0, 0)
 
 
 def array_fault(frame: np.ndarray) -> str | None:
@@ -149,117 +203,16 @@ def array_fault(frame: np.ndarray) -> str | None:
     return f"{frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB"
 
 
+def _is_three_numbers(values: Any) -> bool:
+    numbers = values if isinstance(values, list | tuple) else ()
+    return len(numbers) == 3 and all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise ObservationError(f"image: {path} is no readable file ({error})") from None
-
-
-class PromptTokenizer:
-    """Turns an instruction into text tokens: a prefix, the instruction, a closing newline.
-
-    The prefix is what the backbone was pretrained with: `<bos>` for PaliGemma; for other language models whatever
-    their tokenizer itself puts in front of a text (`<s>` for Llama, nothing for Qwen). No padding token is needed,
-    for padding is masked. Image tokens are not part of it: they are the backbone's affair.
-    """
-
-    def __init__(self, tokenizer: Any, max_len: int, backbone: str = "paligemma") -> None:
-        """
-        Args:
-            tokenizer: of transformers.
-            max_len: tokens, the prefix and the newline included.
-            backbone: `model.vlm_config.type`.
-        """
-        self.tokenizer, self.max_len = tokenizer, max_len
-        starts_with_bos = BACKBONE_SPECS[backbone].prompt_start == "bos"
-        self.prefix = [tokenizer.bos_token_id] if starts_with_bos else _own_prefix(tokenizer)
-        self._known: dict[str, Tensor] = {}
-        self._warned = False
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, max_len: int, backbone: str = "paligemma") -> PromptTokenizer:
-        """Load the tokenizer of a Hugging Face directory or hub id.
-
-        Raises:
-            ObservationError: no tokenizer there, or for PaliGemma one without a `<bos>` token.
-        """
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ObservationError(
-                f"tokenizer: none at {name_or_path!r} ({reason}); set data.tokenizer_name_or_path to a directory or "
-                "hub id that has one"
-            ) from None
-        if BACKBONE_SPECS[backbone].prompt_start == "bos" and tokenizer.bos_token_id is None:
-            raise ObservationError(
-                f"tokenizer at {name_or_path!r} has no <bos> token, which the prompt of a {backbone} needs"
-            )
-        return cls(tokenizer, max_len, backbone)
-
-    @classmethod
-    def from_files(cls, files: dict[str, Tensor], max_len: int, backbone: str = "paligemma") -> PromptTokenizer:
-        """Load from the tokenizer files that a checkpoint carries (name -> uint8 content)."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
-            return cls.from_pretrained(folder, max_len, backbone)
-
-    def to_files(self) -> dict[str, Tensor]:
-        """The tokenizer's files as a checkpoint carries them (name -> uint8 content)."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
-            return {
-                path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-                for path in sorted(Path(folder).iterdir())
-                if path.is_file()
-            }
-
-    def __call__(self, prompt: str) -> list[int]:
-        """Token ids of one instruction, at most `max_len`; a longer one is cut before the newline, with one warning.
-
-        Raises:
-            ObservationError: the prompt is empty.
-        """
-        return self.tensor(prompt).tolist()
-
-    def tensor(self, prompt: str) -> Tensor:
-        """The same as int64 (L,), made once per instruction and not to be changed; errors as above."""
-        ids_L = self._known.get(prompt)
-        if ids_L is None:
-            ids_L = torch.tensor(self._encode(prompt), dtype=torch.int64)
-            while len(self._known) >= MAX_KNOWN_PROMPTS:
-                # The oldest, from a copy: another thread of a server may change the dict meanwhile.
-                self._known.pop(next(iter(list(self._known)), None), None)
-            self._known[prompt] = ids_L
-        return ids_L
-
-    def _encode(self, prompt: str) -> list[int]:
-        text = " ".join(prompt.split())
-        if not text:
-            raise ObservationError(f"prompt is {prompt!r}; a policy needs an instruction")
-        ids = [*self.prefix, *self.tokenizer.encode(text + "\n", add_special_tokens=False)]
-        if len(ids) <= self.max_len:
-            return ids
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "prompt of %d tokens cut to data.prompt_max_len %d: %r; raise prompt_max_len to keep it whole",
-                len(ids),
-                self.max_len,
-                text,
-            )
-        return [*ids[: self.max_len - 1], ids[-1]]
-
-
-def _own_prefix(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text."""
-    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-    return whole[: starts[0]] if starts else []
 
 
 def build_observation(
@@ -271,6 +224,7 @@ def build_observation(
     max_seq_len: int,
     image_processor: VLAImageProcessor,
     prompt_tokenizer: PromptTokenizer,
+    dataset_index: int = 0,
 ) -> Sample:
     """One sample of the batch contract, without actions.
 
@@ -282,11 +236,12 @@ def build_observation(
         cameras: the cameras that the model reads, in slot order.
         max_seq_len: frames per sample; earlier ones that do not exist are zeros and masked.
         image_processor, prompt_tokenizer: as the checkpoint or the config gives them.
+        dataset_index: whose statistics apply.
 
     Returns:
-        `image_*` uint8 (max_seq_len, 3, H, W), `image_mask` bool (V,),
+        Each camera's frames (max_seq_len, 3, H, W) of the image processor's `pixel_type`, `image_mask` bool (V,),
         `vlm_attention_mask` bool (max_seq_len,), `raw_prompt_text`, `input_ids` int64 (L,), `state` float32
-        (state_dim,).
+        (state_dim,), `dataset_index`.
 
     Raises:
         ObservationError: unreadable frame, empty prompt, no camera at all, more frames than `max_seq_len`.
@@ -301,7 +256,7 @@ def build_observation(
     first = max_seq_len - num_frames
     shape = (max_seq_len, image_processor.height, image_processor.width, 3)
     for camera in cameras:
-        frames = np.zeros(shape, dtype=np.uint8)
+        frames = np.zeros(shape, dtype=image_processor.pixel_type)
         if camera in present:
             if len(images[camera]) != num_frames:
                 raise ObservationError(
@@ -316,8 +271,10 @@ def build_observation(
     sample["image_mask"] = torch.tensor([camera in present for camera in cameras])
     sample["vlm_attention_mask"] = torch.arange(max_seq_len) >= first
     sample["raw_prompt_text"] = prompt
-    sample["input_ids"] = prompt_tokenizer.tensor(prompt)
-    sample["state"] = torch.from_numpy(np.array(state, dtype=np.float32))
+    state = np.array(state, dtype=np.float32)
+    sample["input_ids"] = prompt_tokenizer.tensor(prompt, state, dataset_index)
+    sample["state"] = torch.from_numpy(state)
+    sample["dataset_index"] = dataset_index
     return sample
 
 
@@ -352,10 +309,11 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
 def processors_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[VLAImageProcessor, PromptTokenizer]:
     """The image processor and the tokenizer that a checkpoint was trained with, from the checkpoint alone."""
     image_processor = VLAImageProcessor.from_settings(checkpoint["image_processor"], "checkpoint")
-    config = checkpoint["config"]
-    tokenizer = PromptTokenizer.from_files(
-        checkpoint["tokenizer_files"], config["data"]["prompt_max_len"], config["model"]["vlm_config"]["type"]
-    )
+    config = config_from_dict(checkpoint["config"], source="checkpoint")
+    data, backbone = config.data, config.model.vlm_config.type
+    files = checkpoint["tokenizer_files"]
+    tokenizer = PromptTokenizer.from_files(files, data.prompt_max_len, backbone, data.prompt_format)
+    tokenizer.read_states(config, checkpoint["statistics"])
     return image_processor, tokenizer
 
 
@@ -374,8 +332,10 @@ def processors_from_config(config: Config) -> tuple[VLAImageProcessor, PromptTok
                 f"model.vlm_config.{part.key}: no folder {folder!r}; {spec.remedy(part.key, folder)}"
             )
     return (
-        VLAImageProcessor.from_pretrained(image_source),
-        PromptTokenizer.from_pretrained(tokenizer_source, config.data.prompt_max_len, vlm.type),
+        VLAImageProcessor.from_pretrained(image_source, config.data.image_fit),
+        PromptTokenizer.from_pretrained(
+            tokenizer_source, config.data.prompt_max_len, vlm.type, config.data.prompt_format
+        ),
     )
 
 

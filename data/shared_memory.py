@@ -7,20 +7,24 @@ new memory for the batch, so a batch that someone keeps is never overwritten.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import signal
 import threading
 import weakref
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from data.dataset import Arrays, as_batch
 from utils.batch import Batch
+from utils.parquet_utils import DataError
 
 _pool: SlotPool | None = None  # this worker process's memory
 
@@ -33,24 +37,26 @@ class SlotPool:
         self._memory = mmap.mmap(-1, max(1, workers * slots * slot_bytes))
         self._busy = mmap.mmap(-1, max(1, workers * slots))  # one byte per slot: workers set it, training clears it
 
-    def take(self, worker: int, shape: Sequence[int]) -> tuple[int, np.ndarray] | None:
-        """A free slot of this worker as uint8 memory of `shape`; None where none is free or large enough."""
-        if np.prod(shape) > self.slot_bytes:
+    def take(
+        self, worker: int, shape: Sequence[int], pixel_type: DTypeLike = np.uint8
+    ) -> tuple[int, np.ndarray] | None:
+        """A free slot of this worker as memory of `shape`; None where none is free or large enough."""
+        if math.prod(shape) * np.dtype(pixel_type).itemsize > self.slot_bytes:
             return None
         for slot in range(worker * self.slots, (worker + 1) * self.slots):
             if not self._busy[slot]:
                 self._busy[slot] = 1
-                return slot, self._view(slot, shape)
+                return slot, self._view(slot, shape, pixel_type)
         return None
 
-    def receive(self, slot: int, shape: Sequence[int]) -> Tensor:
+    def receive(self, slot: int, shape: Sequence[int], pixel_type: DTypeLike = np.uint8) -> Tensor:
         """The images in a slot; it is freed when the last tensor that shares their storage is gone."""
-        block = self._view(slot, shape)
+        block = self._view(slot, shape, pixel_type)
         weakref.finalize(block, self._busy.__setitem__, slot, 0)  # the tensor's storage keeps `block` alive
         return torch.from_numpy(block)
 
-    def _view(self, slot: int, shape: Sequence[int]) -> np.ndarray:
-        return np.ndarray(tuple(shape), np.uint8, self._memory, slot * self.slot_bytes)
+    def _view(self, slot: int, shape: Sequence[int], pixel_type: DTypeLike) -> np.ndarray:
+        return np.ndarray(tuple(shape), pixel_type, self._memory, slot * self.slot_bytes)
 
 
 def use_pool(pool: SlotPool) -> None:
@@ -78,12 +84,12 @@ def _end_for(parent: int) -> None:
 
 
 class ImageBlock:
-    """Memory for one batch's images, (V, B, S, H, W, 3) uint8, and the slot that it lies in, if any."""
+    """Memory for one batch's images, (V, B, S, H, W, 3), and the slot that it lies in, if any."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], pixel_type: DTypeLike = np.uint8) -> None:
         worker = get_worker_info()
-        taken = _pool.take(worker.id, shape) if _pool is not None and worker is not None else None
-        self.slot, self.images = taken if taken is not None else (None, np.empty(tuple(shape), np.uint8))
+        taken = _pool.take(worker.id, shape, pixel_type) if _pool is not None and worker is not None else None
+        self.slot, self.images = taken if taken is not None else (None, np.empty(tuple(shape), pixel_type))
 
 
 class PackedBatch:
@@ -96,11 +102,37 @@ class PackedBatch:
             cameras: names of the block's first dimension.
             block: the images.
         """
-        self.cameras, self.slot, self.shape = list(cameras), block.slot, block.images.shape
+        self.cameras, self.slot = list(cameras), block.slot
+        self.shape, self.pixel_type = block.images.shape, block.images.dtype
         self.images = torch.from_numpy(block.images) if block.slot is None else None
         self.arrays = arrays
+        self.checksum = _folded(block.images, arrays) if get_worker_info() is not None else None
 
     def unpack(self, pool: SlotPool | None) -> Batch:
-        """The batch, in the training process."""
-        images = self.images if self.slot is None else pool.receive(self.slot, self.shape)
+        """The batch, in the training process.
+
+        Raises:
+            DataError: it is not what the worker handed over.
+        """
+        images = self.images if self.slot is None else pool.receive(self.slot, self.shape, self.pixel_type)
+        if self.checksum is not None and _folded(images.numpy(), self.arrays) != self.checksum:
+            raise DataError(
+                "a batch changed on its way from a loader worker to training; start again from the last checkpoint "
+                "and look after this machine's memory (or set data.num_workers: 0)"
+            )
         return as_batch(self.arrays, self.cameras, images)
+
+
+def _folded(images: np.ndarray, arrays: Arrays) -> int:
+    """A checksum of a batch: the exclusive or of the images' words, and the CRC-32 of the numbers.
+
+    Any single changed bit changes it, at the speed at which memory is read: a CRC of the images would take ten times
+    as long.
+    """
+    flat = images.reshape(-1).view(np.uint8)
+    words = flat[: flat.size // 8 * 8].view(np.uint64)
+    rest = zlib.crc32(flat[words.size * 8 :])
+    for name in sorted(arrays):
+        if isinstance(arrays[name], np.ndarray):
+            rest = zlib.crc32(np.ascontiguousarray(arrays[name]), rest)
+    return int(np.bitwise_xor.reduce(words)) ^ rest

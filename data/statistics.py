@@ -175,6 +175,7 @@ def require_statistics_of(train: MixtureDataset, statistics: Sequence[dict[str, 
         columns = {"state": dataset.store.state, "action": dataset.store.action}
         if action_mode == "delta":
             del columns["action"]
+        columns = {name: values for name, values in columns.items() if {"min", "max"} <= (made.get(name) or {}).keys()}
         differing, outside = [], 0.0
         for name, values in columns.items():
             low, high = (np.array(made[name][key], np.float32) for key in ("min", "max"))

@@ -11,7 +11,7 @@ How far rounding may move an action is stated in tests/inference/test_engine.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Engine:
         trained_quantization: str,
     ) -> None:
         self.weight_dtype = choose_weight_dtype(settings.weight_dtype, model.compute_dtype, device)
-        store_weights(model, self.weight_dtype)
+        store_weights(model, self.weight_dtype, model.backbone.vision_parts())
         quantize(model.backbone, settings.quantization, trained_quantization)
         self.model, self.device = model.to(device).eval().requires_grad_(False), device
         self.compile = settings.compile
@@ -206,16 +206,22 @@ def choose_weight_dtype(setting: str, compute_dtype: torch.dtype, device: torch.
     return dtype
 
 
-def store_weights(model: nn.Module, dtype: torch.dtype) -> None:
+def store_weights(model: nn.Module, dtype: torch.dtype, whole: Iterable[nn.Module] = ()) -> None:
     """Round once, in place, the matrices that autocast would round at every call; half the memory and its traffic.
 
     Norms, biases of norms and statistics stay float32. Embeddings are rounded too, so the backbone's residual
     stream is in `dtype`, as in the published PaliGemma weights. For inference only: such weights can't be trained.
+
+    Args:
+        model: changed in place.
+        dtype: float32 changes nothing.
+        whole: parts of it that stay as they are.
     """
     if dtype == torch.float32:
         return  # as trained; frozen weights may be stored in fewer bits already
+    kept = {id(module) for part in whole for module in part.modules()}
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)) and id(module) not in kept:
             for parameter in module.parameters(recurse=False):
                 if parameter.is_floating_point():  # others are quantized already
                     parameter.data = parameter.data.to(dtype)

@@ -1,6 +1,7 @@
-"""Reading a policy: a `*.pth.tar` file, a folder that scripts/export_policy.py wrote, or the hub id of such a folder.
+"""Reading a policy: a `*.pth.tar` file, a folder that scripts/export_policy.py wrote, a published pi0 or pi0.5
+(`inference.published`), or the hub id of such a folder.
 
-The folder, written by `inference.serving.export`; its files are checked by their digests before any is used:
+The exported folder, written by `inference.serving.export`; its files are checked by their digests before any is used:
 
     model.safetensors         weights, those that evaluation uses
     config.yaml               the resolved configuration
@@ -15,29 +16,57 @@ The folder, written by `inference.serving.export`; its files are checked by thei
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from utils.checkpoint import FORMAT, CheckpointError, load_checkpoint
+from inference.published import published_checkpoint
+from utils.checkpoint import FORMAT, CheckpointError, check_content, load_checkpoint
+from utils.foreign_files import TOKENIZER_FILES, ForeignFileError, inside, read_json, read_yaml
+from utils.policy_folder import is_policy_folder
+from utils.text import printable
 
 MANIFEST, WEIGHTS = "policy.json", "model.safetensors"
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
+DESCRIPTIONS = ("statistics.json", "backbone_config.json", "preprocessor_config.json")
+NEEDED = frozenset({WEIGHTS, "config.yaml", *DESCRIPTIONS})
+WRITTEN = NEEDED | {MANIFEST, "README.md"} | {f"tokenizer/{name}" for name in TOKENIZER_FILES}
+LEFT_ALONE = (".cache", ".git", ".gitattributes", "LICENSE", "LICENSE.md")  # beside a policy on the hub; never read
 CARRIED = ("format", "step", "cameras", "base")  # plain values of a checkpoint that policy.json holds
 
 
-def read_policy(name_or_path: str | Path) -> dict[str, Any]:
-    """The checkpoint dict of a `*.pth.tar` file, an exported folder, or a hub id; errors as the two loaders."""
+def read_policy(name_or_path: str | Path, **published: Any) -> dict[str, Any]:
+    """The checkpoint dict of a policy; errors as the loaders.
+
+    Args:
+        name_or_path: a `*.pth.tar` file, an exported folder, the folder of a pi0 or pi0.5 policy of LeRobot or openpi,
+            or the hub id of a folder.
+        published: what such a pi0 or pi0.5 folder does not say; see `published_checkpoint`.
+
+    Raises:
+        ValueError: `published` for a policy of this program, which says all of it.
+    """
+    folder = local_folder(name_or_path)
+    if is_policy_folder(folder):
+        return published_checkpoint(folder, **published)
+    if published:
+        raise ValueError(
+            f"{name_or_path}: {', '.join(published)} is for folders of LeRobot's and openpi's pi0 and pi0.5 "
+            "policies, and this is none"
+        )
+    return load_export(folder) if folder.is_dir() else load_checkpoint(folder, for_inference=True)
+
+
+def local_folder(name_or_path: str | Path) -> Path:
+    """The path itself, or where the hub repository of that id was downloaded to; CheckpointError where it can't be."""
     path = Path(name_or_path)
     is_hub_id = not path.exists() and len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".tar"
-    return load_export(name_or_path) if path.is_dir() or is_hub_id else load_checkpoint(path, for_inference=True)
+    return _download(str(name_or_path)) if is_hub_id else path
 
 
 def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:
@@ -65,18 +94,16 @@ def load_export(name_or_path: str | Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     try:
         weights = load_file(folder / WEIGHTS)
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        statistics, backbone_config, image_processor = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in ("statistics.json", "backbone_config.json", "preprocessor_config.json")
-        )
-    except (OSError, ValueError, SafetensorError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{folder}: can't be read ({error}); export it again") from None
-    tokenizer_files = {
-        path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-        for path in sorted((folder / "tokenizer").iterdir())
-    }
-    return {
+        config = read_yaml(folder / "config.yaml")
+        statistics, backbone_config, image_processor = (read_json(folder / name) for name in DESCRIPTIONS)
+        tokenizer_files = {
+            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for path in sorted((folder / "tokenizer").iterdir())
+            if path.stat().st_size
+        }
+    except (OSError, ForeignFileError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: can't be read ({printable(error)}); export it again") from None
+    checkpoint = {
         **{key: manifest[key] for key in CARRIED},
         "model": weights,
         "config": config,
@@ -85,6 +112,8 @@ def load_export(name_or_path: str | Path) -> dict[str, Any]:
         "image_processor": image_processor,
         "tokenizer_files": tokenizer_files,
     }
+    check_content(checkpoint, folder)
+    return checkpoint
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -99,30 +128,55 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: no {MANIFEST} in it; give a folder that scripts/export_policy.py wrote, or a *.pth.tar file"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in (*CARRIED, "sha256") if key not in manifest]
-        digests = dict(manifest.get("sha256", {}))
-    except (ValueError, TypeError, AttributeError) as error:
+        manifest = read_json(path)
+    except ForeignFileError as error:
         raise CheckpointError(f"{path}: not readable ({error}); export it again") from None
-    if missing or manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: not of this program (format {manifest.get('format')!r}, lacks {missing})")
-    pickled = [found.name for found in sorted(folder.rglob("*")) if found.suffix.lower() in PICKLES]
+    digests = manifest.get("sha256") if isinstance(manifest, dict) else None
+    missing = [key for key in (*CARRIED, "sha256") if digests is None or key not in manifest]
+    if missing or manifest["format"] != FORMAT or not isinstance(digests, dict):
+        raise CheckpointError(f"{path}: not of this program; wanted format {FORMAT!r} and {', '.join(CARRIED)}, sha256")
+    _check_names(folder, set(digests))
+    for name in sorted(NEEDED | digests.keys()):
+        if digest(folder / name) != digests.get(name):
+            raise CheckpointError(
+                f"{folder / name}: changed since it was exported (SHA-256 differs from {MANIFEST}); don't use it: "
+                "export it again, or download it again"
+            )
+    _refuse_others(folder, set(digests))
+    return manifest
+
+
+def _check_names(folder: Path, listed: set[str]) -> None:
+    """Check that what is needed and what is listed are files that `export_policy` writes, in the folder itself.
+
+    Raises:
+        CheckpointError: naming the file that is missing, lies elsewhere or is of no use to a policy.
+    """
+    pickled = [path.name for path in _files(folder) if path.suffix.lower() in PICKLES]
     if pickled:
         raise CheckpointError(f"{folder}: holds {pickled[0]}, a kind of file that may run code; nothing was loaded")
-    needed = {WEIGHTS, "config.yaml", "statistics.json", "backbone_config.json", "preprocessor_config.json"}
-    for name in sorted(needed | digests.keys()):
-        file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing; export it again, or download it again")
-        if digest(file) != digests.get(name):
+    # The hub's cache keeps a snapshot's files as links to the blobs beside it.
+    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    for name in sorted(NEEDED | listed):
+        path = inside(root, (folder / name).relative_to(root)) if name in WRITTEN else None
+        if path is None or not path.is_file():
             raise CheckpointError(
-                f"{file}: changed since it was exported (SHA-256 differs from {MANIFEST}); don't use it: export it "
-                "again, or download it again"
+                f"{folder}: {printable(name)} is missing, lies elsewhere, or is no file of a policy; export "
+                "it again, or download it again"
             )
-    stray = {str(p.relative_to(folder)) for p in (folder / "tokenizer").iterdir()} - digests.keys()
-    if stray:
-        raise CheckpointError(f"{folder}: {sorted(stray)[0]} is not listed in {MANIFEST}; remove it")
-    return manifest
+    if not (folder / "tokenizer").is_dir():
+        raise CheckpointError(f"{folder}: tokenizer/ is missing; export it again, or download it again")
+
+
+def _refuse_others(folder: Path, listed: set[str]) -> None:
+    for path in _files(folder):
+        name = path.relative_to(folder)
+        if name.parts[0] not in LEFT_ALONE and str(name) not in listed | {MANIFEST, "README.md"}:
+            raise CheckpointError(f"{folder}: {printable(name)} is not listed in {MANIFEST}; remove it")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
 
 
 def digest(path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,18 +120,57 @@ class VLAPredictor:
                 asks for what device, precision or head can't do; an unknown dataset.
             ImportError: the library of that quantization is missing.
         """
-        checkpoint = read_policy(path)
-        config = config_from_dict(checkpoint["config"], source=str(path))
+        return cls._from_dict(read_policy(path), str(path), device, dataset, use_amp, inference)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        device: str | torch.device = "auto",
+        dataset: str | None = None,
+        *,
+        tokenizer_name_or_path: str | None = None,
+        vision_num_attention_heads: int | None = None,
+        norm_stats: str | Path | None = None,
+        use_amp: bool | None = None,
+        **inference: Any,
+    ) -> VLAPredictor:
+        """Load a shared policy: an exported folder, or a pi0 or pi0.5 as LeRobot or openpi write it.
+
+        Args:
+            name_or_path: a folder or its hub id, or anything that `from_checkpoint` takes.
+            device, dataset, use_amp, inference: as for `from_checkpoint`.
+            tokenizer_name_or_path, vision_num_attention_heads, norm_stats: of a pi0 or pi0.5 alone, whose folder does
+                not say them; see `inference.published.published_checkpoint`. None: as the published ones have it.
+
+        Raises:
+            PolicyFolderError: such a folder can't be read or understood; the message names the file or the tensor.
+            ValueError, CheckpointError, ImportError: as for `from_checkpoint`.
+        """
+        unsaid = {
+            "tokenizer_name_or_path": tokenizer_name_or_path,
+            "vision_num_attention_heads": vision_num_attention_heads,
+            "norm_stats": norm_stats,
+        }
+        checkpoint = read_policy(name_or_path, **{key: value for key, value in unsaid.items() if value is not None})
+        return cls._from_dict(checkpoint, str(name_or_path), device, dataset, use_amp, inference)
+
+    @classmethod
+    def _from_dict(
+        cls,
+        checkpoint: dict[str, Any],
+        source: str,
+        device: str | torch.device,
+        dataset: str | None,
+        use_amp: bool | None,
+        inference: dict[str, Any],
+    ) -> VLAPredictor:
+        config = config_from_dict(checkpoint["config"], source=source)
         model, processors = VLAModel.from_checkpoint(checkpoint), processors_from_checkpoint(checkpoint)
         predictor = cls(model, config, *processors, device=device, dataset=dataset, use_amp=use_amp, **inference)
         if predictor.compile != "none" or predictor.device.type == "cuda":
             predictor.warm_up()
         return predictor
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> VLAPredictor:
-        """Load a shared policy: an exported folder or its hub id; the same as `from_checkpoint`, options included."""
-        return cls.from_checkpoint(name_or_path, **options)
 
     def warm_up(self, batch_size: int = 1) -> None:
         """Predict once on blank images, so that compilation, graph capture and the GPU's own start are over.
@@ -147,26 +186,31 @@ class VLAPredictor:
 
     def predict(
         self,
-        images_1: Frame | Sequence[Frame],
+        images_1: Frame | Sequence[Frame] | None = None,
         images_2: Frame | Sequence[Frame] | None = None,
         *,
         prompt: str,
         state: Sequence[float] | np.ndarray | None = None,
+        images: Mapping[str, Frame | Sequence[Frame] | None] | None = None,
         seed: int | None = None,
+        noise: np.ndarray | None = None,
         num_inference_steps: int | None = None,
         prefix: ActionPrefix | None = None,
     ) -> np.ndarray:
         """The next actions.
 
         Args:
-            images_1: camera 1, one frame or several (oldest first, the current one last, at most max_seq_len).
+            images_1: the first camera, one frame or several (oldest first, the current one last, at most max_seq_len).
                 A frame is encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3) of
                 any size.
-            images_2: camera 2, as many frames. A policy trained with two cameras masks it when None, as it
+            images_2: its second camera, as many frames. A policy trained with two cameras masks it when None, as it
                 does with data that lack it, and warns once; a policy trained with one camera ignores it.
+            images: instead of the two, frames by the names in `cameras`; those that are left out are masked.
             prompt: the instruction.
             state: (state_dim,), physical units; may be None only for a policy that takes no state.
             seed: of the sampling noise; the same seed gives the same actions. None: one from torch's global generator.
+            noise: instead of a seed the noise itself, float32, shaped as the head takes it: (T, A) for flow matching,
+                (T, max_action_dim) for the action expert, whose padding is noise too.
             num_inference_steps: sampling steps; None: the predictor's default.
             prefix: what the actions have to continue (physical units, B = 1); see `inference.closed_loop.execution`.
 
@@ -177,7 +221,9 @@ class VLAPredictor:
             ObservationError: missing camera, unreadable frame, empty prompt, state of another width or not
                 finite, too many frames.
         """
-        batch = self.observe(images_1, images_2, prompt=prompt, state=state)
+        batch = self.observe(images_1, images_2, prompt=prompt, state=state, images=images)
+        if noise is not None:
+            batch["noise"] = self._checked_noise(noise, seed)[None, None]
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
         return self.predict_draws(batch, [[seed]], num_inference_steps, prefix)[0, 0]
 
@@ -211,56 +257,87 @@ class VLAPredictor:
         """Several draws for each observation of a batch, which is encoded once.
 
         Args:
-            batch, num_inference_steps, prefix: as `predict_batch` takes them.
+            batch, num_inference_steps, prefix: as `predict_batch` takes them; `noise` in a batch is taken as it is.
             seeds: per draw one seed for every sample.
 
         Returns:
             float32 (draws, B, horizon, per_action_dim), physical units.
         """
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
-        noise = self.model.draw_noise(seeds, steps)
-        batch = batch if noise is None else {**batch, "noise": noise}
+        if "noise" not in batch:
+            noise = self.model.draw_noise(seeds, steps)
+            batch = batch if noise is None else {**batch, "noise": noise}
         prefix = None if prefix is None else self._widened(prefix)
         action_KBTA = self.engine(batch, steps, num_draws=len(seeds), prefix=prefix)
         return action_KBTA[..., : self.horizon, : self.per_action_dim].cpu().numpy()
 
     def observe(
         self,
-        images_1: Frame | Sequence[Frame],
+        images_1: Frame | Sequence[Frame] | None = None,
         images_2: Frame | Sequence[Frame] | None = None,
         *,
         prompt: str,
         state: Sequence[float] | np.ndarray | None = None,
+        images: Mapping[str, Frame | Sequence[Frame] | None] | None = None,
     ) -> Batch:
         """The batch of one that `predict` gives the model; arguments and errors as there."""
-        return collate_fn([self.observation(images_1, images_2, prompt=prompt, state=state)])
+        return collate_fn([self.observation(images_1, images_2, prompt=prompt, state=state, images=images)])
 
     def observation(
         self,
-        images_1: Frame | Sequence[Frame],
+        images_1: Frame | Sequence[Frame] | None = None,
         images_2: Frame | Sequence[Frame] | None = None,
         *,
         prompt: str,
         state: Sequence[float] | np.ndarray | None = None,
+        images: Mapping[str, Frame | Sequence[Frame] | None] | None = None,
     ) -> Sample:
         """The sample that `observe` makes a batch of; `collate_fn` joins several for `predict_batch`."""
-        if images_1 is None:
-            raise ObservationError("image_1 is missing; every policy needs it")
-        if images_2 is not None and "image_2" not in self.cameras:
-            self._warn_once("this policy was trained on image_1 alone: image_2 is ignored")
-        if images_2 is None and "image_2" in self.cameras:
-            self._warn_once("this policy was trained with image_2, which is missing: its slot is masked")
-        sample = build_observation(
-            {"image_1": _frames(images_1), "image_2": _frames(images_2)},
+        return build_observation(
+            self._frames_by_camera(images_1, images_2, images),
             prompt,
             np.pad(self._checked_state(state), (0, self.config.data.state_dim - self.state_dim)),
             cameras=self.cameras,
             max_seq_len=self.max_seq_len,
             image_processor=self.image_processor,
             prompt_tokenizer=self.prompt_tokenizer,
+            dataset_index=self.dataset_index,
         )
-        sample["dataset_index"] = self.dataset_index
-        return sample
+
+    def _frames_by_camera(
+        self,
+        images_1: Frame | Sequence[Frame] | None,
+        images_2: Frame | Sequence[Frame] | None,
+        images: Mapping[str, Frame | Sequence[Frame] | None] | None,
+    ) -> dict[str, list[Frame] | None]:
+        """Per camera of the policy its frames, None where it is absent."""
+        if images is None:
+            first, second = self.cameras[0], "image_2" if len(self.cameras) == 1 else self.cameras[1]
+            if images_1 is None:
+                raise ObservationError(f"{first} is missing; every policy needs it")
+            if images_2 is not None and len(self.cameras) == 1:
+                self._warn_once(f"this policy was trained on {first} alone: {second} is ignored")
+            images = {first: images_1, **({second: images_2} if len(self.cameras) > 1 else {})}
+        elif images_1 is not None or images_2 is not None:
+            raise ObservationError("images and images_1 or images_2 both give frames; give one of them")
+        unknown = [name for name in images if name not in self.cameras]
+        if unknown:
+            raise ObservationError(f"this policy has no camera {unknown[0]!r}; it reads {', '.join(self.cameras)}")
+        for camera in self.cameras:
+            if images.get(camera) is None:
+                self._warn_once(f"this policy was trained with {camera}, which is missing: its slot is masked")
+        return {camera: _frames(images.get(camera)) for camera in self.cameras}
+
+    def _checked_noise(self, noise: np.ndarray, seed: int | None) -> torch.Tensor:
+        if seed is not None:
+            raise ValueError("seed and noise both say where sampling starts; give one of them")
+        drawn = self.model.draw_noise([[0]], self.num_inference_steps)
+        if drawn is None:
+            raise ValueError("noise was given, but this policy's head samples nothing")
+        values = torch.as_tensor(np.asarray(noise), dtype=torch.float32)
+        if values.shape != drawn.shape[2:]:
+            raise ValueError(f"noise has shape {tuple(values.shape)}; this policy takes {tuple(drawn.shape[2:])}")
+        return values
 
     def mean_action(self, state_NS: np.ndarray) -> np.ndarray:
         """The training data's mean action for each state, float32 (N, A), physical units.

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from inference.evaluate import Predictions
 from utils.metrics import METRICS
 from utils.misc import atomic_path
+from utils.text import csv_text
 from utils.text_table import text_table
 from utils.trajectory_plot import draw_trajectory
 
@@ -111,7 +112,7 @@ def write_predictions(path: str | Path, predictions: dict[str, Predictions]) -> 
         writer.writerow(["dataset", "file", "episode", "frame", "step", *names, "is_pad"])
         for name, part in predictions.items():
             for n, (predicted_TA, true_TA) in enumerate(zip(part.predicted_KNTA[0], part.true_NTA, strict=True)):
-                place = [name, part.file_N[n], part.episode_N[n], part.frame_N[n]]
+                place = [csv_text(name), csv_text(str(part.file_N[n])), part.episode_N[n], part.frame_N[n]]
                 for t, is_pad in enumerate(part.is_pad_NT[n]):
                     truth = [""] * len(dims) if is_pad else map(_digits, true_TA[t])
                     writer.writerow([*place, t, *map(_digits, predicted_TA[t]), *truth, int(is_pad)])

@@ -22,8 +22,9 @@ SAMPLES = 1024  # values of each tensor that a fingerprint reads
 def adapt(towers: dict[str, nn.Module], config: VLMConfig) -> None:
     """Freeze, quantize and add LoRA in place, as `config` asks. Modules that it does not mention keep their names.
 
-    A part with LoRA, like one frozen by `freeze_*`, is stored in `config.dtype`; quantization stores the linear
-    layers of such parts in 8 or 4 bits. LoRA's own matrices are float32 and the only part of it that trains.
+    A part with LoRA, like one frozen by `freeze_*`, is stored in `config.dtype`, or a vision tower in
+    `config.vision_dtype` where that is given; quantization stores the linear layers of such parts in 8 or 4 bits.
+    LoRA's own matrices are float32 and the only part of it that trains.
 
     Args:
         towers: the pretrained parts, `vision` and `language`, holding float32 weights.
@@ -40,7 +41,7 @@ def adapt(towers: dict[str, nn.Module], config: VLMConfig) -> None:
     }
     for name, tower in towers.items():
         if frozen[name]:
-            freeze(tower, getattr(torch, config.dtype))
+            freeze(tower, getattr(torch, (config.vision_dtype if name == "vision" else None) or config.dtype))
     if config.quantization != "none":
         if not any(frozen.values()):
             raise ConfigError(

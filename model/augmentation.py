@@ -32,16 +32,16 @@ class ImageAugmentation(nn.Module):
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """
         Args:
-            images: per camera uint8 (B, S, 3, H, W).
+            images: per camera (B, S, 3, H, W), uint8, or float32 from 0 to 1.
 
         Returns:
-            The same shapes, uint8; the very same tensors when augmentation is off.
+            The same shapes and types; the very same tensors when augmentation is off.
         """
         if not self.config.enabled:
             return list(images)
         if not self.training:
             scale_B = torch.full((len(images[0]),), self.config.crop_scale, device=images[0].device)
-            return [_to_uint8(_crop(image, scale_B, torch.zeros_like(scale_B).expand(2, -1))) for image in images]
+            return [_like(image, _crop(image, scale_B, torch.zeros_like(scale_B).expand(2, -1))) for image in images]
         batch, device = len(images[0]), images[0].device
         colour = self._draw_colour(batch, device)
         result = []
@@ -50,7 +50,7 @@ class ImageAugmentation(nn.Module):
             scale_B = (self.config.crop_scale + jitter_B).clamp(max=1.0)
             shift_2B = torch.stack([_uniform(batch, 1.0, device) for _ in range(2)]) * (1 - scale_B)
             cropped = _crop(image_BS3HW, scale_B, shift_2B)
-            result.append(_to_uint8(_recolour(cropped, colour)))
+            result.append(_like(image_BS3HW, _recolour(cropped, colour)))
         return result
 
     def _draw_colour(self, batch: int, device: torch.device) -> Tensor:
@@ -66,7 +66,8 @@ def _uniform(count: int, bound: float, device: torch.device) -> Tensor:
 
 
 def _crop(image_BS3HW: Tensor, scale_B: Tensor, shift_2B: Tensor) -> Tensor:
-    """A square window of relative side `scale`, its centre moved by `shift` (in half image sizes), at full size."""
+    """A square window of relative side `scale`, its centre moved by `shift` (in half image sizes), at full size; from 0
+    to 255."""
     batch, frames, _, height, width = image_BS3HW.shape
     theta_B23 = torch.zeros(batch, 2, 3, device=image_BS3HW.device)
     theta_B23[:, 0, 0] = theta_B23[:, 1, 1] = scale_B
@@ -74,6 +75,8 @@ def _crop(image_BS3HW: Tensor, scale_B: Tensor, shift_2B: Tensor) -> Tensor:
     grid = F.affine_grid(theta_B23, [batch, 3, height, width], align_corners=False)
     grid = grid.repeat_interleave(frames, dim=0)
     flat = image_BS3HW.flatten(0, 1).float()
+    if image_BS3HW.dtype != torch.uint8:
+        flat = flat * 255
     return F.grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(image_BS3HW)
 
 
@@ -98,5 +101,8 @@ def _rotate_hue(image_BS3HW: Tensor, turns: Tensor) -> Tensor:
     return image_BS3HW * cos + cross * sin + mean * (1 - cos)
 
 
-def _to_uint8(image: Tensor) -> Tensor:
+def _like(original: Tensor, image: Tensor) -> Tensor:
+    """Values from 0 to 255 in the type and on the scale of the original."""
+    if original.dtype != torch.uint8:
+        return image.clamp(0, 255) / 255
     return image.round().clamp(0, 255).to(torch.uint8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from model.adapters import adapt
 from model.context import Context, ContextSpec
 from utils.backbones import BACKBONE_SPECS
 from utils.batch import Batch
-from utils.config_utils import VisionResamplerConfig, VLMConfig
+from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
 
 
 class Backbone(nn.Module, ABC):
@@ -28,15 +28,22 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         cameras: names of the cameras that it reads, in slot order.
+        vision_dtype: `float32` where images are encoded so whatever the rest computes in; None: like the rest.
         language_sees_images: whether image tokens run through the language model, so that its keys and values tell a
             head about the whole observation; without that there are none to hand over.
     """
 
     language_sees_images: bool = True
 
-    def __init__(self, cameras: Sequence[str], image_mean: Sequence[float], image_std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        vlm_config: VLMConfig,
+        cameras: Sequence[str],
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> None:
         super().__init__()
-        self.cameras = tuple(cameras)
+        self.cameras, self.vision_dtype = tuple(cameras), vlm_config.vision_dtype
         self.register_buffer("image_mean", torch.tensor(image_mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("image_std", torch.tensor(image_std, dtype=torch.float32).view(-1, 1, 1))
 
@@ -111,6 +118,13 @@ class Backbone(nn.Module, ABC):
         """Freeze, quantize and add LoRA to the pretrained parts, as the config asks; see `model.adapters.adapt`."""
         parts = self.components()
         adapt({"vision": parts["vision tower"], "language": parts["language model"]}, vlm_config)
+        if vlm_config.freeze_projector:
+            if "projector" not in parts:
+                raise ConfigError(
+                    f"model.vlm_config.freeze_projector is set, but a {vlm_config.type} backbone has no projector; "
+                    "remove it"
+                )
+            parts["projector"].requires_grad_(False)
 
     @staticmethod
     @abstractmethod
@@ -126,15 +140,17 @@ class Backbone(nn.Module, ABC):
         """L, context tokens of a sample with so many images (of all frames and cameras) and text tokens."""
 
     @abstractmethod
-    def forward(self, batch: Batch, *, keys_values: bool = False) -> Context:
+    def forward(self, batch: Batch, *, keys_values: bool = False, tokens: bool = True) -> Context:
         """Fuse images and prompt.
 
         Args:
-            batch: the data contract, on the backbone's device. Read are each camera's images (uint8 (B, S, 3, H, W)),
+            batch: the data contract, on the backbone's device. Read are each camera's images (see `encode_images`),
                 `image_mask`, `vlm_attention_mask`, `input_ids` (padded on the right) and `prompt_mask`. A caller may
                 add what it has kept: `prompt_embeds`, which is `embed_prompt(input_ids)` and then read instead, and
                 `image_slots`, see `encode_images`.
             keys_values: also hand over the language model's keys and values.
+            tokens: False where nothing reads `tokens_BLE`, which then means nothing: only what keys and values need is
+                computed, and tokens that do not exist may be left out.
 
         Returns:
             `tokens_BLE`, without meaning where `mask_BL` is False, `mask_BL`, and `keys_values` where asked for.
@@ -142,6 +158,19 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: images of another size than `image_size`, or a backbone that has no keys and values to give.
         """
+
+    def vision_parts(self) -> list[nn.Module]:
+        """The parts that compute in `vision_dtype`; none where that is None."""
+        parts = self.components()
+        return (
+            []
+            if self.vision_dtype is None
+            else [parts[name] for name in ("vision tower", "projector") if name in parts]
+        )
+
+    def unread_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters that have no effect where `tokens` is False."""
+        return ()
 
     @abstractmethod
     def embed_prompt(self, input_ids_BL: Tensor) -> Tensor:
@@ -161,7 +190,7 @@ class Backbone(nn.Module, ABC):
         """One vision pass over the images that exist.
 
         Args:
-            images: one uint8 (B, S, 3, H, W) per camera, pixels 0 to 255.
+            images: one (B, S, 3, H, W) per camera, uint8 from 0 to 255 or float32 from 0 to 1.
             slot_mask_BSV: bool, True for images that exist.
             image_slots_N: int64, which of the flattened B·S·V slots hold an image, ascending, at least one, where
                 the caller knows it. None: read from the mask, for which the host must wait for the GPU.
@@ -183,7 +212,14 @@ class Backbone(nn.Module, ABC):
             valid_N = valid_N.new_zeros(1)
         if not all_valid:
             pixels_N3HW = pixels_N3HW[valid_N]
-        features_NnE = self.image_features((pixels_N3HW.float() / 255 - self.image_mean) / self.image_std)
+        if pixels_N3HW.dtype == torch.uint8:
+            pixels_N3HW = pixels_N3HW.float() / 255
+        pixels_N3HW = (pixels_N3HW - self.image_mean) / self.image_std
+        if self.vision_dtype is None:
+            features_NnE = self.image_features(pixels_N3HW)
+        else:
+            with torch.autocast(pixels_N3HW.device.type, enabled=False):
+                features_NnE = self.image_features(pixels_N3HW)
         if not all_valid:
             empty_NnE = features_NnE.new_zeros(batch * slots, *features_NnE.shape[1:])
             features_NnE = empty_NnE.index_copy(0, valid_N, features_NnE)
@@ -191,7 +227,8 @@ class Backbone(nn.Module, ABC):
 
     def _check_images(self, images: Sequence[Tensor]) -> None:
         for camera, image_BS3HW in zip(self.cameras, images, strict=True):
-            assert image_BS3HW.ndim == 5 and image_BS3HW.dtype == torch.uint8, (image_BS3HW.shape, image_BS3HW.dtype)
+            known = image_BS3HW.ndim == 5 and image_BS3HW.dtype in (torch.uint8, torch.float32)
+            assert known, (image_BS3HW.shape, image_BS3HW.dtype)
             height, width = image_BS3HW.shape[-2:]
             if (height, width) != (self.image_size, self.image_size):
                 raise ValueError(

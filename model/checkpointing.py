@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from model.adapters import base_fingerprint, load_state, trained_state
@@ -22,6 +23,17 @@ from utils.config_utils import Config, ConfigError, config_from_dict, is_free
 from utils.statistics import StatisticsError
 from utils.text import printable
 
+# What the classes of transformers and torch run into on a description that somebody changed.
+_BUILDING_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 Policy = TypeVar("Policy", bound=nn.Module)
 
 
@@ -32,6 +44,7 @@ def policy_from_checkpoint(
     statistics: Sequence[dict[str, Any]] | None = None,
     *,
     use_ema: bool = True,
+    must_be_finite: bool = True,
 ) -> Policy:
     """The policy of a checkpoint; see `VLAModel.from_checkpoint`, whose class is `policy_class`."""
     config = config or config_from_dict(checkpoint["config"], source="checkpoint")
@@ -43,7 +56,8 @@ def policy_from_checkpoint(
     base_name = None if base is None else base["name_or_path"]
     without_base = base is not None and not base["included"]
     adapted_later = is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
-    check_finite(weights, "checkpoint")
+    if must_be_finite:
+        check_finite(weights, "checkpoint")
     given_statistics = checkpoint["statistics"] if statistics is None else statistics
     if without_base:
         backbone = backbone_class(vlm.type).from_pretrained(vlm, *settings)
@@ -61,6 +75,7 @@ def policy_from_checkpoint(
     load_weights(policy, weights)
     if adapted_later:
         policy.backbone.adapt(vlm)
+        policy.rest_unread()
     policy.base = frozen_base(backbone, base_name)
     if config.training.save_adapters_only and policy.base is not None and policy.base["name_or_path"] is None:
         raise ConfigError(
@@ -77,7 +92,7 @@ def _describes_a_model() -> Iterator[None]:
         yield
     except (CheckpointError, ConfigError, StatisticsError):
         raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _BUILDING_FAULTS as error:
         raise CheckpointError(
             f"checkpoint: no model can be built from its configuration ({type(error).__name__}: {printable(error)}); "
             "it was changed, or is of another version"
@@ -162,6 +177,22 @@ def _with_base(
     return {key: value for key, value in policy.state_dict().items() if key not in trains} | trained
 
 
+# What an action expert may change from one robot to the next: its tokens have the width of the widest robot, are not
+# numbered, and were normalized before it saw them.
+HEAD_OF_ANY_ROBOT = ("horizon", "per_action_dim", "action_dim")
+DATA_OF_ONE_ROBOT = (
+    "state_dim",
+    "action_mode",
+    "absolute_action_dims",
+    "normalization_type",
+    "state_normalization_type",
+    "normalization_arithmetic",
+    "normalization_eps",
+    "action_bounds",
+)
+DATA_AS_SEEN = ("image_fit", "prompt_format")
+
+
 def require_same_architecture(saved: dict[str, Any], config: Config, path: str) -> None:
     """Raise a ConfigError that lists how the config's architecture differs from a checkpoint's.
 
@@ -171,6 +202,7 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
         path: the checkpoint, for the message.
     """
     old = config_from_dict(saved, source=path)
+    any_robot = config.model.action_head_config.type == "action_expert"
     differences = []
     for section in ("vlm_config", "vision_resampler_config", "action_head_config"):
         before, now = _settings(getattr(old.model, section)), _settings(getattr(config.model, section))
@@ -180,8 +212,9 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
             if not is_free(getattr(config.model, section), key)
             and before.get(key) != now.get(key)
             and not _may_be_added(key, saved)
+            and not (key in HEAD_OF_ANY_ROBOT and any_robot)
         ]
-    for key in ("state_dim", "action_mode", "absolute_action_dims", "normalization_type", "action_bounds"):
+    for key in (*(() if any_robot else DATA_OF_ONE_ROBOT), *DATA_AS_SEEN):
         before, now = getattr(old.data, key), getattr(config.data, key)
         if before != now:
             differences.append(f"data.{key}: checkpoint {before!r}, config {now!r}")

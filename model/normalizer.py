@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.config_utils import Config
-from utils.statistics import STATISTICS
-
-WIDEST = 50.0  # half the range of a dimension, in units of its scale, from which on min and max are the better scale
+from utils.normalization import own_affine
 
 
 class ActionRange(NamedTuple):
@@ -39,7 +37,7 @@ class Normalizer(nn.Module):
     size) is only shifted, and denormalizing returns its constant exactly, whatever a head predicts. One that
     changes, but so rarely that its quantiles (or its standard deviation) are a tiny part of its range, is mapped by its
     min and max: a gripper that shuts once, a wrist that rests but for encoder noise. So no training value lies more
-    than WIDEST times the scale from the center.
+    than WIDEST (utils/normalization.py) times the scale from the center.
 
     In delta mode an action dimension is taken relative to the same dimension of the current state before it is
     normalized, and the state is added back after denormalizing.
@@ -72,7 +70,7 @@ class Normalizer(nn.Module):
         self.clip = clip
         with torch.device("cpu"):  # also in a model on the meta device: a head may read the range when it is built
             for name, width in (("state", state_dim), ("action", per_action_dim)):
-                for part, value in _affine([entry[name] for entry in statistics], kind, bounds, width).items():
+                for part, value in own_affine([entry[name] for entry in statistics], kind, bounds, width).items():
                     self.register_buffer(f"{name}_{part}", value)
             delta_A = torch.zeros(per_action_dim, dtype=torch.bool)
             delta_A[list(delta_dims)] = True
@@ -145,33 +143,3 @@ class Normalizer(nn.Module):
         shape = (len(dataset_index_B), *([1] * (values.ndim - 2)), values.shape[-1])
         parts = ("center", "slope", "target", "constant", "exists")
         return [getattr(self, f"{name}_{part}")[dataset_index_B].view(shape) for part in parts]
-
-
-def _affine(
-    statistics: list[dict[str, list[float]]], kind: str, bounds: tuple[float, float], width: int
-) -> dict[str, Tensor]:
-    """The buffers of state or action, each (D, width): center, slope, target, constant, exists."""
-    rows = {
-        key: torch.tensor([entry[key] + [0.0] * (width - len(entry[key])) for entry in statistics], dtype=torch.float64)
-        for key in STATISTICS
-    }
-    lengths = torch.tensor([len(entry["min"]) for entry in statistics])
-    if kind == "mean_std":
-        center, scale = rows["mean"], rows["std"]
-        target_center, target_scale = 0.0, 1.0
-    else:
-        low, high = (rows["min"], rows["max"]) if kind == "min_max" else (rows["q01"], rows["q99"])
-        center, scale = (low + high) / 2, (high - low) / 2
-        target_center, target_scale = (bounds[0] + bounds[1]) / 2, (bounds[1] - bounds[0]) / 2
-    smallest = 1e-6 * rows["max"].abs().maximum(rows["min"].abs()).clamp(min=1.0)
-    middle, half = (rows["min"] + rows["max"]) / 2, (rows["max"] - rows["min"]) / 2
-    constant = half <= smallest
-    degenerate = constant | (scale <= smallest) | (half > WIDEST * scale)
-    center, scale = torch.where(degenerate, middle, center), torch.where(degenerate, half, scale)
-    return {
-        "center": center.float(),
-        "slope": torch.where(constant, torch.ones_like(scale), target_scale / scale).float(),
-        "target": torch.full_like(center, target_center).float(),
-        "constant": constant,
-        "exists": torch.arange(width) < lengths[:, None],
-    }

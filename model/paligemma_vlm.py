@@ -7,7 +7,7 @@ n tokens per image, L context tokens (S·V·n of images, then text), E embedding
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from model.backbone import Backbone
 from model.context import Context, ContextSpec
 from model.keys_values import KeysValues, collecting
+from model.prefix import keys_values_alone, unread_parameters, without_gaps
 from model.pretrained import (
     attention_of,
     check_num_image_tokens,
@@ -54,7 +55,7 @@ class PaliGemmaVLM(Backbone):
         image_std: Sequence[float],
     ) -> None:
         """Use `from_pretrained` or `from_config`: they check the configuration before any weights are made."""
-        super().__init__(cameras, image_mean, image_std)
+        super().__init__(vlm_config, cameras, image_mean, image_std)
         self.backbone = backbone
         self.resampler = resampler
         self.adapt(vlm_config)
@@ -142,7 +143,7 @@ class PaliGemmaVLM(Backbone):
         """See `Backbone.num_context_tokens`."""
         return num_images * self.tokens_per_image + text_len
 
-    def forward(self, batch: Batch, *, keys_values: bool = False) -> Context:
+    def forward(self, batch: Batch, *, keys_values: bool = False, tokens: bool = True) -> Context:
         """See `Backbone.forward`.
 
         Returns:
@@ -162,6 +163,11 @@ class PaliGemmaVLM(Backbone):
 
         image_mask_BL = slot_mask_BSV.flatten(1).repeat_interleave(self.tokens_per_image, dim=1)
         mask_BL = torch.cat([image_mask_BL, batch["prompt_mask"]], dim=1)
+        if not tokens:
+            slots = batch.get("image_slots"), self.tokens_per_image, slot_mask_BSV[0].numel()
+            embeds_BLE, mask_BL = without_gaps(embeds_BLE, mask_BL, *slots)
+            before_last_BLE, layers = keys_values_alone(self.backbone.language_model, embeds_BLE, mask_BL)
+            return Context(before_last_BLE, mask_BL, keys_values=layers)
         # Positions count the tokens that exist, from 1: what is masked out moves nothing.
         position_ids_BL = mask_BL.cumsum(dim=1)
         collected = KeysValues() if keys_values else None
@@ -178,6 +184,10 @@ class PaliGemmaVLM(Backbone):
         )
         layers = None if collected is None else collected.close()
         return Context(outputs.last_hidden_state, mask_BL, keys_values=layers)
+
+    def unread_parameters(self) -> Iterable[nn.Parameter]:
+        """See `Backbone.unread_parameters`."""
+        return unread_parameters(self.backbone.language_model)
 
     def embed_prompt(self, input_ids_BL: Tensor) -> Tensor:
         """Text tokens as the language model takes them, (B, L, E); they depend on the instruction alone."""

@@ -63,7 +63,7 @@ class SiglipLLM(Backbone):
         image_std: Sequence[float],
     ) -> None:
         """Use `from_pretrained` or `from_config`: they check the configuration before any weights are made."""
-        super().__init__(cameras, image_mean, image_std)
+        super().__init__(vlm_config, cameras, image_mean, image_std)
         self.vision_tower = vision_tower
         self.language_model = language_model
         self.fusion = PerceiverFusion(
@@ -179,7 +179,7 @@ class SiglipLLM(Backbone):
         """See `Backbone.num_context_tokens`; always one per latent."""
         return len(self.fusion.latents_qD)
 
-    def forward(self, batch: Batch, *, keys_values: bool = False) -> Context:
+    def forward(self, batch: Batch, *, keys_values: bool = False, tokens: bool = True) -> Context:
         """See `Backbone.forward`.
 
         Returns:

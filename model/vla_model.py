@@ -20,9 +20,10 @@ from model.augmentation import ImageAugmentation
 from model.backbone import Backbone, backbone_class
 from model.checkpointing import frozen_base, policy_from_checkpoint
 from model.context import ActionPrefix, Context
-from model.normalizer import Normalizer
+from model.published_normalizer import build_normalizer
 from utils.batch import Batch
 from utils.config_utils import Config, ConfigError
+from utils.normalization import needed_statistics
 from utils.statistics import StatisticsError, check_statistics
 
 
@@ -52,16 +53,23 @@ class VLAModel(nn.Module):
         for entry, dataset in zip(statistics, datasets, strict=True):
             remedy = "calculate the statistics again for this config"
             place = f"statistics of dataset {dataset.name}"
-            check_statistics(entry, dataset.state_dim, dataset.per_action_dim, place, remedy)
+            check_statistics(entry, dataset.state_dim, dataset.per_action_dim, place, remedy, needed_statistics(data))
         self.statistics = list(statistics)
         self.base: dict[str, Any] | None = None  # see `model.checkpointing.frozen_base`
         self.compute_dtype = getattr(torch, config.model.vlm_config.dtype)
-        self.normalizer = Normalizer.from_config(config, statistics)
+        self.normalizer = build_normalizer(config, statistics)
         self.augmentation = ImageAugmentation(data.augmentation)
         self.backbone = backbone
         self.action_head = build_action_head(
             config.model.action_head_config, backbone.spec, data.state_dim, self.normalizer.action_range
         )
+        self.rest_unread()
+
+    def rest_unread(self) -> None:
+        """Stop training what nothing reads: with DDP, a weight that gets no gradient is an error."""
+        if not self.action_head.wants_tokens:
+            for parameter in self.backbone.unread_parameters():
+                parameter.requires_grad_(False)
 
     @classmethod
     def from_pretrained(
@@ -92,6 +100,7 @@ class VLAModel(nn.Module):
         statistics: Sequence[dict[str, Any]] | None = None,
         *,
         use_ema: bool = True,
+        must_be_finite: bool = True,
     ) -> VLAModel:
         """The policy of a checkpoint dict (`utils.checkpoint.load_checkpoint`), from it alone.
 
@@ -101,11 +110,13 @@ class VLAModel(nn.Module):
             statistics: take these instead of the checkpoint's own (new data); None keeps the old units.
             use_ema: take the average of the weights where the checkpoint has one (`training.ema_decay`), as
                 validation did; False to go on training.
+            must_be_finite: refuse weights that are NaN or infinite; False to look at them.
 
         Raises:
-            CheckpointError: the weights do not fit the architecture that the config describes.
+            CheckpointError: the weights do not fit the architecture that the config describes, or are not finite.
         """
-        return policy_from_checkpoint(cls, checkpoint, config, statistics, use_ema=use_ema)
+        options = {"use_ema": use_ema, "must_be_finite": must_be_finite}
+        return policy_from_checkpoint(cls, checkpoint, config, statistics, **options)
 
     def forward(self, batch: Batch) -> Tensor:
         """Training loss per action step, float32 (B, T), zero where `action_is_pad`.
@@ -186,7 +197,8 @@ class VLAModel(nn.Module):
         """
         images = self.augmentation([batch[camera] for camera in self.cameras])
         seen = {**batch, **dict(zip(self.cameras, images, strict=True))}
-        context = self.backbone(seen, keys_values=self.action_head.wants_keys_values)
+        head = self.action_head
+        context = self.backbone(seen, keys_values=head.wants_keys_values, tokens=head.wants_tokens)
         return dataclasses.replace(
             context,
             state_BS=self.normalizer.normalize_state(batch["state"], batch["dataset_index"]),
@@ -231,7 +243,7 @@ class VLAModel(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return self.normalizer.state_center.device
+        return self.normalizer.state_exists.device
 
 
 def _check_head_and_backbone(config: Config) -> None:

@@ -68,6 +68,7 @@ def main() -> None:
             terminal=args.terminal,
             num_workers=args.num_workers,
             overwrite=args.overwrite,
+            follow_links=args.follow_links,
         )
         print(f"{args.output_dir}: {summary}")
     except (DataError, WriteError) as error:

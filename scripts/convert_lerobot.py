@@ -38,6 +38,7 @@ FROM_LEROBOT = (
     "prompt",
     "empty_prompt",
     "terminal",
+    "follow_links",
 )
 TO_LEROBOT = ("data_path", "fps", "robot_type", "video", "video_codec", "crf")
 
@@ -116,6 +117,7 @@ def from_lerobot(args: argparse.Namespace) -> str:
         terminal=args.terminal,
         num_workers=args.num_workers,
         overwrite=args.overwrite,
+        follow_links=args.follow_links,
     )
     return f"{args.output_dir}: {summary}"
 

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 
 import torch
 
@@ -25,7 +26,7 @@ from inference.predictor import VLAPredictor
 from inference.serving.server import PolicyServer
 from utils.cli import add_setting_flags
 from utils.config_utils import ConfigError, InferenceConfig, override_config
-from utils.misc import set_up_logging
+from utils.misc import set_up_logging, user_message
 
 logger = logging.getLogger(__name__)
 SETTINGS = ("num_inference_steps", "compile", "quantization")  # of `inference`
@@ -88,6 +89,16 @@ async def serve(server: PolicyServer, host: str, port: int) -> None:
         raise ConfigError(f"can't listen there ({error}); choose another --port, or stop what uses it") from None
 
 
+def end_at_once() -> None:
+    """End the process although a thread hangs in a prediction or an image: the interpreter would wait for it."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    for thread in others:
+        thread.join(0.5)
+    if any(thread.is_alive() for thread in others):
+        logging.shutdown()
+        os._exit(0)
+
+
 def main() -> None:
     args = parse_args()
     set_up_logging()
@@ -104,10 +115,11 @@ def main() -> None:
         for batch_size in range(2, serving.max_batch_size + 1):
             predictor.warm_up(batch_size)
     asyncio.run(serve(PolicyServer(predictor, serving, token, args.seed), args.host, args.port))
+    end_at_once()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"error: {user_message(error)}")

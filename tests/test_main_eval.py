@@ -276,7 +276,10 @@ def test_offline_check_passes_a_policy_that_has_learned(tmp_path, tiny_paligemma
 def test_offline_check_names_predictions_that_are_not_finite(checkpoint, demos, tmp_path):
     broken = load_checkpoint(checkpoint)
     del broken["format"]
-    broken["model"]["action_head.action_out.bias"] = torch.full((4,), float("nan"))
+    huge = torch.full_like(
+        broken["model"]["action_head.action_in.bias"], 3e38
+    )  # NaN itself is refused with the weights
+    broken["model"]["action_head.action_in.bias"] = huge
     save_checkpoint(broken, tmp_path / "broken.pth.tar")
     args = ["--checkpoint_path", str(tmp_path / "broken.pth.tar"), "--test_data_dir", str(demos), "--device", "cpu"]
     assert test_vla_offline.main([*args, "--output_file", str(tmp_path / "report.json")]) == 1

@@ -79,7 +79,7 @@ def test_train_resume_and_fine_tune(project):
     assert load_checkpoint(last)["step"] == 8 and (folder / "checkpoints/model_best.pth.tar").is_file()
 
     again = run(project)
-    assert again.returncode == 1 and "already holds a run; continue it with --resume_checkpoint" in again.stderr
+    assert again.returncode == 1 and "already holds a run; continue it with --resume_checkpoint auto" in again.stderr
 
     result = run(project, "--resume_checkpoint", str(last), "--epochs", "3")
     assert result.returncode == 0, result.stderr

@@ -10,6 +10,7 @@ import torch
 from data.loader import build_datasets, build_sampler, make_loader
 from data.processing import processors_from_checkpoint, processors_from_config
 from model.vla_model import VLAModel
+from training.origin import announce_changes
 from training.run_log import read_metrics
 from training.trainer import VLATrainer
 from utils.calculate_normalization_stats import calculate_statistics
@@ -37,6 +38,7 @@ def make_trainer(config: Config, checkpoint: dict[str, Any] | None = None) -> VL
 def resumed_trainer(config: Config, path: Path) -> VLATrainer:
     """What `--resume_checkpoint path` gives."""
     checkpoint = load_checkpoint(path)
+    announce_changes(checkpoint, str(path), config)
     trainer = make_trainer(config, checkpoint)
     trainer.resume(checkpoint, str(path))
     return trainer

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from training.fit_estimate import GB, estimate_report
-from training.schedule import unfinished_warmup
+from training.schedule import schedule_warnings
 from training.trainer import VLATrainer
 from utils.config_utils import Config
 
@@ -31,8 +31,8 @@ def dry_run(trainer: VLATrainer) -> str:
     lines.append(
         f"{length.num_samples:,} samples, {length.epoch_steps:,.1f} steps per epoch, {length.total_steps:,} steps"
     )
-    warning = unfinished_warmup(config.lr_scheduler, length.total_steps, length.epoch_steps)
-    lines += [] if warning is None else [f"warning: {warning}"]
+    schedule = config.optimizer.lr, config.lr_scheduler, length.total_steps, length.epoch_steps
+    lines += [f"warning: {warning}" for warning in schedule_warnings(*schedule)]
     micro_batches = list(itertools.islice(trainer.train_loader, config.training.gradient_accumulation_steps))
     on_gpu = trainer.device.type == "cuda"
     if on_gpu:

@@ -39,7 +39,8 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> torch.optim.Opt
 def parameter_groups(model: VLAModel, config: OptimizerConfig) -> list[dict]:
     """The parameters that train, as torch's parameter groups.
 
-    There are two groups, with and without weight decay, for each learning rate that `config` gives.
+    There are two groups, with and without weight decay, for each learning rate that `config` gives, or one of all
+    with `decay_all`.
     """
     rates = {"vision": config.vision_lr, "language": config.language_lr, "head": config.head_lr}
     kinds = model.parameter_kinds()
@@ -48,7 +49,8 @@ def parameter_groups(model: VLAModel, config: OptimizerConfig) -> list[dict]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = rates[kinds[name]]
-            groups.setdefault((config.lr if rate is None else rate, name not in undecayed), []).append(parameter)
+            decays = config.decay_all or name not in undecayed
+            groups.setdefault((config.lr if rate is None else rate, decays), []).append(parameter)
     # Decaying groups first, then by falling rate: the order does not depend on which module comes first.
     return [
         {

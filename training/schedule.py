@@ -10,6 +10,8 @@ from utils.config_utils import Config, LRSchedulerConfig
 # An epoch's validation is skipped where training ends within this part of the validation interval: the final
 # validation follows soon anyway.
 NEAR_THE_END = 0.1
+NOTHING = 1e-3  # of the peak: a learning rate at which nothing is learnt
+SCHEDULE_PARTS = 1000  # of a run, at which a schedule is looked at
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,41 @@ class RunLength:
         return step * self.batch_size // self.num_samples
 
 
-def unfinished_warmup(config: LRSchedulerConfig, total_steps: int, epoch_steps: float) -> str | None:
-    """A warning where a run ends before its learning rate has risen to the peak; None where it rises in time."""
-    warmup = config.warmup_steps * (epoch_steps if config.interval == "epoch" else 1)
-    if warmup < total_steps:
-        return None
-    return (
-        f"lr_scheduler.warmup_steps {config.warmup_steps} take {warmup:.0f} of the run's {total_steps} steps: the "
-        "learning rate never reaches its peak; lower them, or train longer"
-    )
+def schedule_warnings(base_lr: float, config: LRSchedulerConfig, total_steps: int, epoch_steps: float) -> list[str]:
+    """What is odd about a schedule over this run: it never rises to its peak, never falls, or falls far too early.
+
+    Args:
+        base_lr, config, total_steps, epoch_steps: as for `learning_rate`.
+    """
+    if config.type == "lerobot_cosine":  # shortens itself
+        return []
+    warmup = _in_steps("warmup_steps", config, epoch_steps)
+    if warmup >= total_steps:
+        return [
+            f"lr_scheduler.warmup_steps {config.warmup_steps} take {warmup:.0f} of the run's {total_steps} steps: the "
+            "learning rate never reaches its peak; lower them, or train longer"
+        ]
+    name = "step_size" if config.type == "StepLR" else "T_max"
+    if config.type == "constant" or getattr(config, name) is None:
+        return []
+    length, unit = _in_steps(name, config, epoch_steps), "epochs" if config.counts_epochs(name) else "steps"
+    given = f"lr_scheduler.{name} {getattr(config, name)} ({unit})"
+    other = "lr_scheduler.interval: " + ("step counts steps" if unit == "epochs" else "epoch counts epochs")
+    if warmup + length > total_steps:
+        return [
+            f"{given} is {length:.0f} steps, longer than the run of {total_steps} steps: the learning rate "
+            f"{'never falls' if name == 'step_size' else 'does not fall to its end'}; {other}"
+        ]
+    steps = [total_steps * part // SCHEDULE_PARTS for part in range(SCHEDULE_PARTS)]
+    rates = [learning_rate(step, base_lr, config, total_steps, epoch_steps) for step in steps]
+    idle_from = next(step for step, rate in zip(steps[::-1], rates[::-1], strict=True) if rate >= NOTHING * base_lr)
+    if idle_from >= (1 - NEAR_THE_END) * total_steps:
+        return []
+    last = learning_rate(total_steps - 1, base_lr, config, total_steps, epoch_steps)
+    return [
+        f"{given} lets the learning rate fall below {NOTHING:g} of its peak at about step {idle_from} of "
+        f"{total_steps}: the rest trains at almost nothing (at last {last:.3g}); {other}"
+    ]
 
 
 def learning_rate(step: int, base_lr: float, config: LRSchedulerConfig, total_steps: int, epoch_steps: float) -> float:
@@ -74,23 +102,43 @@ def learning_rate(step: int, base_lr: float, config: LRSchedulerConfig, total_st
     Args:
         step: 0 for the first update.
         base_lr: peak learning rate.
-        config: the `lr_scheduler` section; its lengths count steps, or epochs with `interval: epoch`.
+        config: the `lr_scheduler` section; it says which of its lengths count epochs, which steps.
         total_steps: optimizer steps of the whole run, where a cosine without `T_max` ends.
         epoch_steps: optimizer steps per epoch, not necessarily whole.
 
     The first `warmup_steps` rise linearly and end at the peak; the schedule's own clock starts after them.
     `CosineAnnealingLR` and `warmup_cosine` fall along half a cosine to `eta_min` at `T_max` and stay there;
-    `StepLR` multiplies by `gamma` every `step_size`.
+    `StepLR` multiplies by `gamma` every `step_size`. `lerobot_cosine` is the schedule of LeRobot's pi0: see there.
     """
-    unit = epoch_steps if config.interval == "epoch" else 1
-    warmup = config.warmup_steps * unit
+    warmup = _in_steps("warmup_steps", config, epoch_steps)
+    if config.type == "lerobot_cosine":
+        decay = _in_steps("T_max", config, epoch_steps)
+        return _lerobot_cosine(step, base_lr, config.eta_min, int(warmup), int(decay), total_steps)
     if step < warmup:
         return base_lr * (step + 1) / math.ceil(warmup)
     elapsed = step - warmup
     if config.type == "constant":
         return base_lr
     if config.type == "StepLR":
-        return base_lr * config.gamma ** (elapsed // (config.step_size * unit))
-    length = config.T_max * unit if config.T_max is not None else total_steps - warmup
+        return base_lr * config.gamma ** (elapsed // _in_steps("step_size", config, epoch_steps))
+    length = total_steps - warmup if config.T_max is None else _in_steps("T_max", config, epoch_steps)
     progress = min(1.0, elapsed / max(1, length))
     return config.eta_min + (base_lr - config.eta_min) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _in_steps(name: str, config: LRSchedulerConfig, epoch_steps: float) -> float:
+    """A length of the schedule in optimizer steps, not necessarily whole."""
+    return getattr(config, name) * (epoch_steps if config.counts_epochs(name) else 1)
+
+
+def _lerobot_cosine(step: int, peak: float, end: float, warmup: int, decay: int, total_steps: int) -> float:
+    """LeRobot's `CosineDecayWithWarmupSchedulerConfig`: the first step has peak / (warmup + 1), and the cosine counts
+    from step 0, so that it has fallen a little when the warm-up ends. A run shorter than `decay` shortens both."""
+    if total_steps < decay:
+        warmup, decay = int(warmup * (total_steps / decay)), total_steps
+    if step < warmup:
+        first = 1 / (warmup + 1)
+        return peak * (first if step == 0 else (first - 1) * (1 - step / warmup) + 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(step, decay) / decay))
+    share = end / peak
+    return peak * ((1 - share) * cosine + share)

@@ -16,7 +16,9 @@ from torch import Tensor
 from model.checkpointing import state_to_save
 from model.vla_model import VLAModel
 from training.ema import WeightAverage
+from training.origin import goes_on, position_warnings
 from training.run_log import LogWindow
+from training.schedule import RunLength
 from training.stopping import BestValidation
 from utils.config_utils import Config, ConfigError, config_to_dict
 
@@ -116,23 +118,23 @@ def checkpoint_of(
 
 
 def continue_from(
-    state: TrainState, checkpoint: dict[str, Any], path: str, config: Config, num_samples: int, own_part: OwnPart
+    state: TrainState, checkpoint: dict[str, Any], path: str, config: Config, length: RunLength, own_part: OwnPart
 ) -> None:
     """Fill a new state from a checkpoint whose weights the policy already holds, and log what happened.
 
-    The same `experiment_name` continues the run where it stopped. Another one starts a new run (step 0, its own
+    The same run (`training.origin.goes_on`) continues where it stopped. Any other starts anew (step 0, its own
     schedule) from the old weights and optimizer moments: the documented way to fine-tune. Values of the new config
     apply either way.
 
     Args:
         state: of the trainer that continues, as built from its config.
         checkpoint, path: as loaded, and from where.
-        config: of the trainer.
-        num_samples: of its training data.
+        config, length: of the trainer.
         own_part: what this rank keeps of a whole tensor.
 
     Raises:
-        ConfigError: the checkpoint holds weights alone, or an optimizer state that does not fit what trains now.
+        ConfigError: the checkpoint holds weights alone, an optimizer state that does not fit what trains now, or a
+            position past the end of this run.
     """
     require_train_state(checkpoint, path)
     try:
@@ -142,20 +144,14 @@ def continue_from(
             f"{path}: the optimizer state does not fit ({error}): another optimizer.type or other frozen parts; "
             "start from the weights alone with --init_checkpoint"
         ) from None
-    if checkpoint["config"]["training"]["experiment_name"] == config.training.experiment_name:
+    if goes_on(checkpoint, path, config):
+        warnings = position_warnings(checkpoint, path, config, length)
         state.load_position(checkpoint, own_part)
         logger.info("resumed %s at step %d (weights, optimizer, position)", path, state.step)
-        if checkpoint["num_samples"] != num_samples:
-            logger.warning(
-                "the training set has %d samples, the checkpoint's had %d: another data order from here on",
-                num_samples,
-                checkpoint["num_samples"],
-            )
+        for warning in warnings:
+            logger.warning(warning)
     else:
         logger.info("new run from %s: weights and optimizer carried over, step and schedule start at 0", path)
-    changed = changes(checkpoint["config"], config_to_dict(config))
-    if changed:
-        logger.info("changed since the checkpoint: %s", "; ".join(changed))
 
 
 def require_train_state(checkpoint: dict[str, Any], path: str) -> None:
@@ -166,13 +162,3 @@ def require_train_state(checkpoint: dict[str, Any], path: str) -> None:
             f"{path}: holds weights alone, no {', '.join(missing)} state to go on with; it was merged, or written by "
             "an earlier version: start a run from it with --init_checkpoint"
         )
-
-
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two resolved configs in the sections that a continued run may change."""
-    return [
-        f"{section}.{key} {old[section].get(key)!r} -> {value!r}"
-        for section in ("data", "training", "optimizer", "lr_scheduler")
-        for key, value in new[section].items()
-        if old[section].get(key) != value
-    ]

@@ -25,11 +25,11 @@ from training.ema import WeightAverage
 from training.failure import FailedStep, NonFiniteLossError
 from training.optimizer import build_optimizer
 from training.run_log import LogWindow, RunLog
-from training.schedule import RunLength, learning_rate, unfinished_warmup
+from training.schedule import RunLength, learning_rate, schedule_warnings
 from training.state import TrainState, checkpoint_of, continue_from
 from training.stopping import BestValidation, StopRequest, require_defined
 from training.validation import ValidationStopped, validate
-from utils.batch import Batch, to_device
+from utils.batch import Batch, steps_with_loss, to_device
 from utils.checkpoint import link_checkpoint, prune_checkpoints, save_checkpoint
 from utils.config_utils import Config, ConfigError
 from utils.misc import count_parameters, derive_seed, remove_leftovers
@@ -151,7 +151,7 @@ class VLATrainer:
         """
         state, config = self.state, self.config
         self.model.train()
-        valid = sum((~batch["action_is_pad"]).sum() for batch in micro_batches)
+        valid = sum(steps_with_loss(batch, config).sum() for batch in micro_batches)
         stop = torch.tensor(self.stop.reason is not None)
         valid, stop = self.reduce_sum(torch.stack([valid, stop.to(valid)]).to(self.device))
         lr = learning_rate(
@@ -282,10 +282,10 @@ class VLATrainer:
     def resume(self, checkpoint: dict[str, Any], path: str) -> None:
         """Continue from a checkpoint whose own weights (not their average) the model already holds.
 
-        The same `experiment_name` continues the run where it stopped; another one starts a new run from the old
-        weights and optimizer moments. See `continue_from`.
+        The same run continues where it stopped; another one starts anew from the old weights and optimizer moments.
+        See `continue_from`.
         """
-        continue_from(self.state, checkpoint, path, self.config, self.length.num_samples, self.own_part)
+        continue_from(self.state, checkpoint, path, self.config, self.length, self.own_part)
         self.saved_step = self.step
 
     # Hooks: what a trainer of several processes overrides. Every rank must call a collective, at the same moment.
@@ -343,8 +343,8 @@ class VLATrainer:
         logger.info("%s parameters, %s train", f"{total:,}", f"{trained:,}")
         span = f"steps {self.step} to {length.total_steps}"
         logger.info("%s, %d samples, %.1f steps per epoch", span, length.num_samples, length.epoch_steps)
-        warning = unfinished_warmup(self.config.lr_scheduler, length.total_steps, length.epoch_steps)
-        if warning is not None:
+        schedule = self.config.optimizer.lr, self.config.lr_scheduler, length.total_steps, length.epoch_steps
+        for warning in schedule_warnings(*schedule):
             logger.warning(warning)
 
     def _announce_end(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.vla_model import VLAModel
-from utils.batch import Batch, to_device
+from utils.batch import Batch, steps_with_loss, to_device
 from utils.config_utils import Config
 from utils.metrics import MetricAccumulator, MetricSettings
 from utils.misc import derive_seed
@@ -98,7 +98,7 @@ def validate(
     for i, batch in enumerate(batches):
         batch = to_device(batch, device)
         torch.manual_seed(derive_seed("validation", seed, i, rank))
-        sums += torch.stack([policy(batch).sum(), (~batch["action_is_pad"]).sum()]).double()
+        sums += torch.stack([policy(batch).sum(), steps_with_loss(batch, config).sum()]).double()
         _add_errors(accumulator, policy, batch, config)
         if i in plot_rows:
             rows = sorted({row % len(batch["action"]) for row in plot_rows[i]})

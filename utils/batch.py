@@ -18,8 +18,9 @@ class Batch(TypedDict, total=False):
     """Tensors of one batch by name; a dict at run time.
 
     The images are one key per camera, with the names that `Config.cameras` gives, in slot order; the two names of
-    the standard schema stand for them here. A sample is a batch of one without its first axis. Actions are absent
-    where none are known (serving), and the last three keys are there only when an inference engine has added them.
+    the standard schema stand for them here. With `data.image_fit` pad they are float32 from 0 to 1 instead of uint8.
+    A sample is a batch of one without its first axis. Actions are absent where none are known (serving), and the last
+    three keys are there only when an inference engine has added them.
     """
 
     image_1: Tensor  # uint8 (B, S, 3, H, W): frames up to and including now, oldest first; resized, not rescaled
@@ -38,6 +39,17 @@ class Batch(TypedDict, total=False):
     prompt_embeds: Tensor  # (B, L, E): `backbone.embed_prompt` of input_ids, which is then not read
     image_slots: Tensor  # int64 (N,): which of the flattened B * S * V slots hold an image, ascending
     noise: Tensor  # (K, B, ...): what `VLAModel.draw_noise` drew
+
+
+def steps_with_loss(batch: Batch, config: Config) -> Tensor:
+    """Which action steps have a loss, bool (B, T): those that are not padded.
+
+    With `loss_over_padding` all do, except in samples of nothing but padding, which only fill a batch.
+    """
+    is_pad_BT = batch["action_is_pad"]
+    if not config.model.action_head_config.loss_over_padding:
+        return ~is_pad_BT
+    return (~is_pad_BT.all(dim=1, keepdim=True)).expand_as(is_pad_BT)
 
 
 def example_batch(
@@ -61,8 +73,10 @@ def example_batch(
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
 
+    pixel_type = torch.float32 if config.data.image_fit == "pad" else torch.uint8
+
     def images() -> Tensor:  # laid out in memory as decoders write them, for compiled code is made for one layout
-        return zeros(frames, image_size, image_size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+        return zeros(frames, image_size, image_size, 3, dtype=pixel_type).permute(0, 1, 4, 2, 3)
 
     batch: Batch = {camera: images() for camera in cameras}
     batch |= {

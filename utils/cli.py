@@ -91,6 +91,12 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--init_checkpoint", help="start a new run from this checkpoint's weights alone")
     parser.add_argument(
+        "--statistics",
+        choices=("own", "pretrained"),
+        help="with --init_checkpoint: normalize by the statistics of the new data (own, as without this flag) or by "
+        "the checkpoint's (pretrained)",
+    )
+    parser.add_argument(
         "--dry_run",
         action="store_true",
         help="print parameters and expected memory, run one step, write nothing to the experiment's folder",
@@ -115,6 +121,8 @@ def config_from_args(args: argparse.Namespace) -> Config:
     """
     if args.resume_checkpoint and args.init_checkpoint:
         raise ConfigError("--resume_checkpoint and --init_checkpoint exclude each other; give one of them")
+    if args.statistics and not args.init_checkpoint:
+        raise ConfigError("--statistics says what a run from an --init_checkpoint normalizes by; give both or neither")
     if args.model_name_or_path and args.model_path_override not in (None, args.model_name_or_path):
         raise ConfigError("--model_name_or_path and --model_path_override name two backbones; give one of them")
     overrides = {}
@@ -143,20 +151,10 @@ def resume_path(args: argparse.Namespace, config: Config) -> str | None:
     return None if newest is None else str(newest)
 
 
-def refuse_to_overwrite(config: Config, resumed: dict[str, Any] | None) -> None:
-    """Raise a ConfigError when a new run would write into the folder of an earlier one.
-
-    Args:
-        config: of the run that is about to start.
-        resumed: the checkpoint of --resume_checkpoint; one of the same experiment continues that run.
-    """
-    name = config.training.experiment_name
-    if resumed is not None and resumed["config"]["training"]["experiment_name"] == name:
-        return
-    written = list((config.experiment_dir / "checkpoints").glob(f"*{SUFFIX}"))  # not what a killed save left behind
-    if written:
-        newest = max(written, key=lambda path: path.stat().st_mtime)
+def refuse_to_overwrite(config: Config) -> None:
+    """Raise a ConfigError when a new run would write into the folder of an earlier one."""
+    if any((config.experiment_dir / "checkpoints").glob(f"*{SUFFIX}")):  # not what a killed save left behind
         raise ConfigError(
-            f"{config.experiment_dir} already holds a run; continue it with --resume_checkpoint {newest}, or choose "
+            f"{config.experiment_dir} already holds a run; continue it with --resume_checkpoint auto, or choose "
             "another --experiment_name"
         )

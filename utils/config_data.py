@@ -7,6 +7,9 @@ from typing import Literal
 
 from utils.config_fields import positive
 from utils.config_reader import ConfigError
+from utils.text import printable
+
+MAX_NAME_CHARS = 200  # of a dataset's name, which goes into logs, tables and file names
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class MixtureEntry:
     horizon: int | None = None  # actions that are true targets, for datasets of a lower rate; None: the head's
 
     def __post_init__(self) -> None:
+        if not self.name.isprintable() or len(self.name) > MAX_NAME_CHARS:
+            raise ConfigError(f"data.mixture: name is {printable(self.name)!r}; give at most {MAX_NAME_CHARS} letters")
         if self.weight < 0:
             raise ConfigError(f"data.mixture {self.name}: weight is {self.weight}; give 0 or more")
         for name in ("state_dim", "per_action_dim", "horizon"):
@@ -67,12 +72,18 @@ class DataConfig:
     tokenizer_name_or_path: str | None = None  # directory or hub id; None: the backbone's own
     image_processor_name_or_path: str | None = None  # directory or hub id; None: siglip_model_name, else backbone
     siglip_model_name: str | None = None  # SigLIP checkpoint whose image processor is used
+    cameras: tuple[str, ...] = ()  # image columns that the model reads, in slot order; empty: image_1 (and image_2)
+    image_fit: Literal["stretch", "pad", "pad_bytes"] = "stretch"  # to the model's size; pad: as LeRobot, or openpi
+    prompt_format: Literal["paligemma", "pi0", "openpi_pi0", "pi05"] = "paligemma"  # see data/prompts.py
     max_seq_len: int = 1  # observation frames per sample, the current one included
     prompt_max_len: int = 48  # text tokens per prompt, <bos> and the closing newline included
     batch_size: int = 8  # samples per optimizer step, over all ranks and micro-batches
     num_workers: int = 2  # loader processes per rank
     normalization_stats_path: str | None = None  # JSON from utils/calculate_normalization_stats.py
-    normalization_type: Literal["min_max", "quantile", "mean_std"] = "min_max"
+    normalization_type: Literal["min_max", "quantile", "mean_std", "quantile10", "identity"] = "min_max"
+    normalization_arithmetic: Literal["own", "lerobot", "openpi"] = "own"  # whose formulae; see utils/normalization.py
+    state_normalization_type: str | None = None  # lerobot, openpi: of states, where it is another than that of actions
+    normalization_eps: float | None = None  # lerobot, openpi: what keeps from dividing by 0; None: the library's own
     clip_normalized: float | None = None  # clip normalized states and predicted actions to [-c, c]
     action_mode: Literal["absolute", "delta"] = "absolute"  # delta: relative to the current state's same dimension
     absolute_action_dims: tuple[int, ...] = ()  # dimensions that stay absolute in delta mode, such as grippers
@@ -96,6 +107,9 @@ class DataConfig:
             if getattr(self, name) is not None:
                 positive(self, "data", name)
         self._check_mixture()
+        self._check_normalization()
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ConfigError(f"data.cameras is {list(self.cameras)}; name each camera once")
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers is {self.num_workers}; give 0 (load in this process) or more")
         if self.prompt_max_len < 3:
@@ -104,6 +118,36 @@ class DataConfig:
             )
         if len(self.action_bounds) != 2 or self.action_bounds[0] >= self.action_bounds[1]:
             raise ConfigError(f"data.action_bounds is {list(self.action_bounds)}; give [low, high] with low < high")
+
+    @property
+    def state_mode(self) -> str:
+        """How states are normalized."""
+        return self.state_normalization_type or self.normalization_type
+
+    def _check_normalization(self) -> None:
+        modes, whose = ("min_max", "quantile", "mean_std"), self.normalization_arithmetic
+        if whose != "own":
+            modes = (*modes, "quantile10", "identity")
+            if tuple(self.action_bounds) != (-1.0, 1.0):
+                raise ConfigError(
+                    f"data.action_bounds is {list(self.action_bounds)}, but data.normalization_arithmetic {whose} maps "
+                    "onto [-1, 1]; remove it"
+                )
+        for name, value in (
+            ("normalization_type", self.normalization_type),
+            ("state_normalization_type", self.state_mode),
+        ):
+            if value not in modes:
+                raise ConfigError(
+                    f"data.{name} is {value!r}, but data.normalization_arithmetic {whose} knows {', '.join(modes)}"
+                )
+        if whose == "own":
+            for name in ("state_normalization_type", "normalization_eps"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"data.{name} is {getattr(self, name)!r}, which only data.normalization_arithmetic lerobot or "
+                        "openpi reads; set that, or remove it"
+                    )
 
     def _check_mixture(self) -> None:
         names = [entry.name for entry in self.mixture]

@@ -64,7 +64,9 @@ class VLMConfig:
     use_aux_camera: bool = False  # read image_2 as well
     freeze_vision_tower: bool = free(False)
     freeze_language_model: bool = free(False)
+    freeze_projector: bool = free(False)  # paligemma: of image tokens, after the vision tower
     dtype: str = free("bfloat16")  # of compute (autocast) and of frozen weights as stored; trained weights are fp32
+    vision_dtype: Literal["float32"] | None = free(None)  # float32: the vision tower stays out of dtype; null: as dtype
     num_image_tokens: int | None = free(None)  # per image, before the resampler; derived, checked when given
     attn_implementation: Literal["auto", "sdpa", "eager"] = free("auto")  # auto: SDPA unless the model caps its logits
     gradient_checkpointing: bool = free(False)
@@ -110,6 +112,29 @@ class VisionResamplerConfig:
 
 
 @dataclass(frozen=True)
+class ExpertConfig:
+    """action_expert: a Gemma beside the backbone's language model, with as many layers. Defaults: pi0's sizes."""
+
+    width: int = 1024
+    mlp_dim: int = 4096
+    num_heads: int = 8  # of queries; keys and values have the backbone's heads and their width
+    max_state_dim: int = 32  # narrower states are padded with zeros
+    max_action_dim: int = 32  # narrower actions too; the padding is noised like the rest and has no loss
+    time: Literal["token", "adaptive_norm"] = "token"  # mixed into the action tokens (pi0), or into every norm (pi0.5)
+    state_token: bool = True  # the state as a token of its own (pi0); false: it is in the prompt alone (pi0.5)
+    time_periods: tuple[float, float] = (4e-3, 4.0)  # shortest and longest of the time embedding
+    gradient_checkpointing: bool = free(False)
+
+    def __post_init__(self) -> None:
+        place = "model.action_head_config.expert"
+        positive(self, place, "width", "mlp_dim", "num_heads", "max_state_dim", "max_action_dim")
+        if self.width % 2:
+            raise ConfigError(f"{place}.width is {self.width}; give an even number (sines and cosines of the time)")
+        if not 0 < self.time_periods[0] < self.time_periods[1]:
+            raise ConfigError(f"{place}.time_periods is {list(self.time_periods)}; give [shortest, longest], positive")
+
+
+@dataclass(frozen=True)
 class ActionHeadConfig:
     """The action head: what it predicts, and its size."""
 
@@ -142,6 +167,9 @@ class ActionHeadConfig:
     inference_steps: int | None = free(None)  # older spelling of inference.num_inference_steps
     clip_sample_range: float | None = free(None)  # diffusion: limit of |denoised action|; None: from statistics
     max_clean_prefix: int = free(0)  # flow_matching: train with up to so many leading actions given, without loss
+    expert: ExpertConfig = field(default_factory=ExpertConfig)  # action_expert
+    detach_context: bool = free(False)  # action_expert: its loss does not train the backbone (knowledge insulation)
+    loss_over_padding: bool = free(False)  # action_expert: steps past the end repeat the last action and count
 
     def __post_init__(self) -> None:
         place = "model.action_head_config"

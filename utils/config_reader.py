@@ -11,7 +11,8 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
+from utils.foreign_files import ForeignFileError, read_yaml
+from utils.text import printable
 
 T = TypeVar("T")
 
@@ -36,12 +37,14 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give --config_path one of configs/*.yaml or your own")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        tree = read_yaml(path) or {}
+    except ForeignFileError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}; wanted sections such as 'data:' and 'model:'")
     base = tree.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"{path}: base is {_shown(base)}; wanted the name of another YAML file")
     return tree if base is None else _merge(read_tree(path.parent / base, (*above, path.resolve())), tree)
 
 
@@ -70,16 +73,20 @@ def build(cls: type[T], tree: Any, place: str) -> T:
     if tree is None:
         return cls()
     if not isinstance(tree, dict):
-        raise ConfigError(f"{place or 'the file'} is {tree!r}; wanted a section with keys")
+        raise ConfigError(f"{place or 'the file'} is {_shown(tree)}; wanted a section with keys")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
         dotted = f"{place}.{key}" if place else str(key)
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown key {dotted}; did you mean {place + '.' if place else ''}{near}?")
+            near = difflib.get_close_matches(str(key)[:100], hints, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown key {printable(dotted)}; did you mean {place + '.' if place else ''}{near}?")
         values[key] = _coerce(hints[key], value, dotted)
     return cls(**values)
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value))
 
 
 def choices(cls: type, name: str) -> tuple[str, ...]:
@@ -97,14 +104,14 @@ def _coerce(hint: Any, value: Any, place: str) -> Any:
     if origin is Literal:
         by_lower = {arg.lower(): arg for arg in args}
         if str(value).lower() not in by_lower:
-            near = difflib.get_close_matches(str(value).lower(), by_lower, n=1)
+            near = difflib.get_close_matches(str(value).lower()[:100], by_lower, n=1)
             hint_text = f"; did you mean {by_lower[near[0]]}?" if near else ""
-            raise ConfigError(f"{place} is {value!r}; choose from {', '.join(args)}{hint_text}")
+            raise ConfigError(f"{place} is {_shown(value)}; choose from {', '.join(args)}{hint_text}")
         return by_lower[str(value).lower()]
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         if args[-1] is not Ellipsis and len(items) != len(args):
-            raise ConfigError(f"{place} is {value!r}; wanted a list of {len(args)} values")
+            raise ConfigError(f"{place} is {_shown(value)}; wanted a list of {len(args)} values")
         return tuple(_coerce(args[0], item, f"{place}[{i}]") for i, item in enumerate(items))
     if hint is bool and isinstance(value, bool):
         return value
@@ -113,9 +120,13 @@ def _coerce(hint: Any, value: Any, place: str) -> Any:
     if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = None
-        if number is not None and math.isfinite(number) and (hint is float or number.is_integer()):
+        if (
+            number is not None
+            and math.isfinite(number)
+            and (hint is float or (number.is_integer() and abs(number) < 2**63))
+        ):
             return hint(number)
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
-    raise ConfigError(f"{place} is {value!r} ({type(value).__name__}); wanted {wanted}")
+    raise ConfigError(f"{place} is {_shown(value)} ({type(value).__name__}); wanted {wanted}")

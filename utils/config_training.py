@@ -7,6 +7,7 @@ from typing import Literal
 
 from utils.config_fields import not_negative, positive
 from utils.config_reader import ConfigError
+from utils.foreign_files import is_plain_name
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TrainingConfig:
                 positive(self, "training", name)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number in (0, 1), or null for none")
-        if not self.experiment_name or "/" in self.experiment_name:
+        if not is_plain_name(self.experiment_name):
             raise ConfigError(f"training.experiment_name is {self.experiment_name!r}; give a plain folder name")
 
 
@@ -78,7 +79,8 @@ class OptimizerConfig:
     vision_lr: float | None = None  # peak of the vision tower and its projector; None: lr
     language_lr: float | None = None  # peak of the language model; None: lr
     head_lr: float | None = None  # peak of the action head and the vision resampler; None: lr
-    weight_decay: float = 0.01  # not applied to norms and biases
+    weight_decay: float = 0.01  # not applied to norms and biases, unless decay_all
+    decay_all: bool = False  # decay every parameter, as pi0's original training does
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     eps: float = 1e-8  # AdamW
     momentum: float = 0.9  # SGD
@@ -97,18 +99,33 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LRSchedulerConfig:
-    """The learning rate as a function of the step; lengths count optimizer steps, or epochs if `interval` says so."""
+    """The learning rate as a function of the step.
 
-    type: Literal["CosineAnnealingLR", "StepLR", "warmup_cosine", "constant"] = "warmup_cosine"
-    interval: Literal["step", "epoch"] = "step"  # unit of warmup_steps, T_max and step_size
+    `T_max` and `step_size` count epochs for `CosineAnnealingLR` and `StepLR`, as they do where torch's schedulers of
+    these names are stepped once an epoch; all other lengths count optimizer steps. `interval` says otherwise.
+    """
+
+    type: Literal["CosineAnnealingLR", "StepLR", "warmup_cosine", "constant", "lerobot_cosine"] = "warmup_cosine"
+    interval: Literal["step", "epoch"] | None = None  # unit of every length below; None: see above
     warmup_steps: int = 0  # linear from 0, before any of the schedules
     T_max: int | None = None  # where the cosine reaches eta_min and stays; None: the end of training
     eta_min: float = 0.0  # final learning rate of the cosines
-    step_size: int = 1000  # StepLR
+    step_size: int | None = None  # StepLR, which needs it: where the learning rate falls, again and again
     gamma: float = 0.1  # StepLR
 
     def __post_init__(self) -> None:
         not_negative(self, "lr_scheduler", "warmup_steps", "eta_min")
-        if self.T_max is not None:
-            positive(self, "lr_scheduler", "T_max")
-        positive(self, "lr_scheduler", "step_size", "gamma")
+        for name in ("T_max", "step_size"):
+            if getattr(self, name) is not None:
+                positive(self, "lr_scheduler", name)
+        positive(self, "lr_scheduler", "gamma")
+        if self.type == "StepLR" and self.step_size is None:
+            raise ConfigError("lr_scheduler.type is StepLR without a step_size; give a number of epochs")
+        if self.type == "lerobot_cosine" and self.T_max is None:
+            raise ConfigError("lr_scheduler.type is lerobot_cosine, whose T_max must be given (30000 for pi0)")
+
+    def counts_epochs(self, name: str) -> bool:
+        """Whether a length (`warmup_steps`, `T_max` or `step_size`) is a number of epochs, not of optimizer steps."""
+        if self.interval is not None:
+            return self.interval == "epoch"
+        return name != "warmup_steps" and self.type in ("CosineAnnealingLR", "StepLR")

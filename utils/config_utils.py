@@ -21,6 +21,7 @@ from utils.config_data import AugmentationConfig, DataConfig, MixtureEntry
 from utils.config_fields import is_free, not_negative, positive
 from utils.config_model import (
     ActionHeadConfig,
+    ExpertConfig,
     FusionConfig,
     LoRAConfig,
     ModelConfig,
@@ -29,6 +30,7 @@ from utils.config_model import (
 )
 from utils.config_reader import ConfigError, build, read_tree, set_dotted
 from utils.config_training import LRSchedulerConfig, OptimizerConfig, TrainingConfig
+from utils.foreign_files import ForeignFileError, parse_yaml
 
 __all__ = [
     "ActionHeadConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "ExpertConfig",
     "FusionConfig",
     "InferenceConfig",
     "LRSchedulerConfig",
@@ -172,6 +175,19 @@ class Config:
                         f"data.mixture {entry.name}: {name} {getattr(entry, name)} exceeds "
                         f"model.action_head_config.{name} {limit}; set that to the largest"
                     )
+        prompt_says_state = data.prompt_format == "pi05"
+        if prompt_says_state and not head.use_state_input:
+            raise ConfigError(
+                "data.prompt_format is pi05, whose prompt says the state, but model.action_head_config.use_state_input "
+                "is false; set it to true, or choose another format"
+            )
+        unseen = head.type == "action_expert" and head.use_state_input and not head.expert.state_token
+        if unseen and not prompt_says_state:
+            raise ConfigError(
+                "model.action_head_config.expert.state_token is false and data.prompt_format "
+                f"{data.prompt_format} does not say the state, so that nothing reads it; set state_token: true, "
+                "prompt_format: pi05, or use_state_input: false"
+            )
         if data.action_mode == "delta":
             unmatched = [d for d in range(data.state_dim, head.per_action_dim) if d not in data.absolute_action_dims]
             if unmatched:
@@ -222,7 +238,8 @@ class Config:
     @property
     def cameras(self) -> tuple[str, ...]:
         """Names of the image columns that the model reads, in slot order."""
-        return ("image_1", "image_2") if self.model.vlm_config.use_aux_camera else ("image_1",)
+        older_spelling = ("image_1", "image_2") if self.model.vlm_config.use_aux_camera else ("image_1",)
+        return self.data.cameras or older_spelling
 
     @property
     def experiment_dir(self) -> Path:
@@ -284,7 +301,11 @@ def _apply(tree: dict[str, Any], set_args: list[str]) -> None:
         key, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item}: no '='; write --set section.key=value")
-        set_dotted(tree, key.strip(), yaml.safe_load(text), f"--set {item}")
+        try:
+            value = parse_yaml(text)
+        except ForeignFileError as error:
+            raise ConfigError(f"--set {item}: {error}") from None
+        set_dotted(tree, key.strip(), value, f"--set {item}")
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,8 @@ import simplejpeg
 
 JPEG_START, PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 FORMATS = ("JPEG", "PNG")  # for PIL's `formats`
+RECORDED_FORMATS = (*FORMATS, "BMP", "TIFF", "WEBP")  # of one's own recordings; a server takes the first two
+MAX_SEGMENTS = 1024  # of a JPEG before its pixels, bytes that belong to none counted: a reader looks at each
 MAX_SCANS = 32  # of a progressive JPEG, which takes one pass over all its pixels each; encoders make about 10
 _SOME_CHUNKS, _BYTES_PER_CHUNK = 256, 1024  # a PNG may have so many chunks, and one more per so many bytes
 
@@ -34,6 +36,7 @@ def encoded_size(data: bytes) -> tuple[int, int]:
             very many scans, a PNG of very many chunks.
     """
     if data[:3] == JPEG_START:
+        _check_segments(data)
         scans = data.count(b"\xff\xda")
         if scans > MAX_SCANS:
             raise ImageHeaderError(f"a JPEG of {scans} scans; at most {MAX_SCANS} are read")
@@ -48,6 +51,19 @@ def encoded_size(data: bytes) -> tuple[int, int]:
     if width < 1 or height < 1:
         raise ImageHeaderError(f"an image of {height} x {width} pixels")
     return width, height
+
+
+def _check_segments(data: bytes) -> None:
+    """Refuse a JPEG whose pixels begin after very many segments, or never."""
+    at = 2
+    for _ in range(MAX_SEGMENTS):
+        at = data.find(b"\xff", at)
+        kind = data[at + 1] if 0 <= at < len(data) - 1 else 0xD9
+        if kind in (0xD9, 0xDA):  # the end, or a scan
+            return
+        alone = kind in (0x00, 0x01, 0xFF) or 0xD0 <= kind <= 0xD8
+        at += 1 if kind == 0xFF else 2 if alone else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise ImageHeaderError(f"a JPEG of more than {MAX_SEGMENTS} segments before its pixels")
 
 
 def _png_size(data: bytes) -> tuple[int, int]:

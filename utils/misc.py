@@ -7,14 +7,18 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a file is full
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -29,19 +33,65 @@ def derive_seed(*parts: int | str) -> int:
 
 def set_up_logging(log_file: str | Path | None = None, *, is_main: bool = True) -> None:
     """Log to the terminal and, when given, to a file; ranks other than the first log errors only."""
+    sys.stdout, sys.stderr = _Output.around(sys.stdout), _Output.around(sys.stderr)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None and is_main:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     logging.basicConfig(
         level=logging.INFO if is_main else logging.ERROR,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
         handlers=handlers,
         force=True,
     )
+    for handler in handlers:
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
     for noisy in ("httpx", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _Formatter(logging.Formatter):
+    """Log lines without control characters: text from outside may be in them, and a terminal obeys escape codes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", super().format(record))
+
+
+class _Output:
+    """Standard output or error that somebody may stop reading (`| head`): what is written then is lost, and no error.
+
+    A training, or a library's progress bar, would end by BrokenPipeError otherwise.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    @classmethod
+    def around(cls, stream: Any) -> Any:
+        """The stream, wrapped once."""
+        return stream if isinstance(stream, cls) or stream is None else cls(stream)
+
+    def write(self, text: str) -> int:
+        """Write, or lose, the text."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            return self._closed(len(text))
+
+    def flush(self) -> None:
+        """Flush, unless nobody reads."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._closed()
+
+    def _closed(self, length: int = 0) -> int:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        return length
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
@@ -71,6 +121,15 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
 
 
 class WriteError(ValueError):
@@ -150,6 +209,8 @@ def user_message(error: BaseException) -> str:
     To torch's words for a full GPU it adds what to do.
     """
     text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; name another place, or see to its room and permissions"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{text.splitlines()[0]} Raise training.gradient_accumulation_steps or lower data.batch_size; "

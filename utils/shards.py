@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
+
+from utils.foreign_files import is_plain_name
+from utils.misc import file_checksum
+from utils.text import printable
 
 SUFFIX = ".shards"
 
@@ -49,7 +52,7 @@ def save_shards(checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise ShardError(f"{folder}: not written ({reasons}); earlier checkpoints are as they were") from None
     files = {}
     if dist.get_rank() == 0:
-        files = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(folder.glob("*.safetensors"))}
+        files = {path.name: [path.stat().st_size, file_checksum(path)] for path in sorted(folder.glob("*.safetensors"))}
     return {**_without(checkpoint), "shards": {"folder": folder.name, "places": places, "files": files}}
 
 
@@ -70,6 +73,13 @@ def load_shards(
     folder = verify_shards(checkpoint, path)
     found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     wanted = {name: place for name, place in checkpoint["shards"]["places"].items() if place[0] != leave_out}
+    missing = sorted(wanted.keys() - found.keys())
+    if missing:
+        raise ShardError(f"{folder}: no tensor {printable(missing[0])} in it; use an earlier checkpoint of the run")
+    declared = sum(found[name].size.numel() * found[name].properties.dtype.itemsize for name in wanted)
+    there = sum(size for size, _ in checkpoint["shards"]["files"].values())
+    if declared > there:
+        raise ShardError(f"{folder}: describes {declared:,} bytes of tensors, its files have {there:,}; do not use it")
     tensors = {
         name: torch.empty(found[name].size, dtype=found[name].properties.dtype, device=device) for name in wanted
     }
@@ -88,13 +98,34 @@ def check_shards(checkpoint: dict[str, Any], path: Path) -> Path:
     Raises:
         ShardError: naming what is missing.
     """
-    folder = path.parent / checkpoint["shards"]["folder"]
-    for name, (size, _) in checkpoint["shards"]["files"].items():
+    shards = checkpoint["shards"]
+    if not _is_sound(shards):
+        raise ShardError(f"{path}: does not say which shards belong to it as this program writes it; do not use it")
+    folder = path.parent / shards["folder"]
+    others = {file.name for file in folder.glob("*.safetensors")} - shards["files"].keys()
+    if others:
+        raise ShardError(f"{folder}: {printable(min(others))} is not a part of {path.name}; move it away")
+    for name, (size, _) in shards["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             found = f"{file.stat().st_size:,} bytes" if file.is_file() else "nothing"
             raise ShardError(f"{path}: its part {file} should have {size:,} bytes, found {found}; keep them together")
     return folder
+
+
+def _is_sound(shards: Any) -> bool:
+    """Whether what a checkpoint says of its shards has the names and types that `save_shards` gives it."""
+    if not isinstance(shards, dict) or not {"folder", "places", "files"} <= shards.keys():
+        return False
+    folder, places, files = shards["folder"], shards["places"], shards["files"]
+    sound = isinstance(folder, str) and is_plain_name(folder) and isinstance(places, dict) and isinstance(files, dict)
+    return (
+        sound
+        and all(isinstance(place, list) and place for place in places.values())
+        and all(isinstance(key, str | int) for place in places.values() for key in place)
+        and all(isinstance(name, str) and is_plain_name(name) and name.endswith(".safetensors") for name in files)
+        and all(isinstance(entry, list | tuple) and [*map(type, entry)] == [int, int] for entry in files.values())
+    )
 
 
 def verify_shards(checkpoint: dict[str, Any], path: Path) -> Path:
@@ -105,7 +136,7 @@ def verify_shards(checkpoint: dict[str, Any], path: Path) -> Path:
     """
     folder = check_shards(checkpoint, path)
     for name, (_, expected) in checkpoint["shards"]["files"].items():
-        if checksum(folder / name) != expected:
+        if file_checksum(folder / name) != expected:
             raise ShardError(f"{folder / name}: damaged (checksum); use an earlier checkpoint of the run")
     return folder
 
@@ -115,15 +146,6 @@ def remove_unused_shards(folder: Path, used: set[str]) -> None:
     for path in folder.glob(f"*{SUFFIX}"):
         if path.name not in used:
             shutil.rmtree(path)
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def _sharded(value: Any, place: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:

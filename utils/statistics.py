@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.config_utils import Config, DataConfig, MixtureEntry
+
+logger = logging.getLogger(__name__)
 
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -61,13 +65,58 @@ def load_statistics(path: str | None, config: Config, config_path: str) -> list[
     return [_dataset_statistics(content["datasets"], entry, config, path, remedy) for entry in config.datasets]
 
 
-def check_statistics(statistics: Any, state_dim: int, per_action_dim: int, source: str, remedy: str) -> None:
-    """Raise a StatisticsError unless every statistic is there with the right number of values that go together."""
+def require_same_statistics(
+    kept: Sequence[dict[str, Any]], checkpoint_path: str, config: Config, config_path: str
+) -> None:
+    """Raise a StatisticsError where a run that goes on names other statistics than those of its checkpoint.
+
+    Its weights predict in the units of the checkpoint's statistics, which therefore stay. Where the config names no
+    file, or one that is not there, the log says so.
+
+    Args:
+        kept: the checkpoint's, per dataset.
+        checkpoint_path: for messages.
+        config, config_path: as for `load_statistics`.
+    """
+    path = config.data.normalization_stats_path
+    if path is None or not Path(path).is_file():
+        reason = "data.normalization_stats_path is null" if path is None else f"{path} is not there"
+        logger.info("statistics: those of %s (%s)", checkpoint_path, reason)
+        return
+    given = load_statistics(path, config, config_path)
+    for entry, before, now in zip(config.datasets, kept, given, strict=False):
+        for column in ("state", "action"):
+            for name in STATISTICS:
+                here, there = (each[column].get(name) for each in (now, before))
+                if here != there:
+                    raise StatisticsError(
+                        f"{path}: not the statistics of {checkpoint_path} (dataset {entry.name}, {column}.{name}: "
+                        f"{here}, in the checkpoint {there}). A run that goes on keeps "
+                        "those of its checkpoint, in whose units its weights predict: give --set "
+                        "data.normalization_stats_path=null to go on with them, or begin a new run with the new ones: "
+                        f"--init_checkpoint {checkpoint_path} --experiment_name NEW"
+                    )
+    logger.info("statistics: those of %s, which %s holds too", checkpoint_path, path)
+
+
+def check_statistics(
+    statistics: Any,
+    state_dim: int,
+    per_action_dim: int,
+    source: str,
+    remedy: str,
+    needed: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Raise a StatisticsError unless every statistic is there with the right number of values that go together.
+
+    Args:
+        needed: of `state` and `action`, the statistics to look for; None: STATISTICS of both.
+    """
     if not isinstance(statistics, dict):
         raise StatisticsError(f"{source}: is {shown(statistics)}; wanted an object with 'state' and 'action'; {remedy}")
     for name, key, width in (("state", "data.state_dim", state_dim), ("action", "per_action_dim", per_action_dim)):
         of_column, columns = statistics.get(name), {}
-        for statistic in STATISTICS:
+        for statistic in STATISTICS if needed is None else needed[name]:
             values = of_column.get(statistic) if isinstance(of_column, dict) else None
             if values is None:
                 raise StatisticsError(f"{source}: no {name}.{statistic}; {remedy}")
@@ -85,7 +134,9 @@ def check_statistics(statistics: Any, state_dim: int, per_action_dim: int, sourc
                 )
             columns[statistic] = np.array(values, dtype=np.float64)
         for low, high in (("min", "q01"), ("q01", "q99"), ("q99", "max"), ("min", "mean"), ("mean", "max")):
-            slack = 1e-6 * np.maximum(np.abs(columns["min"]), np.abs(columns["max"]))
+            if not columns.keys() >= {low, high}:
+                continue
+            slack = 1e-6 * np.maximum(np.abs(columns[low]), np.abs(columns[high]))
             wrong = np.flatnonzero(columns[low] > columns[high] + slack)
             if len(wrong):
                 d = int(wrong[0])
@@ -93,7 +144,7 @@ def check_statistics(statistics: Any, state_dim: int, per_action_dim: int, sourc
                     f"{source}: {name}.{low}[{d}] is {columns[low][d]:g}, more than {high}, {columns[high][d]:g}; "
                     f"{remedy}"
                 )
-        if (columns["std"] < 0).any():
+        if (columns.get("std", np.zeros(1)) < 0).any():
             raise StatisticsError(f"{source}: {name}.std is less than 0: {shown(of_column['std'])}; {remedy}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MAX_QUOTED = 200  # characters of foreign text that a message quotes
+MAX_CELL = 32_000  # characters of a table's cell
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 _MARKUP = set("\\`*_{}[]()<>#|!&~$")
 
@@ -32,5 +33,5 @@ def csv_text(value: Any) -> Any:
     """A cell of a CSV file: text that a spreadsheet would take for a formula gets a leading apostrophe."""
     if not isinstance(value, str):
         return value
-    text = printable(value)
+    text = printable(value, MAX_CELL)
     return f"'{text}" if value.startswith(_FORMULAS) else text

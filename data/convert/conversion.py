@@ -346,6 +346,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="of frames that are encoded")
     parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95, 4:4:4 (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="make everything again")
+    parser.add_argument("--follow_links", action="store_true", help="read linked files that lie outside of the folder")
 
 
 def _positive(text: str) -> int:

@@ -42,6 +42,7 @@ from data.convert.conversion import (
     plan_files,
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
+from data.convert.foreign_sources import check_array, check_links, file_in, reading
 from data.decoding import upright_rgb
 from data.schema import TIMESTAMP
 from utils.parquet_utils import DataError, files_below, one_line
@@ -113,6 +114,7 @@ def convert_hdf5(
     terminal: bool = False,
     num_workers: int = 1,
     overwrite: bool = False,
+    follow_links: bool = False,
 ) -> ConversionSummary:
     """Convert every `.hdf5` and `.h5` file of a folder, searched recursively, into Parquet files of our schema.
 
@@ -122,13 +124,14 @@ def convert_hdf5(
         cameras: `<camera>=image_1` and perhaps `<camera>=image_2`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
+        follow_links: read files that are links to others outside of the folder.
         prompt, prompt_attribute, state_keys, action_key, encoding, fps, channel_order, terminal: see `Hdf5Options`.
 
     Raises:
         DataError: a fault in a file or in the options, naming place and remedy.
     """
-    paths = find_episodes(hdf5_dir)
-    with _open(paths[0]) as file:
+    paths = find_episodes(hdf5_dir, follow_links)
+    with _open(paths[0]) as file, reading(paths[0]):
         _refuse_robomimic(file, paths[0])
         available = sorted(_get(file, IMAGES, h5py.Group, paths[0]))
     options = Hdf5Options(
@@ -165,19 +168,22 @@ def convert_hdf5(
     return convert_files(files, convert, num_workers=num_workers, overwrite=overwrite)
 
 
-def find_episodes(folder: Path) -> list[Path]:
+def find_episodes(folder: Path, follow_links: bool = False) -> list[Path]:
     """The HDF5 files of a folder, `episode_2` before `episode_10`.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or one is a link to a file elsewhere and `follow_links` is not given.
     """
     paths = files_below(folder, SUFFIXES, "--hdf5_dir")
+    for path in paths:
+        file_in(folder, path.relative_to(folder), follow_links)
     if not paths:
         raise DataError(f"--hdf5_dir: {folder} holds no file that ends in {' or '.join(SUFFIXES)}")
     return sorted(paths, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))])
 
 
 def _refuse_robomimic(file: h5py.File, path: Path) -> None:
+    check_links(file, "data", path)
     data = file.get("data")
     demos = sorted(name for name in data if name.startswith("demo_")) if isinstance(data, h5py.Group) else []
     if demos and IMAGES not in file:
@@ -229,13 +235,13 @@ def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[int, int], f
     ) as writer:
         for index, path in zip(file.episodes, paths, strict=True):
             length = _read_header(path, options).length
-            with _open(path) as episode:
+            with _open(path) as episode, reading(path):
                 writer.write_episode(index, length, _read_episode(episode, path, length, options))
 
 
 def _read_header(path: Path, options: Hdf5Options) -> _Header:
     """Check that a file has every array that the options name, and all of one length."""
-    with _open(path) as file:
+    with _open(path) as file, reading(path):
         check_names(options.cameras, sorted(_get(file, IMAGES, h5py.Group, path)), "camera", str(path))
         lengths, widths = {}, {}
         for key in (*options.state_keys, options.action_key):
@@ -275,7 +281,9 @@ def _frames(file: h5py.File, path: Path, camera: str, options: Hdf5Options) -> I
     """The encoded frames of one camera."""
     array = file[f"{IMAGES}/{camera}"]
     compressed = _is_compressed(array, path, camera)
-    lengths = _compressed_lengths(file, path, len(array)) if compressed and "compress_len" in file else None
+    lengths = None
+    if compressed and "compress_len" in file.keys():
+        lengths = _compressed_lengths(file, path, len(array))
     for begin in range(0, len(array), ROWS_PER_BLOCK):
         block = _read(array, begin, begin + ROWS_PER_BLOCK, path)
         if not compressed:
@@ -333,9 +341,9 @@ def _read(array: h5py.Dataset, begin: int, end: int, path: Path) -> np.ndarray:
 def _swapped(frame: bytes, path: Path, camera: str, index: int) -> np.ndarray:
     """A JPEG image with red and blue exchanged."""
     try:
-        with Image.open(io.BytesIO(frame)) as image:
+        with Image.open(io.BytesIO(frame), formats=("JPEG",)) as image:
             return np.asarray(upright_rgb(image))[..., ::-1]
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: {camera} frame {index} can't be decoded ({error}); record it again") from None
 
 
@@ -403,8 +411,12 @@ def _open(path: Path) -> h5py.File:
 
 
 def _get(file: h5py.File, key: str, kind: type, path: Path) -> Any:
-    """A group or a dataset of a file, or a DataError that lists what there is."""
-    item = file.get(key)
+    """A group or a dataset of a file, or a DataError that lists what there is, or says that it lies elsewhere."""
+    check_links(file, key, path)
+    with reading(path):
+        item = file.get(key)
+        if isinstance(item, h5py.Dataset) and kind is h5py.Dataset:
+            check_array(item, key, path, ROWS_PER_BLOCK)
     if not isinstance(item, kind):
         names: list[str] = []
         file.visititems(lambda name, item: names.append(name) if isinstance(item, kind) else None)

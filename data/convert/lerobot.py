@@ -31,9 +31,11 @@ from data.convert.conversion import (
     plan_files,
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
+from data.convert.foreign_sources import reading
 from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset, VideoSpan
 from data.convert.video import VideoReader
 from data.schema import TIMESTAMP, encoded_frames
+from utils.encoded_images import PNG_START, is_image
 from utils.parquet_utils import DataError, batches, open_parquet, require_columns
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,6 @@ logger = logging.getLogger(__name__)
 ROWS_PER_BLOCK = 64
 TERMINAL = ("auto", "always", "never")
 DONE = "next.done"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-SIGNATURES = (b"\xff\xd8\xff", PNG_SIGNATURE)  # JPEG, PNG
 INDICES_PER_BATCH = 65536
 RATE_TOLERANCE = 0.1  # part by which the rows' rate may differ from info.json's
 
@@ -61,6 +61,7 @@ class LeRobotOptions:
         empty_prompt: instruction of those steps whose task is empty.
         terminal: whether episodes ended by themselves: `always`, `never`, or `auto`, which is what `next.done` of the
             last step says, and no where there is no such feature.
+        follow_links: read files that are links to others outside of the folder.
     """
 
     cameras: dict[str, str]
@@ -71,6 +72,7 @@ class LeRobotOptions:
     prompt: str | None
     empty_prompt: str | None
     terminal: str
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         for flag, text in (("--prompt", self.prompt), ("--empty_prompt", self.empty_prompt)):
@@ -97,6 +99,7 @@ def convert_lerobot(
     terminal: str = "auto",
     num_workers: int = 1,
     overwrite: bool = False,
+    follow_links: bool = False,
 ) -> ConversionSummary:
     """Convert a LeRobot dataset into Parquet files of our schema, one each episode (see `plan_files`).
 
@@ -106,12 +109,13 @@ def convert_lerobot(
         cameras: `<feature>=image_1` and perhaps `<feature>=image_2`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
-        state_keys, action_keys, encoding, tolerance_s, prompt, empty_prompt, terminal: see `LeRobotOptions`.
+        state_keys, action_keys, encoding, tolerance_s, prompt, empty_prompt, terminal, follow_links: see
+            `LeRobotOptions`.
 
     Raises:
         DataError: a fault in the dataset or the options, naming place and remedy.
     """
-    dataset = LeRobotDataset(lerobot_dir)
+    dataset = LeRobotDataset(lerobot_dir, follow_links)
     for index in dataset.empty_episodes:
         logger.warning("%s: episode %d has no steps: left out", lerobot_dir, index)
     for key in (text.partition("=")[0] for text in cameras):
@@ -130,6 +134,7 @@ def convert_lerobot(
         prompt=prompt,
         empty_prompt=empty_prompt,
         terminal=terminal,
+        follow_links=follow_links,
     )
     numeric = [key for key in dataset.features if not dataset.is_camera(key)]
     check_names((*options.state_keys, *options.action_keys), numeric, "feature", str(dataset.info_path))
@@ -189,13 +194,13 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _open(root: Path, _digest: str) -> LeRobotDataset:
+def _open(root: Path, _digest: str, follow_links: bool) -> LeRobotDataset:
     """The dataset in the state of `_digest`: read once per process, whatever the number of its files."""
-    return LeRobotDataset(root)
+    return LeRobotDataset(root, follow_links)
 
 
 def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None:
-    dataset = _open(root, json.dumps(file.settings["dataset"]))
+    dataset = _open(root, json.dumps(file.settings["dataset"]), options.follow_links)
     readers: dict[str, VideoReader] = {}
     with EpisodeFileWriter(
         file.path,
@@ -220,7 +225,8 @@ def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None
         try:
             for index in file.episodes:
                 episode = dataset.episodes[index]
-                writer.write_episode(index, episode.length, _read_episode(dataset, options, episode, readers))
+                with reading(episode.data_file):
+                    writer.write_episode(index, episode.length, _read_episode(dataset, options, episode, readers))
         finally:
             for reader in readers.values():
                 reader.close()
@@ -406,13 +412,13 @@ def _embedded(column: pa.Array, key: str, where: str, begin: int) -> list[bytes]
     """Encoded frames of an image feature, untouched."""
     frames: list[bytes | None] = encoded_frames(column, key, where).to_pylist()
     for i, frame in enumerate(frames):
-        if not frame or not frame.startswith(SIGNATURES):
+        if not frame or not is_image(frame):
             reason = f"begins with {frame[:4]!r}" if frame else "is not embedded"
             raise DataError(
                 f"{where} {begin + i}: {key} {reason}; wanted the bytes of a JPEG or PNG image: write the dataset "
                 "again with embedded images"
             )
-        if frame.startswith(PNG_SIGNATURE) and frame[24:25] == b"\x10":
+        if frame.startswith(PNG_START) and frame[24:25] == b"\x10":
             raise DataError(
                 f"{where} {begin + i}: {key} is a PNG of 16 bits a value, depth and not colour; choose another camera"
             )

@@ -33,6 +33,7 @@ from data.convert.lerobot_files import CHUNKS_SIZE, DATA_PATH, ROWS_PER_BLOCK, V
 from data.convert.lerobot_stats import Stats, count_pixels, image_stats, sampled_frames, vector_stats
 from data.convert.video import VideoEncoding, encode_video, video_info
 from data.decoding import upright
+from utils.encoded_images import RECORDED_FORMATS
 from utils.misc import writing
 from utils.parquet_utils import DataError, open_parquet
 
@@ -403,7 +404,7 @@ class _Pixels:
         for i, data in enumerate(read_images(self._spans, self._camera)):
             where = f"{self._spans[0].path} row {self._spans[0].begin} (first of the episode) + {i}: {self._camera}"
             try:
-                with Image.open(io.BytesIO(data)) as image:
+                with Image.open(io.BytesIO(data), formats=RECORDED_FORMATS) as image:
                     turned = upright(image)
                     shape, mode = (turned.height, turned.width, 3), turned.mode
                     if mode == "RGB" and (self._decode_all or i in self.sampled):

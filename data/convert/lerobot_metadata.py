@@ -8,7 +8,6 @@ v3.0   meta/{info.json, tasks.parquet, episodes/**.parquet}; files of many episo
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.convert.conversion import fingerprint
+from data.convert.foreign_sources import MAX_STEPS, file_in, fill_template
+from utils.foreign_files import ForeignFileError, parse_json
 from utils.parquet_utils import DataError, batches, one_line, open_parquet
+from utils.text import printable
 
+MAX_FPS = 10_000
+MAX_INDEX = 1_000_000_000
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 ROWS_PER_READ = 16384  # of metadata
 AGAIN = "fetch the dataset again"
@@ -55,14 +59,22 @@ class LeRobotDataset:
         empty_episodes: the others, ascending.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
         """Read the metadata.
 
+        Args:
+            root: the dataset's folder.
+            follow_links: read files that are links to others outside of the folder.
+
         Raises:
-            DataError: not a LeRobot dataset, another version, or metadata that are incomplete.
+            DataError: not a LeRobot dataset, another version, metadata that are incomplete or no metadata, or that
+                lead out of the folder.
         """
-        self.root, self.info_path = root, root / "meta" / "info.json"
+        self.root, self.follow_links = root, follow_links
+        self.info_path = file_in(root, "meta/info.json", follow_links)
         self.info = _read_json(self.info_path)
+        if not isinstance(self.info, dict):
+            raise DataError(f"{self.info_path}: holds a {type(self.info).__name__}; wanted a LeRobot dataset's info")
         self.version = str(self.info.get("codebase_version"))
         if self.version not in VERSIONS:
             raise DataError(
@@ -71,16 +83,17 @@ class LeRobotDataset:
             )
         self.features = _features(self.info, self.info_path)
         self.fps = _number(self.info, "fps", self.info_path)
-        if self.fps <= 0:
-            raise DataError(f"{self.info_path}: fps is {self.fps}; wanted more than 0")
+        if not 0 < self.fps <= MAX_FPS:
+            raise DataError(f"{self.info_path}: fps is {self.fps}; wanted more than 0, at most {MAX_FPS}")
         self.robot_type = _text(self.info, "robot_type", self.info_path, optional=True)
         if self.version == "v3.0":
-            self.tasks_path = root / "meta" / "tasks.parquet"
-            self.episode_paths = sorted((root / "meta" / "episodes").rglob("*.parquet"))
+            self.tasks_path = file_in(root, "meta/tasks.parquet", follow_links)
+            found = sorted((root / "meta" / "episodes").rglob("*.parquet"))
+            self.episode_paths = [file_in(root, path.relative_to(root), follow_links) for path in found]
             tasks, episodes = _tasks_v3(self.tasks_path), self._episodes_v3()
         else:
-            self.tasks_path = root / "meta" / "tasks.jsonl"
-            self.episode_paths = [root / "meta" / "episodes.jsonl"]
+            self.tasks_path = file_in(root, "meta/tasks.jsonl", follow_links)
+            self.episode_paths = [file_in(root, "meta/episodes.jsonl", follow_links)]
             tasks, episodes = _tasks_v2(self.tasks_path), self._episodes_v2()
         self.tasks = _unique(tasks, "task_index", self.tasks_path)
         episodes = _unique(((episode.index, episode) for episode in episodes), "episode_index", root / "meta")
@@ -88,6 +101,33 @@ class LeRobotDataset:
         self.empty_episodes = sorted(episodes.keys() - self.episodes.keys())
         if not self.episodes:
             raise DataError(f"{root / 'meta'}: no episodes; record some, or fetch the dataset again")
+
+    def _check_episodes(self) -> None:
+        for episode in self.episodes.values():
+            if type(episode.index) is not int or not 0 <= episode.index < MAX_INDEX:
+                raise DataError(
+                    f"{self.root / 'meta'}: episode_index is {episode.index!r}; wanted a whole number from 0"
+                )
+            if type(episode.length) is not int or not 0 <= episode.length <= MAX_STEPS:
+                raise DataError(f"{self.root / 'meta'}: length of episode {episode.index} is {episode.length!r}")
+        for index, text in self.tasks.items():
+            if not isinstance(text, str):
+                raise DataError(f"{self.tasks_path}: task {index} is {printable(repr(text))}; wanted its instruction")
+
+    def _check_info(self) -> None:
+        fps, chunk = self.info["fps"], self.info.get("chunks_size", 1000)
+        if type(fps) not in (int, float) or not 0 < fps <= MAX_FPS:
+            raise DataError(f"{self.info_path}: fps is {printable(repr(fps))}; wanted a number from 0 to {MAX_FPS}")
+        if type(chunk) is not int or chunk < 1:
+            raise DataError(f"{self.info_path}: chunks_size is {printable(repr(chunk))}; wanted 1 or more")
+        for name, feature in self.features.items():
+            sound = isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
+            shape = feature.get("shape") if sound else None
+            if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+                raise DataError(
+                    f"{self.info_path}: feature {printable(name)!r} is {printable(repr(feature))}; wanted its dtype "
+                    "and shape"
+                )
 
     @property
     def cameras(self) -> list[str]:
@@ -188,12 +228,7 @@ class LeRobotDataset:
 
     def _path(self, template: str, **values: Any) -> Path:
         text = _text(self.info, template, self.info_path)
-        try:
-            return self.root / text.format(**values)
-        except (LookupError, ValueError, AttributeError, TypeError):
-            raise DataError(
-                f"{self.info_path}: {template} is {text!r}; wanted a template of {', '.join(values)}"
-            ) from None
+        return file_in(self.root, fill_template(text, f"{self.info_path}: {template}", values), self.follow_links)
 
 
 def _features(info: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
@@ -293,11 +328,11 @@ def _read_rows(path: Path, names: Sequence[str], optional: Sequence[str]) -> lis
 def _read_json(path: Path) -> dict[str, Any]:
     wanted = f"wanted the folder of a LeRobot dataset ({', '.join(VERSIONS)})"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; {wanted}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON in UTF-8 ({one_line(error)}); fetch that file again") from None
+    except ForeignFileError as error:
+        raise DataError(f"{path}: {error}; fetch that file again") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: is {_shown(content)}; wanted a JSON object; fetch that file again")
     return content
@@ -306,7 +341,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place for messages, entry) of each line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; the dataset is incomplete, so fetch it again") from None
     except ValueError as error:
@@ -315,10 +350,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if line.strip():
             place = f"{path} line {number}"
             try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = one_line(error)
-                raise DataError(f"{place}: not valid JSON ({reason}); wanted one object a line; {AGAIN}") from None
+                entry = parse_json(line)
+            except ForeignFileError as error:
+                raise DataError(f"{place}: {error}; wanted one object a line; {AGAIN}") from None
             if not isinstance(entry, dict):
                 raise DataError(f"{place}: is {_shown(entry)}; wanted one object a line; {AGAIN}")
             yield place, entry

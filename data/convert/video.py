@@ -18,8 +18,10 @@ import av
 import av.codec
 import numpy as np
 
+from data.convert.foreign_sources import video_container
 from utils.parquet_utils import DataError
 
+ONE_FILE = {"protocol_whitelist": "file"}  # for a demuxer: no network, whatever the file says
 MAX_FORWARD = 2.0  # seconds ahead that are decoded through; beyond, the reader jumps to a key frame
 ENCODERS = {"av1": "libsvtav1", "h264": "libx264"}
 DEFAULT_CRF = {"av1": 30, "h264": 23}
@@ -38,7 +40,7 @@ class VideoReader:
         if not path.is_file():
             raise DataError(f"{path}: no such video file; the source is incomplete, so fetch that file again")
         try:
-            self._container = av.open(str(path))
+            self._container = av.open(f"file:{path}", format=video_container(path), options=ONE_FILE)
         except av.FFmpegError as error:
             raise DataError(f"{path}: not a readable video file ({error.strerror}); fetch it again") from None
         if not self._container.streams.video:

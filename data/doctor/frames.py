@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.decoding import ORIENTATION, decode_frame, is_deep
+from utils.encoded_images import RECORDED_FORMATS
 
 # what Pillow's readers raise over damaged files
 DECODE_ERRORS = (
@@ -89,7 +90,7 @@ def examine_frames(
 def _examine(frame: bytes, fact: np.ndarray, least_side: int) -> Image.Image:
     if not frame:
         raise ValueError("empty")
-    with Image.open(io.BytesIO(frame)) as image:
+    with Image.open(io.BytesIO(frame), formats=RECORDED_FORMATS) as image:
         fact["format"], fact["mode"] = (image.format or "").encode(), image.mode.encode()
         fact["width"], fact["height"] = image.size
         if "exif" in image.info:

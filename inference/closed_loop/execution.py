@@ -136,14 +136,18 @@ class Execution(ABC):
             ValueError: fewer rows than the horizon, or values that are not finite.
         """
         assert self._requested_at is not None, "no plan was requested"
+        requested_at, self._requested_at = self._requested_at, None
         bad = int((~np.isfinite(action_TA)).any(axis=-1).sum())
         if len(action_TA) < self.settings.horizon or bad:
             raise ValueError(
                 f"the policy planned {len(action_TA)} actions, {bad} of them not finite; wanted at least "
                 f"{self.settings.horizon}, all finite"
             )
-        requested_at, self._requested_at = self._requested_at, None
         self._accept(requested_at, action_TA)
+
+    def abandon(self) -> None:
+        """The requested plan will not arrive: another may be requested."""
+        self._requested_at = None
 
     def act(self) -> np.ndarray | None:
         """This control step's action (A,), or None where no plan covers it; the next step begins."""

@@ -6,7 +6,8 @@
             send(controller.act(observe()))
 
 How long plans take is measured; chunks continue each other over that many control steps
-(`inference.closed_loop.execution`).
+(`inference.closed_loop.execution`). Every `start` begins an episode of its own. A plan that fails raises its error from
+the `act` that finds out, and another one is made at the next: a loop that catches the error goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -34,7 +36,9 @@ class UnderrunError(RuntimeError):
 
 
 class RealTimeController:
-    """One episode on a robot. All methods are for the control loop's thread; only `policy.plan` runs in another.
+    """Episodes on a robot, one after another.
+
+    All methods are for the control loop's thread; only `policy.plan` runs in another.
 
     Args:
         policy: plans; its `execution` says how plans are executed. Nothing else may use it meanwhile.
@@ -45,8 +49,8 @@ class RealTimeController:
         clock: seconds, monotonic.
 
     Attributes:
-        latencies: seconds that the last plans took, from the observation to the finished plan.
-        underruns: control steps so far that no plan covered.
+        latencies: seconds that the last plans took, from the observation to the finished plan, over all episodes.
+        underruns: control steps of this episode so far that no plan covered.
 
     Raises:
         ValueError: control_hz is not positive, or synchronous execution without `hold`: it stands still to plan.
@@ -81,14 +85,27 @@ class RealTimeController:
         return math.ceil(max(self.latencies) * self.control_hz) if self.latencies else self._execution.delay
 
     def start(self, observation: Observation) -> None:
-        """Make the first plan, while the robot stands still, and wait for it: there is nothing to execute before.
+        """Begin an episode: make its first plan, while the robot stands still, and wait for it.
+
+        Nothing of an earlier episode is kept but the measured latencies: a plan still under way for it is waited for
+        and thrown away.
 
         Raises:
-            Exception: whatever `policy.plan` raises.
+            Exception: whatever `policy.plan` raises; call `start` again.
         """
+        if self._plan is not None:
+            futures.wait([self._plan])
+            self._plan = None
+        self._execution = self.policy.execution.start()
+        self._last_action, self.underruns = None, 0
+        self._history.clear()
         self._history.append(observation)
         self._request()
-        self.wait()
+        try:
+            self.wait()
+        except BaseException:
+            self._history.clear()
+            raise
 
     def act(self, observation: Observation) -> np.ndarray:
         """The action of this control step; never waits for a plan.
@@ -101,8 +118,9 @@ class RealTimeController:
 
         Raises:
             UnderrunError: no plan covers this step and `hold` is None.
-            RuntimeError: `start` was not called.
-            Exception: what `policy.plan` raised in its thread.
+            RuntimeError: `start` was not called, or failed.
+            Exception: what `policy.plan` raised in its thread. The control step counts as begun; the next `act` asks
+                for another plan and executes what the plans so far cover.
         """
         if not self._history:
             raise RuntimeError("act before start: call start(observation) once, while the robot stands still")
@@ -110,7 +128,11 @@ class RealTimeController:
         if step > 0:  # the first observation was given to `start`
             self._history.append(observation)
         if self._plan is not None and self._plan.done():
-            self._receive()
+            try:
+                self._receive()
+            except BaseException:
+                self._execution.act()  # the control step passes all the same
+                raise
         if self._execution.wants_plan():
             self._request()
         action = self._execution.act()
@@ -149,6 +171,8 @@ class RealTimeController:
 
     def _receive(self) -> None:
         plan, self._plan = self._plan, None
+        if plan.exception() is not None:
+            self._execution.abandon()
         action_TA, seconds = plan.result()
         expected = self._execution.delay
         self.latencies.append(seconds)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from inference.policy_files import CARRIED, MANIFEST, WEIGHTS, digest
@@ -28,7 +31,8 @@ def export_policy(checkpoint: dict[str, Any], folder: str | Path, metrics: Seque
         The folder.
 
     Raises:
-        CheckpointError: the folder holds something, or the checkpoint lacks frozen weights.
+        CheckpointError: the folder holds something, the checkpoint lacks frozen weights, or the disk is full; then
+            nothing is left behind.
         ValueError: a metrics file is not one.
     """
     folder = Path(folder)
@@ -41,6 +45,20 @@ def export_policy(checkpoint: dict[str, Any], folder: str | Path, metrics: Seque
             "python scripts/merge_lora.py"
         )
     card = model_card(checkpoint, metrics)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        _write(checkpoint, card, temporary)
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: not written ({error}); nothing is left of it: make room, or name another folder, and try again"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write(checkpoint: dict[str, Any], card: str, folder: Path) -> None:
     (folder / "tokenizer").mkdir(parents=True)
     weights = {name: tensor.contiguous() for name, tensor in evaluation_weights(checkpoint).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -49,11 +67,10 @@ def export_policy(checkpoint: dict[str, Any], folder: str | Path, metrics: Seque
     _write_json(folder / "backbone_config.json", checkpoint["backbone_config"])
     _write_json(folder / "preprocessor_config.json", checkpoint["image_processor"])
     for name, content in checkpoint["tokenizer_files"].items():
-        (folder / "tokenizer" / Path(name).name).write_bytes(content.numpy().tobytes())
+        (folder / "tokenizer" / name).write_bytes(content.numpy().tobytes())
     (folder / "README.md").write_text(card, encoding="utf-8")
     files = {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     _write_json(folder / MANIFEST, {**{key: checkpoint.get(key) for key in CARRIED}, "sha256": files})
-    return folder
 
 
 def _write_json(path: Path, value: Any) -> None:

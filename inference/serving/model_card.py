@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.config_utils import config_from_dict
+from utils.foreign_files import ForeignFileError, read_json
+from utils.text import markdown_text
+from utils.text_table import markdown_table
 
 
 def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -> str:
@@ -36,7 +38,7 @@ def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -
     ]
     sections = [
         "---\nlibrary_name: paligemma-vla\npipeline_tag: robotics\ntags:\n- robotics\n- vision-language-action\n---",
-        f"# {config.training.experiment_name}",
+        f"# {markdown_text(config.training.experiment_name)}",
         "A robot policy trained with PaliGemma-VLA: images, an instruction and the robot's state in, a chunk of "
         "actions out.",
         _table(("", ""), rows),
@@ -55,15 +57,20 @@ def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -
 
 def _metrics_section(path: Path) -> str:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_json(path)
+    except ForeignFileError as error:
         raise ValueError(
             f"{path}: can't be read ({error}); give metrics.json or rollouts.json of main_eval.py"
         ) from None
-    if "tasks" in found:
-        return _closed_loop(found)
-    if "predictors" in found:
-        return _offline(found)
+    sections = {"tasks": _closed_loop, "predictors": _offline}
+    for key, section in sections.items():
+        if isinstance(found, dict) and key in found:
+            try:
+                return section(found)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: {key} are not as main_eval.py writes them ({error!r}); evaluate again"
+                ) from None
     raise ValueError(
         f"{path}: holds neither 'tasks' nor 'predictors'; give metrics.json or rollouts.json of main_eval.py"
     )
@@ -74,7 +81,7 @@ def _closed_loop(found: dict[str, Any]) -> str:
         (name, f"{task['successes']}/{task['episodes']}", "{:.0%} to {:.0%}".format(*task["wilson_95"]))
         for name, task in found["tasks"].items()
     ]
-    settings = found["settings"]
+    settings = {key: markdown_text(value) for key, value in found["settings"].items()}
     heading = f"## Closed loop: {settings['env']}, {settings['control']}, seeds from {settings['seed']}"
     return f"{heading}\n\n{_table(('task', 'success', '95 % interval'), rows)}"
 
@@ -88,5 +95,5 @@ def _offline(found: dict[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    """A Markdown table whose cells are shown as written."""
+    return markdown_table(header, [[markdown_text(cell) for cell in row] for row in rows])

@@ -6,6 +6,7 @@ import difflib
 
 import torch
 
+from model.action_head.action_expert import ActionExpertHead
 from model.action_head.base import ActionHeadBase
 from model.action_head.diffusion import DiffusionActionHead
 from model.action_head.discrete import ActionHead
@@ -21,6 +22,7 @@ ACTION_HEADS: dict[str, type[ActionHeadBase]] = {
     "regression": RegressionActionHead,
     "discrete": ActionHead,
     "diffusion": DiffusionActionHead,
+    "action_expert": ActionExpertHead,
 }
 
 

@@ -26,12 +26,14 @@ class ActionHeadBase(nn.Module, ABC):
         is_stochastic: whether two samples of one context differ, so that a spread and a best of k mean something.
         continues_chunks: whether `sample` takes a `prefix` that the chunk is to continue.
         wants_keys_values: whether it reads `Context.keys_values`, which are collected for no other head.
+        wants_tokens: whether it reads `Context.tokens_BLE`, which may mean nothing otherwise.
     """
 
     config: ActionHeadConfig
     is_stochastic: bool = False
     continues_chunks: bool = False
     wants_keys_values: bool = False
+    wants_tokens: bool = True
 
     @property
     def horizon(self) -> int:

@@ -10,9 +10,13 @@ Shape letters: B batch, K noise draws per sample, N = B K rows, T horizon, A per
 
 from __future__ import annotations
 
+import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.action_head.base import ActionHeadBase, draw, existing_dims, step_mean
@@ -23,54 +27,113 @@ from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
 
 
-class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
-    """The action transformer, trained to predict velocities; samples by integrating them from noise to action."""
+class FlowMatching(ActionHeadBase):
+    """The flow over action chunks, whatever network predicts its velocity.
+
+    A head gives the network: `encode_context`, `conditions` and `velocity`. The context is encoded once per call for
+    all noise draws of a sample or all steps of an integration.
+    """
 
     is_stochastic = True
     continues_chunks = True
+    time_dtype = torch.float32  # of the moments that `conditions` is given
 
-    def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int, action_range: ActionRange) -> None:
-        super().__init__(config, spec, state_dim)
+    @property
+    def flow_dim(self) -> int:
+        """Values per noised action step."""
+        return self.per_action_dim
+
+    def flow_dims(self, context: Context) -> Tensor:
+        """1.0 for values that are noised, 0.0 for those that stay 0, float32 (B, 1, flow_dim)."""
+        return existing_dims(context, self.per_action_dim)
+
+    def action_targets(self, context: Context, action_BTA: Tensor, action_is_pad_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The actions that noise is mixed with, float32 (B, T, flow_dim), and bool (B, T): steps without a loss.
+
+        Tokens of such steps are hidden from the others, so that what they hold can't reach the loss.
+        """
+        action_is_pad_BT = action_is_pad_BT.bool()
+        return action_BTA.float().masked_fill(action_is_pad_BT[..., None], 0.0), action_is_pad_BT
+
+    @abstractmethod
+    def encode_context(self, context: Context) -> Any:
+        """What `velocity` needs of the context."""
+
+    def sampling_context(self, context: Context) -> Any:
+        """What `velocity` needs of the context, for one draw and without gradients to it."""
+        return self.encode_context(context)
+
+    @abstractmethod
+    def conditions(self, time: Tensor) -> Any:
+        """What `velocity` needs of time, (N,), or (N, T): one per action token; `.row(i)` of it is one row alone."""
+
+    @abstractmethod
+    def velocity(self, x_NTA: Tensor, time: Any, context: Any, action_is_pad_NT: Tensor | None = None) -> Tensor:
+        """The velocity field at x_t, (N, T, flow_dim), in the compute precision.
+
+        Args:
+            x_NTA: float32, partly noised normalized actions; N is the context's batch or a multiple of it.
+            time: as `conditions` takes it, or what that made of it.
+            context: from `encode_context`.
+            action_is_pad_NT: bool, tokens that others must not attend to; None: all exist.
+        """
 
     def loss(
         self, context: Context, action_BTA: Tensor, action_is_pad_BT: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Mean squared velocity error per action step, float32 (B, T), averaged over existing A and the noise draws.
+        """Mean squared velocity error per action step, float32 (B, T), averaged over existing A and the noise draws."""
+        rows, device = len(action_BTA) * self.config.noise_draws_per_sample, action_BTA.device
+        noise_NTA = self._noise((rows, self.horizon, self.flow_dim), generator, device)
+        time_N = self._time(rows, generator, device)
+        clean_NT = self._clean_steps(rows, generator, device)
+        return self.loss_at(context, action_BTA, action_is_pad_BT, noise_NTA, time_N, clean_NT)
 
-        The context is encoded once for all `noise_draws_per_sample` draws.
+    def loss_at(
+        self,
+        context: Context,
+        action_BTA: Tensor,
+        action_is_pad_BT: Tensor,
+        noise_NTA: Tensor,
+        time_N: Tensor,
+        clean_NT: Tensor | None = None,
+    ) -> Tensor:
+        """`loss` with chance as arguments.
+
+        Args:
+            noise_NTA: float32 (N, T, flow_dim); the draws of a sample follow each other.
+            time_N: float, in [0, 1].
+            clean_NT: bool, leading steps that are given clean and have no loss; None: none.
         """
-        draws = self.config.noise_draws_per_sample
-        action_is_pad_BT = action_is_pad_BT.bool()
+        draws = len(noise_NTA) // len(action_BTA)
         exists_B1A = existing_dims(context, self.per_action_dim)
-        exists_N1A = exists_B1A.repeat_interleave(draws, dim=0)
-        action_NTA = action_BTA.float().masked_fill(action_is_pad_BT[..., None], 0.0).repeat_interleave(draws, dim=0)
-        noise_NTA = self._noise(action_NTA.shape, generator, action_NTA.device) * exists_N1A
-        action_NTA = action_NTA * exists_N1A
-        time = self._time(len(action_NTA), generator, action_NTA.device)
-        clean_NT = self._clean_steps(len(action_NTA), generator, action_NTA.device)
-        if self.config.max_clean_prefix:
-            time = torch.where(clean_NT, 1.0, time[:, None])
-        x_NTA, target_NTA = flow_interpolate(noise_NTA, action_NTA, time)
-        # Padded action tokens are hidden from the others, so that what they hold can't reach the loss.
+        noised_N1A = self.flow_dims(context).repeat_interleave(draws, dim=0)
+        action_BTA, is_pad_BT = self.action_targets(context, action_BTA, action_is_pad_BT)
+        action_NTA = action_BTA.repeat_interleave(draws, dim=0) * noised_N1A
+        time = time_N
+        if clean_NT is not None:
+            time = torch.where(clean_NT, 1.0, time_N[:, None])
+        x_NTA, target_NTA = flow_interpolate(noise_NTA * noised_N1A, action_NTA, time)
         velocity_NTA = self.velocity(
-            x_NTA, time, self.encode_context(context), action_is_pad_BT.repeat_interleave(draws, dim=0)
+            x_NTA, time, self.encode_context(context), is_pad_BT.repeat_interleave(draws, dim=0)
         )
-        error_NTA = (velocity_NTA.float() - target_NTA).square().masked_fill(clean_NT[..., None], 0.0)
-        return step_mean(error_NTA, exists_B1A, action_is_pad_BT)
+        error_NTA = (velocity_NTA.float() - target_NTA)[..., : self.per_action_dim].square()
+        if clean_NT is not None:
+            error_NTA = error_NTA.masked_fill(clean_NT[..., None], 0.0)
+        return step_mean(error_NTA, exists_B1A, is_pad_BT)
 
     def draw_noise(
         self, generators: Sequence[torch.Generator], device: torch.device, num_inference_steps: int
     ) -> Tensor:
-        """Where the integration starts, (B, T, A)."""
-        shape = (self.horizon, self.per_action_dim)
+        """Where the integration starts, (B, T, flow_dim)."""
+        shape = (self.horizon, self.flow_dim)
         return torch.stack([self._noise(shape, g, g.device) for g in generators]).to(device)
 
-    def schedule(self, num_inference_steps: int, device: torch.device) -> dict[float, TimeConditions]:
+    def schedule(self, num_inference_steps: int, device: torch.device) -> dict[float, Any]:
         """What time does at every moment that the integrator visits; it is the same for all samples."""
         visited: list[float] = []
         integrate(lambda x, time: visited.append(time) or x, 0.0, num_inference_steps, self.config.integrator)
         times = sorted(set(visited))
-        conditions = self.conditions(torch.tensor(times, device=device))
+        conditions = self.conditions(torch.tensor(times, dtype=self.time_dtype, device=device))
         return {time: conditions.row(i) for i, time in enumerate(times)}
 
     def sample(
@@ -78,7 +141,7 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         context: Context,
         noise: Tensor,
         num_inference_steps: int,
-        schedule: dict[float, TimeConditions] | None = None,
+        schedule: dict[float, Any] | None = None,
         prefix: ActionPrefix | None = None,
     ) -> Tensor:
         """The learned velocity integrated from t = 0 to 1 by `integrator`, float32 (B, T, A), normalized.
@@ -88,17 +151,19 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
         Raises:
             ValueError: a clean prefix commits more actions than `max_clean_prefix`.
         """
-        keys_values = self.encode_context(context)
-        exists_B1A = existing_dims(context, self.per_action_dim)
+        encoded = self.sampling_context(context)
+        noised_B1A = self.flow_dims(context)
         schedule = schedule or self.schedule(num_inference_steps, noise.device)
-        x_BTA = noise * exists_B1A
+        x_BTA = noise * noised_B1A
+        if prefix is not None:
+            prefix = self._as_wide(prefix)
 
         def velocity(x_BTA: Tensor, time: float) -> Tensor:
-            return self.velocity(x_BTA, schedule[time], keys_values).float() * exists_B1A
+            return self.velocity(x_BTA, schedule[time], encoded).float() * noised_B1A
 
         def velocity_of_free_steps(x_BTA: Tensor, time: float) -> Tensor:
-            time_BT = torch.where(clean_BT, 1.0, torch.full((len(noise), 1), time, device=noise.device))
-            velocity_BTA = self.velocity(x_BTA, time_BT, keys_values).float() * exists_B1A
+            time_B1 = torch.full((len(noise), 1), time, dtype=self.time_dtype, device=noise.device)
+            velocity_BTA = self.velocity(x_BTA, torch.where(clean_BT, 1.0, time_B1), encoded).float() * noised_B1A
             return velocity_BTA.masked_fill(clean_BT[..., None], 0.0)
 
         if prefix is not None and prefix.clean:
@@ -107,23 +172,19 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
             field = velocity_of_free_steps
         else:
             field = velocity if prefix is None else guided(velocity, prefix)
-        return integrate(field, x_BTA, num_inference_steps, self.config.integrator)
+        x_BTA = integrate(field, x_BTA, num_inference_steps, self.config.integrator)
+        return x_BTA[..., : self.per_action_dim] * existing_dims(context, self.per_action_dim)
 
-    def velocity(
-        self,
-        x_NTA: Tensor,
-        time: Tensor | TimeConditions,
-        context: ContextKeysValues,
-        action_is_pad_NT: Tensor | None = None,
-    ) -> Tensor:
-        """The velocity field at x_t, (N, T, A), in the compute precision; arguments as in `denoise`."""
-        return self.denoise(x_NTA, time, context, action_is_pad_NT)
+    def _as_wide(self, prefix: ActionPrefix) -> ActionPrefix:
+        """A prefix as wide as the noise: what pads the actions is 0, and known to be."""
+        padding = self.flow_dim - prefix.action_BTA.shape[-1]
+        return dataclasses.replace(prefix, action_BTA=F.pad(prefix.action_BTA, (0, padding)))
 
-    def _clean_steps(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def _clean_steps(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
         """Leading steps that training gives clean, bool (N, T): 0 to `max_clean_prefix` of them, uniformly."""
         longest = self.config.max_clean_prefix
         if longest == 0:
-            return torch.zeros(count, self.horizon, dtype=torch.bool, device=device)
+            return None
         length_N1 = (draw(torch.rand, (count, 1), generator, device) * (longest + 1)).floor()
         return torch.arange(self.horizon, device=device) < length_N1
 
@@ -152,6 +213,23 @@ class FlowmatchingActionHead(ActionTransformer, ActionHeadBase):
             time_N = (gamma_2N[0] / gamma_2N.sum(dim=0)).to(device)
         low, high = self.config.time_clamp
         return low + (high - low) * time_N
+
+
+class FlowmatchingActionHead(ActionTransformer, FlowMatching):
+    """The action transformer, trained to predict velocities; samples by integrating them from noise to action."""
+
+    def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int, action_range: ActionRange) -> None:
+        super().__init__(config, spec, state_dim)
+
+    def velocity(
+        self,
+        x_NTA: Tensor,
+        time: Tensor | TimeConditions,
+        context: ContextKeysValues,
+        action_is_pad_NT: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity field at x_t, (N, T, A), in the compute precision; arguments as in `denoise`."""
+        return self.denoise(x_NTA, time, context, action_is_pad_NT)
 
 
 def flow_interpolate(noise_NTA: Tensor, action_NTA: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:

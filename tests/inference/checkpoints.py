@@ -56,6 +56,7 @@ def train_tiny(folder: Path, backbone_dir: Path, files: list[Path], *, steps: in
     torch.manual_seed(0)
     relative = {"action_mode": data.action_mode, "absolute_action_dims": data.absolute_action_dims}
     statistics = calculate_statistics(files, data.state_dim, head.per_action_dim, horizon=head.horizon, **relative)
+    tokenizer.read_states(config, [statistics])
     model = VLAModel.from_pretrained(config, [statistics], image_processor.mean, image_processor.std)
     processors = {"image_processor": image_processor.to_settings(), "tokenizer_files": tokenizer.to_files()}
     trainer = VLATrainer(config, model, loader, None, torch.device("cpu"), processors)

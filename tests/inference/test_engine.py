@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import processing
-from data.processing import MAX_KNOWN_PROMPTS, PromptTokenizer, collate_fn, processors_from_checkpoint
+from data import prompts
+from data.processing import PromptTokenizer, collate_fn, processors_from_checkpoint
+from data.prompts import MAX_KNOWN_PROMPTS
 from inference import engine
 from inference.predictor import VLAPredictor
 from model.vla_model import VLAModel
@@ -234,7 +235,7 @@ def test_tokenized_prompts_are_bounded(plain):
 
 def test_threads_share_a_tokenizer(plain, monkeypatch):
     """A server reads requests in several threads; prompts come and go under all of them."""
-    monkeypatch.setattr(processing, "MAX_KNOWN_PROMPTS", 2)
+    monkeypatch.setattr(prompts, "MAX_KNOWN_PROMPTS", 2)
     tokenizer = PromptTokenizer(plain.prompt_tokenizer.tokenizer, 24)
     wanted = {f"open {i}": plain.prompt_tokenizer(f"open {i}") for i in range(7)}
     interval = sys.getswitchinterval()

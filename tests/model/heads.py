@@ -8,16 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.action_head import build_action_head
 from model.action_head.base import ActionHeadBase
 from model.context import ActionPrefix, Context, ContextSpec
-from utils.config_utils import ActionHeadConfig
+from utils.config_utils import ActionHeadConfig, ExpertConfig
 
 WIDTH, STATE = 12, 3
 SPEC = ContextSpec(WIDTH, num_layers=2, num_kv_heads=1, head_dim=6, rope_theta=1e4)
 SMALL = {"horizon": 4, "per_action_dim": 2, "hidden_dim": 32, "num_layers": 2, "num_heads": 4}
 SMALL |= {"mlp_hidden_dims": (64,), "num_action_bins": 32, "unet_width": 16, "unet_levels": 2}
+EXPERT = ExpertConfig(width=32, mlp_dim=64, num_heads=4, max_state_dim=4, max_action_dim=3)
+SMALL |= {"expert": EXPERT}
 
 
 def make_head(type: str, *, seed: int = 0, voice: bool = True, **options: Any) -> ActionHeadBase:
@@ -39,11 +42,21 @@ def make_head(type: str, *, seed: int = 0, voice: bool = True, **options: Any) -
 def make_context(batch: int = 3, length: int = 6, seed: int = 1) -> Context:
     """A random context in which every token exists."""
     generator = torch.Generator().manual_seed(seed)
-    return Context(
+    return context_of(
         torch.randn(batch, length, WIDTH, generator=generator),
         torch.ones(batch, length, dtype=torch.bool),
         torch.randn(batch, STATE, generator=generator),
     )
+
+
+def context_of(tokens_BLE: Tensor, mask_BL: Tensor, state_BS: Tensor | None = None) -> Context:
+    """A context whose keys and values are fixed linear functions of its tokens."""
+    generator = torch.Generator().manual_seed(11)
+    size = (SPEC.num_layers, 2, WIDTH, SPEC.num_kv_heads * SPEC.head_dim)
+    weights = torch.randn(size, generator=generator) / WIDTH**0.5
+    flat = torch.einsum("ble,npef->npblf", tokens_BLE, weights).unflatten(-1, (SPEC.num_kv_heads, -1))
+    pairs = tuple((keys, values) for keys, values in flat.transpose(3, 4))
+    return Context(tokens_BLE, mask_BL, state_BS, keys_values=pairs)
 
 
 def no_pad(batch: int, horizon: int = 4) -> torch.Tensor:

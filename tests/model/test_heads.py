@@ -10,7 +10,19 @@ import torch
 
 from model.action_head import ACTION_HEADS, build_action_head
 from model.context import Context
-from tests.model.heads import SMALL, SPEC, STATE, WIDTH, make_context, make_head, no_pad, sample, seeded
+from tests.model.heads import (
+    EXPERT,
+    SMALL,
+    SPEC,
+    STATE,
+    WIDTH,
+    context_of,
+    make_context,
+    make_head,
+    no_pad,
+    sample,
+    seeded,
+)
 from utils.config_utils import ActionHeadConfig, ConfigError
 
 # Each head, and each choice within a head that changes its network, its loss or its way to sample.
@@ -21,6 +33,7 @@ VARIANTS = {name: {} for name in ACTION_HEADS} | {
     "diffusion ddpm": {"scheduler": "ddpm", "prediction_type": "v"},
     "diffusion sample": {"prediction_type": "sample"},
     "diffusion transformer": {"denoiser": "transformer"},
+    "action_expert adaptive": {"expert": dataclasses.replace(EXPERT, time="adaptive_norm")},
 }
 LONG = ["flow_matching heun", "diffusion", "diffusion ddpm", "diffusion sample"]
 
@@ -96,18 +109,19 @@ def test_two_modes(name):
     head = variant(name, voice=False, horizon=2, per_action_dim=1, use_state_input=False)
     modes, tokens_BLE = torch.tensor([0.4, 0.8]), torch.eye(WIDTH)[:2, None, :] * 3
 
-    def context_of(which: torch.Tensor) -> Context:
-        return Context(tokens_BLE[which], torch.ones(len(which), 1, dtype=torch.bool))
+    def context_for(which: torch.Tensor) -> Context:
+        return context_of(tokens_BLE[which], torch.ones(len(which), 1, dtype=torch.bool))
 
     def loss() -> torch.Tensor:
         which, sign = torch.randint(2, (128,)), torch.randint(2, (128,)) * 2.0 - 1.0
         action = (modes[which] * sign)[:, None, None].expand(-1, 2, 1)
-        return head.loss(context_of(which), action, no_pad(128, 2))
+        return head.loss(context_for(which), action, no_pad(128, 2))
 
-    train(head, loss, steps=500, lr=2e-3)
+    steps, lr = (1000, 4e-3) if "adaptive" in name else (500, 2e-3)  # adaptive norms start with every gate shut
+    train(head, loss, steps=steps, lr=lr)
     for i, mode in enumerate(modes):
         with torch.no_grad():
-            samples = sample(head, context_of(torch.full((200,), i)), 1000 * i, 20)[..., 0]
+            samples = sample(head, context_for(torch.full((200,), i)), 1000 * i, 20)[..., 0]
         on_a_mode = ((samples.abs() - mode).abs() < 0.15).float().mean()
         positive = samples > 0
         if name == "discrete":
@@ -162,7 +176,7 @@ def test_missing_dimensions_are_neither_seen_nor_predicted(name):
 @every_variant
 def test_masked_context_is_inert(name):
     head, context = variant(name), make_context()
-    longer = Context(
+    longer = context_of(
         torch.cat([context.tokens_BLE, 100 * torch.randn(3, 5, WIDTH)], dim=1),
         torch.cat([context.mask_BL, torch.zeros(3, 5, dtype=torch.bool)], dim=1),
         context.state_BS,
@@ -179,9 +193,9 @@ def test_every_input_matters(name):
     head, context, action = variant(name), make_context(), torch.rand(3, 4, 2)
     loss = lambda c, **options: variant(name, **options).loss(c, action, no_pad(3), seeded(0))  # noqa: E731
     base = loss(context)
-    assert not torch.allclose(base, loss(Context(context.tokens_BLE.flip(2), context.mask_BL, context.state_BS)))
-    assert not torch.allclose(base, loss(Context(context.tokens_BLE, context.mask_BL, context.state_BS + 1)))
-    stateless = Context(context.tokens_BLE, context.mask_BL, None)
+    assert not torch.allclose(base, loss(context_of(context.tokens_BLE.flip(2), context.mask_BL, context.state_BS)))
+    assert not torch.allclose(base, loss(context_of(context.tokens_BLE, context.mask_BL, context.state_BS + 1)))
+    stateless = context_of(context.tokens_BLE, context.mask_BL, None)
     assert loss(stateless, use_state_input=False).isfinite().all()
     with pytest.raises(AssertionError, match="use_state_input needs a state"):
         head.loss(stateless, action, no_pad(3))
@@ -206,7 +220,7 @@ def test_a_generator_per_sample_is_independent_of_the_batch(name):
     head, context = variant(name), make_context()
     together = sample(head, context, 1, 3)
     for i in range(3):
-        alone = Context(context.tokens_BLE[i : i + 1], context.mask_BL[i : i + 1], context.state_BS[i : i + 1])
+        alone = context_of(context.tokens_BLE[i : i + 1], context.mask_BL[i : i + 1], context.state_BS[i : i + 1])
         torch.testing.assert_close(sample(head, alone, i + 1, 3)[0], together[i], atol=1e-5, rtol=1e-5)
 
 
@@ -246,7 +260,7 @@ def test_state_dict_round_trip(name):
 
 
 def test_unknown_heads_are_named():
-    message = "model.action_head_config.type is 'flow'; choose from flow_matching, regression, discrete, diffusion"
+    message = "model.action_head_config.type is 'flow'; choose from flow_matching, regression, discrete, diffusion, "
     with pytest.raises(ConfigError, match=re.escape(message) + ".*did you mean flow_matching"):
         build_action_head(ActionHeadConfig(**SMALL, type="flow"), SPEC, STATE)
     assert isinstance(make_head("Regression"), ACTION_HEADS["regression"]), "as every choice, in any case of letters"

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.normalizer import WIDEST, Normalizer
+from model.normalizer import Normalizer
 from utils.config_utils import config_from_dict
+from utils.normalization import WIDEST
 
 DIM = 5
 

@@ -15,6 +15,7 @@ import torch
 
 from utils.checkpoint import (
     CheckpointError,
+    check_finite,
     evaluation_weights,
     link_checkpoint,
     load_checkpoint,
@@ -243,3 +244,52 @@ def test_leftovers(tmp_path):
         (tmp_path / name).write_text("")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": "3"}, "step is '3'; wanted a int"),
+        ({"step": -1}, "step is -1; wanted 0 or more"),
+        ({"config": []}, "config is a list; wanted a dict"),
+        ({"model": {"a": [1]}}, "model holds something other than tensors"),
+        ({"ema": {"weights": {"a": 1}}}, "ema.weights holds something other than tensors"),
+        ({"cameras": ["image_1", "<script>"]}, "cameras are a list; wanted names such as image_1"),
+        ({"base": {"a": 1}}, "base is a dict; it is not of this program"),
+        (
+            {"tokenizer_files": {"evil.py": torch.zeros(1, dtype=torch.uint8)}},
+            "'evil.py' is none that a tokenizer needs",
+        ),
+        (
+            {"backbone_config": {"auto_map": {"AutoConfig": "x.Y"}}},
+            "'auto_map', which names code that a library would run",
+        ),
+        ({"format": "\x1b[2J"}, r"format '\\x1b\[2J'; this version reads"),
+    ],
+)
+def test_contents_are_checked_before_anything_is_built(tmp_path, changes, message):
+    path = tmp_path / "c.pth.tar"
+    torch.save({**CONTENT, "format": "paligemma-vla/1", **changes}, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_a_folder_or_an_unreadable_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_weights_that_are_not_finite():
+    check_finite({"a": torch.zeros(2), "b": torch.zeros(0), "c": torch.ones(2, dtype=torch.int64)}, "c.pth.tar")
+    for value in (float("nan"), float("inf"), -float("inf")):
+        weights = {"a": torch.zeros(2), "b": torch.tensor([0.0, value], dtype=torch.bfloat16)}
+        with pytest.raises(CheckpointError, match="c.pth.tar: weight b holds values that are not finite"):
+            check_finite(weights, "c.pth.tar")
+
+
+def test_a_clock_that_is_set_back_makes_no_checkpoint_an_old_one(tmp_path):
+    write(tmp_path, "checkpoint_step_4.pth.tar", 4, 4000.0)
+    later = write(tmp_path, "checkpoint_epoch_1.pth.tar", 12, 400.0)
+    assert newest_checkpoint(tmp_path, "run") == later
+    prune_checkpoints(tmp_path, 1, "run")
+    assert list(tmp_path.iterdir()) == [later]

@@ -31,6 +31,10 @@ def test_dear_images():
     scan = progressive.rindex(b"\xff\xda")
     with pytest.raises(ImageHeaderError, match="a JPEG of 5.. scans; at most 32"):
         encoded_size(progressive[:scan] + progressive[scan:-2] * 500)
+    plain = encoded("JPEG")
+    for filling in (b"\xff\xe1\0\4ab", b"\xff", b"\xff\0", b"\xff\xd0"):
+        with pytest.raises(ImageHeaderError, match="more than 1024 segments before its pixels"):
+            encoded_size(plain[:2] + filling * 5000 + plain[2:])
     start = encoded("PNG")[:33]
     for kind in (b"IDAT", b"tEXt"):
         with pytest.raises(ImageHeaderError, match="more than 29. chunks"):

@@ -292,7 +292,12 @@ def test_hidden_files_and_linked_folders(tmp_path):
     write_episode(tmp_path / "in/day1/episode_0.hdf5", 3)
     write_episode(tmp_path / "in/.trash/episode_1.hdf5", 3)
     (tmp_path / "in/day2").symlink_to(tmp_path / "server")
-    assert convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, prompt="go").episodes == 2
+    with pytest.raises(
+        DataError, match=r"day2/episode_0.hdf5 leads to a file outside of that folder; give --follow_li"
+    ):
+        convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, prompt="go")
+    options = {"prompt": "go", "follow_links": True}
+    assert convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, **options).episodes == 2
 
 
 def test_robomimics_layout_is_named(tmp_path):

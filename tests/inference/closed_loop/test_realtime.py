@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -156,6 +157,74 @@ def test_errors_of_the_planner_reach_the_control_loop(make_controller):
     planner.go.release()
     with pytest.raises(ValueError, match="the camera fell off"):
         controller.wait(timeout=10)
+
+
+@pytest.mark.parametrize("strategy", ["naive_async", "rtc", "ensemble", "synchronous"])
+def test_one_failed_plan_is_raised_once_and_planning_goes_on(make_controller, strategy):
+    planner = Planner(Clock(), strategy)
+    controller = make_controller(planner, hold=lambda previous: np.array([-1, -1], np.float32))
+    planned, errors = [], 0
+    planner.fault = ConnectionError("the server restarts")
+    for step in range(20):
+        try:
+            action = controller.act(observe(step))
+            assert action[0] in (step, -1) or strategy == "synchronous"  # each for its own control step, or held
+            planned.append(int(action[1]))
+        except ConnectionError:
+            errors += 1
+        if controller._plan is not None:
+            planner.go.release()
+            futures.wait([controller._plan])
+            if errors == 0 and planner.fault is not None:
+                with pytest.raises(ConnectionError):
+                    controller._plan.result()
+                planner.fault = None
+    assert errors == 1 and max(planned) >= 3
+
+
+def test_a_plan_that_can_t_be_executed_is_not_the_last(make_controller):
+    planner = Planner(Clock())
+    controller = make_controller(planner)
+    real = planner.plan
+    planner.plan = lambda *arguments: real(*arguments)[:3]
+    for step in range(4):
+        controller.act(observe(step))
+    planner.go.release()
+    with pytest.raises(ValueError, match="the policy planned 3 actions, 0 of them not finite"):
+        controller.wait(timeout=10)
+    planner.plan = real
+    planner.go.release()
+    controller.act(observe(4))
+    controller.wait(timeout=10)
+    assert controller.act(observe(5)).tolist() == [5, 2]
+
+
+@pytest.mark.parametrize("strategy", ["naive_async", "rtc", "ensemble", "synchronous"])
+def test_every_start_begins_an_episode_of_its_own(make_controller, strategy):
+    planner = Planner(Clock(), strategy)
+    controller = make_controller(planner, hold=lambda previous: previous)
+    for step in range(4):
+        controller.act(observe(step))  # leaves a plan under way
+    planner.go.release(2)
+    controller.start(observe(100))
+    assert planner.seen[-1][0] == [100] and planner.seen[-1][2] is None  # neither history nor chunk of the other
+    actions = [controller.act(observe(100 + step))[0] for step in range(3)]
+    assert actions == [100, 101, 102] and controller.underruns == 0
+
+
+def test_a_start_that_failed_can_be_repeated():
+    planner = Planner(Clock())
+    planner.fault = ConnectionError("no server yet")
+    with RealTimeController(planner, prompt="p", control_hz=10, clock=planner.clock) as controller:
+        planner.go.release()
+        with pytest.raises(ConnectionError, match="no server yet"):
+            controller.start(observe(0))
+        with pytest.raises(RuntimeError, match="act before start: call start"):
+            controller.act(observe(0))
+        planner.fault = None
+        planner.go.release()
+        controller.start(observe(1))
+        assert controller.act(observe(1))[0] == 1
 
 
 def test_mistakes():

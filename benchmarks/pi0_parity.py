@@ -1,0 +1,416 @@
+"""How far a pi0 or pi0.5 policy is from what the lerobot library computed with the same weights, array by array.
+
+    F=tests/fixtures/pi/pi0_tiny; python benchmarks/pi0_parity.py --policy_dir $F/policy --reference $F
+
+The reference folder holds what lerobot gave for one policy (tests/fixtures/README.md says what each array is); files
+that it lacks are left out. Everything runs in float32 on the CPU, but for the part called bfloat16. The largest
+absolute difference may be 1e-4 for losses and 2e-5 for everything else; gradients' norms and values count relative to
+the larger of 1 and their size. Exits with 1 where one is larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    import _repository  # noqa: F401
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.processing import collate_fn
+from data.prompts import state_bins
+from inference.predictor import VLAPredictor
+from model.action_head.guidance import guidance_weight, soft_mask
+from model.context import Context
+from model.pi_weights import TABLE_OF_OUTPUT, UNREAD, canonical, our_name
+from utils.batch import Batch
+from utils.normalization import published_scaling
+from utils.policy_folder import read_relative_dims
+from utils.text_table import text_table
+
+LOSS, VALUE = 1e-4, 2e-5  # largest differences allowed
+Row = tuple[str, str, float, float]  # part, array, difference, allowed
+
+
+class Reference:
+    """A folder of arrays beside the policy that they belong to."""
+
+    def __init__(self, folder: Path, predictor: VLAPredictor) -> None:
+        self.folder, self.predictor, self.model = folder, predictor, predictor.model
+        self.head, self.backbone = predictor.model.action_head, predictor.model.backbone
+        self.width, self.cameras = predictor.per_action_dim, predictor.cameras
+        # Slots of cameras that no data has (`empty_cameras`) come last.
+        count = sum(key.startswith("image_") and key != "image_mask" for key in self.arrays("model"))
+        self.slots = (*self.cameras, *(f"empty_{i}" for i in range(len(self.cameras), count)))
+        self.prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+
+    def arrays(self, name: str) -> dict[str, Tensor]:
+        """Of `name`.npz; none where there is no such file."""
+        path = self.folder / f"{name}.npz"
+        if not path.is_file():
+            return {}
+        with np.load(path) as file:
+            return {key: torch.from_numpy(np.asarray(file[key])) for key in file}
+
+    def observation(self, row: int, cameras: tuple[str, ...]) -> dict[str, Any]:
+        """Raw images, prompt and state of one row."""
+        raw = self.arrays("processors")
+        frames = {name: raw[f"raw_image_{i}"][row].permute(1, 2, 0).numpy() for i, name in enumerate(self.cameras)}
+        return {
+            "images": {camera: frames[camera] for camera in cameras},
+            "prompt": self.prompts["tasks"][row],
+            "state": raw["raw_state"][row].numpy(),
+        }
+
+    def batch(self) -> Batch:
+        """The model's inputs as a batch, its images between 0 and 1."""
+        found = self.arrays("model")
+        frames = {name: (found[f"image_{i}"] + 1)[:, None] / 2 for i, name in enumerate(self.slots)}
+        return {
+            **frames,
+            "image_mask": found["image_mask"],
+            "vlm_attention_mask": torch.ones(len(found["state"]), 1, dtype=torch.bool),
+            "input_ids": found["tokens"],
+            "prompt_mask": found["token_mask"],
+            "state": found["state"][:, : self.predictor.state_dim],
+            "dataset_index": torch.zeros(len(found["state"]), dtype=torch.int64),
+        }
+
+    def encoded(self, **options: bool) -> Context:
+        """What the backbone makes of them."""
+        cameras, self.backbone.cameras = self.backbone.cameras, self.slots
+        context = self.backbone(self.batch(), **options)
+        self.backbone.cameras = cameras
+        return context
+
+    def context(self) -> Context:
+        """What the head gets for them; the state is normalized already."""
+        context = self.encoded(keys_values=True, tokens=False)
+        state = self.arrays("model")["state"][:, : self.predictor.state_dim]
+        return Context(context.tokens_BLE, context.mask_BL, state, keys_values=context.keys_values)
+
+
+def processors(reference: Reference) -> Iterator[Row]:
+    """Images, states, token ids and actions on their way in and out."""
+    found = reference.arrays("processors")
+    if not found:
+        return
+    predictor, index = reference.predictor, torch.zeros(len(found["raw_state"]), dtype=torch.int64)
+    normalizer = reference.model.normalizer
+    samples = [
+        predictor.observation(**reference.observation(row, reference.cameras)) for row in range(len(found["raw_state"]))
+    ]
+    for i, camera in enumerate(reference.cameras):
+        images = torch.stack([sample[camera][0] for sample in samples])
+        yield "processors", f"image_{i}", largest((images - 0.5) / 0.5, found[f"image_{i}"]), VALUE
+    state = normalizer.normalize_state(found["raw_state"], index)
+    yield "processors", "state_normalized", largest(state, found["state_normalized"]), VALUE
+    action = normalizer.normalize_action(found["raw_action"], found["raw_state"], index)
+    yield "processors", "action_normalized", largest(action, found["action_normalized"]), VALUE
+    post = normalizer.denormalize_action(found["post_in"][:, None], found["raw_state"], index)[:, 0]
+    yield "processors", "post_out", largest(post, found["post_out"]), VALUE
+    for prefix, rows in (("", range(len(samples))), ("single_", range(1))):
+        masks, ids = found[f"{prefix}token_mask"].flatten(0, -2), found[f"{prefix}tokens"].flatten(0, -2)
+        wanted = [one[mask] for one, mask in zip(ids, masks, strict=True)]
+        equal = all(samples[row]["input_ids"].tolist() == wanted[row].tolist() for row in rows)
+        yield "processors", f"{prefix}tokens", 0.0 if equal else 1.0, 0.0
+    yield "processors", "single_state_normalized", largest(state[:1], found["single_state_normalized"]), VALUE
+    bins = torch.from_numpy(state_bins(found["bins_in"].numpy()))
+    yield "processors", "bins_out", largest(bins, found["bins_out"]), 0.0
+
+
+def relative(reference: Reference) -> Iterator[Row]:
+    """Actions relative to the state, by the processors of `relative/`."""
+    found, raw = reference.arrays("relative"), reference.arrays("processors")
+    if not found:
+        return
+    data, statistics = reference.predictor.config.data, reference.model.statistics[0]["action"]
+    dims = list(read_relative_dims(reference.folder / "relative", reference.width))
+    origin = torch.zeros(len(raw["raw_state"]), 1, reference.width)
+    origin[..., dims] = raw["raw_state"][:, None, dims]
+    scaling = published_scaling(
+        statistics, data.normalization_type, data.normalization_arithmetic, reference.width, data.normalization_eps
+    )
+    normalized = scaling.normalize(raw["raw_action"] - origin)
+    yield "relative", "action_normalized", largest(normalized, found["action_normalized"]), VALUE
+    yield "relative", "post_out", largest(scaling.denormalize(found["post_in"]) + origin, found["post_out"]), VALUE
+
+
+@torch.no_grad()
+def model(reference: Reference) -> Iterator[Row]:
+    """Embeddings, keys and values, velocities, losses and sampled actions."""
+    found, head, backbone = reference.arrays("model"), reference.head, reference.backbone
+    if not found:
+        return
+    exists, count = found["prefix_pad_mask"], len(reference.slots)
+    vision = backbone.backbone.vision_tower(found["image_0"]).last_hidden_state
+    yield "model", "vision_0", largest(vision, found["vision_0"]), VALUE
+    embeds = [backbone.image_features(found[f"image_{i}"]) for i in range(count)]
+    embeds = torch.cat([*embeds, backbone.embed_prompt(found["tokens"])], dim=1)
+    yield "model", "prefix_embs", largest(embeds, found["prefix_embs"]), VALUE
+    whole = reference.encoded()
+    yield "model", "prefix_pad_mask", largest(whole.mask_BL, exists), 0.0
+    yield "model", "prefix_out", largest(whole.tokens_BLE[exists], found["prefix_out"][exists]), VALUE
+    context = reference.context()
+    length = exists.sum(dim=1, keepdim=True)
+    suffix = found["suffix_pad_mask"].shape[1]
+    positions = torch.cat([exists.cumsum(dim=1) - 1, length + torch.arange(suffix)], dim=1)
+    yield "model", "position_ids", largest(positions, found["position_ids"]), 0.0
+    for layer, name in ((0, "0"), (-1, "last")):
+        keys, values = (one.transpose(1, 2)[context.mask_BL] for one in context.keys_values[layer])
+        wanted_keys = one_position_on(found[f"key_layer_{name}"], backbone.spec.rope_theta).transpose(1, 2)[exists]
+        yield "model", f"key_layer_{name}", largest(keys, wanted_keys), VALUE
+        wanted_values = found[f"value_layer_{name}"].transpose(1, 2)[exists]
+        yield "model", f"value_layer_{name}", largest(values, wanted_values), VALUE
+    time = 1 - found["time"].double()
+    moments = head.conditions(time)
+    tokens = head.embed_actions(found["x_t"], moments)
+    if head.sees_state:
+        tokens = torch.cat([head.embed_state(context.state_BS)[:, None], tokens], dim=1)
+    yield "model", "suffix_embs", largest(tokens, found["suffix_embs"]), VALUE
+    memory = head.encode_context(context)
+    for name in [key for key in found if key.startswith("velocity_at_")]:
+        label = name.removeprefix("velocity_at_")
+        theirs = found["time"] if label == "time" else torch.full_like(found["time"], float(label))
+        velocity = -head.velocity(found["x_t"], 1 - theirs.double(), memory)
+        yield "model", name, largest(velocity, found[name]), VALUE
+    target = found["noise"] - found["actions"]
+    element = (-head.velocity(found["x_t"], time, memory) - target).square()
+    yield "model", "loss_per_element", largest(element, found["loss_per_element"]), LOSS
+    loss = head.loss_at(context, *loss_arguments(reference)).mean(dim=1)
+    yield "model", "loss_per_sample", largest(loss, found["loss_per_sample"]), LOSS
+    yield "model", "loss", largest(loss.mean(), found["loss"]), LOSS
+    default = reference.predictor.num_inference_steps
+    for name, steps in (("sampled_10", 10), ("sampled_4", 4), ("sampled_default_steps", default)):
+        actions = head.sample(context, found["noise"], steps)
+        yield "model", name, largest(actions, found[name][..., : reference.width]), VALUE
+    x, path = found["noise"], [found["noise"]]
+    for step in range(10):
+        x = x + head.velocity(x, torch.full((len(x),), step / 10, dtype=torch.float64), memory) / 10
+        path.append(x)
+    yield "model", "sampled_10_path", largest(torch.stack(path), found["sampled_10_path"]), VALUE
+
+
+@torch.no_grad()
+def policy(reference: Reference) -> Iterator[Row]:
+    """Whole observations: chunks, normalized and physical, and the loss of raw data."""
+    found, raw = reference.arrays("policy"), reference.arrays("processors")
+    if not found:
+        return
+    predictor, head = reference.predictor, reference.head
+    rows = range(len(found["noise"]))
+    physical = np.stack(
+        [
+            predictor.predict(**reference.observation(row, reference.cameras), noise=found["noise"][row].numpy())
+            for row in rows
+        ]
+    )
+    yield "policy", "chunk_physical", largest(torch.from_numpy(physical), found["chunk_physical"]), VALUE
+
+    def context(cameras: tuple[str, ...]) -> Context:
+        samples = [predictor.observation(**reference.observation(row, cameras)) for row in rows]
+        return predictor.model.encode(predictor.engine.prepared(collate_fn(samples)))
+
+    steps = predictor.num_inference_steps
+    seen = context(reference.cameras)
+    yield "policy", "chunk", largest(head.sample(seen, found["noise"], steps), found["chunk"]), VALUE
+    last = head.sample(context(reference.cameras[-1:]), found["noise"], steps)
+    yield "policy", "chunk_only_last_camera", largest(last, found["chunk_only_last_camera"]), VALUE
+    chosen = head.sample(seen, found["select_action_noise"], steps).transpose(0, 1)
+    yield "policy", "select_action", largest(chosen[: len(found["select_action"])], found["select_action"]), VALUE
+    index = torch.zeros(len(rows), dtype=torch.int64)
+    action = predictor.model.normalizer.normalize_action(raw["raw_action"], raw["raw_state"], index)
+    is_pad = torch.zeros(action.shape[:2], dtype=torch.bool)
+    loss = head.loss_at(seen, action, is_pad, found["forward_noise"], 1 - found["forward_time"].double())
+    yield "policy", "forward_loss_per_sample", largest(loss.mean(dim=1), found["forward_loss_per_sample"]), LOSS
+
+
+@torch.no_grad()
+def chunking(reference: Reference) -> Iterator[Row]:
+    """Real-time chunking: weights, and chunks guided as lerobot does, with the identity for the network's Jacobian."""
+    found, head = reference.arrays("rtc"), reference.head
+    if not found:
+        return
+    noise = reference.arrays("model")["noise"]
+    previous = found["prev_chunk_left_over"]
+    horizon = min(int(found["execution_horizon"]), previous.shape[1])
+    weights = soft_mask(noise.shape[1], min(int(found["inference_delay"]), horizon), horizon)
+    yield "rtc", "weights_EXP", largest(weights, found["weights_EXP"]), VALUE
+    memory = head.sampling_context(reference.context())
+    planned = torch.zeros_like(noise)
+    planned[:, : previous.shape[1], : previous.shape[2]] = previous
+    for name in [key for key in found if key.startswith("sampled_")]:
+        x, weight = noise, found[f"weights_{name.removeprefix('sampled_')}"][:, None]
+        for step in range(10):
+            time = step / 10
+            velocity = head.velocity(x, torch.full((len(x),), time, dtype=torch.float64), memory)
+            pull = (planned - (x + (1 - time) * velocity)) * weight
+            x = x + (velocity + guidance_weight(time, float(found["max_guidance_weight"])) * pull) / 10
+        yield "rtc", f"{name} (their Jacobian)", largest(x, found[name]), VALUE
+
+
+def training(reference: Reference) -> Iterator[Row]:
+    """Loss, gradients, and AdamW steps on the same noise and time; changes the weights."""
+    found, path = reference.arrays("training"), reference.folder / "grad_norms.json"
+    if not found:
+        return
+    head, policy = reference.head, reference.model
+    for parameter in policy.parameters():
+        parameter.requires_grad_(True)
+    policy.train()
+
+    def loss() -> Tensor:
+        return head.loss_at(reference.context(), *loss_arguments(reference)).mean()
+
+    first = loss()
+    first.backward()
+    yield "training", "loss", largest(first.detach(), found["loss"]), LOSS
+    gradients = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    worst: dict[str, float] = {}
+    for key, norm in json.loads(path.read_text(encoding="utf-8")).items():
+        name = canonical(key)
+        gradient = None if name in UNREAD or name == TABLE_OF_OUTPUT else gradients[our_name(name)]
+        ours = 0.0 if gradient is None else gradient.norm().item()
+        part = part_of(name)
+        worst[part] = max(worst.get(part, 0.0), abs(ours - (norm or 0.0)) / max(1.0, norm or 0.0))
+    for part, difference in worst.items():
+        yield "training", f"gradient norms: {part}", difference, VALUE
+    for key in [key for key in found if key.startswith("grad:")]:
+        name, gradient = canonical(key.removeprefix("grad:")), found[key]
+        sign = -1 if name.startswith("action_out_proj") else 1
+        difference = largest(sign * gradients[our_name(name)], gradient) / max(1.0, gradient.abs().max().item())
+        yield "training", f"gradient: {name.rsplit('.layers.')[-1]}", difference, VALUE
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
+    losses, norms = [], []
+    for _ in found["losses"]:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        losses.append(value.detach())
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
+        optimizer.step()
+    yield "training", "losses of AdamW steps", largest(torch.stack(losses), found["losses"]), LOSS
+    wanted = found["grad_norms_before_clipping"]
+    yield "training", "grad_norms_before_clipping", largest(torch.stack(norms) / wanted, wanted / wanted), LOSS
+
+
+@torch.no_grad()
+def bfloat16(reference: Reference) -> Iterator[Row]:
+    """Distance of bfloat16 from float32 (root mean square of sampled actions); lerobot's own is allowed."""
+    theirs, found = reference.arrays("bfloat16"), reference.arrays("model")
+    if not theirs:
+        return
+    wanted = found["sampled_10"][..., : reference.width]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = reference.head.sample(reference.context(), found["noise"], 10)
+    distance = [
+        (one - wanted).square().mean().sqrt().item() for one in (ours, theirs["sampled_10"][..., : reference.width])
+    ]
+    yield "bfloat16", "sampled_10 (rms)", *distance
+
+
+@torch.no_grad()
+def openpi(reference: Reference) -> Iterator[Row]:
+    """The weights of `openpi/`, read by their own layout."""
+    found, wanted = reference.arrays("model"), reference.arrays("openpi")
+    if not wanted:
+        return
+    actions = reference.head.sample(reference.context(), found["noise"], 10)
+    yield "openpi", "sampled_10", largest(actions, wanted["sampled_10"][..., : reference.width]), VALUE
+    element = (
+        -reference.head.velocity(
+            found["x_t"], 1 - found["time"].double(), reference.head.encode_context(reference.context())
+        )
+        - (found["noise"] - found["actions"])
+    ).square()
+    yield "openpi", "loss_per_element", largest(element, wanted["loss_per_element"]), LOSS
+
+
+def largest(ours: Tensor, theirs: Tensor) -> float:
+    """The largest absolute difference; infinite where shapes differ or one is not finite."""
+    if ours.numel() != theirs.numel():
+        return float("inf")
+    difference = (ours.double().reshape(theirs.shape) - theirs.double()).abs().max().item()
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def one_position_on(keys_BhLD: Tensor, theta: float) -> Tensor:
+    """Keys whose positions count from 0, turned to count from 1 as ours do; attention sees differences alone."""
+    half = keys_BhLD.shape[-1] // 2
+    angles = 1.0 / theta ** (torch.arange(half).float() / half)
+    first, second = keys_BhLD.chunk(2, dim=-1)
+    return torch.cat(
+        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1
+    )
+
+
+def loss_arguments(reference: Reference) -> tuple[Tensor, ...]:
+    """Of `loss_at`: the stored actions, noise and time."""
+    found = reference.arrays("model")
+    is_pad = torch.zeros(found["actions"].shape[:2], dtype=torch.bool)
+    return found["actions"][..., : reference.width], is_pad, found["noise"], 1 - found["time"].double()
+
+
+def part_of(name: str) -> str:
+    """Vision tower, projector, language model, expert, or projections around it."""
+    for part, word in (
+        ("vision tower", "vision_tower"),
+        ("projector", "multi_modal"),
+        ("language model", "paligemma."),
+    ):
+        if word in name:
+            return part
+    return "expert" if "gemma_expert" in name else "projections"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy_dir", type=Path, required=True, help="the policy, as lerobot wrote it")
+    parser.add_argument("--reference", type=Path, required=True, help="the folder of arrays")
+    parser.add_argument("--tokenizer_name_or_path", help="default: tokenizer/ of the reference, if it has one")
+    parser.add_argument("--vision_num_attention_heads", type=int, help="default: sizes.json of the reference, else 16")
+    parser.add_argument("--json", type=Path, help="write the table there as well")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    own_tokenizer, sizes = args.reference / "tokenizer", args.reference / "sizes.json"
+    settings: dict[str, Any] = {
+        "tokenizer_name_or_path": args.tokenizer_name_or_path
+        or (str(own_tokenizer) if own_tokenizer.is_dir() else None),
+        "vision_num_attention_heads": args.vision_num_attention_heads,
+    }
+    if args.vision_num_attention_heads is None and sizes.is_file():
+        settings["vision_num_attention_heads"] = json.loads(sizes.read_text())["vision"]["num_heads"]
+
+    def load(folder: Path, use_amp: bool) -> Reference:
+        return Reference(args.reference, VLAPredictor.from_pretrained(folder, "cpu", use_amp=use_amp, **settings))
+
+    rows: list[Row] = []
+    for part in (processors, relative, model, policy, chunking, bfloat16, training):  # the last one trains
+        reference = load(args.policy_dir, use_amp=False)
+        rows += part(reference)
+    if (args.reference / "openpi").is_dir():
+        rows += openpi(load(args.reference / "openpi", use_amp=False))
+    header = ("part", "array", "largest difference", "allowed", "")
+    table = [(*row, "ok" if row[2] <= row[3] else "TOO FAR") for row in rows]
+    print(text_table(header, table))
+    failed = [row for row in table if row[-1] != "ok"]
+    print(f"{len(rows) - len(failed)} of {len(rows)} within their tolerance")
+    if args.json is not None:
+        names = ("part", "array", "difference", "allowed")
+        args.json.write_text(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=1))
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
