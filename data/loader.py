@@ -195,7 +195,8 @@ def build_datasets(
     dataset.
 
     Raises:
-        DataError: training files are missing, or files break the schema.
+        DataError: training files are missing, files break the schema, or two instructions are the same to the policy
+            because it reads too little of them.
     """
     data = config.data
     open_one = functools.partial(open_dataset, config, image_processor, prompt_tokenizer)
@@ -211,6 +212,12 @@ def build_datasets(
         val = [open_one(data.val_parquet_files, "data.val_parquet_files")]
     elif data.val_fraction:
         val = [open_one(entry.path, key(entry), i, "val") for i, entry in enumerate(config.datasets)]
+    same = prompt_tokenizer.merged([prompt for dataset in train for prompt in dataset.store.prompts])
+    if same is not None:
+        raise DataError(
+            f"the instructions {same[0]!r} and {same[1]!r} are one to the policy, which reads data.prompt_max_len "
+            f"{data.prompt_max_len} tokens; raise it until they differ, or shorten what they have in common"
+        )
     for dataset in train:
         logger.info("training data %s: %d episodes, %d samples", dataset.name, len(dataset.episodes), len(dataset))
     return MixtureDataset(train), MixtureDataset(val) if val else None
