@@ -14,11 +14,11 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 from data.doctor.examine import Requirements, examine
 from data.doctor.report import as_text, merge_reports, write_plots
 from utils.config_utils import Config, ConfigError, MixtureEntry, load_config
+from utils.misc import WriteError, atomic_path, user_path, writing
 from utils.parquet_utils import DataError, Source, resolve_parquet_files
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_path", nargs="+", help="Parquet files, folders or globs; default: the config's")
     parser.add_argument("--val_data_path", nargs="+", help="validation files, checked too, and for overlap")
     parser.add_argument("--config_path", help="YAML config to check widths, horizon, cameras and prompts against")
-    parser.add_argument("--report", type=Path, help="JSON to write")
-    parser.add_argument("--plots_dir", type=Path, help="folder for contact sheet, state and action plots")
+    parser.add_argument("--report", type=user_path, help="JSON to write")
+    parser.add_argument("--plots_dir", type=user_path, help="folder for contact sheet, state and action plots")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors in the exit code")
     parser.add_argument("--skip_images", action="store_true", help="leave image columns unread (no contact sheet)")
     parser.add_argument("--num_workers", type=int, help="decoding processes; default: one per core")
@@ -51,12 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         seen = examine(train_files, val_files, requirements, skip_images=args.skip_images, num_workers=args.num_workers)
         reports[name] = seen.to_dict()
         if args.plots_dir:
-            paths += write_plots(seen, args.plots_dir / name)
+            with writing(args.plots_dir, "choose another --plots_dir"):
+                paths += write_plots(seen, args.plots_dir / name)
     report = merge_reports(reports)
     print(as_text(report))
     if args.report:
-        args.report.parent.mkdir(parents=True, exist_ok=True)
-        args.report.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+        with writing(args.report, "choose another --report"), atomic_path(args.report) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         paths.insert(0, args.report)
     print(*paths, sep="\n", end="\n" if paths else "")
     return 1 if report["errors"] or (args.strict and report["warnings"]) else 0
@@ -125,6 +127,6 @@ def token_counter(config: Config) -> Callable[[str], int] | None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from data.loader import build_datasets, build_sampler, make_loader
 from data.processing import processors_from_config
 from data.sampler import PassBatchSampler
+from data.statistics import require_statistics_of
 from data.trained_processors import processors_to_train_on
 from model.checkpointing import require_same_architecture
 from model.transfer import policy_from_parts
@@ -91,6 +92,7 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         processors[1].read_states(config, statistics)
         policy = VLAModel.from_pretrained(config, statistics, processors[0].mean, processors[0].std)
 
+    require_statistics_of(loaders[0].dataset, policy.statistics, config.data.action_mode)
     trainer_class = TRAINERS[config.training.strategy] if place.in_group else VLATrainer
     saved_processors = {"image_processor": processors[0].to_settings(), "tokenizer_files": processors[1].to_files()}
     trainer = trainer_class(config, policy, *loaders, place.device, saved_processors)

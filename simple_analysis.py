@@ -33,12 +33,14 @@ from data.doctor.analysis import (
 from data.doctor.plots import Trace, image_grid, plot_episodes, plot_split, plot_vectors
 from data.loader import MixtureDataset, build_datasets, build_sampler
 from data.processing import PromptTokenizer, collate_fn, processors_from_config
+from data.statistics import require_statistics_of
 from inference.report import write_json
 from model.normalizer import Normalizer
 from model.vla_model import VLAModel
 from utils.config_utils import Config, load_config
-from utils.misc import derive_seed, set_up_logging
+from utils.misc import derive_seed, set_up_logging, user_path, writing
 from utils.statistics import load_statistics
+from utils.text import csv_text
 from utils.text_table import text_table
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True, help="YAML config, as for training")
     parser.add_argument("--num_samples", type=int, default=4, help="samples of the batch (default %(default)s)")
-    parser.add_argument("--output_dir", type=Path, default=Path("analysis"), help="default %(default)s")
+    parser.add_argument("--output_dir", type=user_path, default=Path("analysis"), help="default %(default)s")
     parser.add_argument("--skip_model", action="store_true", help="do not load the backbone: no untrained loss")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="set_args")
     args = parser.parse_args(argv)
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, val = build_datasets(config, image_processor, tokenizer)
     splits = {"train": train} if val is None else {"train": train, "val": val}
     statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
+    require_statistics_of(train, statistics, config.data.action_mode)
 
     first = islice(chain.from_iterable(build_sampler(config, train)), args.num_samples)
     samples = list(first)  # those that training begins with
@@ -91,10 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["untrained_loss"] = untrained_loss(model, batch)
 
     paths = [args.output_dir / "analysis.json", args.output_dir / "episodes.csv"]
-    write_json(paths[0], result)
-    pd.DataFrame(result["episodes"]).to_csv(paths[1], index=False)
-    paths += write_plots(args.output_dir, batch, places, config, splits)
-    paths += write_split_plots(args.output_dir, result["episodes"])
+    with writing(args.output_dir, "choose another --output_dir"):
+        write_json(paths[0], result)
+        pd.DataFrame(result["episodes"]).map(csv_text).to_csv(paths[1], index=False)
+        paths += write_plots(args.output_dir, batch, places, config, splits)
+        paths += write_split_plots(args.output_dir, result["episodes"])
     print(as_text(result))
     print("", *paths, sep="\n")
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import yaml
 
+from benchmarks.crafted_folders import damaged_cache, hdf5_folder, lerobot_folder
 from data.processing import ObservationError
 from inference.predictor import VLAPredictor
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -362,4 +363,7 @@ KINDS: dict[str, Callable[[random.Random, pathlib.Path, pathlib.Path, pathlib.Pa
     "evil_tokenizer": evil_tokenizer,
     "changed_export": changed_export,
     "odd_config": odd_config,
+    "lerobot_folder": lerobot_folder,
+    "hdf5_folder": hdf5_folder,
+    "damaged_cache": damaged_cache,
 }

@@ -33,6 +33,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from benchmarks.crafted_files import KINDS, OURS, WrongValueError
+from benchmarks.crafted_folders import LeakError
 from benchmarks.memory import limit_memory, peak_mb
 
 LIMIT_S = 5.0
@@ -100,7 +101,7 @@ def fuzz(cases: int, seed: int, kinds: list[str] | None = None) -> dict[str, Any
                     outcome = "accepted"
                 except OURS:
                     outcome = "refused"
-                except WrongValueError as error:
+                except (WrongValueError, LeakError) as error:
                     outcome = "wrong"
                     faults["wrong_values"].append(f"{name} {number}: {error}")
                 except TooSlowError:

@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     args = parser.parse_args()
     counts = (2000, 100, 5.0) if args.quick else (args.messages, args.socket_messages, args.seconds)
-    logging.getLogger("data.processing").setLevel(logging.ERROR)
+    logging.getLogger("data.prompt_tokenizer").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, device="cpu")
     rng = random.Random(args.seed)

@@ -97,6 +97,7 @@ class VLADataset(Dataset):
                 logger.warning("no file has %s: its slot is masked in every sample", camera)
         if not prompt_tokenizer.reads_state:
             tokens = [prompt_tokenizer.tensor(prompt) for prompt in self.store.prompts]
+            _warn_of_prompts_cut_to_one(self.store.prompts, tokens)
             self._prompt_ids, self._prompt_mask = _padded(tokens)  # (prompts, tokens of the longest)
 
     def __len__(self) -> int:
@@ -247,6 +248,19 @@ class VLADataset(Dataset):
             groups = np.searchsorted(self.store.episode_starts, rows, side="right")
         _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
         return 1.0 / (len(counts) * counts[inverse])
+
+
+def _warn_of_prompts_cut_to_one(prompts: Sequence[str], tokens: Sequence[list[int]]) -> None:
+    """Warn where two instructions are the same to the model, because both were cut to `data.prompt_max_len`."""
+    known: dict[tuple[int, ...], str] = {}
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        other = known.setdefault(tuple(ids), prompt)
+        if " ".join(other.split()) != " ".join(prompt.split()):
+            logger.warning(
+                "instructions %r and %r are the same %d tokens to the model: raise data.prompt_max_len, or word them "
+                "differently",
+                *(other, prompt, len(ids)),
+            )
 
 
 class MixtureDataset(Dataset):

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -300,9 +300,9 @@ def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None
     if (folder / "meta.json").is_file():
         return
     try:
-        with _locked(folder):
+        with _locked(folder) as alone:
             if not (folder / "meta.json").is_file():
-                _build(files, spec, folder)
+                _build(files, spec, folder, alone=alone)
     except OSError as error:  # raised by writing: a source that can't be read is a DataError
         needed = sum(size for _, size, _ in spec["files"])
         raise DataError(
@@ -312,25 +312,43 @@ def _build_once(files: list[Source], spec: dict[str, Any], folder: Path) -> None
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from building or deleting a cache."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Keep other processes from building or deleting a cache; gives False where the file system has no locks."""
     locks = folder.parent / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with open(locks / folder.name, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield _lock(lock)
 
 
-def _build(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
-    """Make the cache; the caller holds its lock."""
-    for leftover in folder.parent.glob(f".{folder.name}.*"):  # a process was killed while it built
+def _lock(file: TextIO) -> bool:
+    """Wait for the lock; False, with a warning, on a file system that has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        logger.warning(
+            "episode cache: %s can't be locked (%s), so processes that start at once each build it; mount the file "
+            "system with locks (-o flock), or set data.cache_dir to a local folder",
+            *(file.name, error.strerror),
+        )
+        return False
+    return True
+
+
+def _build(files: list[Source], spec: dict[str, Any], folder: Path, *, alone: bool) -> None:
+    """Make the cache.
+
+    Args:
+        alone: the caller holds its lock. Without one, another process may finish first, and its cache is kept.
+    """
+    for leftover in folder.parent.glob(f".{folder.name}.*") if alone else ():  # a process was killed while it built
         shutil.rmtree(leftover)
-    if folder.is_dir():  # without meta.json: not a cache, or what is left of one
-        shutil.rmtree(folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _write_cache(files, spec, temporary)
-        os.rename(temporary, folder)
+        if alone or not (folder / "meta.json").is_file():
+            if folder.is_dir():  # without meta.json: not a cache, or what is left of one
+                shutil.rmtree(folder)
+            os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

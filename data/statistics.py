@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,9 @@ from utils.parquet_utils import (
 from utils.splits import used_episodes, validation_episodes
 from utils.statistics import StatisticsError, statistics_settings
 from utils.streaming_statistics import StepStatistics
+
+if TYPE_CHECKING:
+    from data.dataset import MixtureDataset
 
 logger = logging.getLogger(__name__)
 ROWS_PER_BATCH = 16384
@@ -150,6 +153,55 @@ def calculate_for_config(config: Config, num_workers: int | None = None) -> dict
         _log_summary(entry.name, statistics, time.perf_counter() - started)
         datasets[entry.name] = statistics
     return statistics_settings(data) | {"datasets": datasets}
+
+
+def require_statistics_of(train: MixtureDataset, statistics: Sequence[dict[str, Any]], action_mode: str) -> None:
+    """Refuse statistics that were made of other data than are trained on.
+
+    What counts is the content: as many rows, and the same extremes in every dimension of the training steps. So data
+    may be moved or renamed. Statistics that do not say how many rows they were made of were written by hand: they are
+    taken as they are, with a warning where training goes beyond them.
+
+    Args:
+        train: the training data.
+        statistics: of each dataset, those that the policy normalizes with.
+        action_mode: `data.action_mode`; the extremes of delta actions are not looked at.
+
+    Raises:
+        StatisticsError: naming the dataset, its files, and what the statistics were made of.
+    """
+    for dataset, made in zip(train.datasets, statistics, strict=True):
+        rows = dataset.rows(np.arange(len(dataset)))
+        columns = {"state": dataset.store.state, "action": dataset.store.action}
+        if action_mode == "delta":
+            del columns["action"]
+        columns = {name: values for name, values in columns.items() if {"min", "max"} <= (made.get(name) or {}).keys()}
+        differing, outside = [], 0.0
+        for name, values in columns.items():
+            low, high = (np.array(made[name][key], np.float32) for key in ("min", "max"))
+            here = values if len(rows) == len(values) else values[rows]
+            differing += [f"{name}[{d}]" for d in np.flatnonzero((here.min(0) != low) | (here.max(0) != high))]
+            outside = max(outside, float(((here < low) | (here > high)).mean()))
+        if "rows" not in made:
+            if outside > 0:
+                logger.warning(
+                    "dataset %s: up to %.3g %% of its values lie outside of the statistics' min and max",
+                    *(dataset.name, 100 * outside),
+                )
+        elif made["rows"] != len(dataset.store) or differing:
+            values = f"; min and max of {', '.join(differing[:4])} differ" if differing else ""
+            far = f", {100 * outside:.3g} % of the values lie outside" if outside else ""
+            raise StatisticsError(
+                f"dataset {dataset.name}: its statistics were made of {_listed(made.get('files') or [])} "
+                f"({made['rows']} rows), training reads {_listed(dataset.store.files)} ({len(dataset.store)} rows)"
+                f"{values}{far}; make the statistics again (utils/calculate_normalization_stats.py) and start a new "
+                "run with them, or train on the data that they were made of"
+            )
+
+
+def _listed(files: Sequence[Source]) -> str:
+    names = [str(path) for path in files]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "unnamed files"
 
 
 class _Spec(NamedTuple):

@@ -77,6 +77,11 @@ def published_checkpoint(
         "backbone_config": sizes.backbone_config(vision_num_attention_heads),
         "image_processor": image_processor.to_settings(),
         "tokenizer_files": tokenizer.to_files(),
+        "published": {
+            "config": policy.config if policy.layout == "lerobot" else {},
+            "renamed": policy.renamed,
+            "statistics": list(policy.statistics_files),
+        },
         "model": {
             **to_ours(published),
             **{f"normalizer.{name}": value for name, value in normalizer.items()},

@@ -35,7 +35,9 @@ class Normalizer(nn.Module):
     `min_max` maps [min, max] and `quantile` maps [q01, q99] onto `bounds`; `mean_std` subtracts the mean and
     divides by the standard deviation. A dimension that never changed in training (range below 1e-6 of its
     size) is only shifted, and denormalizing returns its constant exactly, whatever a head predicts. One that
-    changes, but too rarely for its quantiles to differ (a gripper that shuts once), is mapped by its min and max.
+    changes, but so rarely that its quantiles (or its standard deviation) are a tiny part of its range, is mapped by its
+    min and max: a gripper that shuts once, a wrist that rests but for encoder noise. So no training value lies more
+    than WIDEST (utils/normalization.py) times the scale from the center.
 
     In delta mode an action dimension is taken relative to the same dimension of the current state before it is
     normalized, and the state is added back after denormalizing.

@@ -138,7 +138,9 @@ class SiglipLLM(Backbone):
         attention = attention_of(language_config, vlm_config.attn_implementation)
         with no_init_weights():  # random numbers that the state dict would overwrite
             vision_tower = SiglipVisionModel._from_config(vision_config, attn_implementation="sdpa")
-            language_model = AutoModel.from_config(language_config, attn_implementation=attention)
+            language_model = AutoModel.from_config(
+                language_config, attn_implementation=attention, trust_remote_code=False
+            )
         return cls(vision_tower, language_model, vlm_config, cameras, image_mean, image_std)
 
     @staticmethod

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import pathlib
 
 if not __package__:
@@ -23,6 +24,7 @@ from data.convert.lerobot import TERMINAL, convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
 from data.convert.video import ENCODERS, VideoEncoding
 from data.schema import CAMERAS, camera_columns
+from utils.misc import WriteError, user_path
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files
 
 # flags that have a meaning in one direction only
@@ -34,6 +36,7 @@ FROM_LEROBOT = (
     "action_key",
     "tolerance_s",
     "prompt",
+    "empty_prompt",
     "terminal",
     "follow_links",
 )
@@ -43,7 +46,7 @@ TO_LEROBOT = ("data_path", "fps", "robot_type", "video", "video_codec", "crf")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--lerobot_dir", type=pathlib.Path, help="LeRobot dataset to convert")
+    direction.add_argument("--lerobot_dir", type=user_path, help="LeRobot dataset to convert")
     direction.add_argument("--to_lerobot", action="store_true", help="the way back: --data_path into LeRobot v3.0")
     parser.add_argument(
         "--cameras",
@@ -61,8 +64,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=["observation.state"],
         help="features that make up state (default %(default)s)",
     )
-    forward.add_argument("--action_key", default="action", help="feature that is action (default %(default)s)")
+    forward.add_argument(
+        "--action_key", nargs="+", default=["action"], help="features that make up action (default %(default)s)"
+    )
     forward.add_argument("--prompt", help="instruction of every step, instead of the dataset's tasks")
+    forward.add_argument("--empty_prompt", help="instruction of those steps alone whose task is empty")
     forward.add_argument(
         "--terminal",
         choices=TERMINAL,
@@ -102,11 +108,12 @@ def from_lerobot(args: argparse.Namespace) -> str:
         args.output_dir,
         args.cameras,
         state_keys=args.state_key,
-        action_key=args.action_key,
+        action_keys=args.action_key,
         episodes=args.episodes,
         encoding=ImageEncoding(args.image_format, args.jpeg_quality),
         tolerance_s=args.tolerance_s,
         prompt=args.prompt,
+        empty_prompt=args.empty_prompt,
         terminal=args.terminal,
         num_workers=args.num_workers,
         overwrite=args.overwrite,
@@ -124,8 +131,10 @@ def to_lerobot(args: argparse.Namespace) -> str:
     files = [local(source) for source in resolve_parquet_files(args.data_path, "--data_path")]
     facts = read_facts(files)
     fps = args.fps if args.fps is not None else facts.get("fps")
-    if fps is None or fps <= 0:
+    if fps is None:
         raise DataError(f"{files[0]} does not say how many frames per second it has; give --fps")
+    if not 0 < fps < math.inf:
+        raise DataError(f"--fps is {fps}; wanted frames per second, more than 0")
     names = [text.partition("=")[0] for text in args.cameras]
     cameras = parse_cameras(args.cameras, names, "--cameras") if names else facts.get("cameras")
     layout = Layout(
@@ -161,7 +170,7 @@ def main() -> None:
     args = parse_args()
     try:
         print(to_lerobot(args) if args.to_lerobot else from_lerobot(args))
-    except DataError as error:
+    except (DataError, WriteError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None

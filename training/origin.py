@@ -54,7 +54,8 @@ def statistics_of_new_run(
     """
     if args.statistics == "pretrained":
         logger.info("statistics: those of %s (--statistics pretrained)", path)
-        return checkpoint["statistics"]
+        # without what they were made of: they are meant to be of other data (data/statistics.py, require_statistics_of)
+        return [{key: value for key, value in one.items() if key != "rows"} for one in checkpoint["statistics"]]
     logger.info("statistics: those of this run's data (%s), not of %s", config.data.normalization_stats_path, path)
     return load_statistics(config.data.normalization_stats_path, config, args.config_path)
 

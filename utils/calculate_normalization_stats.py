@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from data.statistics import calculate_for_config, calculate_statistics
 from utils.config_utils import ConfigError, load_config
-from utils.misc import atomic_path, set_up_logging, user_message
+from utils.misc import WriteError, atomic_path, set_up_logging, user_message, user_path, writing
 from utils.parquet_utils import DataError
 from utils.statistics import StatisticsError
 
@@ -41,14 +41,17 @@ def main() -> None:
     output = args.output_path or config.data.normalization_stats_path
     if output is None:
         parser.error("no --output_path, and the config sets no data.normalization_stats_path")
-    content = calculate_for_config(config, args.num_workers)
-    with atomic_path(output) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    output = user_path(output)
+    if output.is_dir():
+        raise WriteError(f"{output} is a folder; give the path of a JSON file (--output_path)")
+    text = json.dumps(calculate_for_config(config, args.num_workers), indent=1)
+    with writing(output, f"it needs {len(text):,} bytes; give another --output_path"), atomic_path(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     print(output)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, StatisticsError, ConfigError, OSError) as error:
+    except (DataError, StatisticsError, ConfigError, WriteError, OSError) as error:
         sys.exit(f"error: {user_message(error)}")

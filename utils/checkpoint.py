@@ -113,7 +113,7 @@ def load_checkpoint(path: str | Path, *, for_inference: bool = False) -> dict[st
     if for_inference:
         checkpoint.pop("optimizer", None)
     with _as_checkpoint_error(path):
-        archive.verify(list(_storages(checkpoint)) if for_inference else None)
+        archive.verify(leave_out="optimizer" if for_inference else None)
     if "shards" in checkpoint:
         with _as_checkpoint_error(path):
             return load_shards(checkpoint, path, leave_out="optimizer" if for_inference else None)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a file is full
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
@@ -148,8 +149,36 @@ def file_checksum(path: Path) -> int:
     return value
 
 
-class DiskFullError(ValueError):
+class WriteError(ValueError):
+    """A file can't be written at the place that was named."""
+
+
+class DiskFullError(WriteError):
     """There is no room for a file."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, remedy: str = "make room there, or choose another place") -> Iterator[None]:
+    """Turn the system's refusal to write a file or folder into one line.
+
+    Raises:
+        WriteError: naming `path`, the reason, the bytes that are free where the disk is full, and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        if error.filename and Path(error.filename) in Path(path).parents:  # a file where a folder should be
+            reason += f": {error.filename}"
+        if error.errno in FULL:
+            free = shutil.disk_usage(next(folder for folder in Path(path).absolute().parents if folder.is_dir())).free
+            reason += f", {free:,} bytes are free"
+        raise WriteError(f"{path}: not written ({reason}); {remedy}") from None
+
+
+def user_path(text: str) -> Path:
+    """A path as a user writes it: `~` is the home folder, also where no shell has seen it (`--flag=~/x`)."""
+    return Path(text).expanduser()
 
 
 @contextlib.contextmanager
@@ -162,7 +191,7 @@ def disk_full_named(path: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         free = shutil.disk_usage(path.parent).free
         raise DiskFullError(

@@ -29,6 +29,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "identity": (),
 }
 EPS = {"lerobot": 1e-8, "openpi": 1e-6}
+WIDEST = 50.0  # half the range of a dimension, in units of its scale, from which on min and max are the better scale
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def own_affine(
     smallest = 1e-6 * rows["max"].abs().maximum(rows["min"].abs()).clamp(min=1.0)
     middle, half = (rows["min"] + rows["max"]) / 2, (rows["max"] - rows["min"]) / 2
     constant = half <= smallest
-    degenerate = constant | (scale <= smallest)
+    degenerate = constant | (scale <= smallest) | (half > WIDEST * scale)
     center, scale = torch.where(degenerate, middle, center), torch.where(degenerate, half, scale)
     return {
         "center": center.float(),

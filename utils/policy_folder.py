@@ -4,7 +4,6 @@ layout (config.json, assets/*/norm_stats.json). What they say, read into one for
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from utils.foreign_files import parse_json
 
 WEIGHTS = "model.safetensors"
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -60,6 +61,8 @@ class PublishedPolicy:
         normalization: mode of `state` and of `action`, in `utils.normalization`'s words.
         arithmetic, eps: of the normalization.
         statistics: of `state` and `action`, every one that the folder has; empty where it has none.
+        statistics_files: the tensors of LeRobot's statistics files as they are, those of images included: the
+            pre-processor's and the post-processor's.
         relative_action_dims: dimensions that are relative to the state.
         image_size: height and width, or None: as the tensors say.
     """
@@ -79,6 +82,7 @@ class PublishedPolicy:
     arithmetic: Literal["lerobot", "openpi"]
     eps: float
     statistics: Statistics
+    statistics_files: tuple[dict[str, Tensor], ...] = ({}, {})
     relative_action_dims: tuple[int, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
     image_size: tuple[int, int] | None = None
@@ -90,7 +94,7 @@ def is_policy_folder(folder: str | Path) -> bool:
     if not (folder / WEIGHTS).is_file() or not (folder / "config.json").is_file():
         return False
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_bytes())
     except ValueError:
         return False
     return isinstance(config, dict) and (config.get("type") in ("pi0", "pi05") or "action_horizon" in config)
@@ -171,10 +175,8 @@ def _read_lerobot(folder: Path, config: dict[str, Any], norm_stats: str | Path |
         )
     if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
         raise PolicyFolderError(f"{folder}: images are normalized by {modes['VISUAL']}; only IDENTITY is read here")
-    if norm_stats is not None:
-        statistics = read_norm_stats(norm_stats)
-    else:
-        statistics = _lerobot_statistics(folder, normalizer)
+    files = _statistics_file(folder, normalizer), _statistics_file(folder, unnormalizer)
+    statistics = _lerobot_statistics(files[0]) if norm_stats is None else read_norm_stats(norm_stats)
     policy = PublishedPolicy(
         folder=folder,
         layout="lerobot",
@@ -191,6 +193,7 @@ def _read_lerobot(folder: Path, config: dict[str, Any], norm_stats: str | Path |
         arithmetic="lerobot",
         eps=normalizer["config"].get("eps", 1e-8) if normalizer else 1e-8,
         statistics=statistics,
+        statistics_files=files,
         relative_action_dims=_relative_dims(steps.get("relative_actions_processor"), action_dim),
         renamed=steps.get("rename_observations_processor", {}).get("config", {}).get("rename_map", {}),
         image_size=tuple(config["image_resolution"]),
@@ -248,7 +251,7 @@ def read_norm_stats(path: str | Path) -> Statistics:
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise PolicyFolderError(f"{path}: {error.strerror or error}; {remedy}") from None
     except ValueError as error:
@@ -302,17 +305,21 @@ def _mode(modes: Mapping[str, str], key: str, place: Path) -> str:
     return MODES[name]
 
 
-def _lerobot_statistics(folder: Path, normalizer: dict[str, Any] | None) -> Statistics:
-    """Of state and action, as the normalizer's file has them."""
+def _statistics_file(folder: Path, normalizer: dict[str, Any] | None) -> dict[str, Tensor]:
+    """`feature.statistic` -> values, as the normalizer's file has them; nothing where it names none."""
     if normalizer is None or "state_file" not in normalizer:
-        return {"state": {}, "action": {}}
+        return {}
     path = folder / normalizer["state_file"]
     if not path.is_file():
         raise PolicyFolderError(f"{path}: no such file, though the pre-processor names it; download the policy again")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise PolicyFolderError(f"{path}: no readable statistics ({error}); download it again") from None
+
+
+def _lerobot_statistics(tensors: Mapping[str, Tensor]) -> Statistics:
+    """Of state and action."""
     result: Statistics = {"state": {}, "action": {}}
     for key, tensor in tensors.items():
         feature, _, statistic = key.rpartition(".")

@@ -9,7 +9,6 @@ needs, and what else is there tells where the numbers come from. `data/statistic
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from utils.config_utils import Config, DataConfig, MixtureEntry
+from utils.foreign_files import ForeignFileError, read_json
 
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class StatisticsError(ValueError):
@@ -47,13 +48,13 @@ def load_statistics(path: str | None, config: Config, config_path: str) -> list[
     command = f"python utils/calculate_normalization_stats.py --config_path {config_path} --output_path {target}"
     if path is None:
         raise StatisticsError(f"data.normalization_stats_path is not set; set it to {target} and run: {command}")
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise StatisticsError(f"data.normalization_stats_path: {path} does not exist; make it with: {command}")
     remedy = f"make it again with: {command}"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise StatisticsError(f"{path}: not valid JSON ({error}); {remedy}") from None
+        content = read_json(Path(path))
+    except ForeignFileError as error:
+        raise StatisticsError(f"{error}; {remedy}") from None
     if not isinstance(content, dict) or not isinstance(content.get("datasets"), dict):
         raise StatisticsError(f"{path}: no section 'datasets'; {remedy}")
     _check_settings(content, config, path, command)
@@ -95,29 +96,58 @@ def require_same_statistics(
 
 
 def check_statistics(
-    statistics: dict[str, Any],
+    statistics: Any,
     state_dim: int,
     per_action_dim: int,
     source: str,
     remedy: str,
     needed: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Raise a StatisticsError unless every statistic is there with the right number of finite values.
+    """Raise a StatisticsError unless every statistic is there with the right number of values that go together.
 
     Args:
         needed: of `state` and `action`, the statistics to look for; None: STATISTICS of both.
     """
+    if not isinstance(statistics, dict):
+        raise StatisticsError(f"{source}: is {shown(statistics)}; wanted an object with 'state' and 'action'; {remedy}")
     for name, key, width in (("state", "data.state_dim", state_dim), ("action", "per_action_dim", per_action_dim)):
+        of_column, columns = statistics.get(name), {}
         for statistic in STATISTICS if needed is None else needed[name]:
-            values = statistics.get(name, {}).get(statistic)
+            values = of_column.get(statistic) if isinstance(of_column, dict) else None
             if values is None:
                 raise StatisticsError(f"{source}: no {name}.{statistic}; {remedy}")
+            if not isinstance(values, list | tuple) or not all(type(value) in (int, float) for value in values):
+                raise StatisticsError(
+                    f"{source}: {name}.{statistic} is {shown(values)}; wanted a list of {width} numbers; {remedy}"
+                )
             if len(values) != width:
                 raise StatisticsError(
                     f"{source}: {name}.{statistic} has {len(values)} values, config wants {key} {width}; {remedy}"
                 )
-            if not np.isfinite(values).all():
-                raise StatisticsError(f"{source}: {name}.{statistic} is not finite: {values}; {remedy}")
+            if not all(abs(value) <= FLOAT32_MAX for value in values):  # false for NaN
+                raise StatisticsError(
+                    f"{source}: {name}.{statistic} is not finite in float32: {shown(values)}; {remedy}"
+                )
+            columns[statistic] = np.array(values, dtype=np.float64)
+        for low, high in (("min", "q01"), ("q01", "q99"), ("q99", "max"), ("min", "mean"), ("mean", "max")):
+            if not columns.keys() >= {low, high}:
+                continue
+            slack = 1e-6 * np.maximum(np.abs(columns[low]), np.abs(columns[high]))
+            wrong = np.flatnonzero(columns[low] > columns[high] + slack)
+            if len(wrong):
+                d = int(wrong[0])
+                raise StatisticsError(
+                    f"{source}: {name}.{low}[{d}] is {columns[low][d]:g}, more than {high}, {columns[high][d]:g}; "
+                    f"{remedy}"
+                )
+        if (columns.get("std", np.zeros(1)) < 0).any():
+            raise StatisticsError(f"{source}: {name}.std is less than 0: {shown(of_column['std'])}; {remedy}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut after some characters."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def statistics_settings(data: DataConfig) -> dict[str, Any]:

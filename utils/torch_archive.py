@@ -1,28 +1,28 @@
-"""The archives that torch.save writes, read so that a crafted one does no harm.
+"""The archives that torch.save writes, checked before torch.load reads them, so that a crafted one does no harm.
 
 An archive is a zip file of stored records: `data.pkl`, a pickle that holds the value, and `data/0`, `data/1`, ..., the
-bytes of each tensor. torch.load maps those bytes without asking whether the record is compressed or as large as the
-pickle says, and lets the pickle ask for any amount of memory. Here the whole layout is checked first; the pickle may
-build plain values and tensors and nothing else; a tensor never has more values than its record has bytes for; and
-records are checked against their checksums by the same reading of the directory that gives the tensors.
+bytes of each tensor. `torch.load(mmap=True, weights_only=True)` maps those bytes without asking whether the record is
+compressed or as large as the pickle says, and lets the pickle ask for any amount of memory. Therefore the layout is
+checked first, and the pickle is read once with placeholders in place of tensors: it may build plain values and tensors
+and nothing else, and a tensor never has more values than its record has bytes for. Only then torch.load gets the file.
 """
 
 from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 MAX_INDEX_BYTES = 64_000_000  # of data.pkl: 1,000 tensors take about 0.1 MB
 MAX_DIRECTORY_BYTES = 32_000_000  # of the zip directory: a record takes about 64
@@ -88,29 +88,32 @@ class Record:
 
 @dataclass
 class Archive:
-    """An open archive.
+    """A checked archive.
 
     Attributes:
         value: what was saved; its tensors are mapped from the file.
         records: by name without the archive's root, as in "data/0".
-        tensors: the name of the record behind each storage, by its `_cdata`.
+        index: `value` with the name of its record in place of each tensor.
     """
 
     path: Path
     records: dict[str, Record]
     value: Any = None
-    tensors: dict[int, str] = field(default_factory=dict)
+    index: Any = None
 
-    def verify(self, storages: Collection[torch.UntypedStorage] | None = None) -> None:
+    def verify(self, leave_out: str | None = None) -> None:
         """Read records against their checksums, without keeping anything in memory.
 
         Args:
-            storages: those whose records are read, besides everything that is no tensor; None: all.
+            leave_out: a key of `value`; records of tensors that only it holds are not read. None: all are.
 
         Raises:
             ArchiveError: naming the record that is damaged.
         """
-        wanted = None if storages is None else {self.tensors[storage._cdata] for storage in storages}
+        index = self.index
+        if leave_out is not None and isinstance(index, dict):
+            index = {key: item for key, item in index.items() if key != leave_out}
+        wanted = None if leave_out is None else set(_record_names(index))
         with self.path.open("rb") as file:
             for name, record in self.records.items():
                 if wanted is None or name in wanted or not name.startswith("data/"):
@@ -118,7 +121,7 @@ class Archive:
 
 
 def open_archive(path: Path, *, with_value: bool = True) -> Archive:
-    """Check an archive's layout and its index, and build its value. Tensors are mapped and not read.
+    """Check an archive's layout and its index, and load its value. Tensors are mapped and not read.
 
     Args:
         path: the file.
@@ -140,14 +143,14 @@ def open_archive(path: Path, *, with_value: bool = True) -> Archive:
         pickled = _content(file, index)
     if order not in (b"", b"little"):
         raise ArchiveError(f"its numbers are {order[:20]!r}-endian; save it again on a little-endian machine")
-    reader = _Unpickler(pickled, archive)
     try:
-        archive.value = reader.load()
-    except UnsafeArchiveError:
+        archive.index = _Index(pickled, archive.records).load()
+        _check_plain(archive.index)
+        archive.value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except ArchiveError:
         raise
     except _FAULTS as error:
         raise ArchiveError(f"its index can't be read ({type(error).__name__}: {str(error)[:200]})") from None
-    _check_plain(archive.value)
     return archive
 
 
@@ -232,8 +235,17 @@ def _content(file: Any, record: Record | None) -> bytes:
     return file.read(record.size)
 
 
-class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a memo's number says
-    """Plain values and tensors; everything else is refused before it is looked up."""
+@dataclass(frozen=True)
+class _TensorRecord:
+    """What stands for a tensor in the index: the name of its record, and the type and number of the values there."""
+
+    name: str
+    dtype: torch.dtype
+    number: int
+
+
+class _Index(pickle._Unpickler):  # in Python: the one in C allocates what a memo's number says
+    """Plain values and placeholders of tensors; everything else is refused before it is looked up."""
 
     dispatch = {
         key: value
@@ -241,11 +253,10 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a
         if key in {getattr(pickle, name)[0] for name in _OPCODES.split()}
     }
 
-    def __init__(self, pickled: bytes, archive: Archive) -> None:
+    def __init__(self, pickled: bytes, records: dict[str, Record]) -> None:
         super().__init__(io.BytesIO(pickled), encoding="utf-8")
-        self.archive = archive
-        self.storages: dict[str, tuple[torch.UntypedStorage, torch.dtype]] = {}
-        self.mapped: torch.UntypedStorage | None = None
+        self.records = records
+        self.dtypes: dict[str, torch.dtype] = {}
 
     def load(self) -> Any:
         try:
@@ -261,30 +272,21 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a
         if (module, name) == ("collections", "OrderedDict"):
             return _ordered_dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
+            return _checked_tensor
         raise UnsafeArchiveError(f"{module[:80]!r}.{name[:80]!r}")
 
-    def persistent_load(self, reference: Any) -> tuple[torch.UntypedStorage, torch.dtype]:
+    def persistent_load(self, reference: Any) -> _TensorRecord:
         kind, dtype, key, _, number = reference
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(number) is not int:
             raise ValueError("a reference to something other than a tensor's record")
-        record = self.archive.records.get(f"data/{key}")
+        name = f"data/{key}"
+        record = self.records.get(name)
         if record is None or record.size != number * dtype.itemsize:
             found = "no such record" if record is None else f"{record.size} bytes"
-            raise ValueError(f"tensor data/{key} of {number} values: {found}")
-        if key not in self.storages:
-            self.storages[key] = self._map(record, dtype), dtype
-            self.archive.tensors[self.storages[key][0]._cdata] = f"data/{key}"
-        if self.storages[key][1] != dtype:
-            raise ValueError(f"tensor data/{key} is of two kinds")
-        return self.storages[key]
-
-    def _map(self, record: Record, dtype: torch.dtype) -> torch.UntypedStorage:
-        path = str(self.archive.path)
-        if self.mapped is None:
-            self.mapped = torch.UntypedStorage.from_file(path, False, self.archive.path.stat().st_size)
-        storage = self.mapped[record.begin : record.begin + record.size]
-        return storage.clone() if record.begin % dtype.itemsize else storage  # torch.save aligns; others may not
+            raise ValueError(f"tensor {name} of {number} values: {found}")
+        if self.dtypes.setdefault(name, dtype) != dtype:
+            raise ValueError(f"tensor {name} is of two kinds")
+        return _TensorRecord(name, dtype, number)
 
     def load_build(self) -> None:
         """The attributes of a state dict, and of nothing else."""
@@ -302,7 +304,7 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a
     def load_reduce(self) -> None:
         """A call of one of the two functions that `find_class` gives."""
         arguments = self.stack.pop()
-        if not any(self.stack[-1] is function for function in (_rebuild, _ordered_dict)):
+        if not any(self.stack[-1] is function for function in (_checked_tensor, _ordered_dict)):
             raise UnsafeArchiveError("a call")
         self.stack[-1] = self.stack[-1](*arguments)
 
@@ -313,21 +315,34 @@ def _ordered_dict() -> collections.OrderedDict[Any, Any]:
     return collections.OrderedDict()
 
 
-def _rebuild(
-    typed: tuple[torch.UntypedStorage, torch.dtype],
+def _checked_tensor(
+    record: _TensorRecord,
     offset: int,
     size: tuple[int, ...],
     stride: tuple[int, ...],
     requires_grad: bool = False,
     hooks: Any = None,
     metadata: Any = None,
-) -> Tensor:
-    """torch._utils._rebuild_tensor_v2, for tensors that have a value of their own for every place."""
-    storage, dtype = typed
-    tensor = torch.empty((0,), dtype=dtype).set_(storage, offset, size, stride)
-    if tensor.numel() * dtype.itemsize > storage.nbytes():
-        raise ValueError(f"a tensor of {tensor.numel()} values on {storage.nbytes()} bytes")
-    return tensor.requires_grad_() if requires_grad is True else tensor
+) -> _TensorRecord:
+    """The arguments of torch._utils._rebuild_tensor_v2, for a tensor that has a value of its own for every place."""
+    if not isinstance(record, _TensorRecord) or len(size) != len(stride):
+        raise ValueError("a tensor of something other than a record, a size and a stride")
+    if not all(type(number) is int and number >= 0 for number in (offset, *size, *stride)):
+        raise ValueError("a tensor's offset, size and stride are no whole numbers from 0")
+    count = math.prod(size)
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) if count else -1
+    if count > record.number or last >= record.number:
+        raise ValueError(f"a tensor of {count} values on {record.number * record.dtype.itemsize} bytes")
+    return record
+
+
+def _record_names(index: Any) -> Iterator[str]:
+    """The records behind the tensors of an index."""
+    if isinstance(index, _TensorRecord):
+        yield index.name
+    elif isinstance(index, dict | list | tuple):
+        for item in index.values() if isinstance(index, dict) else index:
+            yield from _record_names(item)
 
 
 def _check_plain(value: Any) -> None:
@@ -343,5 +358,5 @@ def _check_plain(value: Any) -> None:
             if not all(type(key) in (str, int) for key in keys):
                 raise ArchiveError("a dict has keys other than text and whole numbers")
             left += [(below, depth + 1) for below in (item.values() if isinstance(item, dict) else item)]
-        elif item is not None and not isinstance(item, str | bytes | bool | int | float | Tensor):
+        elif item is not None and not isinstance(item, str | bytes | bool | int | float | _TensorRecord):
             raise ArchiveError(f"it holds a {type(item).__name__}")

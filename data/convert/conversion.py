@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.convert.episode_writer import RECORD, OutputFile
 from data.schema import CAMERAS, MAIN_CAMERA
-from utils.parquet_utils import DataError
+from utils.misc import user_path, writing
+from utils.parquet_utils import READ_ERRORS, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,13 @@ def convert_files(
     Raises:
         DataError: the folder holds files made from something else or otherwise, or files of unknown origin;
             another conversion is writing there; a fault in the source.
+        WriteError: the folder can't be made or written.
     """
     started = time.perf_counter()
     output_dir = files[0].path.parent
-    with written_or_named(output_dir), _only_writer(output_dir):
+    with writing(output_dir, "choose another --output_dir"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    with _only_writer(output_dir):
         for leftover in output_dir.glob(".*.parquet.tmp"):
             leftover.unlink()
         _check_folder(output_dir, files, overwrite)
@@ -130,19 +133,6 @@ def convert_files(
         rows=sum(file.rows for file in files),
         seconds=time.perf_counter() - started,
     )
-
-
-@contextlib.contextmanager
-def written_or_named(folder: Path) -> Iterator[None]:
-    """Make a folder for output; a DataError with the remedy where it, or a file in it, can't be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{folder}: can't be written ({error.strerror or error}); make room, or name another folder, and start "
-            "again: what is complete is kept, and nothing half done is in the way"
-        ) from None
 
 
 def is_complete(file: OutputFile) -> bool:
@@ -170,9 +160,15 @@ def read_record(path: Path) -> tuple[dict[str, Any] | None, int | None]:
     try:
         with pq.ParquetFile(path) as file:
             text = (file.schema_arrow.metadata or {}).get(RECORD.encode())
-            return (json.loads(text) if text else None), file.metadata.num_rows
-    except (pa.ArrowInvalid, OSError):
+            rows = file.metadata.num_rows
+    except READ_ERRORS:
         return None, None
+    try:
+        record = json.loads(text) if text else None
+    except ValueError:
+        return None, rows
+    is_record = isinstance(record, dict) and isinstance(record.get("settings"), dict)
+    return (record if is_record else None), rows
 
 
 def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], num_workers: int) -> Iterator[Result]:
@@ -223,6 +219,9 @@ def _only_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{folder}: another conversion is writing there; wait for it, or stop it") from None
+        except OSError as error:
+            reason = error.strerror
+            logger.warning("%s: no lock (%s): see that no other conversion writes there meanwhile", folder, reason)
         yield
     finally:
         os.close(handle)
@@ -230,7 +229,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 def _check_folder(folder: Path, files: Sequence[OutputFile], overwrite: bool) -> None:
     """Refuse Parquet files that would be read together with these; delete outdated ones with `overwrite`."""
-    made = {file.path for file in files}
+    made, outdated = {file.path for file in files}, []
     for path in sorted(folder.glob("*.parquet")):
         record, rows = read_record(path)
         if path in made and rows is None:
@@ -248,6 +247,8 @@ def _check_folder(folder: Path, files: Sequence[OutputFile], overwrite: bool) ->
                 f"({_difference(record['settings'], files[0].settings, 'settings')}) and would be mixed with these "
                 "files; choose another --output_dir, or delete such files with --overwrite"
             )
+        outdated.append(path)
+    for path in outdated:
         path.unlink()
 
 
@@ -339,7 +340,7 @@ def parse_episodes(texts: Sequence[str] | None, available: Sequence[int], where:
 
 def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all converters share."""
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder that is written")
+    parser.add_argument("--output_dir", type=user_path, required=True, help="folder that is written")
     parser.add_argument("--episodes", nargs="+", metavar="N", help="numbers and ranges such as 3-7 (default: all)")
     parser.add_argument("--num_workers", type=_positive, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="of frames that are encoded")

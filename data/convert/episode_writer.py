@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data.schema import PROMPT, TIMESTAMP, written_schema
+from utils.misc import writing
 from utils.parquet_utils import DataError
 
 RECORD = "conversion"  # metadata key: what a file was made from and how, as JSON
@@ -118,24 +120,31 @@ class EpisodeFileWriter:
             metadata={key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()},
         )
         self._pending: list[pa.Table] = []
+        self._bytes = 0  # of the rows so far
 
     def __enter__(self) -> EpisodeFileWriter:
-        self._writer = pq.ParquetWriter(
-            self._temporary,
-            self._schema,
-            compression="none",  # the images are compressed already
-            use_dictionary=[PROMPT],
-            write_statistics=[column.name for column in self._schema if pa.types.is_integer(column.type)],
-        )
+        with self._writing():
+            self._writer = pq.ParquetWriter(
+                self._temporary,
+                self._schema,
+                compression="none",  # the images are compressed already
+                use_dictionary=[PROMPT],
+                write_statistics=[column.name for column in self._schema if pa.types.is_integer(column.type)],
+            )
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
-            self._writer.close()
-            if error is None:
-                self._temporary.replace(self._path)
+            with self._writing() if error is None else contextlib.suppress(OSError):
+                self._writer.close()
+                if error is None:
+                    self._temporary.replace(self._path)
         finally:
             self._temporary.unlink(missing_ok=True)
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        remedy = "what is complete is kept: make room, or choose another --output_dir, and start again"
+        return writing(self._path, f"it needs more than {self._bytes:,} bytes; {remedy}")
 
     def write_episode(self, episode_index: int, length: int, blocks: Iterable[Steps]) -> None:
         """Append one episode.
@@ -146,7 +155,8 @@ class EpisodeFileWriter:
             blocks: its steps in order.
 
         Raises:
-            DataError: a number that is not finite, an empty prompt, another number of steps.
+            DataError: a number that is not finite (in float32), an empty prompt, another number of steps.
+            WriteError: the disk is full.
         """
         begin, size = 0, 0
         for steps in blocks:
@@ -171,18 +181,20 @@ class EpisodeFileWriter:
 
     def _check(self, steps: Steps, episode_index: int, begin: int) -> None:
         for name, values in (("state", steps.state), ("action", steps.action)):
-            finite = np.isfinite(values)
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(values.astype(np.float32))
             if not finite.all():
                 row, dim = (int(index) for index in np.argwhere(~finite)[0])
                 raise DataError(
                     f"{self._source} episode {episode_index} frame {begin + row}: {name}[{dim}] is "
-                    f"{values[row, dim]}; every value must be a finite number, so leave that episode out (--episodes)"
+                    f"{values[row, dim]}; every value must be a finite number in float32, so leave that episode out "
+                    "(--episodes)"
                 )
         for i, prompt in enumerate(steps.prompts):
             if not prompt.strip():
                 raise DataError(
                     f"{self._source} episode {episode_index} frame {begin + i}: the instruction is {prompt!r}; every "
-                    "step needs one, so give it with --prompt"
+                    "step needs one, so mend the source, or leave that episode out (--episodes)"
                 )
 
     def _table(self, steps: Steps, episode_index: int, begin: int, length: int) -> pa.Table:
@@ -207,5 +219,7 @@ class EpisodeFileWriter:
     def _flush(self) -> None:
         if self._pending:
             table = pa.concat_tables(self._pending)
-            self._writer.write_table(table, row_group_size=len(table))
+            self._bytes += table.nbytes
+            with self._writing():
+                self._writer.write_table(table, row_group_size=len(table))
             self._pending.clear()

@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 
 from utils.foreign_files import inside
+from utils.misc import WriteError
 from utils.parquet_utils import DataError
 from utils.text import printable
 
@@ -103,7 +104,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except _FAULTS as error:
-        if isinstance(error, DataError) or getattr(error, "errno", None) in _OF_WRITING:
+        if isinstance(error, DataError | WriteError) or getattr(error, "errno", None) in _OF_WRITING:
             raise
         raise DataError(
             f"{path}: can't be read ({type(error).__name__}: {printable(error)}); the file is damaged, so record or "

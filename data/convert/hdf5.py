@@ -14,8 +14,10 @@ order of colour channels, so these are options.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ from typing import Any
 import h5py
 import numpy as np
 from PIL import Image
+
+with contextlib.suppress(ImportError):
+    import hdf5plugin  # noqa: F401  (compression filters such as blosc, where it is installed)
 
 from data.convert.conversion import (
     UNITS,
@@ -38,8 +43,9 @@ from data.convert.conversion import (
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
 from data.convert.foreign_sources import check_array, check_links, file_in, reading
+from data.decoding import upright_rgb
 from data.schema import TIMESTAMP
-from utils.parquet_utils import DataError
+from utils.parquet_utils import DataError, files_below, one_line
 
 IMAGES = "observations/images"
 ROWS_PER_BLOCK = 64
@@ -75,7 +81,7 @@ class Hdf5Options:
     def __post_init__(self) -> None:
         if self.channel_order not in ("rgb", "bgr"):
             raise DataError(f"--channel_order is {self.channel_order!r}; wanted rgb or bgr")
-        if not self.fps > 0:
+        if not 0 < self.fps < math.inf:
             raise DataError(f"--fps is {self.fps}; wanted more than 0")
         if not self.prompt and not self.prompt_attribute:
             raise DataError(
@@ -126,6 +132,7 @@ def convert_hdf5(
     """
     paths = find_episodes(hdf5_dir, follow_links)
     with _open(paths[0]) as file, reading(paths[0]):
+        _refuse_robomimic(file, paths[0])
         available = sorted(_get(file, IMAGES, h5py.Group, paths[0]))
     options = Hdf5Options(
         cameras=parse_cameras(cameras, available, str(paths[0])),
@@ -167,12 +174,23 @@ def find_episodes(folder: Path, follow_links: bool = False) -> list[Path]:
     Raises:
         DataError: there are none, or one is a link to a file elsewhere and `follow_links` is not given.
     """
-    paths = [path for path in folder.rglob("*") if path.suffix in SUFFIXES]
+    paths = files_below(folder, SUFFIXES, "--hdf5_dir")
     for path in paths:
         file_in(folder, path.relative_to(folder), follow_links)
     if not paths:
         raise DataError(f"--hdf5_dir: {folder} holds no file that ends in {' or '.join(SUFFIXES)}")
     return sorted(paths, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))])
+
+
+def _refuse_robomimic(file: h5py.File, path: Path) -> None:
+    check_links(file, "data", path)
+    data = file.get("data")
+    demos = sorted(name for name in data if name.startswith("demo_")) if isinstance(data, h5py.Group) else []
+    if demos and IMAGES not in file:
+        raise DataError(
+            f"{path}: is in robomimic's layout ({len(demos)} demonstrations in one file, data/{demos[0]}/...); only "
+            f"ALOHA's is read, one episode a file with {IMAGES}/<camera>: write each demonstration to a file of its own"
+        )
 
 
 def _settings(options: Hdf5Options) -> dict[str, Any]:
@@ -193,7 +211,7 @@ def _settings(options: Hdf5Options) -> dict[str, Any]:
 def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[int, int], file: OutputFile) -> None:
     paths = [folder / name for name in file.sources]
     with _open(paths[0]) as first:
-        sim = first.attrs.get("sim")
+        sim = _flag(first, "sim")
     with EpisodeFileWriter(
         file.path,
         cameras=list(options.cameras.values()),
@@ -210,7 +228,7 @@ def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[int, int], f
                 "state_names": None,
                 "action_names": None,
                 "units": UNITS,
-                "sim": bool(sim) if isinstance(sim, bool | int | np.bool_ | np.integer) else None,
+                "sim": sim,
             }
         ),
         source=str(folder),
@@ -228,13 +246,13 @@ def _read_header(path: Path, options: Hdf5Options) -> _Header:
         lengths, widths = {}, {}
         for key in (*options.state_keys, options.action_key):
             array = _get(file, key, h5py.Dataset, path)
-            if array.ndim != 2 or array.dtype.kind not in "fiu":
+            if array.shape is None or array.ndim != 2 or array.dtype.kind not in "fiu":
                 raise DataError(f"{path}: {key} is {array.dtype} {array.shape}; wanted numbers (steps, values)")
             lengths[key], widths[key] = array.shape
         for camera in options.cameras:
             array = _get(file, f"{IMAGES}/{camera}", h5py.Dataset, path)
-            lengths[f"{IMAGES}/{camera}"] = len(array)
             _is_compressed(array, path, camera)
+            lengths[f"{IMAGES}/{camera}"] = len(array)
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{key} {length}" for key, length in lengths.items())
             raise DataError(f"{path}: steps differ ({counts}); the file is damaged or incomplete, so record it again")
@@ -251,8 +269,8 @@ def _read_episode(file: h5py.File, path: Path, length: int, options: Hdf5Options
         end = min(begin + ROWS_PER_BLOCK, length)
         yield Steps(
             images={column: [next(images) for _ in range(begin, end)] for column, images in frames.items()},
-            state=np.concatenate([file[key][begin:end] for key in options.state_keys], axis=1),
-            action=file[options.action_key][begin:end],
+            state=np.concatenate([_read(file[key], begin, end, path) for key in options.state_keys], axis=1),
+            action=_read(file[options.action_key], begin, end, path),
             prompts=[prompt] * (end - begin),
             extra={TIMESTAMP: (np.arange(begin, end) / options.fps).astype(np.float32)},
             terminal=options.terminal,
@@ -265,9 +283,9 @@ def _frames(file: h5py.File, path: Path, camera: str, options: Hdf5Options) -> I
     compressed = _is_compressed(array, path, camera)
     lengths = None
     if compressed and "compress_len" in file.keys():
-        lengths = np.asarray(_get(file, "compress_len", h5py.Dataset, path))
+        lengths = _compressed_lengths(file, path, len(array))
     for begin in range(0, len(array), ROWS_PER_BLOCK):
-        block = array[begin : begin + ROWS_PER_BLOCK]
+        block = _read(array, begin, begin + ROWS_PER_BLOCK, path)
         if not compressed:
             for image in block:
                 yield options.encoding(image if options.channel_order == "rgb" else image[..., ::-1])
@@ -287,17 +305,52 @@ def _frames(file: h5py.File, path: Path, camera: str, options: Hdf5Options) -> I
             yield frame if options.channel_order == "rgb" else options.encoding(_swapped(frame, path, camera, i))
 
 
+def _compressed_lengths(file: h5py.File, path: Path, steps: int) -> np.ndarray:
+    """compress_len as (cameras, steps); one dimension is the only camera's."""
+    array = _get(file, "compress_len", h5py.Dataset, path)
+    if array.shape is None or array.ndim not in (1, 2) or array.dtype.kind not in "fiu" or array.shape[-1] != steps:
+        raise DataError(f"{path}: compress_len is {array.dtype} {array.shape}; wanted numbers (cameras, {steps})")
+    return np.atleast_2d(_read(array, 0, len(array), path))
+
+
+def _read(array: h5py.Dataset, begin: int, end: int, path: Path) -> np.ndarray:
+    """Rows of a dataset; a DataError that names the first which can't be read, or the filter that is not there."""
+    try:
+        return array[begin:end]
+    except OSError:
+        pass
+    filters = array.id.get_create_plist()
+    for i in range(filters.get_nfilters()):
+        code, _, _, name = filters.get_filter(i)
+        if not h5py.h5z.filter_avail(code):
+            shown = name.decode(errors="replace") or str(code)
+            raise DataError(
+                f"{path}: {array.name} is compressed with {shown!r} (filter {code}), which h5py alone can't read; pip "
+                "install hdf5plugin and start again"
+            )
+    for row in range(begin, min(end, len(array))):
+        try:
+            array[row]
+        except OSError as error:
+            raise DataError(
+                f"{path}: {array.name} is damaged at step {row} ({one_line(error)}); record or fetch that file again"
+            ) from None
+    raise DataError(f"{path}: {array.name} can't be read; record or fetch that file again")
+
+
 def _swapped(frame: bytes, path: Path, camera: str, index: int) -> np.ndarray:
     """A JPEG image with red and blue exchanged."""
     try:
         with Image.open(io.BytesIO(frame), formats=("JPEG",)) as image:
-            return np.asarray(image.convert("RGB"))[..., ::-1]
+            return np.asarray(upright_rgb(image))[..., ::-1]
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: {camera} frame {index} can't be decoded ({error}); record it again") from None
 
 
 def _is_compressed(array: h5py.Dataset, path: Path, camera: str) -> bool:
     """Whether frames are JPEG bytes rather than pixels, from the array's shape."""
+    if array.shape is None:
+        raise DataError(f"{path}: {IMAGES}/{camera} is empty; record that episode again")
     if array.ndim == 4 and array.shape[3] == 3 and array.dtype == np.uint8:
         return False
     if (array.ndim == 2 and array.dtype == np.uint8) or (
@@ -311,13 +364,43 @@ def _is_compressed(array: h5py.Dataset, path: Path, camera: str) -> bool:
 
 
 def _prompt(file: h5py.File, path: Path, options: Hdf5Options) -> str:
+    """The instruction of a file: its attribute, or --prompt where it has none or an empty one."""
     name = options.prompt_attribute
     if name is not None and name in file.attrs:
-        value = file.attrs[name]
-        return value.decode() if isinstance(value, bytes) else str(value)
+        text = _attribute_text(file, name, path)
+        if text.strip():
+            return text
     if options.prompt:
         return options.prompt
-    raise DataError(f"{path}: no attribute {name!r} (found: {', '.join(file.attrs) or 'none'}); give --prompt as well")
+    fault = "is empty" if name in file.attrs else f"is not there (found: {', '.join(file.attrs) or 'none'})"
+    raise DataError(f"{path}: attribute {name!r} {fault}; give --prompt as well, for files that have none")
+
+
+def _attribute_text(file: h5py.File, name: str, path: Path) -> str:
+    """The text of an attribute, which may also be a list or an array of one text."""
+    try:
+        value = file.attrs[name]
+    except (OSError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: attribute {name!r} can't be read ({one_line(error)}); mend the file") from None
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, bytes):
+        value = value.rstrip(b"\0").decode("utf-8", errors="surrogateescape")
+    if not isinstance(value, str):
+        count = f"{value.size} values" if isinstance(value, np.ndarray) else repr(value)
+        raise DataError(f"{path}: attribute {name!r} is {count}; wanted one text, the instruction: mend the file")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # what can't be decoded
+        raise DataError(f"{path}: attribute {name!r} is {value!r}, not UTF-8; write it as UTF-8")
+    return value
+
+
+def _flag(file: h5py.File, name: str) -> bool | None:
+    """An attribute that says yes or no; None where it is not there, or says something else."""
+    try:
+        value = np.asarray(file.attrs[name])
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
+    return bool(value.item()) if value.size == 1 and value.dtype.kind in "biu" else None
 
 
 def _open(path: Path) -> h5py.File:

@@ -7,11 +7,11 @@ the bytes they are, or are encoded as video. The dataset is written beside its p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,10 +34,12 @@ from data.convert.lerobot_stats import Stats, count_pixels, image_stats, sampled
 from data.convert.video import VideoEncoding, encode_video, video_info
 from data.decoding import upright
 from utils.encoded_images import RECORDED_FORMATS
+from utils.misc import writing
 from utils.parquet_utils import DataError, open_parquet
 
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 EPISODES_PER_GROUP = 10  # row groups of meta/episodes, as lerobot buffers them
+PARTS = ("meta", "data", "videos")  # of a LeRobot dataset
 STATE, ACTION = "observation.state", "action"
 FACTS = ("fps", "robot_type", "cameras", "state_names", "action_names")
 
@@ -93,11 +95,22 @@ def read_facts(files: Sequence[Path]) -> dict[str, Any]:
 
 def _facts(path: Path) -> dict[str, Any]:
     with open_parquet(path) as file:
-        texts = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
-    if RECORD not in texts:
-        return {"fps": json.loads(texts["control_hz"])} if "control_hz" in texts else {}
-    facts = {key: texts[key] if key == "robot_type" else json.loads(texts[key]) for key in FACTS}
-    return {key: value for key, value in facts.items() if value != "null"}
+        raw = file.schema_arrow.metadata or {}
+    try:
+        texts = {key.decode(): value.decode() for key, value in raw.items()}
+        if RECORD not in texts:
+            facts = {"fps": json.loads(texts["control_hz"])} if "control_hz" in texts else {}
+        else:
+            known = [key for key in FACTS if key in texts]
+            facts = {key: texts[key] if key == "robot_type" else json.loads(texts[key]) for key in known}
+    except ValueError as error:
+        raise DataError(f"{path}: its metadata are no JSON ({error}); convert or record it again") from None
+    facts = {key: value for key, value in facts.items() if value not in (None, "null")}
+    kinds = {"fps": int | float, "robot_type": str, "cameras": dict, "state_names": list, "action_names": list}
+    for key, value in facts.items():
+        if not isinstance(value, kinds[key]):
+            raise DataError(f"{path}: its metadata say {key} is {value!r}; convert or record it again")
+    return facts
 
 
 def export_lerobot(
@@ -110,22 +123,23 @@ def export_lerobot(
         output_dir: the dataset's folder.
         layout: see `Layout`.
         num_workers: processes that read, measure and encode images; the result does not depend on it.
-        overwrite: replace a LeRobot dataset in `output_dir`.
+        overwrite: replace `meta`, `data` and `videos` of a LeRobot dataset in `output_dir`; what else is there stays.
 
     Returns:
         (episodes, steps).
 
     Raises:
-        DataError: a file breaks the schema, images differ in size or are absent, or `output_dir` is in use.
+        DataError: a file breaks the schema, images differ in size or are absent, or `output_dir` is in use, or holds
+            the files that are read.
+        WriteError: the folder can't be made or written.
     """
-    _check_output_dir(output_dir, overwrite)
+    _check_output_dir(output_dir, files, overwrite)
     for feature in layout.cameras.values():
         if "/" in feature or feature in (STATE, ACTION, DONE):
             raise DataError(f"--cameras: {feature!r} can't be a camera's name in LeRobot; choose another")
     episodes = read_episodes(files)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}.", dir=output_dir.parent) as temporary:
-        root, scratch = Path(temporary) / "dataset", Path(temporary) / "scratch"
+    with writing(output_dir, "make room, or choose another --output_dir"), _beside(output_dir) as temporary:
+        root, scratch = temporary / "dataset", temporary / "scratch"
         scratch.mkdir()
         measure = functools.partial(_measure_images, scratch, layout)
         jobs = ((episode.index, len(episode), episode.spans) for episode in episodes)
@@ -133,15 +147,40 @@ def export_lerobot(
             for episode, frames in zip(episodes, run_jobs(measure, jobs, num_workers), strict=True):
                 writer.append(episode, frames)
                 progress.update()
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        root.rename(output_dir)
+        _put_in_place(root, output_dir, temporary / "replaced")
     return len(episodes), sum(map(len, episodes))
 
 
-def _check_output_dir(output_dir: Path, overwrite: bool) -> None:
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        yield Path(temporary)
+
+
+def _put_in_place(root: Path, output_dir: Path, replaced: Path) -> None:
+    """Move the parts of a whole dataset into `output_dir`, and those that they replace away."""
+    output_dir.mkdir(exist_ok=True)
+    replaced.mkdir()
+    for part in PARTS:
+        if (output_dir / part).exists():
+            (output_dir / part).rename(replaced / part)
+    for part in root.iterdir():
+        part.rename(output_dir / part.name)
+
+
+def _check_output_dir(output_dir: Path, files: Sequence[Path], overwrite: bool) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise DataError(f"--output_dir {output_dir} is a file; choose another")
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return
+    inside = [path for path in files if output_dir.resolve() in path.resolve().parents]
+    if inside:
+        raise DataError(
+            f"--data_path: {inside[0]} lies inside of --output_dir {output_dir}, which would be replaced; choose "
+            "another --output_dir"
+        )
     if not (output_dir / "meta" / "info.json").is_file():
         raise DataError(f"{output_dir} holds something else than a LeRobot dataset; choose another --output_dir")
     if not overwrite:

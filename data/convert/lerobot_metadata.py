@@ -8,20 +8,25 @@ v3.0   meta/{info.json, tasks.parquet, episodes/**.parquet}; files of many episo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data.convert.conversion import fingerprint
 from data.convert.foreign_sources import MAX_STEPS, file_in, fill_template
 from utils.foreign_files import ForeignFileError, parse_json
-from utils.parquet_utils import DataError, open_parquet, require_columns
+from utils.parquet_utils import DataError, batches, one_line, open_parquet
 from utils.text import printable
 
 MAX_FPS = 10_000
 MAX_INDEX = 1_000_000_000
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+ROWS_PER_READ = 16384  # of metadata
+AGAIN = "fetch the dataset again"
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class EpisodeSource:
     length: int  # steps
     data_file: Path
     videos: dict[str, VideoSpan]  # of the features of dtype video
+    tasks: tuple[str | None, ...] | None  # its instructions; None where the metadata do not say
 
 
 class LeRobotDataset:
@@ -48,8 +54,9 @@ class LeRobotDataset:
 
     Attributes:
         version, fps, robot_type, features: as info.json has them.
-        tasks: task_index -> instruction.
-        episodes: episode_index -> `EpisodeSource`, ascending.
+        tasks: task_index -> instruction, None where it is null.
+        episodes: episode_index -> `EpisodeSource`, ascending, of those that have steps.
+        empty_episodes: the others, ascending.
     """
 
     def __init__(self, root: Path, follow_links: bool = False) -> None:
@@ -74,34 +81,24 @@ class LeRobotDataset:
                 f"{self.info_path}: codebase_version is {self.version!r}; supported are {', '.join(VERSIONS)}: convert "
                 "the dataset with lerobot's own scripts first"
             )
-        try:
-            self.features: dict[str, dict[str, Any]] = self.info["features"]
-            self._check_info()
-            self.fps: float = self.info["fps"]
-            self.robot_type: str | None = self.info.get("robot_type")
-            if self.version == "v3.0":
-                self.tasks_path = file_in(root, "meta/tasks.parquet", follow_links)
-                found = sorted((root / "meta" / "episodes").rglob("*.parquet"))
-                self.episode_paths = [file_in(root, path.relative_to(root), follow_links) for path in found]
-                self.tasks, episodes = _tasks_v3(self.tasks_path), self._episodes_v3()
-            else:
-                self.tasks_path = file_in(root, "meta/tasks.jsonl", follow_links)
-                self.episode_paths = [file_in(root, "meta/episodes.jsonl", follow_links)]
-                self.tasks, episodes = _tasks_v2(self.tasks_path), self._episodes_v2()
-            self.episodes = dict(sorted(episodes.items()))
-            self._check_episodes()
-        except KeyError as error:
-            raise DataError(
-                f"{root / 'meta'}: the entry {error} is missing; the dataset is not a whole LeRobot {self.version}, so "
-                "fetch it again"
-            ) from None
-        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f"{root / 'meta'}: not as LeRobot {self.version} writes it ({printable(repr(error))}); "
-                "fetch the dataset again"
-            ) from None
+        self.features = _features(self.info, self.info_path)
+        self.fps = _number(self.info, "fps", self.info_path)
+        if not 0 < self.fps <= MAX_FPS:
+            raise DataError(f"{self.info_path}: fps is {self.fps}; wanted more than 0, at most {MAX_FPS}")
+        self.robot_type = _text(self.info, "robot_type", self.info_path, optional=True)
+        if self.version == "v3.0":
+            self.tasks_path = file_in(root, "meta/tasks.parquet", follow_links)
+            found = sorted((root / "meta" / "episodes").rglob("*.parquet"))
+            self.episode_paths = [file_in(root, path.relative_to(root), follow_links) for path in found]
+            tasks, episodes = _tasks_v3(self.tasks_path), self._episodes_v3()
+        else:
+            self.tasks_path = file_in(root, "meta/tasks.jsonl", follow_links)
+            self.episode_paths = [file_in(root, "meta/episodes.jsonl", follow_links)]
+            tasks, episodes = _tasks_v2(self.tasks_path), self._episodes_v2()
+        self.tasks = _unique(tasks, "task_index", self.tasks_path)
+        episodes = _unique(((episode.index, episode) for episode in episodes), "episode_index", root / "meta")
+        self.episodes = {index: episode for index, episode in sorted(episodes.items()) if episode.length}
+        self.empty_episodes = sorted(episodes.keys() - self.episodes.keys())
         if not self.episodes:
             raise DataError(f"{root / 'meta'}: no episodes; record some, or fetch the dataset again")
 
@@ -135,7 +132,17 @@ class LeRobotDataset:
     @property
     def cameras(self) -> list[str]:
         """Features that are images or video, depth maps aside."""
-        return [key for key, feature in self.features.items() if self.is_camera(key) and not _is_depth(feature)]
+        return [key for key in self.features if self.is_camera(key) and not self.is_depth(key)]
+
+    def is_depth(self, key: str) -> bool:
+        """Whether a feature is a depth map: it says so, or its images have one channel."""
+        feature = self.features[key]
+        info = feature["info"] if isinstance(feature.get("info"), dict) else {}
+        shape, names = feature.get("shape"), feature.get("names")
+        channels = shape[-1:] if isinstance(shape, list) and len(shape) == 3 else []
+        if channels and isinstance(names, list) and len(names) == 3 and str(names[0]).startswith("channel"):
+            channels = shape[:1]
+        return bool(info.get("is_depth_map") or info.get("video.is_depth_map")) or channels == [1]
 
     def is_camera(self, key: str) -> bool:
         """Whether a feature is images or video."""
@@ -151,10 +158,10 @@ class LeRobotDataset:
         Raises:
             DataError: it is not a vector.
         """
-        shape = self.features[key]["shape"]
-        if len(shape) != 1:
-            raise DataError(f"{self.info_path}: {key!r} has shape {list(shape)}; wanted a vector, one number in shape")
-        return int(shape[0])
+        shape = self.features[key].get("shape")
+        if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
+            raise DataError(f"{self.info_path}: {key!r} has shape {shape}; wanted a vector, one number in shape")
+        return shape[0]
 
     def names(self, keys: Sequence[str]) -> list[str] | None:
         """What the values of some numeric features are called, one after the other; None where one does not say."""
@@ -183,20 +190,22 @@ class LeRobotDataset:
         files |= {episode.videos[key].path for episode in chosen for key in cameras if self.is_video(key)}
         return {path.relative_to(self.root).as_posix(): fingerprint(path) for path in sorted(files)}
 
-    def _episodes_v2(self) -> dict[int, EpisodeSource]:
-        episodes = {}
-        for entry in _read_jsonl(self.episode_paths[0]):
-            index = int(entry["episode_index"])
-            numbers = {"episode_chunk": index // int(self.info["chunks_size"]), "episode_index": index}
+    def _episodes_v2(self) -> Iterator[EpisodeSource]:
+        chunks_size = _whole(self.info, "chunks_size", self.info_path)
+        if chunks_size < 1:
+            raise DataError(f"{self.info_path}: chunks_size is {chunks_size}; wanted 1 or more")
+        for place, entry in _read_jsonl(self.episode_paths[0]):
+            index = _whole(entry, "episode_index", place)
+            numbers = {"episode_chunk": index // chunks_size, "episode_index": index}
             videos = {
                 key: VideoSpan(self._path("video_path", video_key=key, **numbers), 0.0, None)
                 for key in self.features
                 if self.is_video(key)
             }
-            episodes[index] = EpisodeSource(index, int(entry["length"]), self._path("data_path", **numbers), videos)
-        return episodes
+            data_file = self._path("data_path", **numbers)
+            yield EpisodeSource(index, _whole(entry, "length", place), data_file, videos, _episode_tasks(entry, place))
 
-    def _episodes_v3(self) -> dict[int, EpisodeSource]:
+    def _episodes_v3(self) -> Iterator[EpisodeSource]:
         if not self.episode_paths:
             folder = self.root / "meta" / "episodes"
             raise DataError(f"{folder}: no Parquet file; the dataset is incomplete, so fetch it again")
@@ -204,66 +213,146 @@ class LeRobotDataset:
         names = ["episode_index", "length", "data/chunk_index", "data/file_index"]
         fields = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
         names += [f"videos/{key}/{field}" for key in keys for field in fields]
-        episodes = {}
         for path in self.episode_paths:
-            with open_parquet(path) as file:
-                require_columns(file, path, names)
-                rows = file.read(columns=names).to_pylist()
-            for row in rows:
-                index = row["episode_index"]
-                numbers = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+            for row in _read_rows(path, names, optional=["tasks"]):
+                index = _whole(row, "episode_index", path)
+                place = f"{path}: episode {index}"
+                numbers = {name: _whole(row, f"data/{name}", place) for name in ("chunk_index", "file_index")}
                 videos = {}
                 for key in keys:
-                    chunk, number, start, stop = (row[f"videos/{key}/{field}"] for field in fields)
-                    video = self._path("video_path", video_key=key, chunk_index=chunk, file_index=number)
-                    videos[key] = VideoSpan(video, start, stop)
-                episodes[index] = EpisodeSource(index, row["length"], self._path("data_path", **numbers), videos)
-        return episodes
+                    of_video = {name: _whole(row, f"videos/{key}/{name}", place) for name in fields[:2]}
+                    start, stop = (_number(row, f"videos/{key}/{name}", place) for name in fields[2:])
+                    videos[key] = VideoSpan(self._path("video_path", video_key=key, **of_video), start, stop)
+                length, data_file = _whole(row, "length", place), self._path("data_path", **numbers)
+                yield EpisodeSource(index, length, data_file, videos, _episode_tasks(row, place))
 
     def _path(self, template: str, **values: Any) -> Path:
-        name = fill_template(self.info[template], f"{self.info_path}: {template}", values)
-        return file_in(self.root, name, self.follow_links)
+        text = _text(self.info, template, self.info_path)
+        return file_in(self.root, fill_template(text, f"{self.info_path}: {template}", values), self.follow_links)
 
 
-def _is_depth(feature: dict[str, Any]) -> bool:
-    info = feature.get("info") or {}
-    return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
+def _features(info: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    features = _entry(info, "features", path)
+    if not isinstance(features, dict):
+        raise DataError(f"{path}: features is {_shown(features)}; wanted an object; {AGAIN}")
+    for key, feature in features.items():
+        if not isinstance(feature, dict) or not isinstance(feature.get("dtype"), str):
+            raise DataError(f"{path}: feature {key!r} is {_shown(feature)}; wanted an object with a dtype; {AGAIN}")
+    return features
 
 
-def _tasks_v2(path: Path) -> dict[int, str]:
-    return {int(entry["task_index"]): entry["task"] for entry in _read_jsonl(path)}
+def _episode_tasks(entry: dict[str, Any], place: object) -> tuple[str | None, ...] | None:
+    tasks = entry.get("tasks")
+    if tasks is None:
+        return None
+    if not isinstance(tasks, list) or not all(task is None or isinstance(task, str) for task in tasks):
+        raise DataError(f"{place}: tasks is {_shown(tasks)}; wanted a list of texts; {AGAIN}")
+    return tuple(tasks)
 
 
-def _tasks_v3(path: Path) -> dict[int, str]:
+def _tasks_v2(path: Path) -> Iterator[tuple[int, str | None]]:
+    for place, entry in _read_jsonl(path):
+        _entry(entry, "task", place)
+        yield _whole(entry, "task_index", place), _text(entry, "task", place, optional=True)
+
+
+def _tasks_v3(path: Path) -> Iterator[tuple[int, str | None]]:
     """The tasks are the index of a data frame: the column `task`, or `__index_level_0__` where it has no name."""
+    texts = ["task", "__index_level_0__"]
+    for number, row in enumerate(_read_rows(path, ["task_index"], optional=texts)):
+        place = f"{path} row {number}"
+        present = [name for name in texts if name in row]
+        if not present:
+            raise DataError(f"{path}: no column 'task' (found: {', '.join(row)}); {AGAIN}")
+        yield _whole(row, "task_index", place), _text(row, present[0], place, optional=True)
+
+
+def _unique(items: Iterable[tuple[int, Value]], key: str, path: Path) -> dict[int, Value]:
+    """A dict of items whose key must not be there twice with different values."""
+    result: dict[int, Value] = {}
+    for index, value in items:
+        if index < 0 or result.setdefault(index, value) != value:
+            fault = "less than 0" if index < 0 else "there twice, with different contents"
+            raise DataError(f"{path}: {key} {index} is {fault}; {AGAIN}")
+    return result
+
+
+def _entry(entry: dict[str, Any], key: str, place: object) -> Any:
+    if key not in entry:
+        raise DataError(f"{place}: the entry {key!r} is missing; {AGAIN}")
+    return entry[key]
+
+
+def _number(entry: dict[str, Any], key: str, place: object) -> float:
+    """A finite number of an entry, else a DataError that names `place`."""
+    value = _entry(entry, key, place)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{place}: {key} is {_shown(value)}; wanted a number; {AGAIN}")
+    return value
+
+
+def _whole(entry: dict[str, Any], key: str, place: object) -> int:
+    """A whole number of an entry, from 0 on; 1.0, as pandas writes a column with gaps, is 1."""
+    value = _number(entry, key, place)
+    if value != int(value) or not 0 <= value < 2**31:
+        raise DataError(f"{place}: {key} is {value}; wanted a whole number from 0 on; {AGAIN}")
+    return int(value)
+
+
+def _text(entry: dict[str, Any], key: str, place: object, *, optional: bool = False) -> str | None:
+    """A text of an entry; where that is `optional`, it may be absent or null."""
+    value = entry.get(key) if optional else _entry(entry, key, place)
+    if not isinstance(value, str) and not (optional and value is None):
+        raise DataError(f"{place}: {key} is {_shown(value)}; wanted a text; {AGAIN}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON would show it, cut after some characters."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_rows(path: Path, names: Sequence[str], optional: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a Parquet file of metadata: columns that it must have, and those of `optional` that it has."""
     with open_parquet(path) as file:
-        require_columns(file, path, ["task_index"])
-        table = file.read()
-    texts = [name for name in ("task", "__index_level_0__") if name in table.column_names]
-    if not texts:
-        raise DataError(f"{path}: no column 'task' (found: {', '.join(table.column_names)}); fetch the dataset again")
-    return dict(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist(), strict=True))
+        columns = [*names, *(name for name in optional if name in file.schema_arrow.names)]
+        try:
+            return [row for _, batch in batches(file, path, columns, ROWS_PER_READ) for row in batch.to_pylist()]
+        except (ValueError, OverflowError) as error:  # of values that Python can't hold: text that is not UTF-8, dates
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: {one_line(error)}; {AGAIN}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    wanted = f"wanted the folder of a LeRobot dataset ({', '.join(VERSIONS)})"
     try:
-        return parse_json(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; wanted the folder of a LeRobot dataset ({', '.join(VERSIONS)})"
-        ) from None
+        raise DataError(f"{path}: {error.strerror}; {wanted}") from None
     except ForeignFileError as error:
         raise DataError(f"{path}: {error}; fetch that file again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: is {_shown(content)}; wanted a JSON object; fetch that file again")
+    return content
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place for messages, entry) of each line."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; the dataset is incomplete, so fetch it again") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not UTF-8 ({one_line(error)}); fetch that file again") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
+            place = f"{path} line {number}"
             try:
-                yield parse_json(line)
+                entry = parse_json(line)
             except ForeignFileError as error:
-                raise DataError(f"{path} line {number}: {error}; fetch that file again") from None
+                raise DataError(f"{place}: {error}; wanted one object a line; {AGAIN}") from None
+            if not isinstance(entry, dict):
+                raise DataError(f"{place}: is {_shown(entry)}; wanted one object a line; {AGAIN}")
+            yield place, entry

@@ -47,6 +47,10 @@ class VideoReader:
             self._container.close()
             raise DataError(f"{path}: holds no video stream; fetch or record it again")
         self._stream = self._container.streams.video[0]
+        pixel_format = self._stream.codec_context.format
+        if pixel_format is not None and len(pixel_format.components) == 1 and pixel_format.components[0].bits > 8:
+            self._container.close()
+            raise DataError(f"{path}: frames are {pixel_format.name}, depth and not colour; choose another camera")
         self._stream.codec_context.thread_count = 1
         self._frame: av.VideoFrame | None = None  # the first at or after `_begin`
         self._begin = float("inf")
@@ -69,7 +73,8 @@ class VideoReader:
             where: what the frame is for, for error messages.
 
         Returns:
-            uint8 (H, W, 3) RGB, converted from YUV as the stream's colour tags say.
+            uint8 (H, W, 3) RGB, converted from YUV as the stream's colour tags say, and turned as its display matrix
+            says, as players show it.
 
         Raises:
             DataError: no frame is that near, or the stream is damaged there.
@@ -89,7 +94,10 @@ class VideoReader:
             )
         if frame.is_corrupt:
             raise DataError(f"{where}: {self.path} is damaged at {seconds:.4f} s; fetch it again")
-        return frame.to_ndarray(format="rgb24")
+        quarters, rest = divmod(frame.rotation, 90)
+        if rest:
+            raise DataError(f"{self.path}: frames are turned by {frame.rotation} degrees; wanted a multiple of 90")
+        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
 
     def _find(self, begin: float) -> av.VideoFrame | None:
         """The first frame at or after `begin`; None past the end."""

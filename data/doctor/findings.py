@@ -61,6 +61,9 @@ KINDS = {
     "episode_index_contradicts": _error("make is_first and is_last agree with episode_index, or drop that column"),
     "frame_index_contradicts": _warning("look for dropped or reordered rows, or drop that column"),
     "short_episode": _warning("drop the episode: most of what it teaches is padding"),
+    "unclosed_episode": _warning(
+        "see that the recorder closes its episodes (is_last): split them where they begin anew"
+    ),
     "episode_length_outlier": _warning("look at the episode: a failed or forgotten recording is often so"),
     "duplicated_episode": _warning("drop one of the two, or it counts twice"),
     "split_overlap": _error("take the episode out of one of the two splits: validation would measure memory"),
@@ -83,6 +86,7 @@ KINDS = {
     "action_out_of_bounds": _warning("store actions as they were executed, clipped to their range"),
     "state_jump": _warning("look for a dropped stretch or a sensor fault; split or drop the episode"),
     "action_jump": _warning("look for a glitch of the controller or the recorder; drop the episode"),
+    "angle_wraps": _warning("store the angle unwrapped, or as sine and cosine: across the seam differences are false"),
     "frozen_dimension": _warning("check the sensor or channel; if it is meant to be constant, all is well"),
     "stuck_dimension": _warning("check the sensor or channel here; drop the episode if it was stuck"),
     "unit_mismatch": _warning("check the file's units (degrees and radians, millimetres and metres)"),

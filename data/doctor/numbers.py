@@ -121,6 +121,24 @@ def check_jumps(rows: Rows, findings: Findings, outliers: dict[str, np.ndarray])
             findings.add_at(f"{name}_jump", rows, first, message + f"than {usual[d]:.4g}")
 
 
+def check_angles(rows: Rows, findings: Findings) -> None:
+    """`angle_wraps`: a dimension that moves smoothly but for steps of nearly a whole turn, in radians or degrees."""
+    inner = rows.same_episode()
+    for name in VECTORS:
+        values = rows.vectors[name]
+        for d in range(values.shape[1]):
+            steps = np.abs(np.diff(values[:, d]))
+            known = inner & np.isfinite(steps)
+            for turn, unit in ((2 * np.pi, "pi"), (360.0, "180 degrees")):
+                wraps = np.flatnonzero(known & (steps > 0.9 * turn)) + 1
+                if not len(wraps) or np.nanmax(values[:, d]) - np.nanmin(values[:, d]) > 1.01 * turn:
+                    continue
+                rest = steps[known & (steps <= 0.9 * turn)]
+                if len(rest) >= ENOUGH and np.quantile(rest, 0.99) < turn / 6:
+                    message = f"{name}[{d}] crosses +-{unit} {len(wraps)} times, first here; differences across it, as "
+                    findings.add_at("angle_wraps", rows, int(wraps[0]), message + "delta actions are, are a turn off")
+
+
 def check_frozen(rows: Rows, findings: Findings, outliers: dict[str, np.ndarray]) -> None:
     """`frozen_dimension`: constant in all data, or in a file of several episodes; outliers are not movement.
     `stuck_dimension`: see `_report_stuck`.

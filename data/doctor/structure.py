@@ -26,6 +26,7 @@ SHORTEST = 3  # steps that an episode needs whatever the config
 LENGTH_RATIO = 3.0  # an episode this many times longer or shorter than every other of its prompt is an outlier,
 LOOSE_LENGTH_RATIO = 5.0  # and so is one this many times longer or shorter than all others, where prompts are few
 RATE_TOLERANCE = 0.1  # files whose rates differ by more than this part do not go together
+LEAP, LEAST_LEAPS, LEAST_APART = 4.0, 3, 5  # see check_closed; so many leaps, so many steps apart
 GAP_STEPS = 1.8  # a pause of so many usual steps is a gap
 JITTER = 0.25  # standard deviation of the step, in usual steps, from which a rate is irregular
 STRAY = re.compile(r"^\s|\s$|\s\s|[^\S ]|[\x00-\x1f\x7f\ufffd]")
@@ -244,6 +245,27 @@ def check_lengths(rows: Rows, findings: Findings, horizon: int | None) -> None:
             if here > ratio * high or ratio * here < low:
                 message = f"the episode has {here} steps, the {len(others)} others it is compared with {low} to {high}"
                 findings.add_at("episode_length_outlier", rows, int(rows.episode_starts[number]), message)
+
+
+def check_closed(rows: Rows, findings: Findings) -> None:
+    """`unclosed_episode`: inside one episode most of the state leaps again and again, as where a recording begins anew.
+
+    A dimension leaps where its step is LEAP times as long as nine tenths of its steps in that episode. One that mostly
+    rests (a gripper) does not count.
+    """
+    for number in range(rows.num_episodes):
+        where = rows.episode_rows(number)
+        steps = np.abs(np.diff(rows.vectors["state"][where], axis=0))
+        if len(steps) < LEAST_LEAPS * LEAST_APART or not np.isfinite(steps).all():
+            continue
+        usual = np.quantile(steps, 0.9, axis=0)
+        moving = usual > 0
+        leaps = (steps[:, moving] > LEAP * usual[moving]).sum(axis=1)
+        begins = np.flatnonzero(leaps >= max(2, 0.5 * moving.sum())) + 1
+        if len(begins) >= LEAST_LEAPS and np.diff(begins).min() >= LEAST_APART:
+            listed = ", ".join(map(str, begins[:4])) + (", ..." if len(begins) > 4 else "")
+            message = f"the state leaps at {len(begins)} of {where.stop - where.start} steps ({listed}), as where a "
+            findings.add_at("unclosed_episode", rows, where.start, message + "recording begins anew")
 
 
 def check_time(rows: Rows, findings: Findings) -> None:

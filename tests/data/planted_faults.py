@@ -192,6 +192,22 @@ def longer(files: Files) -> None:
     files["c.parquet"][25:52] = rows
 
 
+def unclosed(files: Files) -> None:
+    """Ten recordings as one episode, of a smooth motion."""
+    plain(files)
+    rows = []
+    for i in range(10):
+        phase = np.random.default_rng(70 + i).uniform(-1, 1, 3)
+        rows += episode(22, 70 + 2 * i)
+        for t, row in enumerate(rows[-22:]):
+            row["state"] = np.append(phase * 0.8 + 0.01 * t, row["state"][3]).astype(np.float32).tolist()
+    for t, row in enumerate(rows):
+        row["is_first"], row["is_last"], row["is_terminal"] = t == 0, t == len(rows) - 1, t == len(rows) - 1
+        for name in ("episode_index", "frame_index", "timestamp"):
+            del row[name]
+    files["c.parquet"] += rows
+
+
 def more_episodes(files: Files) -> None:
     for i in (108, 110, 112, 114):
         files["val.parquet"] += episode(25, i)
@@ -381,6 +397,7 @@ FAULTS = [
     ),
     Fault("short_episode", "val.parquet", 49, lambda files: files["val.parquet"].extend(episode(1, 120)), episode=2),
     Fault("short_episode", "b.parquet", 16, requirements=Requirements(horizon=24), episode=3, name="horizon"),
+    Fault("unclosed_episode", "c.parquet", 76, unclosed, episode=8, also={"episode_length_outlier"}),
     Fault("episode_length_outlier", "c.parquet", 25, each(longer, more_episodes), episode=6),
     Fault(
         "duplicated_episode",
@@ -493,6 +510,22 @@ FAULTS = [
         "c.parquet",
         None,
         put_all("c.parquet", "state", lambda i, r: [57.3 * x for x in r["state"][:3]] + r["state"][3:]),
+    ),
+    Fault(
+        "angle_wraps",
+        "a.parquet",
+        9,
+        each(
+            *[
+                put_all(
+                    name,
+                    "state",
+                    lambda i, r: [(r["frame_index"] * 0.35 + np.pi) % (2 * np.pi) - np.pi, *r["state"][1:]],
+                )
+                for name in (*TRAIN, *VAL)
+            ]
+        ),
+        episode=0,
     ),
     Fault("action_is_state", "c.parquet", None, put_all("c.parquet", "action", lambda i, r: r["state"])),
     Fault("idle", "a.parquet", 30, each(*[put("a.parquet", i, "action", [0.0] * 4) for i in range(30, 43)]), episode=1),

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+import data.episode_store as module
 from data.episode_store import EpisodeStore
 from tests.helpers import write_episodes
 from utils.calculate_normalization_stats import calculate_statistics
@@ -129,3 +130,40 @@ def test_files_in_s3(tmp_path, s3):
         resolve_parquet_files(f"s3://robots/nothing{options}", "key")
     with pytest.raises(DataError, match="key: s3://elsewhere/x can't be listed|matches no Parquet file"):
         resolve_parquet_files(f"s3://elsewhere/x{options}", "key")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("name", ["images.arrow", "state.npy", "action.npy", "episode_starts.npy", "meta.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, cut, lambda path: path.write_bytes(b"")])
+def test_a_cache_of_which_parts_are_gone_is_made_again(tmp_path, name, damage):
+    """As after a cleaner of old files, or a copy that was cut short."""
+    path = write_episodes(tmp_path / "a.parquet", [10, 4])
+    first = EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS)
+    state, image = np.array(first.state), bytes(first.image("image_1", 12))
+    damage(first.folder / name)
+    again = EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS)
+    assert again.folder == first.folder
+    np.testing.assert_array_equal(again.state, state)
+    assert bytes(again.image("image_1", 12)) == image
+    left = {p.name for p in (tmp_path / "cache").iterdir()}
+    assert left == {"locks", first.folder.name}
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    path = write_episodes(tmp_path / "a.parquet", [10])
+
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    store = EpisodeStore([path], cache_dir=tmp_path / "cache", **OPTIONS)
+    assert len(store) == 10
+    assert "can't be locked (Function not implemented)" in caplog.text and "-o flock" in caplog.text
+    # another process was faster: its cache is kept
+    inode = (store.folder / "meta.json").stat().st_ino
+    module._build([path], {"cameras": ["image_1"], "state_dim": 4, "per_action_dim": 4}, store.folder, alone=False)
+    assert (store.folder / "meta.json").stat().st_ino == inode
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == {"locks", store.folder.name}

@@ -146,6 +146,7 @@ def trained_policy(folder: Path) -> None:
 READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "README.md": (pretrained_weights, own_demonstrations),
     "CONTRIBUTING.md": (),
+    "SECURITY.md": (trained_policy,),
     "docs/adding_a_backbone.md": (add_backbone,),
     "docs/adding_a_head.md": (add_head,),
     "docs/adding_a_simulator.md": (add_simulator,),

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+import main_train
 from data.loader import VLADataset, make_loader
 from data.processing import collate_fn
 from inference.predictor import VLAPredictor
+from inference.published import published_checkpoint
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
+from tests.pi_fixtures import folder
+from tests.policies import merged
 from utils.batch import example_batch
+from utils.calculate_normalization_stats import calculate_statistics
+from utils.checkpoint import save_checkpoint
+from utils.config_utils import ConfigError
+from utils.statistics import StatisticsError
+
+REPOSITORY = Path(__file__).parents[2]
 
 EXPERT = {"width": 32, "mlp_dim": 48, "num_heads": 4, "max_state_dim": 6, "max_action_dim": 6}
 PI0 = {
@@ -134,3 +146,55 @@ def test_what_nothing_reads_does_not_train(
     assert without == set()
     resting = {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
     assert resting and all("language_model.layers.1." in name or "language_model.norm" in name for name in resting)
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_fine_tuning_from_a_published_policy(kind: str, tmp_path: Path, demos: Path, monkeypatch, capsys) -> None:
+    """Another robot, other cameras, another horizon; own statistics or the checkpoint's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = {"tokenizer_name_or_path": str(folder(kind) / "tokenizer"), "vision_num_attention_heads": 2}
+    save_checkpoint(published_checkpoint(folder(kind) / "policy", **settings), tmp_path / "base.pth.tar")
+    statistics = calculate_statistics([demos], 4, 4, horizon=6)
+    content = {"action_mode": "absolute", "absolute_action_dims": [], "val_fraction": 0.0, "max_episodes": None}
+    (tmp_path / "stats.json").write_text(json.dumps({**content, "datasets": {"default": statistics}}))
+    config = yaml.safe_load((REPOSITORY / "configs" / "pi0_finetune.yaml").read_text())
+    if kind == "pi05":
+        config = merged(config, yaml.safe_load((REPOSITORY / "configs" / "pi05_finetune.yaml").read_text()))
+        config.pop("base")
+    small = {
+        "data": {
+            "train_parquet_files": [str(demos)],
+            "val_parquet_files": [],
+            "normalization_stats_path": str(tmp_path / "stats.json"),
+            "cameras": ["image_1"],
+            "state_dim": 4,
+            "batch_size": 4,
+            "num_workers": 0,
+        },
+        "model": {
+            "vlm_config": {"dtype": "float32"},
+            "action_head_config": {
+                "horizon": 6,
+                "per_action_dim": 4,
+                "noise_draws_per_sample": 2,
+                "expert": {"width": 32, "mlp_dim": 64},
+            },
+        },
+        "training": {"max_steps": 2, "checkpoint_dir": str(tmp_path / "runs"), "save_every_n_steps": None},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(merged(config, small)))
+    command = ["--config_path", str(path), "--init_checkpoint", str(tmp_path / "base.pth.tar")]
+    main_train.main([*command, "--experiment_name", "own"])
+    assert "normalization statistics: own" in capsys.readouterr().err
+    trained = next((tmp_path / "runs" / "own" / "checkpoints").glob("checkpoint_*.pth.tar"))
+    predictor = VLAPredictor.from_checkpoint(trained, device="cpu")
+    assert predictor.model.statistics[0]["action"]["max"] == statistics["action"]["max"]
+    frame = np.zeros((30, 50, 3), np.uint8)
+    assert predictor.predict(frame, prompt="go", state=np.zeros(4), seed=0).shape == (6, 4)
+    with pytest.raises(StatisticsError, match="state.* has 8 values, config wants data.state_dim 4"):
+        main_train.main([*command, "--experiment_name", "theirs", "--statistics", "pretrained"])
+    with pytest.raises(ConfigError, match="checkpoint of another architecture: .*data.image_fit: checkpoint 'pad'"):
+        main_train.main([*command, "--experiment_name", "other", "--set", "data.image_fit=stretch"])
+    with pytest.raises(ConfigError, match="--statistics says what a run from an --init_checkpoint normalizes by"):
+        main_train.main(["--config_path", str(path), "--statistics", "own"])

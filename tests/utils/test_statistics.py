@@ -17,9 +17,12 @@ import pytest
 import data.statistics as module
 from data.loader import build_datasets
 from data.processing import processors_from_config
+from data.statistics import require_statistics_of
 from tests.helpers import episode_rows, write_broken, write_episodes, write_rows
+from utils import calculate_normalization_stats as script
 from utils.calculate_normalization_stats import calculate_for_config, calculate_statistics
-from utils.config_utils import Config, config_from_dict
+from utils.config_utils import Config, config_from_dict, load_config
+from utils.misc import WriteError
 from utils.parquet_utils import DataError
 from utils.splits import used_episodes, validation_episodes
 from utils.statistics import STATISTICS, StatisticsError, load_statistics
@@ -423,6 +426,186 @@ def test_loading_checks_sizes_and_content(tmp_path):
         path.write_text(text)
         with pytest.raises(StatisticsError, match=f"{message}.*; make it again with: {COMMAND}"):
             load_statistics(str(path), plain_config(), "c.yaml")
+
+
+MALFORMED = [
+    (lambda s: s | {"state": None}, r"no state\.min"),
+    (lambda s: [], r"dataset default: is \[\]; wanted an object with 'state' and 'action'"),
+    (lambda s: put(s, "min", "low"), r"action\.min is 'low'; wanted a list of 4 numbers"),
+    (lambda s: put(s, "min", [0, 1, None, 2]), r"action\.min is \[0, 1, None, 2\]; wanted a list of 4 numbers"),
+    (lambda s: put(s, "min", [[0]] * 4), r"action\.min is \[\[0\].*; wanted a list of 4 numbers"),
+    (lambda s: put(s, "std", [True] * 4), r"action\.std is \[True.*; wanted a list of 4 numbers"),
+    (lambda s: put(s, "std", [-1.0] * 4), r"action\.std is less than 0"),
+    (lambda s: put(s, "max", [1e39] * 4), r"action\.max is not finite in float32"),
+    (lambda s: put(s, "max", [10**400] * 4), r"action\.max is not finite in float32"),
+    (lambda s: put(s, "min", s["action"]["max"]), r"action\.min\[0\] is \S+, more than q01, "),
+    (lambda s: put(s, "mean", [1e9] * 4), r"action\.mean\[0\] is 1e\+09, more than max, "),
+]
+
+
+def put(statistics: dict, name: str, value: object) -> dict:
+    return statistics | {"action": statistics["action"] | {name: value}}
+
+
+@pytest.mark.parametrize(("spoil", "message"), MALFORMED)
+def test_loading_names_what_is_malformed(tmp_path, spoil, message):
+    content = calculate_for_config(plain_config(files=write_episodes(tmp_path / "a.parquet", [5])))
+    content["datasets"]["default"] = spoil(content["datasets"]["default"])
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(StatisticsError, match=f"{message}.*; make it again with: {COMMAND}"):
+        load_statistics(str(path), plain_config(), "c.yaml")
+
+
+def test_files_that_are_no_statistics(tmp_path):
+    path = tmp_path / "s.json"
+    for content in (b"\xff\xfe\x00", b"[" * 100_000, b"null", b"3"):
+        path.write_bytes(content)
+        with pytest.raises(StatisticsError, match=r"s.json: (not valid JSON in UTF-8|no section 'datasets')"):
+            load_statistics(str(path), plain_config(), "c.yaml")
+    with pytest.raises(StatisticsError, match=r"can't be read \(Is a directory\); make it with: "):
+        load_statistics(str(tmp_path), plain_config(), "c.yaml")
+
+
+# --- what statistics were made of ---------------------------------------------------------------------------------
+
+
+def scaled(path: Path, factor: float) -> Path:
+    table = pq.read_table(path)
+    for name in ("state", "action"):
+        values = (np.array(table[name].to_pylist(), np.float32) * np.float32(factor)).tolist()
+        position = table.column_names.index(name)
+        table = table.set_column(position, name, pa.array(values, pa.list_(pa.float32())))
+    pq.write_table(table, path)
+    return path
+
+
+def check_of(config: Config, statistics: list[dict]) -> None:
+    train, _ = build_datasets(config, *processors_from_config(config))
+    require_statistics_of(train, statistics, config.data.action_mode)
+
+
+def made_for(config: Config) -> list[dict]:
+    return list(calculate_for_config(config)["datasets"].values())
+
+
+@pytest.fixture
+def folder_config(tmp_path, tiny_paligemma_dir):
+    """A config that trains on a folder of two files."""
+    for name, seed in (("a", 0), ("b", 10)):
+        write_episodes(tmp_path / f"train/{name}.parquet", [6, 5, 4], seed=seed)
+    tree = {
+        "data": {"train_parquet_files": str(tmp_path / "train"), "state_dim": 4, "cache_dir": str(tmp_path / "cache")},
+        "model": {
+            "vlm_config": {"model_name_or_path": str(tiny_paligemma_dir)},
+            "action_head_config": {"per_action_dim": 4, "horizon": 3},
+        },
+    }
+    return config_from_dict(tree)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"val_fraction": 0.4}, {"max_episodes": 3}, {"action_mode": "delta", "absolute_action_dims": (3,)}]
+)
+def test_statistics_of_the_training_data_are_taken(folder_config, settings):
+    config = change(folder_config, **settings)
+    check_of(config, made_for(config))
+
+
+def test_moved_data_are_the_same_data(folder_config, tmp_path):
+    statistics = made_for(folder_config)
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    check_of(change(folder_config, train_parquet_files=(str(tmp_path / "elsewhere"),)), statistics)
+
+
+def test_statistics_of_other_data_are_refused(folder_config, tmp_path):
+    statistics = made_for(folder_config)
+    for factor in (57.3, 0.5):  # degrees where there were radians; values that lie inside
+        other = tmp_path / f"other{factor}"
+        for path in sorted((tmp_path / "train").iterdir()):
+            write = other / path.name
+            write.parent.mkdir(exist_ok=True)
+            write.write_bytes(path.read_bytes())
+            scaled(write, factor)
+        message = (
+            r"dataset default: its statistics were made of \S+a.parquet, \S+train/b.parquet \(30 rows\), training "
+        )
+        message += rf"reads \S+other{factor}/a.parquet, \S+ \(30 rows\); min and max of state\[0\], .* differ"
+        message += r", [\d.]+ % of the values lie outside; make" if factor > 1 else "; make"
+        with pytest.raises(StatisticsError, match=message):
+            check_of(change(folder_config, train_parquet_files=(str(other),)), statistics)
+
+
+def test_statistics_of_fewer_or_more_rows_are_refused(folder_config, tmp_path):
+    one = change(folder_config, train_parquet_files=(str(tmp_path / "train/a.parquet"),))
+    with pytest.raises(
+        StatisticsError, match=r"a.parquet \(15 rows\), training reads \S+a.parquet, \S+b.parquet \(30 r"
+    ):
+        check_of(folder_config, made_for(one))
+    with pytest.raises(StatisticsError, match=r"b.parquet \(30 rows\), training reads \S+a.parquet \(15 rows\)"):
+        check_of(one, made_for(folder_config))
+
+
+def test_statistics_written_by_hand_are_taken_with_a_warning(folder_config, caplog):
+    """Joint limits, or those of a released policy: they do not say how many rows they were made of."""
+    statistics = made_for(folder_config)
+    del statistics[0]["rows"], statistics[0]["files"]
+    wide = {"state": {"min": [-9.0] * 4, "max": [9.0] * 4}, "action": {"min": [-9.0] * 4, "max": [9.0] * 4}}
+    check_of(folder_config, [{name: statistics[0][name] | wide[name] for name in wide}])
+    assert "outside" not in caplog.text
+    narrow = {name: statistics[0][name] | {"max": [0.0] * 4} for name in wide}
+    check_of(folder_config, [narrow])
+    assert "dataset default: up to " in caplog.text and "lie outside of the statistics' min and max" in caplog.text
+
+
+def test_a_fraction_that_holds_out_nothing(folder_config, tmp_path):
+    one = write_episodes(tmp_path / "one.parquet", [9])
+    config = change(folder_config, train_parquet_files=(str(one),), val_fraction=0.1)
+    message = "dataset default: data.val_fraction 0.1 of 1 episode holds out none, .*; record more, or set it to 0"
+    with pytest.raises(DataError, match=message):
+        build_datasets(config, *processors_from_config(config))
+    two = change(config, train_parquet_files=(str(write_episodes(tmp_path / "two.parquet", [5, 4])),))
+    train, val = build_datasets(two, *processors_from_config(two))
+    assert len(train) + len(val) == 9 and len(val) > 0
+    with pytest.raises(DataError, match="holds out none"):
+        build_datasets(change(two, max_episodes=1), *processors_from_config(two))
+
+
+def test_places_that_cannot_be_written(tmp_path, monkeypatch):
+    data = write_episodes(tmp_path / "a.parquet", [6])
+    config = tmp_path / "c.yaml"
+    config.write_text("data: {state_dim: 4}\nmodel: {action_head_config: {per_action_dim: 4}}\n")
+    (tmp_path / "file").write_text("kept")
+    for output, message in (
+        (tmp_path, "is a folder; give the path of a JSON file"),
+        (
+            tmp_path / "file/s.json",
+            r"s.json: not written \(File exists: \S+file\); it needs [\d,]+ bytes; give another",
+        ),
+    ):
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["x", "--config_path", str(config), "--output_path", str(output), "--train_data_override", str(data)],
+        )
+        with pytest.raises(WriteError, match=message):
+            script.main()
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write_episodes(tmp_path / "home/demos/a.parquet", [6])
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        'data: {state_dim: 4, train_parquet_files: ["~/demos"], normalization_stats_path: ~/stats.json}\n'
+        "model: {action_head_config: {per_action_dim: 4}}\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["x", "--config_path", str(config), "--set", "data.cache_dir=~/cache"])
+    script.main()
+    assert (tmp_path / "home/stats.json").is_file() and not (tmp_path / "~").exists()
+    assert load_config(config).data.normalization_stats_path == str(tmp_path / "home/stats.json")
 
 
 def test_script(tmp_path):

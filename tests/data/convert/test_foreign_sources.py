@@ -66,7 +66,7 @@ def convert(dataset, output, **options):
 def test_path_templates(dataset, tmp_path, template):
     shutil.copytree(dataset / "data" / "chunk-000", tmp_path / "private")
     change_info(dataset, data_path=template)
-    with pytest.raises(DataError, match="outside of that folder|has the field|no template|wanted a template"):
+    with pytest.raises(DataError, match="outside of that folder|has the field|no template|wanted a text"):
         convert(dataset, tmp_path / "out")
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import data.convert.hdf5 as module
 from data.convert.episode_writer import ImageEncoding
 from data.convert.hdf5 import convert_hdf5, find_episodes
 from data.episode_store import EpisodeStore
@@ -230,7 +231,11 @@ def test_faulty_options(tmp_path):
     fails("empty holds no file that ends in .hdf5 or .h5", folder="empty")
     fails("no camera 'cam_hihg' .*did you mean 'cam_high'", cameras=["cam_hihg=image_1"])
     fails("give --prompt, or --prompt_attribute", prompt=None)
-    fails("a.hdf5: no attribute 'task' .*found: sim.*give --prompt as well", prompt=None, prompt_attribute="task")
+    fails(
+        "a.hdf5: attribute 'task' is not there .*found: sim.*give --prompt as well",
+        prompt=None,
+        prompt_attribute="task",
+    )
     fails("--channel_order is 'gbr'; wanted rgb or bgr", channel_order="gbr")
     fails("--fps is 0; wanted more than 0", fps=0)
     fails("no dataset 'observations/qpso' .*did you mean 'observations/qpos'", state_keys=["observations/qpso"])
@@ -248,3 +253,131 @@ def test_command_line(tmp_path):
     done = subprocess.run([*command, "--prompt", "go"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "1 episodes, 3 steps: 1 files written" in done.stdout
     assert "left out, since --cameras does not name them: cam_right_wrist" in done.stderr
+
+
+# --- what is read, and what is damaged ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "prompt"),
+    [
+        ("pick the cube", "pick the cube"),
+        (np.bytes_("pick the cube"), "pick the cube"),
+        (["pick the cube"], "pick the cube"),
+        (np.array([b"pick the cube"]), "pick the cube"),
+        (np.array(b"pick the cube\0\0", dtype="S16"), "pick the cube"),
+        ("", "go"),
+        (3, r"attribute 'prompt' is .*3.*; wanted one text, the instruction"),
+        (["a", "b"], "attribute 'prompt' is 2 values; wanted one text"),
+        (h5py.Empty("S1"), "attribute 'prompt' is Empty.*; wanted one text"),
+        (np.bytes_("drücke".encode("latin1")), "attribute 'prompt' is 'dr.*cke', not UTF-8; write it as UTF-8"),
+    ],
+)  # fmt: skip
+def test_an_instruction_of_any_kind_or_a_word_about_it(tmp_path, value, prompt):
+    path = tmp_path / "in/a.hdf5"
+    write_episode(path, 3)
+    with h5py.File(path, "r+") as file:
+        file.attrs["prompt"] = value
+    options = {"prompt_attribute": "prompt", "prompt": "go"}
+    if prompt in ("go", "pick the cube"):
+        convert_hdf5(path.parent, tmp_path / "out", CAMERAS, **options)
+        assert set(read(tmp_path / "out")["prompt"].to_pylist()) == {prompt}
+        return
+    with pytest.raises(DataError, match=f"a.hdf5: {prompt}"):
+        convert_hdf5(path.parent, tmp_path / "out", CAMERAS, **options)
+
+
+def test_hidden_files_and_linked_folders(tmp_path):
+    write_episode(tmp_path / "server/episode_0.hdf5", 3)
+    write_episode(tmp_path / "in/day1/episode_0.hdf5", 3)
+    write_episode(tmp_path / "in/.trash/episode_1.hdf5", 3)
+    (tmp_path / "in/day2").symlink_to(tmp_path / "server")
+    with pytest.raises(
+        DataError, match=r"day2/episode_0.hdf5 leads to a file outside of that folder; give --follow_li"
+    ):
+        convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, prompt="go")
+    options = {"prompt": "go", "follow_links": True}
+    assert convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, **options).episodes == 2
+
+
+def test_robomimics_layout_is_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    with h5py.File(tmp_path / "in/bowl.hdf5", "w") as file:
+        for i in range(3):
+            file[f"data/demo_{i}/actions"] = np.zeros((5, 7))
+    with pytest.raises(
+        DataError, match=r"bowl.hdf5: is in robomimic's layout \(3 .* only ALOHA's is read, one episode"
+    ):
+        convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, prompt="go")
+
+
+def frames(count: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
+
+
+def write_camera(path: Path, **options) -> h5py.h5d.StoreInfo:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file["action"] = file["observations/qpos"] = np.zeros((3, 2), np.float32)
+        array = file.create_dataset("observations/images/cam_high", data=frames(), chunks=(1, 8, 8, 3), **options)
+        return array.id.get_chunk_info(1)
+
+
+def test_a_damaged_chunk_is_named(tmp_path):
+    chunk = write_camera(tmp_path / "in/a.hdf5", compression="gzip")
+    data = bytearray((tmp_path / "in/a.hdf5").read_bytes())
+    data[chunk.byte_offset + 20 : chunk.byte_offset + 60] = bytes(40)
+    (tmp_path / "in/a.hdf5").write_bytes(data)
+    with pytest.raises(
+        DataError, match=r"a.hdf5: /observations/images/cam_high is damaged at step 1 \(.*record or fetch"
+    ):
+        convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS[:1], prompt="go")
+
+
+def test_a_filter_that_is_not_there(tmp_path, monkeypatch):
+    write_camera(tmp_path / "in/a.hdf5", compression="lzf")
+    monkeypatch.setattr(h5py.h5z, "filter_avail", lambda code: False)
+
+    def refuse(self, *_):
+        raise OSError("Can't open directory (/usr/local/hdf5/lib/plugin)")
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", refuse)
+    message = r"a.hdf5: \S+ is compressed with 'lzf' \(filter 32000\), .*; pip install hdf5plugin"
+    with h5py.File(tmp_path / "in/a.hdf5") as file, pytest.raises(DataError, match=message):
+        module._read(file["observations/images/cam_high"], 0, 3, tmp_path / "in/a.hdf5")
+
+
+def test_compressed_frames_of_one_camera(tmp_path):
+    """compress_len of one dimension is the only camera's."""
+    encoded = [np.frombuffer(jpeg(image), np.uint8) for image in frames()]
+    longest = max(map(len, encoded)) + 10
+    (tmp_path / "in").mkdir()
+    for name, lengths in (("a", [len(data) for data in encoded]), ("b", [1, 2, 3]), ("c", [5])):
+        with h5py.File(tmp_path / f"in/{name}.hdf5", "w") as file:
+            file["action"] = file["observations/qpos"] = np.zeros((3, 2), np.float32)
+            padded = np.stack([np.pad(data, (0, longest - len(data))) for data in encoded])
+            file["observations/images/cam_high"], file["compress_len"] = padded, lengths
+    options = {"prompt": "go"}
+    convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS[:1], episodes=["0"], **options)
+    assert read(tmp_path / "out")["image_1"].to_pylist() == [data.tobytes() for data in encoded]
+    faults = {
+        "1": "b.hdf5: cam_high from frame 0 on is not as long as compress_len",
+        "2": r"wanted numbers \(cameras, 3",
+    }
+    for episode, message in faults.items():
+        with pytest.raises(DataError, match=message):
+            convert_hdf5(tmp_path / "in", tmp_path / "other", CAMERAS[:1], episodes=[episode], **options)
+
+
+def test_numbers_beyond_float32(tmp_path):
+    path = tmp_path / "in/a.hdf5"
+    write_episode(path, 3)
+    with h5py.File(path, "r+") as file:
+        values = np.array(file["action"], np.float64)
+        del file["action"]
+        values[1, 0] = 1e300
+        file["action"] = values
+    with pytest.raises(
+        DataError, match=r"episode 0 frame 1: action\[0\] is 1e\+300; every value must be a finite number"
+    ):
+        convert_hdf5(path.parent, tmp_path / "out", CAMERAS, prompt="go")
