@@ -10,7 +10,9 @@ import functools
 import logging
 import math
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -78,8 +80,18 @@ class BatchLoader:
         """Batches of one pass; a loader of training data is endless and has no length."""
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def _start(self) -> Iterator[PackedBatch]:
+        """Start the workers. torch would let the death of one raise an error in the middle of whatever runs then, such
+        as the optimizer's step; asking for the next batch finds it as well."""
+        if threading.current_thread() is not threading.main_thread():
+            return iter(self._loader)
+        before = signal.getsignal(signal.SIGCHLD)
         batches = iter(self._loader)
+        signal.signal(signal.SIGCHLD, before)
+        return batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self._start()
         while True:
             try:
                 packed = next(batches, None)

@@ -162,6 +162,14 @@ class SiglipLLM(Backbone):
         """See `Backbone.components`."""
         return {"vision tower": self.vision_tower, "language model": self.language_model, "fusion": self.fusion}
 
+    def see_through(self, cameras: Sequence[str]) -> list[str]:
+        old_VD = self.fusion.camera_VD.detach()
+        kept = min(len(old_VD), len(cameras))
+        marks_VD = torch.randn(len(cameras), old_VD.shape[1]) * 0.5  # as PerceiverFusion makes them
+        marks_VD[:kept] = old_VD[:kept]
+        self.fusion.camera_VD = nn.Parameter(marks_VD, requires_grad=self.fusion.camera_VD.requires_grad)
+        return [*super().see_through(cameras), f"fusion.camera_VD {tuple(old_VD.shape)} -> {tuple(marks_VD.shape)}"]
+
     @property
     def spec(self) -> ContextSpec:
         """See `Backbone.spec`. There are no keys and values to hand over: the language model reads the prompt alone."""
