@@ -463,7 +463,7 @@ def test_files_that_are_no_statistics(tmp_path):
         path.write_bytes(content)
         with pytest.raises(StatisticsError, match=r"s.json: (not UTF-8 text|not valid JSON|no section 'datasets')"):
             load_statistics(str(path), plain_config(), "c.yaml")
-    with pytest.raises(StatisticsError, match=r"can't be read \(Is a directory\); make it with: "):
+    with pytest.raises(StatisticsError, match=r"can't be read \(Is a directory\); make it again with: "):
         load_statistics(str(tmp_path), plain_config(), "c.yaml")
 
 
