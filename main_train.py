@@ -23,6 +23,7 @@ from data.sampler import PassBatchSampler
 from data.statistics import require_statistics_of
 from data.trained_processors import processors_to_train_on
 from model.checkpointing import require_same_architecture
+from model.transfer import policy_from_parts
 from model.vla_model import VLAModel
 from training.dry_run import dry_run, without_traces
 from training.launch import USER_ERRORS, Place, training_place
@@ -33,7 +34,7 @@ from training.trainer_fsdp import VLATrainerFSDP
 from utils.checkpoint import load_checkpoint
 from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_parser
 from utils.config_utils import Config
-from utils.misc import derive_seed, set_up_logging, user_message
+from utils.misc import derive_seed, end_in_log_file, set_up_logging, user_message
 from utils.run_lock import only_run
 from utils.statistics import load_statistics
 
@@ -43,10 +44,10 @@ TRAINERS = {"ddp": VLATrainerDDP, "fsdp": VLATrainerFSDP}  # training.strategy -
 def main(argv: Sequence[str] | None = None) -> None:
     args = train_parser(__doc__).parse_args(argv)
     config = config_from_args(args)
-    with training_place(config.training.distributed_timeout_s) as place:
+    with training_place(config.training.distributed_timeout_s) as place, end_in_log_file():
         if args.dry_run:
             with without_traces(config) as trial:
-                report = dry_run(build_trainer(args, trial, place))
+                report = dry_run(build_trainer(args, trial, place), config.experiment_dir)
             if place.rank == 0:
                 print(report)
         else:
@@ -77,13 +78,12 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         policy = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
 
     elif source:  # a new run from a checkpoint's weights, by default with the statistics of its own data
-        require_same_architecture(checkpoint["config"], config, source)
         processors = processors_to_train_on(checkpoint, config)
         announce_changes(checkpoint, source, config)
         loaders = build_loaders(config, *processors, place)
         statistics = statistics_of_new_run(checkpoint, source, config, args)
         processors[1].read_states(config, statistics)
-        policy = VLAModel.from_checkpoint(checkpoint, config, statistics=statistics, use_ema=not resumed)
+        policy = policy_from_parts(checkpoint, source, config, statistics, args.init_parts, use_ema=not resumed)
 
     else:  # a new run from a pretrained backbone
         processors = processors_from_config(config)
@@ -112,7 +112,9 @@ def build_loaders(
     train_loader = make_loader(train_set, num_workers=workers, batch_sampler=steps, seed=config.training.seed)
     if val_set is None:
         return train_loader, None
-    one_pass = PassBatchSampler(len(val_set), steps.micro_batch_size, **share)
+    batches = config.training.val_max_batches
+    limit = None if batches is None else batches * config.data.batch_size
+    one_pass = PassBatchSampler(len(val_set), steps.micro_batch_size, limit=limit, **share)
     return train_loader, make_loader(val_set, num_workers=workers, batch_sampler=one_pass)
 
 

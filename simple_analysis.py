@@ -40,6 +40,7 @@ from model.vla_model import VLAModel
 from utils.config_utils import Config, load_config
 from utils.misc import derive_seed, set_up_logging, user_path, writing
 from utils.statistics import load_statistics
+from utils.text import csv_text
 from utils.text_table import text_table
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = [args.output_dir / "analysis.json", args.output_dir / "episodes.csv"]
     with writing(args.output_dir, "choose another --output_dir"):
         write_json(paths[0], result)
-        pd.DataFrame(result["episodes"]).to_csv(paths[1], index=False)
+        pd.DataFrame(result["episodes"]).map(csv_text).to_csv(paths[1], index=False)
         paths += write_plots(args.output_dir, batch, places, config, splits)
         paths += write_split_plots(args.output_dir, result["episodes"])
     print(as_text(result))

@@ -10,7 +10,9 @@ import functools
 import logging
 import math
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -78,8 +80,18 @@ class BatchLoader:
         """Batches of one pass; a loader of training data is endless and has no length."""
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def _start(self) -> Iterator[PackedBatch]:
+        """Start the workers. torch would let the death of one raise an error in the middle of whatever runs then, such
+        as the optimizer's step; asking for the next batch finds it as well."""
+        if threading.current_thread() is not threading.main_thread():
+            return iter(self._loader)
+        before = signal.getsignal(signal.SIGCHLD)
         batches = iter(self._loader)
+        signal.signal(signal.SIGCHLD, before)
+        return batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self._start()
         while True:
             try:
                 packed = next(batches, None)
@@ -195,7 +207,8 @@ def build_datasets(
     dataset.
 
     Raises:
-        DataError: training files are missing, files break the schema, or val_fraction holds out no episode.
+        DataError: training files are missing, files break the schema, val_fraction holds out no episode, or two
+            instructions are the same to the policy because it reads too little of them.
     """
     data = config.data
     open_one = functools.partial(open_dataset, config, image_processor, prompt_tokenizer)
@@ -211,6 +224,12 @@ def build_datasets(
         val = [open_one(data.val_parquet_files, "data.val_parquet_files")]
     elif data.val_fraction:
         val = [open_one(entry.path, key(entry), i, "val") for i, entry in enumerate(config.datasets)]
+    same = prompt_tokenizer.merged([prompt for dataset in train for prompt in dataset.store.prompts])
+    if same is not None:
+        raise DataError(
+            f"the instructions {same[0]!r} and {same[1]!r} are one to the policy, which reads data.prompt_max_len "
+            f"{data.prompt_max_len} tokens; raise it until they differ, or shorten what they have in common"
+        )
     for dataset in val if data.val_fraction else ():
         if not len(dataset):
             used = min(dataset.store.num_episodes, data.max_episodes or dataset.store.num_episodes)

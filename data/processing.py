@@ -6,6 +6,7 @@ so a frame that was trained on and the same frame seen by the robot give the sam
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import struct
@@ -43,7 +44,7 @@ DECODING_FAULTS = (
     struct.error,
     Image.DecompressionBombError,
 )
-Frame = bytes | memoryview | str | Path | Image.Image | np.ndarray
+Frame = bytes | bytearray | memoryview | io.BytesIO | str | Path | Image.Image | np.ndarray | Tensor
 Sample = dict[str, Any]
 
 
@@ -156,25 +157,39 @@ class VLAImageProcessor:
         (`data/decoding.py`).
 
         Args:
-            frame: encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3).
+            frame: an encoded JPEG or PNG (bytes, a BytesIO, a path, or uint8 (N,) as OpenCV encodes), a PIL image, or
+                RGB pixels as `array_pixels` takes them. What this processor made is taken as it is.
             out: (height, width, 3) of `pixel_type`, contiguous.
 
         Raises:
-            ObservationError: bytes or a file that can't be decoded, more than 8 bits a value, or an array of another
-                type or shape.
+            ObservationError: bytes or a file that can't be decoded, more than 8 bits a value, an array of another type,
+                shape or range, or something else than a frame.
         """
         place = "image"
         if isinstance(frame, (str, Path)):
             place, frame = str(frame), _read(Path(frame))
+        elif isinstance(frame, io.BytesIO):
+            frame = frame.getvalue()
+        elif isinstance(frame, Tensor):
+            frame = (frame.float() if frame.is_floating_point() else frame).detach().cpu().numpy()
+        if isinstance(frame, np.ndarray) and frame.ndim == 1 and frame.dtype == np.uint8:
+            frame = frame.tobytes()
         if isinstance(frame, np.ndarray):
-            if (fault := array_fault(frame)) is not None:
-                raise ObservationError(f"image: array is {fault}")
-            pixels = np.ascontiguousarray(frame)
+            if self.fit == "pad" and frame.dtype == self.pixel_type and frame.shape == out.shape:
+                _check_range(frame)
+                out[:] = frame
+                return
+            pixels = array_pixels(frame)
         elif isinstance(frame, Image.Image):
             try:
                 pixels = np.array(upright_rgb(frame))
             except ValueError as error:
                 raise ObservationError(f"image: {error}") from None
+        elif not isinstance(frame, (bytes, bytearray, memoryview)):
+            found = f"image is a {type(frame).__name__}"
+            raise ObservationError(
+                f"{found}; wanted JPEG or PNG as bytes, a path, a PIL image, or an array or tensor of RGB pixels"
+            )
         else:
             try:
                 pixels = self._decode(frame, out)
@@ -201,6 +216,34 @@ def array_fault(frame: np.ndarray) -> str | None:
     if frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3 and frame.size:
         return None
     return f"{frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB"
+
+
+def array_pixels(frame: np.ndarray) -> np.ndarray:
+    """RGB pixels in one of the forms that libraries hand out, as uint8 (H, W, 3), contiguous.
+
+    Args:
+        frame: (H, W, 3), or (3, H, W) where W is not 3; uint8 from 0 to 255, or floats from 0 to 1.
+
+    Raises:
+        ObservationError: another shape, type or range.
+    """
+    if frame.ndim == 3 and frame.shape[0] == 3 and frame.shape[2] != 3:
+        frame = frame.transpose(1, 2, 0)
+    if frame.dtype.kind == "f" and frame.ndim == 3 and frame.shape[2] == 3 and frame.size:
+        _check_range(frame)
+        frame = np.rint(frame * 255.0).astype(np.uint8)
+    if (fault := array_fault(frame)) is not None:
+        raise ObservationError(f"image: array is {fault}, or floats from 0 to 1")
+    return np.ascontiguousarray(frame)
+
+
+def _check_range(frame: np.ndarray) -> None:
+    low, high = frame.min(), frame.max()
+    if not (low >= 0 and high <= 1):
+        raise ObservationError(
+            f"image: array is {frame.dtype} with values from {low:g} to {high:g}; floats are taken from 0 to 1: "
+            "divide by the camera's largest value, or give uint8 for 0 to 255"
+        )
 
 
 def _is_three_numbers(values: Any) -> bool:
@@ -284,7 +327,12 @@ def collate_fn(samples: Sequence[Sample]) -> Batch:
     Prompts are right-padded to the longest of the batch; `prompt_mask` is False on padding, and samples without padding
     may leave it out. Every other tensor is stacked along a new first dimension, and text is collected into a list.
     Images keep the memory layout that decoders produce (channels last), so that no pixel is moved twice.
+
+    Raises:
+        ObservationError: there is no sample.
     """
+    if not samples:
+        raise ObservationError("an empty batch: collate_fn was given no sample; give one or more")
     batch: Batch = {}
     for key, first in samples[0].items():
         values = [sample[key] for sample in samples]

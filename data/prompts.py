@@ -21,11 +21,13 @@ from utils.backbones import BACKBONE_SPECS
 from utils.config_utils import Config
 from utils.foreign_files import check_processor_folder
 from utils.normalization import StateNormalizer
+from utils.text import printable
 
 logger = logging.getLogger(__name__)
 
 PromptFormat = Literal["paligemma", "pi0", "openpi_pi0", "pi05"]
 
+MAX_UNREAD = 80  # characters that a warning quotes of what a policy does not read
 MAX_KNOWN_PROMPTS = 4096  # tokenized instructions that are kept; a server may be sent any number of them
 BIN_EDGES = np.linspace(-1, 1, 257)[:-1]  # left edges of 256 bins, float64
 
@@ -87,7 +89,7 @@ class PromptTokenizer:
         self.normalize_state: StateNormalizer | None = None
         starts_with_bos = BACKBONE_SPECS[backbone].prompt_start == "bos"
         self.prefix = [tokenizer.bos_token_id] if starts_with_bos else _own_prefix(tokenizer)
-        self._known: dict[tuple[str, ...], Tensor] = {}
+        self._known: dict[tuple[str, ...], tuple[Tensor, str | None]] = {}  # tokens, and what is said of a cut
         self._warned = False
 
     @classmethod
@@ -163,12 +165,35 @@ class PromptTokenizer:
             dataset_index: whose statistics the state is normalized by.
 
         Raises:
-            ObservationError: the prompt is empty.
+            ObservationError: the prompt is empty, or no text.
         """
+        cut = self.cut(prompt, state, dataset_index)
+        if cut is not None and not self._warned:
+            self._warned = True
+            logger.warning("%s", cut)
         return self.tensor(prompt, state, dataset_index).tolist()
 
     def tensor(self, prompt: str, state: np.ndarray | None = None, dataset_index: int = 0) -> Tensor:
-        """The same as int64 (L,), made once per text and not to be changed; errors as above."""
+        """The same as int64 (L,), made once per text and not to be changed; warns of nothing, see `cut`."""
+        return self._tokens(prompt, state, dataset_index)[0]
+
+    def cut(self, prompt: str, state: np.ndarray | None = None, dataset_index: int = 0) -> str | None:
+        """What of an instruction the policy does not read, as a warning; None where it reads all."""
+        return self._tokens(prompt, state, dataset_index)[1]
+
+    def merged(self, prompts: Sequence[str]) -> tuple[str, str] | None:
+        """Two instructions that are told apart only behind what is cut off, so that the policy reads one; or None."""
+        first: dict[tuple[int, ...], str] = {}
+        for prompt in prompts if not self.reads_state else ():
+            other = first.setdefault(tuple(self.tensor(prompt).tolist()), prompt)
+            if other.split() != prompt.split() and (self.cut(other) or self.cut(prompt)):
+                return other, prompt
+        return None
+
+    def _tokens(self, prompt: str, state: np.ndarray | None, dataset_index: int) -> tuple[Tensor, str | None]:
+        if not isinstance(prompt, str):
+            found = "missing" if prompt is None else f"a {type(prompt).__name__}"
+            raise ObservationError(f"prompt is {found}; wanted the instruction as text")
         if not prompt.strip():
             raise ObservationError(f"prompt is {prompt!r}; a policy needs an instruction")
         bins = None
@@ -176,32 +201,29 @@ class PromptTokenizer:
             assert self.normalize_state is not None and state is not None, "read_states comes before the first prompt"
             bins = state_bins(self.normalize_state(state, dataset_index)).tolist()
         texts = prompt_texts(prompt, self.prompt_format, bins)
-        ids_L = self._known.get(texts)
-        if ids_L is None:
-            ids_L = torch.tensor(self._encode(texts), dtype=torch.int64)
+        known = self._known.get(texts)
+        if known is None:
+            known = self._encode(texts)
             while len(self._known) >= MAX_KNOWN_PROMPTS:
                 # The oldest, from a copy: another thread of a server may change the dict meanwhile.
                 self._known.pop(next(iter(list(self._known)), None), None)
-            self._known[texts] = ids_L
-        return ids_L
+            self._known[texts] = known
+        return known
 
-    def _encode(self, texts: tuple[str, ...]) -> list[int]:
+    def _encode(self, texts: tuple[str, ...]) -> tuple[Tensor, str | None]:
         ids = list(self.prefix)
         for text in texts:
             ids += self.tokenizer.encode(text, add_special_tokens=False)
         if len(ids) <= self.max_len:
-            return ids
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "prompt of %d tokens cut to data.prompt_max_len %d: %r; raise prompt_max_len to keep it whole",
-                len(ids),
-                self.max_len,
-                "".join(texts).strip(),
-            )
-        if self.prompt_format == "paligemma":  # which always ends in its newline
-            return [*ids[: self.max_len - 1], ids[-1]]
-        return ids[: self.max_len]
+            return torch.tensor(ids, dtype=torch.int64), None
+        end = ids[-1:] if self.prompt_format == "paligemma" else []  # which always ends in its newline
+        kept = ids[: self.max_len - len(end)]
+        unread = printable(self.tokenizer.decode(ids[len(kept) :]).strip(), MAX_UNREAD)
+        cut = (
+            f"prompt of {len(ids)} tokens cut to data.prompt_max_len {self.max_len}: the policy does not read its end "
+            f"{unread!r}; shorten it, or train with a larger prompt_max_len ({''.join(texts).strip()!r})"
+        )
+        return torch.tensor([*kept, *end], dtype=torch.int64), cut
 
 
 def _own_prefix(tokenizer: Any) -> list[int]:

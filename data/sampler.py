@@ -105,18 +105,23 @@ class PassBatchSampler(Sampler[list[int]]):
     """One pass in order over a dataset that ranks share: batch i of the pass goes to rank i modulo world_size.
 
     Every rank yields the same number of batches, so that its collectives stay in step with the other ranks'. Its first
-    `num_own` batches are its share of the pass, in which each sample comes exactly once. The rest only fill up.
+    `num_own` batches are its share of the pass, in which no sample comes twice. The rest only fill up.
     """
 
-    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, size: int, batch_size: int, *, limit: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
         """
         Args:
             size: samples of the dataset.
             batch_size: samples per batch; the last of the pass may be shorter.
+            limit: samples to take at most, spread evenly over all of them; None: every sample.
             rank, world_size: whose share.
         """
-        self.size, self.micro_batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
-        batches = math.ceil(size / batch_size)
+        self.micro_batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        taken = size if limit is None else min(size, limit)
+        self.samples = np.arange(taken) * size // taken
+        batches = math.ceil(taken / batch_size)
         self.num_own = len(range(rank, batches, world_size))
         self.length = math.ceil(batches / world_size)
 
@@ -129,7 +134,7 @@ class PassBatchSampler(Sampler[list[int]]):
                 yield [0]
                 continue
             begin = (i * self.world_size + self.rank) * self.micro_batch_size
-            yield list(range(begin, min(begin + self.micro_batch_size, self.size)))
+            yield self.samples[begin : begin + self.micro_batch_size].tolist()
 
 
 class _Stream:

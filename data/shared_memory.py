@@ -66,12 +66,15 @@ def use_pool(pool: SlotPool) -> None:
 
 
 def end_only_for_parent() -> None:
-    """In a worker: ignore SIGINT, and SIGTERM unless the training process sent it.
+    """In a worker: ignore SIGINT and SIGHUP, and SIGTERM unless the training process sent it.
 
-    A scheduler, or Ctrl-C, signals every process of a job. The training process still needs batches to finish its step,
-    and it decides when its workers end. A worker whose training process is gone ends by itself.
+    A scheduler, Ctrl-C, or a terminal that goes away, signals every process of a job. The training process still needs
+    batches to finish its step, and it decides when its workers end. A worker whose training process is gone ends by
+    itself.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, whose users have no scheduler
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()

@@ -60,8 +60,8 @@ def evaluate_offline(
     Args:
         predictor: the policy.
         data: per name a VLADataset and one pass over batches of its samples, all or some, in any order.
-        seed: of the sampling noise; a sample's noise depends on this, the dataset's name and the sample's
-            place in it, not on the batch size.
+        seed: of the sampling noise; a sample's noise depends on this, on which of `data` its dataset is, and
+            on its place in it: not on the batch size, nor on how a path is spelt.
         num_samples: draws per observation. Errors are those of the first, which stays the same whatever this
             is; spread and best-of-k are over all of them and need two or more. A head that does not sample gives one.
 
@@ -85,7 +85,7 @@ def evaluate_offline(
         seen, drawn = [], []
         for batch in tqdm(batches, desc=name, unit="batch", disable=None):
             rows = dataset.store.episode_starts[batch["episode_index"].numpy()] + batch["frame_index"].numpy()
-            seeds = [[_noise_seed(seed, name, int(row), draw) for row in rows] for draw in range(num_samples)]
+            seeds = [[_noise_seed(seed, number, int(row), draw) for row in rows] for draw in range(num_samples)]
             started = time.perf_counter()
             predicted = predictor.predict_draws(batch, seeds)
             seconds += time.perf_counter() - started
@@ -129,7 +129,7 @@ def evaluate_offline(
     return result, predictions
 
 
-def _noise_seed(seed: int, dataset: str, row: int, draw: int) -> int:
+def _noise_seed(seed: int, dataset: int, row: int, draw: int) -> int:
     """The seed of one draw for one sample; that of the first draw does not depend on how many follow."""
     return derive_seed("offline", seed, dataset, row, *([draw] if draw else []))
 

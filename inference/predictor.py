@@ -7,6 +7,7 @@ batches, and through the model that the checkpoint describes: there is no second
 from __future__ import annotations
 
 import logging
+import numbers
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,8 @@ from utils.config_utils import Config, MixtureEntry, config_from_dict
 from utils.misc import pick_device
 
 logger = logging.getLogger(__name__)
+
+STATE_MARGIN = 0.25  # a state may leave the training range by this share of it before the policy warns
 
 
 class VLAPredictor:
@@ -201,8 +204,9 @@ class VLAPredictor:
 
         Args:
             images_1: the first camera, one frame or several (oldest first, the current one last, at most max_seq_len).
-                A frame is encoded JPEG or PNG bytes, a path, a PIL image, or a uint8 RGB array (H, W, 3) of
-                any size.
+                Of more frames than that the newest are used, with one warning. A frame is an encoded JPEG or PNG
+                (bytes, BytesIO, a path), a PIL image, or an RGB array or torch tensor (H, W, 3) or (3, H, W) of any
+                size: uint8, or floats from 0 to 1.
             images_2: its second camera, as many frames. A policy trained with two cameras masks it when None, as it
                 does with data that lack it, and warns once; a policy trained with one camera ignores it.
             images: instead of the two, frames by the names in `cameras`; those that are left out are masked.
@@ -219,12 +223,12 @@ class VLAPredictor:
 
         Raises:
             ObservationError: missing camera, unreadable frame, empty prompt, state of another width or not
-                finite, too many frames.
+                finite, a seed that is no whole number from 0 to 2**63 - 1, fewer than one sampling step.
         """
         batch = self.observe(images_1, images_2, prompt=prompt, state=state, images=images)
         if noise is not None:
             batch["noise"] = self._checked_noise(noise, seed)[None, None]
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else int(seed)
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         return self.predict_draws(batch, [[seed]], num_inference_steps, prefix)[0, 0]
 
     def predict_batch(
@@ -244,6 +248,9 @@ class VLAPredictor:
 
         Returns:
             float32 (B, horizon, per_action_dim), physical units.
+
+        Raises:
+            ObservationError: an empty batch, or not one valid seed per sample.
         """
         return self.predict_draws(batch, [seeds], num_inference_steps, prefix)[0]
 
@@ -262,8 +269,14 @@ class VLAPredictor:
 
         Returns:
             float32 (draws, B, horizon, per_action_dim), physical units.
+
+        Raises:
+            ObservationError: as `predict_batch` does.
         """
+        seeds = [_checked_seeds(seeds_B, len(batch["state"])) for seeds_B in seeds]
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise ObservationError(f"num_inference_steps is {steps}; give 1 or more")
         if "noise" not in batch:
             noise = self.model.draw_noise(seeds, steps)
             batch = batch if noise is None else {**batch, "noise": noise}
@@ -291,12 +304,28 @@ class VLAPredictor:
         prompt: str,
         state: Sequence[float] | np.ndarray | None = None,
         images: Mapping[str, Frame | Sequence[Frame] | None] | None = None,
+        warnings: dict[str, str] | None = None,
     ) -> Sample:
-        """The sample that `observe` makes a batch of; `collate_fn` joins several for `predict_batch`."""
+        """The sample that `observe` makes a batch of; `collate_fn` joins several for `predict_batch`.
+
+        Args:
+            images_1, images_2, prompt, state, images: as `predict` takes them.
+            warnings: takes what speaks against the observation (kind -> text). None: it is logged, once a kind.
+        """
+        told = {} if warnings is None else warnings
+        frames = self._frames_by_camera(images_1, images_2, images, told)
+        values = self._checked_state(state)
+        if (outside := self._outside_training(values)) is not None:
+            told["state"] = outside
+        padded = np.pad(values, (0, self.config.data.state_dim - self.state_dim))
+        if (cut := self.prompt_tokenizer.cut(prompt, padded, self.dataset_index)) is not None:
+            told["prompt"] = cut
+        if warnings is None:
+            self._log_once(told)
         return build_observation(
-            self._frames_by_camera(images_1, images_2, images),
+            frames,
             prompt,
-            np.pad(self._checked_state(state), (0, self.config.data.state_dim - self.state_dim)),
+            padded,
             cameras=self.cameras,
             max_seq_len=self.max_seq_len,
             image_processor=self.image_processor,
@@ -309,24 +338,31 @@ class VLAPredictor:
         images_1: Frame | Sequence[Frame] | None,
         images_2: Frame | Sequence[Frame] | None,
         images: Mapping[str, Frame | Sequence[Frame] | None] | None,
+        told: dict[str, str],
     ) -> dict[str, list[Frame] | None]:
-        """Per camera of the policy its frames, None where it is absent."""
+        """Per camera of the policy its frames, None where it is absent; what is not used goes into `told`."""
         if images is None:
             first, second = self.cameras[0], "image_2" if len(self.cameras) == 1 else self.cameras[1]
             if images_1 is None:
                 raise ObservationError(f"{first} is missing; every policy needs it")
             if images_2 is not None and len(self.cameras) == 1:
-                self._warn_once(f"this policy was trained on {first} alone: {second} is ignored")
+                told[f"unread {second}"] = f"this policy was trained on {first} alone: {second} is ignored"
             images = {first: images_1, **({second: images_2} if len(self.cameras) > 1 else {})}
         elif images_1 is not None or images_2 is not None:
             raise ObservationError("images and images_1 or images_2 both give frames; give one of them")
         unknown = [name for name in images if name not in self.cameras]
         if unknown:
             raise ObservationError(f"this policy has no camera {unknown[0]!r}; it reads {', '.join(self.cameras)}")
-        for camera in self.cameras:
-            if images.get(camera) is None:
-                self._warn_once(f"this policy was trained with {camera}, which is missing: its slot is masked")
-        return {camera: _frames(images.get(camera)) for camera in self.cameras}
+        found = {camera: _frames(images.get(camera)) for camera in self.cameras}
+        for camera, frames in found.items():
+            if frames is None:
+                text = f"this policy was trained with {camera}, which is missing: its slot is masked"
+                told[f"masked {camera}"] = text
+            elif len(frames) > self.max_seq_len:
+                text = f"{camera}: {len(frames)} frames, of which the policy takes max_seq_len {self.max_seq_len}"
+                told["older frames"] = f"{text}: the newest (last) are used"
+                found[camera] = frames[-self.max_seq_len :]
+        return found
 
     def _checked_noise(self, noise: np.ndarray, seed: int | None) -> torch.Tensor:
         if seed is not None:
@@ -402,18 +438,53 @@ class VLAPredictor:
             raise ObservationError(f"state[{index}] is {values[index]}; every value must be a finite number")
         return values
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning(message)
+    def _outside_training(self, state_S: np.ndarray) -> str | None:
+        """Which value of a state is far from all that the policy was trained on; None: none is, or it takes no state.
+
+        Far is by more than STATE_MARGIN of the dimension's range, or, where that hardly varied, of the widest one's.
+        """
+        if not self.config.model.action_head_config.use_state_input:
+            return None
+        statistics = self.model.statistics[self.dataset_index]["state"]
+        low_S, high_S = (np.array(statistics[name][: self.state_dim], np.float64) for name in ("min", "max"))
+        range_S = high_S - low_S
+        margin_S = STATE_MARGIN * np.maximum(range_S, STATE_MARGIN * range_S.max()) + 1e-6
+        excess_S = np.maximum(low_S - state_S, state_S - high_S) / margin_S
+        worst = int(excess_S.argmax())
+        if excess_S[worst] <= 1:
+            return None
+        others = int((excess_S > 1).sum()) - 1
+        return (
+            f"state[{worst}] is {state_S[worst]:g}, in training it was {low_S[worst]:g} to {high_S[worst]:g}"
+            f"{f' ({others} more dimensions are outside as well)' if others else ''}: check the units (metres, "
+            "radians), the order and the zero of what the robot sends"
+        )
+
+    def _log_once(self, warnings: dict[str, str]) -> None:
+        for kind, text in warnings.items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                logger.warning("%s", text)
 
 
 def _frames(images: Frame | Sequence[Frame] | None) -> list[Frame] | None:
     """One frame or several as a list of frames."""
     if images is None:
         return None
-    several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
+    several = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4)
     return list(images) if several else [images]
+
+
+def _checked_seeds(seeds_B: Sequence[int], batch_size: int) -> list[int]:
+    """One seed for each sample of a batch, as integers."""
+    if batch_size == 0:
+        raise ObservationError("an empty batch: there is no sample to predict for; give one or more")
+    if len(seeds_B) != batch_size:
+        raise ObservationError(f"{len(seeds_B)} seeds for a batch of {batch_size} samples; give one for each")
+    for seed in seeds_B:
+        if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise ObservationError(f"seed is {seed!r}; wanted a whole number, 0 or more and below 2**63")
+    return [int(seed) for seed in seeds_B]
 
 
 def _choose_dataset(config: Config, name: str | None) -> tuple[int, MixtureEntry]:

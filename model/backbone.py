@@ -114,6 +114,11 @@ class Backbone(nn.Module, ABC):
         The pretrained ones are called `vision tower`, `projector` and `language model`.
         """
 
+    def see_through(self, cameras: Sequence[str]) -> list[str]:
+        """Read other cameras from now on; in words what became of weights that belong to a camera."""
+        self.cameras = tuple(cameras)
+        return []
+
     def adapt(self, vlm_config: VLMConfig) -> None:
         """Freeze, quantize and add LoRA to the pretrained parts, as the config asks; see `model.adapters.adapt`."""
         parts = self.components()

@@ -193,18 +193,20 @@ DATA_OF_ONE_ROBOT = (
 DATA_AS_SEEN = ("image_fit", "prompt_format")
 
 
-def require_same_architecture(saved: dict[str, Any], config: Config, path: str) -> None:
+def require_same_architecture(saved: dict[str, Any], config: Config, path: str, *, backbone_only: bool = False) -> None:
     """Raise a ConfigError that lists how the config's architecture differs from a checkpoint's.
 
     Args:
         saved: the checkpoint's resolved config.
         config: what the run asks for.
         path: the checkpoint, for the message.
+        backbone_only: the action head, the robot's cameras, and how its numbers are normalized may be others.
     """
     old = config_from_dict(saved, source=path)
-    any_robot = config.model.action_head_config.type == "action_expert"
+    any_robot = backbone_only or config.model.action_head_config.type == "action_expert"
     differences = []
-    for section in ("vlm_config", "vision_resampler_config", "action_head_config"):
+    sections = ["vlm_config", "vision_resampler_config"] + ([] if backbone_only else ["action_head_config"])
+    for section in sections:
         before, now = _settings(getattr(old.model, section)), _settings(getattr(config.model, section))
         differences += [
             f"model.{section}.{key}: checkpoint {before.get(key)!r}, config {now.get(key)!r}"
@@ -213,13 +215,14 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str) 
             and before.get(key) != now.get(key)
             and not _may_be_added(key, saved)
             and not (key in HEAD_OF_ANY_ROBOT and any_robot)
+            and not (key == "use_aux_camera" and backbone_only)
         ]
     for key in (*(() if any_robot else DATA_OF_ONE_ROBOT), *DATA_AS_SEEN):
         before, now = getattr(old.data, key), getattr(config.data, key)
         if before != now:
             differences.append(f"data.{key}: checkpoint {before!r}, config {now!r}")
     if differences:
-        remedy = "make them agree"
+        remedy = "make them agree" + ("" if backbone_only else ", or take what fits with --init_parts auto (backbone)")
         if not is_plain(saved):
             remedy += ", or turn it into a plain checkpoint first: python scripts/merge_lora.py --checkpoint_path"
         raise ConfigError(f"{path}: a checkpoint of another architecture: {'; '.join(differences)}; {remedy}")

@@ -74,6 +74,7 @@ def load_weights(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # so that they are reported below
             output_loading_info=True,
+            trust_remote_code=False,
             **options,
         )
     except (OSError, SafetensorError) as error:

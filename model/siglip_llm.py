@@ -138,7 +138,9 @@ class SiglipLLM(Backbone):
         attention = attention_of(language_config, vlm_config.attn_implementation)
         with no_init_weights():  # random numbers that the state dict would overwrite
             vision_tower = SiglipVisionModel._from_config(vision_config, attn_implementation="sdpa")
-            language_model = AutoModel.from_config(language_config, attn_implementation=attention)
+            language_model = AutoModel.from_config(
+                language_config, attn_implementation=attention, trust_remote_code=False
+            )
         return cls(vision_tower, language_model, vlm_config, cameras, image_mean, image_std)
 
     @staticmethod
@@ -159,6 +161,14 @@ class SiglipLLM(Backbone):
     def components(self) -> dict[str, nn.Module]:
         """See `Backbone.components`."""
         return {"vision tower": self.vision_tower, "language model": self.language_model, "fusion": self.fusion}
+
+    def see_through(self, cameras: Sequence[str]) -> list[str]:
+        old_VD = self.fusion.camera_VD.detach()
+        kept = min(len(old_VD), len(cameras))
+        marks_VD = torch.randn(len(cameras), old_VD.shape[1]) * 0.5  # as PerceiverFusion makes them
+        marks_VD[:kept] = old_VD[:kept]
+        self.fusion.camera_VD = nn.Parameter(marks_VD, requires_grad=self.fusion.camera_VD.requires_grad)
+        return [*super().see_through(cameras), f"fusion.camera_VD {tuple(old_VD.shape)} -> {tuple(marks_VD.shape)}"]
 
     @property
     def spec(self) -> ContextSpec:

@@ -41,6 +41,8 @@ def test_reports_and_leaves_nothing_behind(config_path, capsys):
         "warning: lr_scheduler.warmup_steps 50 take 50 of the run's 8 steps: the learning rate never reaches its peak",
         "one step: loss ",
         "measured peak: only on a GPU",
+        "h for all of them, without loading, validation and saving",
+        "GB; 2 of 2 are kept (training.keep_last_k 3): ",
     ):
         assert expected in output
     assert not (config_path.parent / "experiments").exists()

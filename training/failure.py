@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,14 @@ class FailedStep:
             path = folder / f"step_{self.step}_rank_{rank}.pt"
             dumps = [dump_batches(path, self.step, self.batches, self.losses)]
         return NonFiniteLossError(failure_message(self.step, self.loss, self.grad_norm, guilty, gather_lists(dumps)))
+
+
+def next_batches(batches: Iterator[Batch], count: int) -> list[Batch] | Exception:
+    """So many batches, or the error that came instead: the other ranks must hear of it before this one ends."""
+    try:
+        return [next(batches) for _ in range(count)]
+    except (ValueError, OSError) as error:
+        return error
 
 
 def guilty_samples(dataset: Any, batches: list[Batch], losses: list[Tensor]) -> list[str]:

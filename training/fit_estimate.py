@@ -98,6 +98,15 @@ def expected_memory(policy: VLAModel, config: Config, world_size: int = 1) -> di
     return memory | activation_bytes(policy, config, micro_batch_size(config, world_size))
 
 
+def checkpoint_bytes(policy: VLAModel, config: Config) -> float:
+    """Bytes of a checkpoint: weights (without the frozen ones where they are left out), moments and averages."""
+    parameters = list(policy.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    saved = trained if config.training.save_adapters_only and policy.base is not None else parameters
+    average = 0 if config.training.ema_decay is None else sum(4 * p.numel() for p in trained)
+    return sum(map(_stored_bytes, saved)) + sum(_moment_bytes(p, config.optimizer.type) for p in trained) + average
+
+
 def activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -> dict[str, float]:
     """Bytes that autograd keeps between forward and backward pass, per component.
 

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from training.failure import NonFiniteLossError
+from training.stopping import STOP_SIGNALS
 from utils.config_utils import ConfigError
 from utils.misc import pick_device, user_message
 
@@ -74,8 +75,8 @@ def training_place(timeout_s: float) -> Iterator[Place]:
 def launch(command: list[str], nproc: int | None, grace_s: float = GRACE_S) -> int:
     """Run `command` as `nproc` ranks of this machine and wait for them.
 
-    SIGTERM and SIGINT are passed on, and the ranks get all the time that they need to save and stop. If this process is
-    killed, the ranks end as well.
+    SIGTERM, SIGINT and SIGHUP are passed on, and the ranks get all the time that they need to save and stop. If this
+    process is killed, the ranks end as well.
 
     Args:
         command: of each rank; it finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment.
@@ -206,7 +207,7 @@ def _die_with_launcher() -> None:
 
 @contextlib.contextmanager
 def _pass_on_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Send SIGTERM and SIGINT on to the ranks; gives the growing list of the signals received."""
+    """Send the signals that ask for a stop on to the ranks; gives the growing list of the signals received."""
     received: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
@@ -214,7 +215,7 @@ def _pass_on_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]
         for rank in ranks:
             rank.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         yield received
     finally:

@@ -36,6 +36,24 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=devices == {"cuda"})
 
 
+def what_trains(model: VLAModel) -> str:
+    """For each part of a policy whether it trains whole, through adapters alone, in part, or not."""
+    told = []
+    for part, module in model.components().items():
+        names = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        trained = [name for name, trains in names.items() if trains]
+        if not names:
+            continue
+        if len(trained) == len(names):
+            state = "whole"
+        elif not trained:
+            state = "frozen"
+        else:
+            state = "adapters alone" if all(".lora_" in name for name in trained) else "in part"
+        told.append(f"{part} {state}")
+    return ", ".join(told)
+
+
 def parameter_groups(model: VLAModel, config: OptimizerConfig) -> list[dict]:
     """The parameters that train, as torch's parameter groups.
 

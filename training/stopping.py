@@ -17,6 +17,7 @@ from utils.metrics import ACCURACIES, METRICS
 
 logger = logging.getLogger(__name__)
 
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 # Validation metric -> whether higher is better. Smoothness and spread are left out: no direction of them is better.
 HIGHER_IS_BETTER = {"val_loss": False, "val_action_mse": False, "val_action_mae": False}
 HIGHER_IS_BETTER |= {f"val/{name}": name in ACCURACIES for name in METRICS if not name.startswith(("smooth", "spread"))}
@@ -39,7 +40,9 @@ def require_defined(metric: str, config: Config, *, samples: bool) -> None:
 
 
 class StopRequest:
-    """As a context: SIGTERM and SIGINT ask for a clean stop instead of ending the process.
+    """As a context: SIGTERM, SIGINT and SIGHUP ask for a clean stop instead of ending the process.
+
+    SIGHUP comes when a terminal goes away; where it is ignored (nohup), it stays so.
 
     A second signal ends the process at once, unless it follows within `FORWARDED_S` seconds: then it is taken for the
     first one, which a launcher passed on although the process had received it itself.
@@ -67,8 +70,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
+            for number in STOP_SIGNALS:
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

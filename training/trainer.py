@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from model.vla_model import VLAModel
 from training.ema import WeightAverage
-from training.failure import FailedStep, NonFiniteLossError
-from training.optimizer import build_optimizer
+from training.failure import FailedStep, NonFiniteLossError, next_batches
+from training.optimizer import build_optimizer, what_trains
 from training.run_log import LogWindow, RunLog
 from training.schedule import RunLength, learning_rate, schedule_warnings
 from training.state import TrainState, checkpoint_of, continue_from
@@ -32,7 +32,8 @@ from training.validation import ValidationStopped, validate
 from utils.batch import Batch, steps_with_loss, to_device
 from utils.checkpoint import link_checkpoint, prune_checkpoints, save_checkpoint
 from utils.config_utils import Config, ConfigError
-from utils.misc import count_parameters, derive_seed, remove_leftovers
+from utils.misc import count_parameters, derive_seed, remove_leftovers, user_message
+from utils.parquet_utils import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class VLATrainer:
         )
         self.length = RunLength.from_config(config, train_loader.batch_sampler.num_samples)
         self.saved_step = 0  # the step of the newest checkpoint of this run
+        self.spared: list[Path] = []  # checkpoints that `keep_last_k` does not count
         self.stop = StopRequest(training.max_hours)
         self.stopping = False  # whether any rank was asked to stop: the same on all of them
         self.run_log = RunLog(config, is_main=self.rank == 0, rank=self.rank)
@@ -124,7 +126,7 @@ class VLATrainer:
                 self.finish_step(resumed=True)
             window.restart_clock()
             while self.step < total_steps and not self.stopping and not self.state.best.exhausted:
-                micro_batches = [next(batches) for _ in range(training.gradient_accumulation_steps)]
+                micro_batches = next_batches(batches, training.gradient_accumulation_steps)
                 window.waited()
                 window.add(self.train_step(micro_batches))
                 self.run_log.samples(self.step, micro_batches)
@@ -138,8 +140,8 @@ class VLATrainer:
         self._announce_end()
         self.run_log.finish()
 
-    def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """One optimizer update.
+    def train_step(self, micro_batches: list[Batch] | Exception) -> dict[str, float]:
+        """One optimizer update; on batches, or on the error that came instead of them.
 
         The loss is the sum over valid action steps of all micro-batches and ranks, divided by their number.
 
@@ -148,12 +150,16 @@ class VLATrainer:
 
         Raises:
             NonFiniteLossError: before the optimizer is stepped, naming the samples.
+            DataError: some rank has an error instead of batches; every rank saves before it raises this.
         """
         state, config = self.state, self.config
         self.model.train()
-        valid = sum(steps_with_loss(batch, config).sum() for batch in micro_batches)
-        stop = torch.tensor(self.stop.reason is not None)
-        valid, stop = self.reduce_sum(torch.stack([valid, stop.to(valid)]).to(self.device))
+        failed = isinstance(micro_batches, Exception)
+        valid = 0 if failed else sum(int(steps_with_loss(batch, config).sum()) for batch in micro_batches)
+        flags = torch.tensor([valid, self.stop.reason is not None, failed])
+        valid, stop, failures = self.reduce_sum(flags.to(self.device))
+        if failures:
+            self._end_without_batches([user_message(micro_batches)] if failed else [])
         lr = learning_rate(
             self.step, config.optimizer.lr, config.lr_scheduler, self.length.total_steps, self.length.epoch_steps
         )
@@ -275,7 +281,7 @@ class VLATrainer:
             logger.info("saved %s", path)
             self.run_log.checkpoint(path, self.step)
             if training.keep_last_k is not None:
-                prune_checkpoints(self.checkpoints, training.keep_last_k, training.experiment_name)
+                prune_checkpoints(self.checkpoints, training.keep_last_k, training.experiment_name, self.spared)
         self.saved_step = self.step
         return path
 
@@ -287,6 +293,8 @@ class VLATrainer:
         """
         continue_from(self.state, checkpoint, path, self.config, self.length, self.own_part)
         self.saved_step = self.step
+        if checkpoint["config"]["training"]["keep_last_k"] is None:  # that run kept them all
+            self.spared = list(self.checkpoints.glob("checkpoint_*"))
 
     # Hooks: what a trainer of several processes overrides. Every rank must call a collective, at the same moment.
 
@@ -338,9 +346,15 @@ class VLATrainer:
                 raise ValidationStopped
             yield batch
 
+    def _end_without_batches(self, faults: list[str]) -> NoReturn:
+        """Save what was trained, then raise what some ranks have instead of batches. A collective."""
+        if self.saved_step < self.step:
+            self.save(f"checkpoint_step_{self.step}.pth.tar")
+        raise DataError(f"{'; '.join(self.gather_lists(faults))} (step {self.saved_step} is saved)")
+
     def _announce(self) -> None:
         length, (total, trained) = self.length, count_parameters(self.policy)
-        logger.info("%s parameters, %s train", f"{total:,}", f"{trained:,}")
+        logger.info("%s parameters, %s train: %s", f"{total:,}", f"{trained:,}", what_trains(self.policy))
         span = f"steps {self.step} to {length.total_steps}"
         logger.info("%s, %d samples, %.1f steps per epoch", span, length.num_samples, length.epoch_steps)
         schedule = self.config.optimizer.lr, self.config.lr_scheduler, length.total_steps, length.epoch_steps

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,18 +194,25 @@ def verify_checkpoint(path: str | Path) -> None:
 def newest_checkpoint(folder: str | Path, experiment_name: str) -> Path | None:
     """The checkpoint of an experiment of the highest step that is whole; None where there is none at all.
 
-    Unreadable files, and those of another experiment, are named in a warning and passed over.
+    Unreadable files, and those of another experiment, are named in a warning and passed over. Where all are of one
+    other experiment, the folder was renamed, and they are its own.
 
     Raises:
         CheckpointError: there are checkpoints, and none is readable: starting anew would bury them.
     """
-    found, unreadable = [], []
+    found: dict[str, list[tuple[tuple[int, float], Path]]] = {}
+    unreadable = []
     for path in sorted(Path(folder).glob(f"*{SUFFIX}")):
         try:
-            found.append((progress(path, experiment_name), path))
+            name, progress = _progress(path)
+            found.setdefault(name, []).append((progress, path))
         except CheckpointError as error:
             unreadable.append(error)
-    for _, path in sorted(found, reverse=True):
+    if experiment_name not in found and len(found) == 1:
+        experiment_name = next(iter(found))
+    own = found.pop(experiment_name, [])
+    unreadable += [_stranger(path, name, experiment_name) for name, files in found.items() for _, path in files]
+    for _, path in sorted(own, reverse=True):
         try:
             archive = _open(path)
             with _as_checkpoint_error(path):
@@ -225,13 +232,13 @@ def newest_checkpoint(folder: str | Path, experiment_name: str) -> Path | None:
     return None
 
 
-def progress(path: Path, experiment_name: str) -> tuple[int, float]:
-    """How far a checkpoint of an experiment is: its step, and among equal ones when it was written.
+def _progress(path: Path) -> tuple[str, tuple[int, float]]:
+    """A checkpoint's experiment, and how far it is: its step, and among equal ones when it was written.
 
     The step comes first because clocks go wrong: one that is set back would make every later checkpoint an old one.
 
     Raises:
-        CheckpointError: unreadable, or of another experiment.
+        CheckpointError: unreadable.
     """
     checkpoint = _open(path).value
     if not isinstance(checkpoint, dict) or not {"step", "saved_at", "config"} <= checkpoint.keys():
@@ -241,20 +248,32 @@ def progress(path: Path, experiment_name: str) -> tuple[int, float]:
             check_shards(checkpoint, path)
     training = checkpoint["config"].get("training") if isinstance(checkpoint["config"], dict) else None
     name = training.get("experiment_name") if isinstance(training, dict) else None
-    if name != experiment_name:
-        raise CheckpointError(f"{path}: belongs to the experiment {_quoted(name)}, not to {experiment_name!r}")
     step, saved_at = checkpoint["step"], checkpoint["saved_at"]
-    if type(step) is not int or not isinstance(saved_at, int | float):
-        raise CheckpointError(f"{path}: step {_quoted(step)} saved at {_quoted(saved_at)}; it is not of this program")
-    return step, saved_at
+    if not isinstance(name, str) or type(step) is not int or not isinstance(saved_at, int | float):
+        raise CheckpointError(
+            f"{path}: step {_quoted(step)} of {_quoted(name)} saved at {_quoted(saved_at)}; it is not of this program"
+        )
+    return name, (step, saved_at)
 
 
-def prune_checkpoints(folder: Path, keep: int, experiment_name: str) -> None:
-    """Remove all but the `keep` furthest `checkpoint_*` files of an experiment; the best model always stays."""
+def _stranger(path: Path, name: str, experiment_name: str) -> CheckpointError:
+    return CheckpointError(f"{path}: belongs to the experiment {_quoted(name)}, not to {experiment_name!r}")
+
+
+def prune_checkpoints(folder: Path, keep: int, experiment_name: str, spared: Collection[Path] = frozenset()) -> None:
+    """Remove all but the `keep` furthest `checkpoint_*` files of an experiment; the best model always stays.
+
+    Args:
+        folder, keep, experiment_name: where, how many, and whose.
+        spared: files that stay and are not counted.
+    """
     written = []
-    for path in folder.glob(f"checkpoint_*{SUFFIX}"):
+    for path in set(folder.glob(f"checkpoint_*{SUFFIX}")) - set(spared):
         try:
-            written.append((progress(path, experiment_name), path))
+            name, progress = _progress(path)
+            if name != experiment_name:
+                raise _stranger(path, name, experiment_name)
+            written.append((progress, path))
         except CheckpointError as error:
             logger.warning("not counted by training.keep_last_k: %s", error)
     for _, path in sorted(written, reverse=True)[keep:]:

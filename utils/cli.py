@@ -91,6 +91,13 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--init_checkpoint", help="start a new run from this checkpoint's weights alone")
     parser.add_argument(
+        "--init_parts",
+        choices=("all", "backbone", "auto"),
+        default="all",
+        help="with --init_checkpoint, for another robot or head: the backbone alone, or all that fits (auto); the log "
+        "lists what was taken, widened and made new",
+    )
+    parser.add_argument(
         "--statistics",
         choices=("own", "pretrained"),
         help="with --init_checkpoint: normalize by the statistics of the new data (own, as without this flag) or by "
@@ -121,6 +128,8 @@ def config_from_args(args: argparse.Namespace) -> Config:
     """
     if args.resume_checkpoint and args.init_checkpoint:
         raise ConfigError("--resume_checkpoint and --init_checkpoint exclude each other; give one of them")
+    if args.init_parts != "all" and not args.init_checkpoint:
+        raise ConfigError("--init_parts says what to take from an --init_checkpoint; give both or neither")
     if args.statistics and not args.init_checkpoint:
         raise ConfigError("--statistics says what a run from an --init_checkpoint normalizes by; give both or neither")
     if args.model_name_or_path and args.model_path_override not in (None, args.model_name_or_path):

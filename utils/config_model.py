@@ -34,14 +34,18 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters around linear layers of frozen pretrained parts; the adapters train, and the head."""
+    """Low-rank adapters around linear layers of frozen pretrained parts.
+
+    The adapters train, and whatever is not frozen: action head, resampler, projector (unless `freeze_projector`), and
+    a tower that is not adapted (unless `freeze_vision_tower` or `freeze_language_model`), whole.
+    """
 
     rank: int = 16  # columns of the one and rows of the other matrix
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
     dropout: float = free(0.0)  # of the adapter's input, in training
     targets: tuple[str, ...] = ()  # last part of the layers' names, as in [q_proj, v_proj]; empty: every linear layer
     language: bool = True  # adapt (and freeze) the language model
-    vision: bool = False  # adapt (and freeze) the vision tower
+    vision: bool = False  # adapt (and freeze) the vision tower; false: it trains whole, or see freeze_vision_tower
 
     def __post_init__(self) -> None:
         place = "model.vlm_config.lora"

@@ -25,9 +25,9 @@ class TrainingConfig:
     max_hours: float | None = None  # wall-clock hours of one start; then it saves and exits, to be resumed
     save_every_n_epochs: int = 1
     save_every_n_steps: int | None = None  # optimizer steps between checkpoints within epochs; None: none
-    keep_last_k: int | None = None  # keep this many checkpoint_* files, besides model_best; None: all
+    keep_last_k: int | None = 3  # keep this many checkpoint_* files, besides model_best; None: all
     val_every_n_epochs: int = 1
-    val_max_batches: int | None = None  # batches of data.batch_size at most; None: the whole validation set
+    val_max_batches: int | None = None  # batches of data.batch_size, of samples spread over the set; None: all
     val_num_samples: int = 1  # draws per held-out sample; 2 or more add spread and best-of-k of heads that sample
     val_num_plots: int = 4  # held-out samples whose predictions are drawn at every validation; 0: none
     save_adapters_only: bool = False  # leave frozen weights out of checkpoints: they are read from the backbone again

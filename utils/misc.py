@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,22 @@ class _Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def end_in_log_file() -> Iterator[None]:
+    """Write the error that ends the program to the log file too; where the terminal is gone, it is all that is left."""
+    try:
+        yield
+    except BaseException as error:
+        text = f"ended by {type(error).__name__}: {user_message(error)}"
+        if not isinstance(error, ValueError | OSError | KeyboardInterrupt):
+            text += "\n" + "".join(traceback.format_exception(error)).rstrip()
+        record = logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, None, None)
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
+        raise
 
 
 @contextlib.contextmanager

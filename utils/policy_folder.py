@@ -4,7 +4,6 @@ layout (config.json, assets/*/norm_stats.json). What they say, read into one for
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from utils.foreign_files import parse_json
 
 WEIGHTS = "model.safetensors"
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -93,7 +94,7 @@ def is_policy_folder(folder: str | Path) -> bool:
     if not (folder / WEIGHTS).is_file() or not (folder / "config.json").is_file():
         return False
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_bytes())
     except ValueError:
         return False
     return isinstance(config, dict) and (config.get("type") in ("pi0", "pi05") or "action_horizon" in config)
@@ -250,7 +251,7 @@ def read_norm_stats(path: str | Path) -> Statistics:
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise PolicyFolderError(f"{path}: {error.strerror or error}; {remedy}") from None
     except ValueError as error:

@@ -9,7 +9,6 @@ needs, and what else is there tells where the numbers come from. `data/statistic
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from utils.config_utils import Config, DataConfig, MixtureEntry
+from utils.foreign_files import ForeignFileError, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,9 @@ def load_statistics(path: str | None, config: Config, config_path: str) -> list[
         raise StatisticsError(f"data.normalization_stats_path: {path} does not exist; make it with: {command}")
     remedy = f"make it again with: {command}"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StatisticsError(
-            f"data.normalization_stats_path: {path} can't be read ({error.strerror}); make it with: {command}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise StatisticsError(f"{path}: not valid JSON in UTF-8 ({error}); {remedy}") from None
+        content = read_json(Path(path))
+    except ForeignFileError as error:
+        raise StatisticsError(f"{error}; {remedy}") from None
     if not isinstance(content, dict) or not isinstance(content.get("datasets"), dict):
         raise StatisticsError(f"{path}: no section 'datasets'; {remedy}")
     _check_settings(content, config, path, command)

@@ -24,6 +24,7 @@ from websockets.asyncio.server import Request, ServerConnection
 from websockets.frames import DATA_OPCODES, Frame
 
 from inference.serving.metrics import LimitedLog
+from inference.serving.requests import History
 from utils.config_utils import ServingConfig
 from utils.text import printable
 
@@ -58,7 +59,8 @@ class Connection(ServerConnection):
         held: bytes of its messages that are incomplete, wait, or are being answered.
         waiting_since: since when the server waits for its next message (loop time); None while one is answered.
         answered: how many of its requests got actions.
-        unread_keys: names of keys that nothing reads, as far as the log has named them for this client.
+        told: what the log has said of this client's requests already: kinds of warnings, keys that nothing reads.
+        history: the frames of its last requests.
     """
 
     def __init__(self, room: Room, *args: Any, **options: Any) -> None:
@@ -66,7 +68,8 @@ class Connection(ServerConnection):
         self.room, self.has_place, self.dropped = room, False, False
         self.held, self.answered = 0, 0
         self.waiting_since: float | None = None
-        self.unread_keys: set[str] = set()
+        self.told: set[str] = set()
+        self.history = History()
         self._partial = self._message = 0  # bytes of a frame, and of the frames of a message, that is not whole yet
         self._whole: deque[int] = deque()  # bytes of the messages that wait or are being answered
         self._began: float | None = None  # when the first byte of an incomplete message came

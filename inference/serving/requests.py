@@ -35,6 +35,7 @@ class Request:
     Attributes:
         images: per camera its frames, None where it is absent.
         state: (state_dim,) or None.
+        reset: whether an episode begins, so that frames of earlier requests are forgotten.
         encoded_pixels: of all frames that have to be decoded.
         unread: names of keys that nothing reads, a few of them.
     """
@@ -43,8 +44,45 @@ class Request:
     state: np.ndarray | None
     images: dict[str, list[Frame] | None]
     seed: int
+    reset: bool
     encoded_pixels: int
     unread: list[str]
+
+
+class History:
+    """The frames of one connection's last requests, for a policy that sees several and a client that sends one.
+
+    They are kept as the model takes them: `max_seq_len - 1` of its input size for each camera.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, list[np.ndarray]] = {}
+        self._was_reset = False
+
+    def completed(
+        self, images: dict[str, list[np.ndarray]], reset: bool, warnings: dict[str, str]
+    ) -> dict[str, list[np.ndarray]]:
+        """A request's frames, per camera, after those of earlier requests.
+
+        A request with several frames brings its own history. One with other cameras than the last, or with `reset`,
+        begins a new one.
+        """
+        self._was_reset |= reset
+        if reset or list(self._kept) != list(images):
+            self._kept = {}
+        if not self._kept or any(len(frames) != 1 for frames in images.values()):
+            return images
+        if not self._was_reset:
+            warnings["history"] = (
+                "this policy sees several frames, one a control step, and the request has one: those of this "
+                "connection's last requests come before it; send 'reset': true with the first request of every "
+                "episode, or all frames, oldest first"
+            )
+        return {camera: [*self._kept[camera], *frames] for camera, frames in images.items()}
+
+    def keep(self, images: dict[str, list[np.ndarray]], number: int) -> None:
+        """Keep the newest frames of each camera for the next request; a number of 0 keeps none."""
+        self._kept = {camera: frames[-number:] for camera, frames in images.items()} if number else {}
 
 
 class RequestReader:
@@ -80,15 +118,20 @@ class RequestReader:
             state=self._state(take("state")),
             images=images,
             seed=self._seed(request.get("seed")),
+            reset=self._reset(request.get("reset")),
             encoded_pixels=self._check_pixels(images),
             unread=self._unread(request),
         )
 
-    def sample(self, request: Request, wanted: Callable[[], bool]) -> Sample | None:
+    def sample(
+        self, request: Request, history: History, warnings: dict[str, str], wanted: Callable[[], bool]
+    ) -> Sample | None:
         """Decode a request's frames and make the sample that the model takes.
 
         Args:
             request: as `read` gives it.
+            history: of the connection.
+            warnings: takes what speaks against the observation (kind -> text).
             wanted: asked before every frame whether somebody still waits for the answer.
 
         Returns:
@@ -97,20 +140,26 @@ class RequestReader:
         Raises:
             ObservationError: a frame that can't be decoded, or a state or prompt that the policy can't use.
         """
-        processor = self.predictor.image_processor
+        processor, max_seq_len = self.predictor.image_processor, self.predictor.max_seq_len
         images: dict[str, list[np.ndarray] | None] = {}
         for camera, frames in request.images.items():
             images[camera] = None if frames is None else []
-            for frame in frames or []:
+            for i, frame in enumerate(frames or []):
                 if not wanted():
                     return None
-                if isinstance(frame, bytes):
-                    encoded, frame = frame, np.empty((processor.height, processor.width, 3), np.uint8)
-                    processor.decode_into(encoded, frame)
+                is_used = len(frames) - i <= max_seq_len and camera in self.predictor.cameras
+                if is_used and (isinstance(frame, bytes) or max_seq_len > 1):
+                    given, frame = frame, np.empty((processor.height, processor.width, 3), processor.pixel_type)
+                    processor.decode_into(given, frame)
                 images[camera].append(frame)
-        return self.predictor.observation(
-            images["image_1"], images["image_2"], prompt=request.prompt, state=request.state
+        read = {camera: images[camera] for camera in self.predictor.cameras if images.get(camera) is not None}
+        read = history.completed(read, request.reset, warnings)
+        images |= read
+        sample = self.predictor.observation(
+            images["image_1"], images["image_2"], prompt=request.prompt, state=request.state, warnings=warnings
         )
+        history.keep(read, max_seq_len - 1)
+        return sample
 
     def _take(self, request: dict[Any, Any], name: str) -> Any:
         """A request's value under the configured key, or under the name that the batch contract uses."""
@@ -132,15 +181,19 @@ class RequestReader:
             raise RequestError(f"'seed' is {_quoted(seed)}; wanted a whole number, 0 or more and below 2**63")
         return int(seed)
 
+    def _reset(self, reset: Any) -> bool:
+        if reset is None or isinstance(reset, (bool, np.bool_)):
+            return bool(reset)
+        raise RequestError(f"'reset' is {_quoted(reset)}; wanted true at an episode's first request, else false")
+
     def _frames(self, value: Any, key: str) -> list[Frame] | None:
         """The frames of one camera, told apart by type and shape alone."""
         if value is None:
             return None
         several = isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 4)
-        number, limit = (len(value) if several else 1), self.predictor.max_seq_len
-        if not 1 <= number <= limit:
-            raise RequestError(f"{key!r}: {number} frames; wanted 1 to max_seq_len {limit}")
         frames = list(value) if several else [value]
+        if not frames:
+            raise RequestError(f"{key!r}: 0 frames; wanted 1 to max_seq_len {self.predictor.max_seq_len}")
         for frame in frames:
             if not isinstance(frame, (bytes, np.ndarray)):
                 kind = type(frame).__name__
@@ -183,7 +236,7 @@ class RequestReader:
         return value
 
     def _unread(self, request: dict[Any, Any]) -> list[str]:
-        known = {*self.config.keys, *self.config.keys.values(), "seed"}
+        known = {*self.config.keys, *self.config.keys.values(), "seed", "reset"}
         unread = (key for key in request if not (isinstance(key, str) and key in known))
         named = (printable(key[:MAX_QUOTED] if isinstance(key, (str, bytes)) else key, 60) for key in unread)
         return list(itertools.islice(named, MAX_UNREAD_KEYS))

@@ -1,8 +1,9 @@
 """A policy behind a websocket, in the protocol of openpi's client: safe to leave running beside a robot.
 
 On connection the server sends a dict that describes the policy. Then, for every observation dict, it answers with
-`{"actions": float32 (horizon, per_action_dim), "server_timing": {..}}`, or with a text that says what was wrong with
-the request; the connection stays usable. `GET /healthz` and `GET /metrics` (Prometheus) answer on the same port.
+`{"actions": float32 (horizon, per_action_dim), "server_timing": {..}}`, and `warnings`, a list of texts, where
+something speaks against the observation; or with a text that says what was wrong with the request. The connection stays
+usable. `GET /healthz` and `GET /metrics` (Prometheus) answer on the same port.
 
     clients ─► Room (who may) ─► RequestReader, threads ─► RequestBatcher ─► VLAPredictor, one thread ─► clients
 
@@ -40,6 +41,7 @@ _quiet.setLevel(logging.CRITICAL)
 
 GOING_AWAY, TRY_AGAIN = 1001, 1013
 MAX_TEXT = 500  # characters of a reply or a log line that quotes a request
+MAX_TOLD = 60  # different warnings that the log has of one client
 LIGHT_PIXELS = 4_000_000  # requests with more to decode wait for each other, in a thread of their own
 STOP_MARGIN_S = 5.0  # the server has stopped so long after `serving.timeout_s` at the latest
 CLOSE_S = 2.0  # for a client's own part in closing its connection
@@ -196,8 +198,10 @@ class PolicyServer:
         if error is None:
             seconds = time.perf_counter() - started
             connection.answered += 1
-            self.metrics.answered(seconds, work.result().batch_size)
-            return pack({"actions": work.result().actions, "server_timing": _timing(work.result(), seconds)})
+            self.metrics.answered(seconds, work.result()[0].batch_size)
+            prediction, warnings = work.result()
+            reply = {"actions": prediction.actions, "server_timing": _timing(prediction, seconds)}
+            return pack({**reply, "warnings": [printable(text, MAX_TEXT) for text in warnings]} if warnings else reply)
         if isinstance(error, BusyError):
             return self._refuse(str(error), "busy")
         if isinstance(error, (WireError, RequestError, ObservationError)):
@@ -208,31 +212,33 @@ class PolicyServer:
         reason = str(error if isinstance(error, PredictionError) else type(error).__name__).partition("\n")[0]
         return self._refuse(f"the prediction failed ({reason}); the server's log has the whole of it", "failed")
 
-    async def _predicted(self, message: bytes | str, connection: Connection) -> Prediction:
-        """Read a message and wait for its actions; whatever is wrong with it, or with them, is raised."""
-        wanted = True
+    async def _predicted(self, message: bytes | str, connection: Connection) -> tuple[Prediction, list[str]]:
+        """Read a message and wait for its actions, with what speaks against it; whatever is wrong with it is raised."""
+        wanted, warnings = True, {}
         try:
-            request, sample = await self._in(self._light, self._read, message, lambda: wanted)
-            for key in set(request.unread) - connection.unread_keys:
-                self.room.log.warning("requests carry keys that nothing reads: %s", key)
-                connection.unread_keys.add(key)
+            rest = connection.history, warnings, lambda: wanted
+            request, sample = await self._in(self._light, self._read, message, *rest)
             if sample is None:
-                sample = await self._in(self._heavy, self.reader.sample, request, lambda: wanted)
+                sample = await self._in(self._heavy, self.reader.sample, request, *rest)
+            warnings |= {key: f"requests carry keys that nothing reads: {key}" for key in request.unread}
+            for kind in list(warnings.keys() - connection.told)[: MAX_TOLD - len(connection.told)]:
+                self.room.log.warning("%s", printable(warnings[kind], MAX_TEXT))
+                connection.told.add(kind)
             prediction = await self.batcher.submit(sample, request.seed)
         finally:
             wanted = False
         if not np.isfinite(prediction.actions).all():
             raise RequestError("the policy predicted actions that are not finite; nothing was sent to the robot")
-        return prediction
+        return prediction, list(warnings.values())
 
     def _in(self, pool: Executor, work: Any, *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
-    def _read(self, message: bytes | str, wanted: Any) -> tuple[Any, Sample | None]:
-        """A request, and its sample unless there is much to decode."""
+    def _read(self, message: bytes | str, *rest: Any) -> tuple[Any, Sample | None]:
+        """A request, and its sample unless there is much to decode; `rest` is what `RequestReader.sample` takes."""
         request = self.reader.read(message)
         light = request.encoded_pixels <= LIGHT_PIXELS
-        return request, self.reader.sample(request, wanted) if light else None
+        return request, self.reader.sample(request, *rest) if light else None
 
     def _refuse(self, text: str, reason: str) -> str:
         self.metrics.refused(reason)

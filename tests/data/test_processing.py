@@ -185,8 +185,16 @@ def test_settings_round_trip_and_unsupported_ones_are_refused(processor):
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (np.zeros((4, 4, 3), np.float32), r"array is float32 \(4, 4, 3\); wanted uint8"),
-        (np.zeros((3, 4, 4), np.uint8), r"array is uint8 \(3, 4, 4\)"),
+        (np.full((4, 4, 3), 2, np.float32), "float32 with values from 2 to 2; floats are taken from 0 to 1: divide by"),
+        (np.full((4, 4, 3), -0.5), "float64 with values from -0.5 to -0.5; floats are taken from 0 to 1"),
+        (np.full((4, 4, 3), np.nan), "float64 with values from nan to nan; floats are taken from 0 to 1"),
+        (np.zeros((4, 4, 3), np.int64), r"array is int64 \(4, 4, 3\); wanted uint8 .* or floats from 0 to 1"),
+        (np.zeros((4, 4, 4), np.uint8), r"array is uint8 \(4, 4, 4\); wanted uint8 \(H, W, 3\)"),
+        (np.zeros((2, 3, 4, 3), np.uint8), r"array is uint8 \(2, 3, 4, 3\)"),
+        (np.zeros((4, 4), np.uint8), r"array is uint8 \(4, 4\)"),
+        (np.zeros(3, np.uint8), "3 bytes is no readable"),
+        ([[0, 0, 0]], "image is a list; wanted JPEG or PNG as bytes, a path"),
+        (7, "image is a int; wanted JPEG or PNG as bytes, a path"),
         (b"", "0 bytes is no readable"),
         ("/nothing.png", "/nothing.png is no readable file"),
     ],
@@ -205,3 +213,16 @@ def test_observation_needs_a_camera_and_equal_frame_counts(processor, tokenizer)
         build_observation({"image_1": [frame] * 2, "image_2": [frame]}, "go", np.zeros(4), **options)
     with pytest.raises(ObservationError, match="3 frames; wanted 1 to max_seq_len 2"):
         build_observation({"image_1": [frame] * 3}, "go", np.zeros(4), **options)
+
+
+def test_two_instructions_that_the_policy_can_t_tell_apart(tiny_paligemma_dir, caplog):
+    tokenizer = PromptTokenizer.from_pretrained(str(tiny_paligemma_dir), 6)
+    prompts = ["put the red cube into the left drawer", "put the red cube into the right drawer"]
+    for prompt in prompts:
+        assert "does not read its end" in tokenizer.cut(prompt)
+    assert tokenizer.merged(prompts) == tuple(prompts)
+    assert tokenizer.merged(prompts[:1] * 2) is None and tokenizer.cut("go") is None
+    assert PromptTokenizer.from_pretrained(str(tiny_paligemma_dir), 48).merged(prompts) is None
+    for prompt, found in ((None, "missing"), (["a"], "a list"), (b"a", "a bytes"), (3, "a int")):
+        with pytest.raises(ObservationError, match=f"prompt is {found}; wanted the instruction as text"):
+            tokenizer(prompt)

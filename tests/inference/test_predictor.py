@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -123,6 +125,10 @@ def test_image_forms_agree(predictor, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "frame.png")
     forms = [pixels, pixels[None], [pixels], Image.fromarray(pixels), tmp_path / "frame.png"]
     forms += [str(tmp_path / "frame.png"), (tmp_path / "frame.png").read_bytes()]
+    forms += [bytearray(forms[-1]), io.BytesIO(forms[-1]), np.frombuffer(forms[-1], np.uint8)]
+    tensor = torch.from_numpy(pixels)
+    forms += [tensor, tensor[None], tensor.permute(2, 0, 1), tensor.permute(2, 0, 1)[None], pixels.transpose(2, 0, 1)]
+    forms += [tensor.permute(2, 0, 1) / 255, tensor.double() / 255, (pixels / 255).astype(np.float32)]
     actions = [predictor.predict(form, prompt="press the button", state=STATE, seed=0) for form in forms]
     assert all(np.array_equal(action, actions[0]) for action in actions)
 
@@ -190,8 +196,56 @@ def test_missing_second_camera_is_masked_with_one_warning(two_cameras, caplog):
     ]
     with pytest.raises(ObservationError, match="image_2: 1 frames but image_1 has 2"):
         predictor.observe([frame(), frame()], [frame()], **args)
-    with pytest.raises(ObservationError, match="image_1: 3 frames; wanted 1 to max_seq_len 2"):
-        predictor.observe([frame()] * 3, [frame()] * 3, **args)
+
+
+def test_of_more_frames_the_newest_are_used_with_one_warning(two_cameras, caplog):
+    predictor = VLAPredictor.from_checkpoint(two_cameras, device="cpu")
+    args = {"prompt": "press the button", "state": STATE, "seed": 0}
+    frames, wrist = [frame(i) for i in range(4)], [frame(i) for i in range(4, 8)]
+    wanted = predictor.predict(frames[-2:], wrist[-2:], **args)
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            predictor.predict(np.stack(frames), torch.tensor(np.stack(wrist)), **args), wanted
+        )
+    assert caplog.text.count("4 frames, of which the policy takes max_seq_len 2: the newest (last) are used") == 1
+    with pytest.raises(ObservationError, match="image_1: 0 frames; wanted 1 to max_seq_len 2"):
+        predictor.predict([], [], **args)
+
+
+def test_a_state_far_from_the_training_data_is_warned_about_once(checkpoint, caplog):
+    predictor = VLAPredictor.from_checkpoint(checkpoint, device="cpu")
+    statistics = predictor.model.statistics[0]["state"]
+    low, high = np.array(statistics["min"]), np.array(statistics["max"])
+    for state in (low, high, high + 0.2 * (high - low)):
+        predictor.observe(frame(), prompt="press the button", state=state)
+    assert not caplog.text
+    for factor in (1000, 57.3):
+        predictor.observe(frame(), prompt="press the button", state=factor * high)
+    assert caplog.text.count("check the units") == 1
+    assert re.search(r"state\[\d\] is \S+, in training it was \S+ to \S+ \(3 more dimensions", caplog.text)
+    warnings = {}
+    state = np.where(np.arange(4) == 2, -9, low)
+    predictor.observation(frame(), prompt="press the button", state=state, warnings=warnings)
+    assert warnings["state"].startswith(
+        f"state[2] is -9, in training it was {low[2]:g} to {high[2]:g}: check the units"
+    )
+
+
+def test_a_wrong_number_of_seeds_or_samples(predictor):
+    sample = predictor.observation(frame(), prompt="press the button", state=STATE)
+    batch = collate_fn([sample] * 3)
+    with pytest.raises(ObservationError, match="2 seeds for a batch of 3 samples; give one for each"):
+        predictor.predict_batch(batch, [0, 1])
+    for seed in (-1, 2**63, 0.5, "0", True):
+        with pytest.raises(ObservationError, match="seed is .*; wanted a whole number, 0 or more and below 2"):
+            predictor.predict_batch(batch, [0, 1, seed])
+    with pytest.raises(ObservationError, match="an empty batch: collate_fn was given no sample"):
+        predictor.predict_batch(collate_fn([]), [])
+    empty = {key: value[:0] for key, value in batch.items()}
+    with pytest.raises(ObservationError, match="an empty batch: there is no sample to predict for"):
+        predictor.predict_batch(empty, [])
+    with pytest.raises(ObservationError, match="num_inference_steps is 0; give 1 or more"):
+        predictor.predict(frame(), prompt="press the button", state=STATE, num_inference_steps=0)
 
 
 def test_surplus_second_camera_is_ignored_with_one_warning(predictor, caplog):
@@ -220,8 +274,10 @@ def test_bad_observations(predictor):
         predictor.predict(b"12345", **good)
     with pytest.raises(ObservationError, match=r"array is uint8 \(0, 40, 3\); wanted uint8 \(H, W, 3\)"):
         predictor.predict(frame()[:0], **good)
-    with pytest.raises(ObservationError, match=r"array is float64 \(40, 40, 3\); wanted uint8"):
-        predictor.predict(frame() / 255, **good)
+    with pytest.raises(ObservationError, match="array is float64 with values from 0 to 255; floats are taken from 0"):
+        predictor.predict(frame().astype(float), **good)
+    with pytest.raises(ObservationError, match="prompt is a list; wanted the instruction as text"):
+        predictor.predict(frame(), prompt=["press the button"], state=STATE)
 
 
 def test_a_policy_without_state_input_needs_none(tmp_path, tiny_paligemma_dir, demos):
@@ -236,5 +292,5 @@ def test_missing_and_truncated_checkpoints(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         VLAPredictor.from_checkpoint(tmp_path / "nothing.pth.tar")
     (tmp_path / "half.pth.tar").write_bytes(checkpoint.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="not a checkpoint .*truncated"):
+    with pytest.raises(CheckpointError, match="not a whole checkpoint.*truncated"):
         VLAPredictor.from_checkpoint(tmp_path / "half.pth.tar")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.policies import make_batch, make_policy, policy_config
-from training.optimizer import build_optimizer, undecayed_parameters
+from training.optimizer import build_optimizer, undecayed_parameters, what_trains
 from utils.config_utils import ConfigError
 
 
@@ -164,3 +164,26 @@ def test_float32_masters_move_where_bfloat16_masters_would_not(make):
             one.zero_grad()
     assert norms and all(norm.dtype == torch.float32 for norm in norms)
     assert all((norm != 1).all() for norm in norms) and all((master == 1).all() for master in masters)
+
+
+@pytest.mark.parametrize(
+    ("vlm", "told"),
+    [
+        ({}, "vision tower whole, projector whole, language model whole, action head whole"),
+        (
+            {"lora": {"rank": 2}},
+            "vision tower whole, projector whole, language model adapters alone, action head whole",
+        ),
+        (
+            {"lora": {"rank": 2, "vision": True}, "freeze_projector": True},
+            "vision tower adapters alone, projector frozen, language model adapters alone, action head whole",
+        ),
+        (
+            {"freeze_vision_tower": True, "freeze_language_model": True},
+            "vision tower frozen, projector whole, language model frozen, action head whole",
+        ),
+    ],
+)
+def test_what_trains_is_told_and_true(make, vlm, told):
+    policy, _ = make(model={"vlm_config": vlm})
+    assert what_trains(policy) == told

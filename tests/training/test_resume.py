@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from data.sampler import StepBatchSampler
 from tests.trainers import assert_same_state, make_trainer, metrics_of, resumed_trainer
 from training.run_log import read_metrics
 from training.trainer import VLATrainer
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, newest_checkpoint
 from utils.config_utils import ConfigError
+from utils.parquet_utils import DataError
 
 EXACT = {"ema_decay": 0.9, "log_interval": 2, "log_samples": True}
 
@@ -61,7 +63,7 @@ def test_resume_is_bitwise(make_config, workers, later):
     assert len(set(each[:22])) == 22, "an epoch takes every sample once"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(make_config, caplog, number):
     trainer = make_trainer(make_config(data={"num_workers": 1}))
     trainer.train_loader = SignalAt(trainer, 3, number)
@@ -72,6 +74,41 @@ def test_a_signal_finishes_the_step_and_saves(make_config, caplog, number):
     assert f"stopped after step 3 by {name}; go on with --resume_checkpoint auto" in caplog.text
     assert [path.name for path in trainer.checkpoints.iterdir()] == ["checkpoint_step_3.pth.tar"]
     assert signal.getsignal(number) == before
+
+
+class WorkerKilledAt(SignalAt):
+    """A training loader one of whose workers is killed when it hands out the batch of one step."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        before = multiprocessing.active_children()  # of earlier tests
+        for step, batch in enumerate(self.loader, start=self.batch_sampler.start_step + 1):
+            if step == self.step:
+                (worker,) = set(multiprocessing.active_children()) - set(before)
+                os.kill(worker.pid, signal.SIGKILL)
+            yield batch
+
+
+def test_a_killed_loader_worker_saves_first(make_config):
+    """Batches made ahead are trained on; then the run ends, and nothing of it is lost."""
+    trainer = make_trainer(make_config(data={"num_workers": 1}, training={"max_steps": 50}))
+    trainer.train_loader = WorkerKilledAt(trainer, 3)
+    with pytest.raises(DataError, match=r"a loader worker died .* \(step \d+ is saved\)"):
+        trainer.fit()
+    assert 3 <= trainer.step < 50
+    assert load_checkpoint(newest_checkpoint(trainer.checkpoints, "run"))["step"] == trainer.step
+
+
+def test_old_checkpoints_survive_the_default_of_keep_last_k(make_config):
+    """A run that kept every checkpoint goes on with a config that keeps three: the old ones are not removed."""
+    trainer = make_trainer(make_config(training={"max_steps": 4, "save_every_n_steps": 1, "keep_last_k": None}))
+    trainer.fit()
+    before = set(trainer.checkpoints.iterdir())
+    settings = {"max_steps": 9, "save_every_n_steps": 1}
+    resumed = resumed_trainer(make_config(training=settings), trainer.checkpoints / "checkpoint_step_3.pth.tar")
+    resumed.fit()
+    kept = {path.name for path in resumed.checkpoints.iterdir() if path.name.startswith("checkpoint_step_")}
+    assert before <= set(resumed.checkpoints.iterdir()) and "checkpoint_step_5.pth.tar" not in kept
+    assert {"checkpoint_step_7.pth.tar", "checkpoint_step_8.pth.tar"} <= kept
 
 
 def test_max_hours_stops_cleanly(make_config, caplog):

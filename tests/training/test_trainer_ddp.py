@@ -191,6 +191,15 @@ def test_ranks_share_every_step_and_every_pass():
         assert sorted(seen) == list(range(size))
 
 
+def test_a_limited_pass_is_spread_over_all_samples():
+    """`val_max_batches`: two tasks in two files both choose the best model, however few samples are taken."""
+    whole = [index for batch in PassBatchSampler(1000, 8, limit=40) for index in batch]
+    assert len(whole) == 40 and whole == list(range(0, 1000, 25))
+    shares = [PassBatchSampler(1000, 4, limit=40, rank=rank, world_size=2) for rank in range(2)]
+    assert sorted(index for share in shares for batch in share for index in batch) == whole
+    assert [list(batch) for batch in PassBatchSampler(5, 2, limit=9)] == [[0, 1], [2, 3], [4]]
+
+
 @pytest.mark.slow
 def test_shards_are_written_by_every_rank_and_read_by_anyone(config_path, tmp_path):
     """The same weights and moments as in one file; exported, resumed in one process, and cleaned up after."""

@@ -218,6 +218,35 @@ def test_the_newest_readable_checkpoint(tmp_path, caplog):
         newest_checkpoint(tmp_path, "run")
 
 
+def test_a_renamed_run_finds_its_checkpoints(tmp_path, caplog):
+    """All are of one other name: the folder was renamed. Its own ones come first as soon as there are any."""
+    write(tmp_path, "checkpoint_step_5.pth.tar", 5, 1.0)
+    newest = write(tmp_path, "checkpoint_step_9.pth.tar", 9, 2.0)
+    assert newest_checkpoint(tmp_path, "new_name") == newest and not caplog.text
+    own = write(tmp_path, "checkpoint_step_7.pth.tar", 7, 3.0, experiment="new_name")
+    assert newest_checkpoint(tmp_path, "new_name") == own
+    write(tmp_path, "b.pth.tar", 10, 4.0, experiment="third")
+    with pytest.raises(CheckpointError, match="b.pth.tar: belongs to the experiment 'third', not to 'fourth'"):
+        newest_checkpoint(tmp_path, "fourth")
+
+
+def test_a_clock_that_is_behind_loses_nothing(tmp_path):
+    """Saved an hour "earlier" than the step before: still the newest, and never pruned for it."""
+    for step, saved_at in ((3, 9000.0), (6, 9001.0), (9, 5400.0)):
+        write(tmp_path, f"checkpoint_step_{step}.pth.tar", step, saved_at)
+    assert newest_checkpoint(tmp_path, "run").name == "checkpoint_step_9.pth.tar"
+    prune_checkpoints(tmp_path, 2, "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint_step_{n}.pth.tar" for n in (6, 9)]
+
+
+def test_spared_checkpoints_stay_and_are_not_counted(tmp_path):
+    old = [write(tmp_path, f"checkpoint_step_{i}.pth.tar", i, float(i)) for i in range(3)]
+    for i in range(3, 6):
+        write(tmp_path, f"checkpoint_step_{i}.pth.tar", i, float(i))
+    prune_checkpoints(tmp_path, 1, "run", old)
+    assert sorted(tmp_path.iterdir()) == [*old, tmp_path / "checkpoint_step_5.pth.tar"]
+
+
 def test_pruning_keeps_the_newest_and_the_best(tmp_path, caplog):
     for i in range(4):
         write(tmp_path, f"checkpoint_step_{i}.pth.tar", i, float(i))

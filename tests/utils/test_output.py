@@ -6,7 +6,9 @@ import logging
 import subprocess
 import sys
 
-from utils.misc import set_up_logging, user_message
+import pytest
+
+from utils.misc import end_in_log_file, set_up_logging, user_message
 
 PROGRAM = """
 import logging, sys
@@ -25,6 +27,20 @@ def test_a_closed_output_ends_nothing(tmp_path):
     command = f"'{sys.executable}' -c '{PROGRAM}' '{tmp_path / 'done'}' 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "done").read_text() == "done", done.stderr
+
+
+def test_why_a_program_ended_stands_in_its_log_file(tmp_path, caplog):
+    """The user's mistake in one line, anything else with its traceback; and once on the terminal."""
+    try:
+        for error, wanted in ((ValueError("no such file"), 1), (RuntimeError("a bug"), 4)):
+            set_up_logging(tmp_path / "logs" / "train.log")
+            with pytest.raises(type(error)), end_in_log_file():
+                raise error
+            lines = (tmp_path / "logs" / "train.log").read_text().splitlines()
+            assert f"ended by {type(error).__name__}: {error}" in "\n".join(lines) and len(lines) >= wanted
+    finally:
+        logging.basicConfig(force=True)
+    assert "Traceback" in lines[2] and not any("Traceback" in line for line in lines[:1])
 
 
 def test_log_lines_hold_no_control_characters(tmp_path):

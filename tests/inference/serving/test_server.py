@@ -113,6 +113,55 @@ def test_two_cameras_with_a_history_under_mapped_names(tmp_path, tiny_paligemma_
     assert caplog.text.count("requests carry keys that nothing reads: depth") == 1
 
 
+def test_what_speaks_against_an_observation_is_in_the_reply_and_once_in_the_log(server, caplog):
+    client = WebsocketClientPolicy("127.0.0.1", server.port)
+    assert "warnings" not in client.infer(observation())
+    long = "open it and then " * 40 + "stop"
+    for _ in range(2):
+        texts = client.infer(observation(**{"observation/state": 1000 * STATE}))["warnings"]
+        assert len(texts) == 1 and re.match(r"state\[\d\] is -?\d+, in training it was .* check the units", texts[0])
+        texts = client.infer(observation(prompt=long, unknown=1))["warnings"]
+        assert len(texts) == 2 and re.search("data.prompt_max_len .* does not read its end '.* open it", texts[0])
+        assert texts[1] == "requests carry keys that nothing reads: unknown"
+        texts = client.infer(observation(**{"observation/image": [frame(1), frame(2), frame()]}))["warnings"]
+        assert texts == ["image_1: 3 frames, of which the policy takes max_seq_len 1: the newest (last) are used"]
+    for text in ("check the units", "does not read its end", "nothing reads: unknown", "the newest (last) are used"):
+        assert caplog.text.count(text) == 1
+
+
+@pytest.fixture(scope="module")
+def history_predictor(tmp_path_factory, tiny_paligemma_dir):
+    folder = tmp_path_factory.mktemp("history")
+    demos = write_episodes(folder / "demos.parquet", [6, 5])
+    return VLAPredictor.from_checkpoint(train_tiny(folder, tiny_paligemma_dir, [demos], data={"max_seq_len": 3}), "cpu")
+
+
+def test_single_frames_become_a_history_of_their_connection(history_predictor, caplog):
+    encoded = io.BytesIO()
+    Image.fromarray(frame(2)).save(encoded, "PNG")
+    sent = [frame(0), frame(1, size=64), encoded.getvalue(), frame(3)]
+
+    def wanted(frames):
+        return history_predictor.predict(frames, prompt="open it", state=STATE, seed=0)
+
+    with running(history_predictor) as server:
+        first, other = (WebsocketClientPolicy("127.0.0.1", server.port) for _ in range(2))
+        for i in range(4):
+            reply = first.infer(observation(**{"observation/image": sent[i]}))
+            np.testing.assert_allclose(reply["actions"], wanted(sent[max(0, i - 2) : i + 1]), atol=1e-5)
+            assert ("warnings" in reply) == (i > 0)
+            reply = other.infer(observation(**{"observation/image": sent[3 - i]}, reset=i % 2 == 0))
+            np.testing.assert_allclose(reply["actions"], wanted([*sent[4 - i :][: i % 2], sent[3 - i]]), atol=1e-5)
+            assert "warnings" not in reply
+        with pytest.raises(RuntimeError, match="'prompt' is missing"):
+            first.infer(observation(prompt=None))  # a refused request is no step of the episode
+        reply = first.infer(observation(**{"observation/image": [sent[0], sent[1]]}))
+        np.testing.assert_allclose(reply["actions"], wanted(sent[:2]), atol=1e-5)
+        reply = first.infer(observation(**{"observation/image": sent[2]}))
+        np.testing.assert_allclose(reply["actions"], wanted(sent[:3]), atol=1e-5)
+    assert caplog.text.count("send 'reset': true with the first request of every episode") == 1
+
+
 def nan_state():
     return np.array([0, np.nan, 0, 0], np.float32)
 
@@ -151,7 +200,8 @@ MALFORMED = {
     "image as text": (pack(observation(**{"observation/image": "a.png"})), "holds a str"),
     "broken jpeg": (pack(observation(**{"observation/image": b"\xff\xd8\xff\xe0 no"})), "no readable JPEG or PNG"),
     "image bomb": (pack(observation(**{"observation/image": bomb()})), "max_image_pixels"),
-    "too many frames": (pack(observation(**{"observation/image": [frame()] * 3})), "3 frames"),
+    "no frame": (pack(observation(**{"observation/image": []})), "0 frames; wanted 1 to max_seq_len 1"),
+    "reset of text": (pack(observation(reset="yes")), "'reset' is 'yes'; wanted true at an episode's first request"),
     "short state": (pack(observation(**{"observation/state": STATE[:2]})), "this policy takes 4"),
     "state of text": (pack(observation(**{"observation/state": ["a"] * 4})), "wanted 4 numbers"),
     "NaN in state": (pack(observation(**{"observation/state": nan_state()})), r"state\[1\] is nan"),
