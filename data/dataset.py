@@ -69,7 +69,7 @@ class VLADataset(Dataset):
                 `val_fraction` holds out.
 
         Raises:
-            DataError: the files break the schema.
+            DataError: the files break the schema, or lack a camera that `data.cameras` names.
         """
         self.name = entry.name if entry is not None else "default"
         self.store = EpisodeStore(
@@ -93,8 +93,14 @@ class VLADataset(Dataset):
             self._rows = np.flatnonzero(np.repeat(chosen, np.diff(self.store.episode_starts)))
         self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
         for camera in cameras:
-            if not self.store.has_camera(camera):
-                logger.warning("no file has %s: its slot is masked in every sample", camera)
+            if self.store.has_camera(camera):
+                continue
+            if camera in config.cameras and not config.mixture:
+                raise DataError(
+                    f"data.cameras: the policy is to read {camera}, but no file has a column {camera} or "
+                    f"{camera}_bytes; correct the name, or remove it: a slot without a camera needs no name"
+                )
+            logger.warning("no file has %s: its slot is masked in every sample", camera)
         if not prompt_tokenizer.reads_state:
             tokens = [prompt_tokenizer.tensor(prompt) for prompt in self.store.prompts]
             _warn_of_prompts_cut_to_one(self.store.prompts, tokens)

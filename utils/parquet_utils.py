@@ -71,7 +71,12 @@ def open_parquet(path: Source) -> pq.ParquetFile:
     """Open one file, turning pyarrow's errors for damaged or empty files into a DataError that names it."""
     try:
         # Unbuffered ahead: pyarrow would read whole column chunks, images of hundreds of episodes, at once.
-        file = pq.ParquetFile(open_bytes(path) if is_uri(path) else path, pre_buffer=False, buffer_size=STREAM_BUFFER)
+        file = pq.ParquetFile(
+            open_bytes(path) if is_uri(path) else path,
+            pre_buffer=False,
+            buffer_size=STREAM_BUFFER,
+            page_checksum_verification=True,  # of files that have checksums, as those written here do
+        )
         rows = file.metadata.num_rows
     except READ_ERRORS as error:
         raise DataError(

@@ -129,6 +129,7 @@ class EpisodeFileWriter:
                 self._schema,
                 compression="none",  # the images are compressed already
                 use_dictionary=[PROMPT],
+                write_page_checksum=True,  # so that a reader notices what a disk or a copy changed
                 write_statistics=[column.name for column in self._schema if pa.types.is_integer(column.type)],
             )
         return self

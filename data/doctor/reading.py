@@ -82,7 +82,9 @@ class _File:
 
 def open_raw(path: Source) -> pq.ParquetFile:
     """Open for streaming: batches are read through a small buffer, not a whole column chunk at a time."""
-    return pq.ParquetFile(open_bytes(path), buffer_size=STREAM_BUFFER, pre_buffer=False)
+    return pq.ParquetFile(
+        open_bytes(path), buffer_size=STREAM_BUFFER, pre_buffer=False, page_checksum_verification=True
+    )
 
 
 def stream(

@@ -24,6 +24,7 @@ from utils.batch import example_batch
 from utils.calculate_normalization_stats import calculate_statistics
 from utils.checkpoint import save_checkpoint
 from utils.config_utils import ConfigError
+from utils.parquet_utils import DataError
 from utils.statistics import StatisticsError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -196,5 +197,9 @@ def test_fine_tuning_from_a_published_policy(kind: str, tmp_path: Path, demos: P
         main_train.main([*command, "--experiment_name", "theirs", "--statistics", "pretrained"])
     with pytest.raises(ConfigError, match="checkpoint of another architecture: .*data.image_fit: checkpoint 'pad'"):
         main_train.main([*command, "--experiment_name", "other", "--set", "data.image_fit=stretch"])
+    with pytest.raises(
+        DataError, match="data.cameras: the policy is to read wrist, but no file has a column wrist or wr"
+    ):
+        main_train.main([*command, "--experiment_name", "blind", "--set", "data.cameras=[image_1, wrist]"])
     with pytest.raises(ConfigError, match="--statistics says what a run from an --init_checkpoint normalizes by"):
         main_train.main(["--config_path", str(path), "--statistics", "own"])

@@ -461,9 +461,9 @@ def test_files_that_are_no_statistics(tmp_path):
     path = tmp_path / "s.json"
     for content in (b"\xff\xfe\x00", b"[" * 100_000, b"null", b"3"):
         path.write_bytes(content)
-        with pytest.raises(StatisticsError, match=r"s.json: (not valid JSON in UTF-8|no section 'datasets')"):
+        with pytest.raises(StatisticsError, match=r"s.json: (not UTF-8 text|not valid JSON|no section 'datasets')"):
             load_statistics(str(path), plain_config(), "c.yaml")
-    with pytest.raises(StatisticsError, match=r"can't be read \(Is a directory\); make it with: "):
+    with pytest.raises(StatisticsError, match=r"can't be read \(Is a directory\); make it again with: "):
         load_statistics(str(tmp_path), plain_config(), "c.yaml")
 
 

@@ -1,0 +1,49 @@
+"""Odd and damaged data end in a right reading or in one of our errors; the whole is benchmarks/fuzz_data.py."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+import benchmarks.odd_data as odd_data
+from benchmarks.fuzz_data import fuzz_case
+from benchmarks.odd_data import KINDS
+from data.episode_store import EpisodeStore
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_data(kind):
+    cases = [fuzz_case(1, number, [kind]) for number in range(25)]
+    assert [case for case in cases if case[1] not in ("accepted", "refused")] == []
+    assert {outcome for _, outcome, _, _ in cases} == {"accepted", "refused"}, "both happen"
+
+
+def test_a_wrong_row_would_be_noticed(monkeypatch):
+    class Wrong(EpisodeStore):
+        def __init__(self, *args, **options) -> None:
+            super().__init__(*args, **options)
+            self.action = np.roll(self.action, 1, axis=0)
+
+    monkeypatch.setattr(odd_data, "EpisodeStore", Wrong)
+    outcomes = {fuzz_case(1, number, ["parquet_values"])[1] for number in range(10)}
+    assert "wrong row" in outcomes
+
+
+def test_an_uncaught_error_would_be_noticed(monkeypatch):
+    def crash(*_, **__):
+        raise KeyError("task")
+
+    monkeypatch.setattr(odd_data, "convert_lerobot", crash)
+    kind, outcome, fault, _ = fuzz_case(1, 0, ["lerobot_metadata"])
+    assert (kind, outcome) == ("lerobot_metadata", "uncaught") and fault.startswith(
+        "KeyError: 'task' (test_fuzz_data.py"
+    )
