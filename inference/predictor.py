@@ -443,9 +443,9 @@ class VLAPredictor:
 
         Far is by more than STATE_MARGIN of the dimension's range, or, where that hardly varied, of the widest one's.
         """
-        if not self.config.model.action_head_config.use_state_input:
-            return None
         statistics = self.model.statistics[self.dataset_index]["state"]
+        if not self.config.model.action_head_config.use_state_input or not {"min", "max"} <= statistics.keys():
+            return None  # openpi's statistics don't say how far states went
         low_S, high_S = (np.array(statistics[name][: self.state_dim], np.float64) for name in ("min", "max"))
         range_S = high_S - low_S
         margin_S = STATE_MARGIN * np.maximum(range_S, STATE_MARGIN * range_S.max()) + 1e-6
