@@ -8,6 +8,7 @@ WORKDIR /app
 RUN useradd --create-home --uid 1000 policy
 COPY requirements.txt .
 RUN pip install --no-cache-dir "$(grep '^torch==' requirements.txt)" && pip install --no-cache-dir -r requirements.txt
+COPY clients clients
 COPY data data
 COPY inference inference
 COPY model model

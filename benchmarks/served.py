@@ -25,5 +25,5 @@ def start_server(checkpoint: str) -> tuple[subprocess.Popen, int]:
 
 
 def open_client(port: int) -> Any:
-    """A PolicyClient of scripts/client_example.py, the file that a robot has."""
+    """A PolicyClient of scripts/client_example.py, as a robot has it."""
     return runpy.run_path(str(ROOT / "scripts/client_example.py"))["PolicyClient"](port=port)

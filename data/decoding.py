@@ -84,6 +84,45 @@ def upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
+def array_fault(frame: np.ndarray) -> str | None:
+    """Why an array can't be a frame: what it is and what is wanted; None for one that can."""
+    if frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3 and frame.size:
+        return None
+    return f"{frame.dtype} {frame.shape}; wanted uint8 (H, W, 3), RGB"
+
+
+def array_pixels(frame: np.ndarray) -> np.ndarray:
+    """RGB pixels in one of the forms that libraries hand out, as uint8 (H, W, 3), contiguous.
+
+    Args:
+        frame: (H, W, 3), or (3, H, W) where W is not 3; uint8 from 0 to 255, or floats from 0 to 1.
+
+    Raises:
+        ObservationError: another shape, type or range.
+    """
+    if frame.ndim == 3 and frame.shape[0] == 3 and frame.shape[2] != 3:
+        frame = frame.transpose(1, 2, 0)
+    if frame.dtype.kind == "f" and frame.ndim == 3 and frame.shape[2] == 3 and frame.size:
+        check_range(frame)
+        frame = np.rint(frame * 255.0).astype(np.uint8)
+    if (fault := array_fault(frame)) is not None:
+        raise ObservationError(f"image: array is {fault}, or floats from 0 to 1")
+    return np.ascontiguousarray(frame)
+
+
+def check_range(frame: np.ndarray) -> None:
+    """
+    Raises:
+        ObservationError: pixels that are floats, and not from 0 to 1.
+    """
+    low, high = frame.min(), frame.max()
+    if not (low >= 0 and high <= 1):
+        raise ObservationError(
+            f"image: array is {frame.dtype} with values from {low:g} to {high:g}; floats are taken from 0 to 1: "
+            "divide by the camera's largest value, or give uint8 for 0 to 255"
+        )
+
+
 def is_deep(mode: str) -> bool:
     """Whether a mode of Pillow's has more than 8 bits a value."""
     return mode.startswith(("I", "F"))

@@ -7,7 +7,6 @@ batches, and through the model that the checkpoint describes: there is no second
 from __future__ import annotations
 
 import logging
-import numbers
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from data.processing import (
     processors_from_checkpoint,
 )
 from inference.engine import Engine
+from inference.observations import as_list, checked_seeds, checked_state, outside_training
 from inference.policy_files import read_policy
 from inference.settings import changed_settings
 from model.context import ActionPrefix
@@ -38,8 +38,6 @@ from utils.config_utils import Config, MixtureEntry, config_from_dict
 from utils.misc import pick_device
 
 logger = logging.getLogger(__name__)
-
-STATE_MARGIN = 0.25  # a state may leave the training range by this share of it before the policy warns
 
 
 class VLAPredictor:
@@ -123,6 +121,7 @@ class VLAPredictor:
                 asks for what device, precision or head can't do; an unknown dataset.
             ImportError: the library of that quantization is missing.
         """
+        device = pick_device(str(device))  # what is not there is said before anything is loaded
         return cls._from_dict(read_policy(path), str(path), device, dataset, use_amp, inference)
 
     @classmethod
@@ -273,7 +272,7 @@ class VLAPredictor:
         Raises:
             ObservationError: as `predict_batch` does.
         """
-        seeds = [_checked_seeds(seeds_B, len(batch["state"])) for seeds_B in seeds]
+        seeds = [checked_seeds(seeds_B, len(batch["state"])) for seeds_B in seeds]
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
             raise ObservationError(f"num_inference_steps is {steps}; give 1 or more")
@@ -314,8 +313,10 @@ class VLAPredictor:
         """
         told = {} if warnings is None else warnings
         frames = self._frames_by_camera(images_1, images_2, images, told)
-        values = self._checked_state(state)
-        if (outside := self._outside_training(values)) is not None:
+        takes_state = self.config.model.action_head_config.use_state_input
+        values = checked_state(state, self.state_dim, takes_state)
+        statistics = self.model.statistics[self.dataset_index]["state"]
+        if takes_state and (outside := outside_training(values, statistics)) is not None:
             told["state"] = outside
         padded = np.pad(values, (0, self.config.data.state_dim - self.state_dim))
         if (cut := self.prompt_tokenizer.cut(prompt, padded, self.dataset_index)) is not None:
@@ -353,7 +354,7 @@ class VLAPredictor:
         unknown = [name for name in images if name not in self.cameras]
         if unknown:
             raise ObservationError(f"this policy has no camera {unknown[0]!r}; it reads {', '.join(self.cameras)}")
-        found = {camera: _frames(images.get(camera)) for camera in self.cameras}
+        found = {camera: as_list(images.get(camera)) for camera in self.cameras}
         for camera, frames in found.items():
             if frames is None:
                 text = f"this policy was trained with {camera}, which is missing: its slot is masked"
@@ -415,76 +416,11 @@ class VLAPredictor:
         weight_BT = F.pad(prefix.weight_BT, (0, missing))
         return replace(prefix, action_BTA=action_BTA.to(self.device), weight_BT=weight_BT.to(self.device))
 
-    def _checked_state(self, state: Sequence[float] | np.ndarray | None) -> np.ndarray:
-        if state is None:
-            if self.config.model.action_head_config.use_state_input:
-                raise ObservationError(f"state is missing; this policy takes {self.state_dim} values")
-            return np.zeros(self.state_dim, np.float32)
-        try:
-            values = np.asarray(state)
-        except ValueError:  # nested lists of several lengths
-            values = np.empty(0, object)
-        if values.dtype.kind not in "iuf":
-            raise ObservationError(
-                f"state is a {type(state).__name__} of {values.dtype}; wanted {self.state_dim} numbers"
-            )
-        values = values.astype(np.float32)
-        if values.shape != (self.state_dim,):
-            raise ObservationError(
-                f"state has shape {values.shape}, {values.size} values; this policy takes {self.state_dim}"
-            )
-        if not np.isfinite(values).all():
-            index = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise ObservationError(f"state[{index}] is {values[index]}; every value must be a finite number")
-        return values
-
-    def _outside_training(self, state_S: np.ndarray) -> str | None:
-        """Which value of a state is far from all that the policy was trained on; None: none is, or it takes no state.
-
-        Far is by more than STATE_MARGIN of the dimension's range, or, where that hardly varied, of the widest one's.
-        """
-        if not self.config.model.action_head_config.use_state_input:
-            return None
-        statistics = self.model.statistics[self.dataset_index]["state"]
-        low_S, high_S = (np.array(statistics[name][: self.state_dim], np.float64) for name in ("min", "max"))
-        range_S = high_S - low_S
-        margin_S = STATE_MARGIN * np.maximum(range_S, STATE_MARGIN * range_S.max()) + 1e-6
-        excess_S = np.maximum(low_S - state_S, state_S - high_S) / margin_S
-        worst = int(excess_S.argmax())
-        if excess_S[worst] <= 1:
-            return None
-        others = int((excess_S > 1).sum()) - 1
-        return (
-            f"state[{worst}] is {state_S[worst]:g}, in training it was {low_S[worst]:g} to {high_S[worst]:g}"
-            f"{f' ({others} more dimensions are outside as well)' if others else ''}: check the units (metres, "
-            "radians), the order and the zero of what the robot sends"
-        )
-
     def _log_once(self, warnings: dict[str, str]) -> None:
         for kind, text in warnings.items():
             if kind not in self._warned:
                 self._warned.add(kind)
                 logger.warning("%s", text)
-
-
-def _frames(images: Frame | Sequence[Frame] | None) -> list[Frame] | None:
-    """One frame or several as a list of frames."""
-    if images is None:
-        return None
-    several = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4)
-    return list(images) if several else [images]
-
-
-def _checked_seeds(seeds_B: Sequence[int], batch_size: int) -> list[int]:
-    """One seed for each sample of a batch, as integers."""
-    if batch_size == 0:
-        raise ObservationError("an empty batch: there is no sample to predict for; give one or more")
-    if len(seeds_B) != batch_size:
-        raise ObservationError(f"{len(seeds_B)} seeds for a batch of {batch_size} samples; give one for each")
-    for seed in seeds_B:
-        if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise ObservationError(f"seed is {seed!r}; wanted a whole number, 0 or more and below 2**63")
-    return [int(seed) for seed in seeds_B]
 
 
 def _choose_dataset(config: Config, name: str | None) -> tuple[int, MixtureEntry]:

@@ -32,12 +32,19 @@ logger = logging.getLogger(__name__)
 SETTINGS = ("num_inference_steps", "compile", "quantization")  # of `inference`
 
 
+def port_number(text: str) -> int:
+    """A port, for argparse."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a whole number from 0 to 65535")
+    return int(text)
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_path", required=True, help="*.pth.tar, an exported folder, or a hub id of one")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and logs it")
+    parser.add_argument("--port", type=port_number, default=8000, help="0 takes a free one and logs it")
     parser.add_argument("--token_env", help="environment variable with the token that clients must send")
     parser.add_argument("--dataset", help="for a policy trained on a mixture: the dataset whose robot is driven")
     parser.add_argument("--device", default="auto")
@@ -84,9 +91,10 @@ async def serve(server: PolicyServer, host: str, port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     try:
-        await server.run(host, port, stopping)
-    except OSError as error:
-        raise ConfigError(f"can't listen there ({error}); choose another --port, or stop what uses it") from None
+        await server.run(host.removeprefix("[").removesuffix("]"), port, stopping)
+    except (OSError, UnicodeError) as error:
+        remedy = "give an address of this machine as --host (127.0.0.1, 0.0.0.0, ::), and a --port that nothing uses"
+        raise ConfigError(f"can't listen on {host} port {port} ({error}); {remedy}") from None
 
 
 def end_at_once() -> None:

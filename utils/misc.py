@@ -208,10 +208,28 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the GPU when there is one, else the CPU; anything else is taken as torch spells it."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is the GPU when there is one, else the CPU; anything else is taken as torch spells it.
+
+    Raises:
+        ValueError: there is no such device, or this machine, or this torch, has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; give auto, cpu, cuda, cuda:1, ... or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            found = f"this machine has {count} GPUs that torch {torch.__version__} can use"
+            raise ValueError(f"device is {name!r}, but {found}; give auto, cpu or one of them")
+    elif device.type != "cpu":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise ValueError(f"device is {name!r}, which torch {torch.__version__} can't use here; give cpu") from None
+    return device
 
 
 def count_parameters(module: torch.nn.Module) -> tuple[int, int]:

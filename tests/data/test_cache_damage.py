@@ -113,15 +113,17 @@ def test_two_stores_find_the_same_damage(tmp_path, files):
     assert content(first) == wanted
 
 
-@pytest.mark.parametrize("part", ["images", "state"])
+@pytest.mark.parametrize("part", ["another frame", "state"])
 def test_what_a_worker_hands_over_is_checked(part, monkeypatch):
     monkeypatch.setattr("data.shared_memory.get_worker_info", lambda: type("Worker", (), {"id": 0}))
-    block = ImageBlock((1, 2, 1, 5, 5, 3))
+    block = ImageBlock((1, 2, 1, 224, 224, 3))
     block.images[:] = np.random.default_rng(0).integers(0, 256, block.images.shape, dtype=np.uint8)
     arrays = {"state": np.zeros((2, 4), np.float32), "raw_prompt_text": ["a", "b"]}
     packed = PackedBatch(arrays, ["image_1"], block)
-    assert packed.unpack(None)["image_1"].shape == (2, 1, 3, 5, 5)
-    changed = block.images if part == "images" else arrays["state"]
-    changed.reshape(-1).view(np.uint8)[-1] ^= 4
+    assert packed.unpack(None)["image_1"].shape == (2, 1, 3, 224, 224)
+    if part == "state":
+        arrays["state"].reshape(-1).view(np.uint8)[-1] ^= 4
+    else:
+        block.images[0, 1] = np.random.default_rng(1).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     with pytest.raises(DataError, match="a batch changed on its way from a loader worker"):
         packed.unpack(None)

@@ -14,14 +14,16 @@ from utils.config_utils import ServingConfig
 
 
 @contextlib.contextmanager
-def running(predictor: VLAPredictor, token: str | None = None, **limits: Any) -> Iterator[PolicyServer]:
+def running(
+    predictor: VLAPredictor, token: str | None = None, *, host: str = "127.0.0.1", **limits: Any
+) -> Iterator[PolicyServer]:
     """A server that listens on `server.port`, stopped on leaving; `limits` are fields of ServingConfig."""
     server = PolicyServer(predictor, ServingConfig(**limits), token)
     loop, stopping = asyncio.new_event_loop(), asyncio.Event()
     listening = threading.Event()
 
     async def run() -> None:
-        task = asyncio.ensure_future(server.run("127.0.0.1", 0, stopping))
+        task = asyncio.ensure_future(server.run(host, 0, stopping))
         while server.port is None and not task.done():
             await asyncio.sleep(0.01)
         listening.set()

@@ -23,12 +23,13 @@ import pytest
 import torch
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from PIL import Image
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from vla_client import PolicyClient, PolicyError
+from vla_client.client import is_local, server_uri
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from inference.predictor import VLAPredictor
 from inference.serving.wire import pack, unpack
-from scripts.client_example import PolicyClient
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
 from tests.inference.serving.servers import running
@@ -110,7 +111,8 @@ def test_two_cameras_with_a_history_under_mapped_names(tmp_path, tiny_paligemma_
     np.testing.assert_allclose(both, predictor.predict(front, wrist, state=STATE, **common), atol=1e-6)
     np.testing.assert_allclose(one, predictor.predict(front, state=STATE, **common), atol=1e-6)
     assert not np.allclose(both, one)
-    assert caplog.text.count("requests carry keys that nothing reads: depth") == 1
+    logged = [record.message for record in caplog.records if record.name.startswith("inference")]
+    assert logged.count("requests carry keys that nothing reads: depth") == 1
 
 
 def test_what_speaks_against_an_observation_is_in_the_reply_and_once_in_the_log(server, caplog):
@@ -289,7 +291,7 @@ def test_health_and_metrics(server, predictor):
 def test_the_token_is_asked_for(predictor):
     with running(predictor, token="sesame") as server:
         for wrong in (None, "open", "sesam"):
-            with pytest.raises(InvalidStatus, match="401"):
+            with pytest.raises(PolicyError, match="does not let this client in: HTTP 401 missing or wrong token"):
                 PolicyClient(port=server.port, token=wrong)
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(server, "/metrics")
@@ -303,16 +305,86 @@ def test_the_example_says_in_one_line_why_it_is_not_let_in(predictor):
     with running(predictor, token="sesame") as server:
         command = [sys.executable, "scripts/client_example.py", "--port", str(server.port), "--prompt", "wave"]
         done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "error: server rejected WebSocket connection: HTTP 401" in done.stderr
+    assert done.returncode == 1 and "does not let this client in: HTTP 401 missing or wrong token" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def can_listen_on(address):
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as free:
+        free.bind((address, 0))
+        return True
+    return False
+
+
+@pytest.mark.skipif(not can_listen_on("::1"), reason="no IPv6 here")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6_addresses(predictor, host):
+    with running(predictor, host="::1") as server, PolicyClient(host, server.port) as client:
+        np.testing.assert_allclose(client.predict(observation()), expected(predictor), atol=1e-6)
+
+
+def test_addresses():
+    assert server_uri("::1", 80) == server_uri("[::1]", 80) == "ws://[::1]:80"
+    assert server_uri("fe80::1%eth0", 80) == "ws://[fe80::1%25eth0]:80" and server_uri("robot", 80) == "ws://robot:80"
+    near = (
+        "localhost",
+        "robot",
+        "robot.local",
+        "127.0.0.1",
+        "192.168.0.7",
+        "10.1.2.3",
+        "::1",
+        "[::1]",
+        "fe80::1",
+        "0.0.0.0",
+    )
+    assert all(map(is_local, near)) and not any(map(is_local, ("robot.example.org", "8.8.8.8", "2a00:1450:4001::1")))
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "https_proxy", "all_proxy", "socks_proxy"])
+def test_a_proxy_in_the_environment_does_not_answer_for_a_local_server(server, predictor, monkeypatch, name):
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    still_serves(server, predictor)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": 9}, r"no policy server at ws://127.0.0.1:9 \(.*refused\); start scripts/serve_policy.py there"),
+        ({"host": "no.such.invalid"}, "no policy server at ws://no.such.invalid:8000"),
+        ({"port": 99999}, "ws://127.0.0.1:99999 is no address; give a host name or an address, and a port"),
+        ({"host": "a b"}, "ws://a b:8000"),
+    ],
+)
+def test_a_server_that_is_not_there(options, message):
+    with pytest.raises(PolicyError, match=message):
+        PolicyClient(**options)
+
+
+def test_the_client_gives_up_waiting_and_shows_warnings_once(predictor, caplog, monkeypatch):
+    with running(predictor, timeout_s=5) as server:
+        client = PolicyClient(port=server.port, timeout_s=0.5)
+        for _ in range(2):
+            client.predict(observation(**{"observation/state": 1000 * STATE}), reset=True)
+            assert len(client.warnings) == 1 and "check the units" in client.warnings[0]
+        client.predict(observation())
+        assert client.warnings == [] and [r.name for r in caplog.records].count("vla_client.client") == 1
+        slow = threading.Event()
+        monkeypatch.setattr(server.batcher, "predict", lambda samples, seeds: slow.wait(3) and None)
+        with pytest.raises(PolicyError, match="did not answer within 0.5 s; don't move, connect anew"):
+            client.predict(observation())
+        with pytest.raises(PolicyError, match="the connection to .* ended"):
+            client.predict(observation())
+        slow.set()
 
 
 def test_more_clients_than_wanted_are_turned_away(predictor):
     with running(predictor, max_clients=1) as server:
         client = PolicyClient(port=server.port)
-        with pytest.raises(InvalidStatus, match="503") as refused:
+        with pytest.raises(
+            PolicyError, match="HTTP 503 1 clients are connected, which is serving.max_clients; try again"
+        ):
             PolicyClient(port=server.port)
-        assert b"1 clients are connected, which is serving.max_clients; try again" in refused.value.response.body
         client.close()
         still_serves(server, predictor)
 
@@ -432,7 +504,8 @@ def test_the_scripts_own_errors(checkpoint, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "can't listen there" in run("--checkpoint_path", str(checkpoint), "--port", str(taken.getsockname()[1]))
+        port = str(taken.getsockname()[1])
+        assert f"can't listen on 127.0.0.1 port {port}" in run("--checkpoint_path", str(checkpoint), "--port", port)
 
 
 @pytest.mark.slow

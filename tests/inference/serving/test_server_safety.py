@@ -14,6 +14,7 @@ import msgpack
 import numpy as np
 import pytest
 from PIL import Image
+from vla_client import PolicyClient, PolicyError
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -23,7 +24,6 @@ from inference.serving import connections
 from inference.serving import server as server_module
 from inference.serving.metrics import LOG_LINES
 from inference.serving.wire import pack, unpack
-from scripts.client_example import PolicyClient
 from tests.inference.serving.servers import running
 from utils.config_utils import ConfigError, ServingConfig
 from utils.misc import user_message
@@ -174,12 +174,12 @@ def test_who_says_nothing_yields_its_place(predictor, observation, monkeypatch):
         used = stack.enter_context(connected(server))
         ask(used, observation)
         silent = [stack.enter_context(connected(server)) for _ in range(2)]
-        with pytest.raises(InvalidStatus, match="503"):
+        with pytest.raises(PolicyError, match="HTTP 503"):
             PolicyClient(port=server.port)
         time.sleep(0.5)
         for _ in range(2):
             ask(stack.enter_context(connected(server)), observation)
-        with pytest.raises(InvalidStatus, match="503"):
+        with pytest.raises(PolicyError, match="HTTP 503"):
             PolicyClient(port=server.port)
         for connection in silent:
             with pytest.raises(ConnectionClosed):

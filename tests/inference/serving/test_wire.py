@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
+import vla_client.wire as client_wire
 from openpi_client import msgpack_numpy
 
+import inference.serving.wire as server_wire
 from inference.serving.wire import WireError, pack, unpack
 
 MESSAGE = {
@@ -104,5 +108,11 @@ def test_what_can_not_be_sent(value):
 
 
 def test_the_client_needs_no_torch():
-    code = "import sys, scripts.client_example as c; assert c.pack and 'torch' not in sys.modules"
+    code = "import sys, vla_client as c; assert c.pack and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": "clients/python"})
+    code = "import runpy, sys; runpy.run_path('scripts/client_example.py'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_format_has_one_file():
+    assert Path(server_wire.__file__).resolve() == Path(client_wire.__file__).resolve()

@@ -1,0 +1,88 @@
+"""Checks of what a robot or a program hands to a policy, before anything is computed from it."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from data.processing import Frame, ObservationError
+
+STATE_MARGIN = 0.25  # a state may leave the training range by this share of it before the policy warns
+
+
+def as_list(images: Frame | Sequence[Frame] | None) -> list[Frame] | None:
+    """One frame or several as a list of frames."""
+    if images is None:
+        return None
+    several = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
+    return list(images) if several else [images]
+
+
+def checked_seeds(seeds_B: Sequence[int], batch_size: int) -> list[int]:
+    """One seed for each sample of a batch, as integers.
+
+    Raises:
+        ObservationError: an empty batch, or not one valid seed per sample.
+    """
+    if batch_size == 0:
+        raise ObservationError("an empty batch: there is no sample to predict for; give one or more")
+    if len(seeds_B) != batch_size:
+        raise ObservationError(f"{len(seeds_B)} seeds for a batch of {batch_size} samples; give one for each")
+    for seed in seeds_B:
+        if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise ObservationError(f"seed is {seed!r}; wanted a whole number, 0 or more and below 2**63")
+    return [int(seed) for seed in seeds_B]
+
+
+def checked_state(state: Sequence[float] | np.ndarray | None, state_dim: int, takes_state: bool) -> np.ndarray:
+    """A state as float32 (state_dim,); zeros for None where the policy takes no state.
+
+    Raises:
+        ObservationError: it is missing, of another width, or not all finite numbers.
+    """
+    if state is None:
+        if takes_state:
+            raise ObservationError(f"state is missing; this policy takes {state_dim} values")
+        return np.zeros(state_dim, np.float32)
+    try:
+        values = np.asarray(state)
+    except ValueError:  # nested lists of several lengths
+        values = np.empty(0, object)
+    if values.dtype.kind not in "iuf":
+        raise ObservationError(f"state is a {type(state).__name__} of {values.dtype}; wanted {state_dim} numbers")
+    values = values.astype(np.float32)
+    if values.shape != (state_dim,):
+        raise ObservationError(f"state has shape {values.shape}, {values.size} values; this policy takes {state_dim}")
+    if not np.isfinite(values).all():
+        index = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ObservationError(f"state[{index}] is {values[index]}; every value must be a finite number")
+    return values
+
+
+def outside_training(state_S: np.ndarray, statistics: dict[str, list[float]]) -> str | None:
+    """Which value of a state is far from all that the policy was trained on, as a warning; None: none is.
+
+    Far is by more than STATE_MARGIN of the dimension's range, or, where that hardly varied, of the widest one's.
+
+    Args:
+        state_S: physical units.
+        statistics: `min` and `max` of each dimension, of the training data.
+    """
+    if not {"min", "max"} <= statistics.keys():
+        return None  # openpi's statistics do not say how far states went
+    low_S, high_S = (np.array(statistics[name][: len(state_S)], np.float64) for name in ("min", "max"))
+    range_S = high_S - low_S
+    margin_S = STATE_MARGIN * np.maximum(range_S, STATE_MARGIN * range_S.max()) + 1e-6
+    excess_S = np.maximum(low_S - state_S, state_S - high_S) / margin_S
+    worst = int(excess_S.argmax())
+    if excess_S[worst] <= 1:
+        return None
+    others = int((excess_S > 1).sum()) - 1
+    return (
+        f"state[{worst}] is {state_S[worst]:g}, in training it was {low_S[worst]:g} to {high_S[worst]:g}"
+        f"{f' ({others} more dimensions are outside as well)' if others else ''}: check the units (metres, "
+        "radians), the order and the zero of what the robot sends"
+    )
