@@ -18,7 +18,6 @@ from data.convert.conversion import fingerprint
 from data.convert.foreign_sources import MAX_STEPS, file_in, fill_template
 from utils.foreign_files import ForeignFileError, parse_json
 from utils.parquet_utils import DataError, batches, one_line, open_parquet
-from utils.text import printable
 
 MAX_FPS = 10_000
 MAX_WIDTH = 1_000_000  # values of a numeric feature
@@ -103,33 +102,6 @@ class LeRobotDataset:
         if not self.episodes:
             raise DataError(f"{root / 'meta'}: no episodes; record some, or fetch the dataset again")
 
-    def _check_episodes(self) -> None:
-        for episode in self.episodes.values():
-            if type(episode.index) is not int or not 0 <= episode.index < MAX_INDEX:
-                raise DataError(
-                    f"{self.root / 'meta'}: episode_index is {episode.index!r}; wanted a whole number from 0"
-                )
-            if type(episode.length) is not int or not 0 <= episode.length <= MAX_STEPS:
-                raise DataError(f"{self.root / 'meta'}: length of episode {episode.index} is {episode.length!r}")
-        for index, text in self.tasks.items():
-            if not isinstance(text, str):
-                raise DataError(f"{self.tasks_path}: task {index} is {printable(repr(text))}; wanted its instruction")
-
-    def _check_info(self) -> None:
-        fps, chunk = self.info["fps"], self.info.get("chunks_size", 1000)
-        if type(fps) not in (int, float) or not 0 < fps <= MAX_FPS:
-            raise DataError(f"{self.info_path}: fps is {printable(repr(fps))}; wanted a number from 0 to {MAX_FPS}")
-        if type(chunk) is not int or chunk < 1:
-            raise DataError(f"{self.info_path}: chunks_size is {printable(repr(chunk))}; wanted 1 or more")
-        for name, feature in self.features.items():
-            sound = isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
-            shape = feature.get("shape") if sound else None
-            if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-                raise DataError(
-                    f"{self.info_path}: feature {printable(name)!r} is {printable(repr(feature))}; wanted its dtype "
-                    "and shape"
-                )
-
     @property
     def cameras(self) -> list[str]:
         """Features that are images or video, depth maps aside."""
@@ -204,7 +176,9 @@ class LeRobotDataset:
                 if self.is_video(key)
             }
             data_file = self._path("data_path", **numbers)
-            yield EpisodeSource(index, _whole(entry, "length", place), data_file, videos, _episode_tasks(entry, place))
+            yield EpisodeSource(
+                index, _whole(entry, "length", place, MAX_STEPS), data_file, videos, _episode_tasks(entry, place)
+            )
 
     def _episodes_v3(self) -> Iterator[EpisodeSource]:
         if not self.episode_paths:
@@ -224,7 +198,7 @@ class LeRobotDataset:
                     of_video = {name: _whole(row, f"videos/{key}/{name}", place) for name in fields[:2]}
                     start, stop = (_number(row, f"videos/{key}/{name}", place) for name in fields[2:])
                     videos[key] = VideoSpan(self._path("video_path", video_key=key, **of_video), start, stop)
-                length, data_file = _whole(row, "length", place), self._path("data_path", **numbers)
+                length, data_file = _whole(row, "length", place, MAX_STEPS), self._path("data_path", **numbers)
                 yield EpisodeSource(index, length, data_file, videos, _episode_tasks(row, place))
 
     def _path(self, template: str, **values: Any) -> Path:
@@ -292,11 +266,11 @@ def _number(entry: dict[str, Any], key: str, place: object) -> float:
     return value
 
 
-def _whole(entry: dict[str, Any], key: str, place: object) -> int:
-    """A whole number of an entry, from 0 on; 1.0, as pandas writes a column with gaps, is 1."""
+def _whole(entry: dict[str, Any], key: str, place: object, most: int = MAX_INDEX) -> int:
+    """A whole number of an entry, from 0 to `most`; 1.0, as pandas writes a column with gaps, is 1."""
     value = _number(entry, key, place)
-    if value != int(value) or not 0 <= value < 2**31:
-        raise DataError(f"{place}: {key} is {value}; wanted a whole number from 0 on; {AGAIN}")
+    if value != int(value) or not 0 <= value <= most:
+        raise DataError(f"{place}: {key} is {value}; wanted a whole number from 0 to {most:,}; {AGAIN}")
     return int(value)
 
 

@@ -258,7 +258,7 @@ JSONL_FAULTS = [
     ('{"task_index": "zero", "task": "a"}', "tasks.jsonl line 1: task_index is 'zero'; wanted a number"),
     ('{"task_index": 0.5, "task": "a"}', "tasks.jsonl line 1: task_index is 0.5; wanted a whole number"),
     ('{"task_index": true, "task": "a"}', "tasks.jsonl line 1: task_index is True; wanted a number"),
-    ('{"task_index": -1, "task": "a"}', "tasks.jsonl line 1: task_index is -1; wanted a whole number from 0 on"),
+    ('{"task_index": -1, "task": "a"}', "tasks.jsonl line 1: task_index is -1; wanted a whole number from 0 to "),
     ('{"task_index": 0, "task": 5}', "tasks.jsonl line 1: task is 5; wanted a text"),
     ('{"task_index": 0}', "tasks.jsonl line 1: the entry 'task' is missing"),
     ('{"task_index": 0, "task": null}', r"episode 0: task 0 is null, no instruction; .*\(--empty_prompt\)"),
