@@ -71,6 +71,8 @@ def outside_training(state_S: np.ndarray, statistics: dict[str, list[float]]) ->
         state_S: physical units.
         statistics: `min` and `max` of each dimension, of the training data.
     """
+    if not {"min", "max"} <= statistics.keys():
+        return None  # openpi's statistics do not say how far states went
     low_S, high_S = (np.array(statistics[name][: len(state_S)], np.float64) for name in ("min", "max"))
     range_S = high_S - low_S
     margin_S = STATE_MARGIN * np.maximum(range_S, STATE_MARGIN * range_S.max()) + 1e-6

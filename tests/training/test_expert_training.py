@@ -187,7 +187,7 @@ def test_fine_tuning_from_a_published_policy(kind: str, tmp_path: Path, demos: P
     path.write_text(yaml.safe_dump(merged(config, small)))
     command = ["--config_path", str(path), "--init_checkpoint", str(tmp_path / "base.pth.tar")]
     main_train.main([*command, "--experiment_name", "own"])
-    assert "normalization statistics: own" in capsys.readouterr().err
+    assert "statistics: those of this run's data" in capsys.readouterr().err
     trained = next((tmp_path / "runs" / "own" / "checkpoints").glob("checkpoint_*.pth.tar"))
     predictor = VLAPredictor.from_checkpoint(trained, device="cpu")
     assert predictor.model.statistics[0]["action"]["max"] == statistics["action"]["max"]
