@@ -42,7 +42,7 @@ from benchmarks.memory import limit_memory, peak_mb, peak_of, resident_mb
 from benchmarks.served import open_client, start_server
 from data.processing import ObservationError
 from inference.predictor import VLAPredictor
-from inference.serving.requests import RequestError, RequestReader
+from inference.serving.requests import History, RequestError, RequestReader
 from inference.serving.wire import WireError, pack
 from utils.config_utils import ServingConfig
 
@@ -65,7 +65,7 @@ def fuzz_in_process(predictor: VLAPredictor, count: int, seed: int, config: Serv
         started = time.perf_counter()
         try:
             request = reader.read(sent)
-            reader.sample(request, lambda: True)
+            reader.sample(request, History(), {}, lambda: True)
             outcome, text = "accepted", "accepted"
             accepted += 1
             if accepted % 50 == 0:
