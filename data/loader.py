@@ -9,6 +9,7 @@ import argparse
 import functools
 import logging
 import math
+import multiprocessing
 import re
 import signal
 import sys
@@ -126,7 +127,8 @@ def make_loader(
         slots = PREFETCH + 3  # besides those prefetched: one being made, two in use
         first = batches.first
         slot_bytes = math.prod(first.image_shape(largest)) * first.image_processor.pixel_type.itemsize
-        pool = SlotPool(num_workers, slots, slot_bytes)
+        if multiprocessing.get_start_method() == "fork":  # else workers share no memory of this process
+            pool = SlotPool(num_workers, slots, slot_bytes)
         options = {"persistent_workers": True, "prefetch_factor": PREFETCH}
     order = {"batch_sampler": batch_sampler} if batch_sampler is not None else {"batch_size": batch_size}
     loader = DataLoader(
@@ -156,7 +158,7 @@ def _as_it_is(packed: PackedBatch) -> PackedBatch:
     return packed
 
 
-def _init_worker(pool: SlotPool, worker_id: int) -> None:
+def _init_worker(pool: SlotPool | None, worker_id: int) -> None:
     torch.set_num_threads(1)
     use_pool(pool)
     end_only_for_parent()
