@@ -31,8 +31,8 @@ from typing import Any
 if not __package__:
     import _repository  # noqa: F401
 
-from benchmarks.fuzz_files import TooSlowError, within
 from benchmarks.odd_data import KINDS, OURS, WrongRowError
+from benchmarks.time_limit import TooSlowError, within
 
 LIMIT_S = 60.0  # of one case, from which it hangs; pyarrow looks for a damaged page header for up to 10 s
 CASES_PER_TASK = 50

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import json
 import logging
 import os
 import pathlib
 import random
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,12 +32,9 @@ if not __package__:
 from benchmarks.crafted_files import KINDS, OURS, WrongValueError
 from benchmarks.crafted_folders import LeakError
 from benchmarks.memory import limit_memory, peak_mb
+from benchmarks.time_limit import TooSlowError, within
 
 LIMIT_S = 5.0
-
-
-class TooSlowError(BaseException):
-    """A case took longer than it may."""
 
 
 class Watch:
@@ -59,22 +53,6 @@ class Watch:
             self.opened.append(str(arguments[0]))
         if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork"):
             self.started.append(f"{event} {str(arguments)[:100]}")
-
-
-@contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Raise TooSlowError in this thread after so many seconds."""
-
-    def stop(*_: Any) -> None:
-        raise TooSlowError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def fuzz(cases: int, seed: int, kinds: list[str] | None = None) -> dict[str, Any]:

@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, Steps
 from data.schema import SEED
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
+from utils.misc import user_path, writing
+from utils.parquet_utils import READ_ERRORS
 
 if TYPE_CHECKING:
     from envs.base import RobotEnv
@@ -82,7 +85,7 @@ def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--env", default="metaworld", help="simulator (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", required=True, help="names, tiers (easy, ...) or all; one file each")
     parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
-    parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="folder of the Parquet files")
+    parser.add_argument("--output_dir", type=user_path, required=True, help="folder of the Parquet files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     for name, (options, text) in ENVIRONMENT_FLAGS.items():
         parser.add_argument(f"--{name}", help=text, **options)
@@ -120,11 +123,13 @@ def record(args: argparse.Namespace, on_episode: Callable[[Attempt], None] | Non
 
     Raises:
         ValueError: an argument cannot be.
-        FileExistsError: an output file exists and ``args.overwrite`` is False; nothing has been recorded.
+        FileExistsError: an output file exists and ``args.overwrite`` is False, or it is no recording; nothing has been
+            recorded.
         RuntimeError: an expert failed too often, or rendering is impossible.
     """
     args = _checked(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with writing(args.output_dir, "choose another --output_dir"):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     # spawn, not fork: a GL context and its threads do not survive a fork
     executor = ProcessPoolExecutor(args.num_workers, mp_context=multiprocessing.get_context("spawn"))
     try:
@@ -196,6 +201,9 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         raise FileExistsError(
             f"{', '.join(map(str, existing))} exists already; choose another --output_dir, or replace with --overwrite"
         )
+    for path in existing:
+        if not _is_recording(path):
+            raise FileExistsError(f"{path} is no recording of this script, so it is not replaced; choose another place")
     if args.seed + args.episodes > FIRST_EVALUATION_SEED:
         logger.warning(
             "--seed %d with %d episodes reaches the seeds that evaluation starts from (%d): evaluate with another "
@@ -205,6 +213,15 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
             FIRST_EVALUATION_SEED,
         )
     return args
+
+
+def _is_recording(path: pathlib.Path) -> bool:
+    """Whether a file says that it was recorded here (see `_metadata`)."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except READ_ERRORS:
+        return False
+    return {b"env", b"task", b"command"} <= metadata.keys()
 
 
 def _path_of(args: argparse.Namespace, task: str) -> pathlib.Path:

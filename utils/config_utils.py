@@ -259,7 +259,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, set_a
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, value out of range, contradiction.
     """
-    tree = read_tree(Path(path))
+    tree = read_tree(Path(path).expanduser())
     _apply(tree, set_args or [])
     for key, value in (overrides or {}).items():
         if value is not None:

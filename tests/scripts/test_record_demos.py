@@ -116,7 +116,15 @@ def test_existing_output_is_kept(tmp_path):
     existing.write_bytes(b"precious")
     with pytest.raises(FileExistsError, match="reach-v3.parquet exists already; .* --overwrite"):
         record(arguments(tmp_path))
+    with pytest.raises(FileExistsError, match="reach-v3.parquet is no recording of this script, so it is not replaced"):
+        record(arguments(tmp_path, "--overwrite"))
     assert existing.read_bytes() == b"precious"
+
+
+def test_output_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/out: not written \(.*\); choose another --output_dir"):
+        record(arguments(tmp_path / "file/out"))
 
 
 @pytest.mark.parametrize("command", [["scripts/record_demos.py"], ["-m", "scripts.record_demos"]])
