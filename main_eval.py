@@ -111,3 +111,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, ImportError, RuntimeError, OSError) as error:
         sys.exit(f"error: {user_message(error)}")
+    except KeyboardInterrupt:
+        print("\nstopped; in closed loop the same command goes on after the episodes that it finished", file=sys.stderr)
+        sys.exit(130)
