@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -24,8 +25,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any
 
 if not __package__:
@@ -35,7 +37,8 @@ from benchmarks.odd_data import KINDS, OURS, WrongRowError
 from benchmarks.time_limit import TooSlowError, within
 
 LIMIT_S = 60.0  # of one case, from which it hangs; pyarrow looks for a damaged page header for up to 10 s
-CASES_PER_TASK = 50
+
+Case = tuple[int, str, str, str, float]  # number, kind, outcome, what was wrong, seconds
 
 
 def fuzz_case(seed: int, number: int, kinds: list[str]) -> tuple[str, str, str, float]:
@@ -62,34 +65,54 @@ def fuzz_case(seed: int, number: int, kinds: list[str]) -> tuple[str, str, str, 
         return kind, outcome, fault, time.perf_counter() - started
 
 
-def _task(seed: int, numbers: list[int], kinds: list[str]) -> list[tuple[int, str, str, str, float]]:
+def _work(seed: int, numbers: list[int], kinds: list[str], results: Connection) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    return [(number, *fuzz_case(seed, number, kinds)) for number in numbers]
+    for number in numbers:
+        results.send(number)
+        results.send((number, *fuzz_case(seed, number, kinds)))
+
+
+def _in_a_process(seed: int, numbers: list[int], kinds: list[str]) -> Iterator[Case]:
+    """The cases one after the other in a process of their own, and in a new one after each that it did not survive."""
+    context = multiprocessing.get_context("spawn")
+    while numbers:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(seed, numbers, kinds, sender), daemon=True)
+        process.start()
+        sender.close()
+        begun = done = numbers[0] - 1
+        with contextlib.suppress(EOFError):
+            while done != numbers[-1]:
+                begun = receiver.recv()
+                yield receiver.recv()
+                done = begun
+        process.join()
+        if begun != done:
+            yield begun, kinds[begun % len(kinds)], "crashed", f"exit code {process.exitcode}", 0.0
+        elif begun < numbers[0]:
+            raise RuntimeError(f"no case could be begun (exit code {process.exitcode})")
+        numbers = [number for number in numbers if number > begun]
 
 
 def fuzz(cases: int, seed: int, kinds: list[str] | None = None, num_workers: int = 1) -> dict[str, Any]:
     """Run the cases 0 to `cases` - 1 of a seed; see the module."""
     started, kinds = time.perf_counter(), kinds or list(KINDS)
-    tasks = [list(range(i, min(i + CASES_PER_TASK, cases))) for i in range(0, cases, CASES_PER_TASK)]
-    done: list[tuple[int, str, str, str, float]] = []
-    crashed: list[str] = []
-    while tasks:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_workers, mp_context=context) as executor:
-            futures = [(task, executor.submit(_task, seed, task, kinds)) for task in tasks]
-            tasks = []
-            for task, future in futures:
-                try:
-                    done += future.result()
-                except BrokenProcessPool:  # halve what was under way, down to the case that crashes
-                    if len(task) == 1:
-                        crashed.append(f"{kinds[task[0] % len(kinds)]} {task[0]}")
-                    else:
-                        tasks += [task[: len(task) // 2], task[len(task) // 2 :]]
+    shares = [list(range(i, cases, num_workers)) for i in range(num_workers)]
+
+    def work(share: list[int]) -> list[Case]:
+        cases = []
+        for case in _in_a_process(seed, share, kinds):
+            cases.append(case)
+            if case[2] not in ("accepted", "refused"):
+                print(*case, file=sys.stderr, flush=True)
+        return cases
+
+    with ThreadPoolExecutor(num_workers) as executor:
+        done = [case for part in executor.map(work, shares) for case in part]
     outcomes: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in kinds}
-    faults: dict[str, list[str]] = {"wrong row": [], "too slow": [], "uncaught": []}
-    for number, kind, outcome, fault, _ in done:
+    faults: dict[str, list[str]] = {"wrong row": [], "too slow": [], "uncaught": [], "crashed": []}
+    for number, kind, outcome, fault, _ in sorted(done):
         outcomes[kind][outcome] += 1
         if outcome in faults:
             faults[outcome].append(f"{kind} {number}: {fault}")
@@ -100,7 +123,7 @@ def fuzz(cases: int, seed: int, kinds: list[str] | None = None, num_workers: int
         "uncaught": faults["uncaught"],
         "wrong_rows": faults["wrong row"],
         "too_slow": faults["too slow"],
-        "crashed": crashed,
+        "crashed": faults["crashed"],
         "slowest_s": max((seconds for *_, seconds in done), default=0.0),
         "seconds": time.perf_counter() - started,
     }
