@@ -296,15 +296,21 @@ def _is_first(batch: pa.RecordBatch, path: Source, row: int) -> np.ndarray:
 
 def _bytes_needed(file: pq.ParquetFile, columns: list[str]) -> int:
     """Compressed bytes of the columns' chunks, and of the footer."""
-    metadata = file.metadata
-    first = metadata.row_group(0)  # not metadata.schema, which pyarrow never frees with its metadata
-    leaves = [i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] in columns]
+    metadata, leaves, following = file.metadata, [], 0
+    for field in file.schema_arrow:  # not by the chunks' names: of a damaged column, their metadata end the process
+        first, following = following, following + _num_leaves(field.type)
+        leaves += range(first, following) if field.name in columns else ()
     chunks = (
         metadata.row_group(group).column(leaf).total_compressed_size
         for group in range(metadata.num_row_groups)
         for leaf in leaves
     )
     return metadata.serialized_size + sum(chunks)
+
+
+def _num_leaves(kind: pa.DataType) -> int:
+    """Columns of a Parquet file that a column of this type takes."""
+    return sum(_num_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1
 
 
 def _log_summary(name: str, statistics: dict[str, Any], seconds: float) -> None:

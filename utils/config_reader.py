@@ -43,7 +43,7 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}; wanted sections such as 'data:' and 'model:'")
     base = tree.pop("base", None)
-    if base is not None and not isinstance(base, str):
+    if base is not None and (not isinstance(base, str) or "\0" in base):
         raise ConfigError(f"{path}: base is {_shown(base)}; wanted the name of another YAML file")
     return tree if base is None else _merge(read_tree(path.parent / base, (*above, path.resolve())), tree)
 

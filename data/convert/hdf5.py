@@ -133,7 +133,7 @@ def convert_hdf5(
     paths = find_episodes(hdf5_dir, follow_links)
     with _open(paths[0]) as file, reading(paths[0]):
         _refuse_robomimic(file, paths[0])
-        available = sorted(_get(file, IMAGES, h5py.Group, paths[0]))
+        available = sorted(map(str, _get(file, IMAGES, h5py.Group, paths[0])))
     options = Hdf5Options(
         cameras=parse_cameras(cameras, available, str(paths[0])),
         state_keys=tuple(state_keys),
@@ -185,7 +185,7 @@ def find_episodes(folder: Path, follow_links: bool = False) -> list[Path]:
 def _refuse_robomimic(file: h5py.File, path: Path) -> None:
     check_links(file, "data", path)
     data = file.get("data")
-    demos = sorted(name for name in data if name.startswith("demo_")) if isinstance(data, h5py.Group) else []
+    demos = sorted(name for name in map(str, data) if name.startswith("demo_")) if isinstance(data, h5py.Group) else []
     if demos and IMAGES not in file:
         raise DataError(
             f"{path}: is in robomimic's layout ({len(demos)} demonstrations in one file, data/{demos[0]}/...); only "
@@ -242,7 +242,7 @@ def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[int, int], f
 def _read_header(path: Path, options: Hdf5Options) -> _Header:
     """Check that a file has every array that the options name, and all of one length."""
     with _open(path) as file, reading(path):
-        check_names(options.cameras, sorted(_get(file, IMAGES, h5py.Group, path)), "camera", str(path))
+        check_names(options.cameras, sorted(map(str, _get(file, IMAGES, h5py.Group, path))), "camera", str(path))
         lengths, widths = {}, {}
         for key in (*options.state_keys, options.action_key):
             array = _get(file, key, h5py.Dataset, path)
@@ -372,7 +372,7 @@ def _prompt(file: h5py.File, path: Path, options: Hdf5Options) -> str:
             return text
     if options.prompt:
         return options.prompt
-    fault = "is empty" if name in file.attrs else f"is not there (found: {', '.join(file.attrs) or 'none'})"
+    fault = "is empty" if name in file.attrs else f"is not there (found: {', '.join(map(str, file.attrs)) or 'none'})"
     raise DataError(f"{path}: attribute {name!r} {fault}; give --prompt as well, for files that have none")
 
 
@@ -419,6 +419,6 @@ def _get(file: h5py.File, key: str, kind: type, path: Path) -> Any:
             check_array(item, key, path, ROWS_PER_BLOCK)
     if not isinstance(item, kind):
         names: list[str] = []
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, kind) else None)
+        file.visititems(lambda name, item: names.append(str(name)) if isinstance(item, kind) else None)
         check_names([key], [name for name in names if name != key], kind.__name__.lower(), str(path))
     return item

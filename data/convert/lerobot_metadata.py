@@ -21,6 +21,7 @@ from utils.parquet_utils import DataError, batches, one_line, open_parquet
 from utils.text import printable
 
 MAX_FPS = 10_000
+MAX_WIDTH = 1_000_000  # values of a numeric feature
 MAX_INDEX = 1_000_000_000
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 ROWS_PER_READ = 16384  # of metadata
@@ -159,7 +160,7 @@ class LeRobotDataset:
             DataError: it is not a vector.
         """
         shape = self.features[key].get("shape")
-        if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
+        if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] <= MAX_WIDTH:
             raise DataError(f"{self.info_path}: {key!r} has shape {shape}; wanted a vector, one number in shape")
         return shape[0]
 
