@@ -1,6 +1,7 @@
 """Evaluate a trained policy: over recorded data, on a single observation, or in closed loop in a simulator.
 
 python main_eval.py --checkpoint_path C --eval_data_path demos/val --output_dir results --save_predictions
+python main_eval.py --checkpoint_path C --split val                        # the episodes that its own config held out
 python main_eval.py --checkpoint_path C --image1_paths frame.png --prompt "open the window" --state_vector "0 0.6 0.2 1"
 python main_eval.py --checkpoint_path C --env metaworld --tasks window-open-v3 --episodes 20 --seed 10000 [--blind]
 python main_eval.py --env metaworld --tasks window-open-v3 --control replay --demos_path demos/train
@@ -19,13 +20,14 @@ from pathlib import Path
 import torch
 
 from data.episode_store import recorded_actions
-from data.loader import make_loader, open_dataset
+from data.loader import make_loader, open_dataset, open_held_out
 from envs import FIRST_EVALUATION_SEED, SIMULATORS, expand_tasks, make_env
 from inference.closed_loop.evaluation import evaluate_closed_loop
 from inference.eval_args import parse_args
 from inference.evaluate import evaluate_offline, quantization_error
 from inference.predictor import VLAPredictor
 from inference.report import action_table, finish, metrics_table, rollout_table, write_actions, write_evaluation
+from utils.config_utils import ConfigError
 from utils.misc import set_up_logging, user_message
 
 logger = logging.getLogger(__name__)
@@ -35,8 +37,16 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     """Batch mode: metrics.json, inference_log.txt, plots, and predictions.csv when asked for."""
     processors, data = (predictor.image_processor, predictor.prompt_tokenizer), {}
     workers = predictor.config.data.num_workers if args.num_workers is None else args.num_workers
-    for spec in args.eval_data_path:
-        dataset = open_dataset(predictor.config, *processors, spec, "--eval_data_path", predictor.dataset_index)
+    for spec in args.eval_data_path or ["val"]:
+        if args.split is None:
+            dataset = open_dataset(predictor.config, *processors, spec, "--eval_data_path", predictor.dataset_index)
+        else:
+            dataset = open_held_out(predictor.config, *processors, predictor.dataset_index)
+        if dataset is None:
+            raise ConfigError(
+                "--split val: the checkpoint's config holds nothing out (data.val_parquet_files, data.val_fraction); "
+                "give --eval_data_path"
+            )
         logger.info("%s: %d episodes, %d samples", spec, dataset.store.num_episodes, len(dataset))
         data[spec] = dataset, make_loader(dataset, num_workers=workers, batch_size=args.batch_size)
     result, predictions = evaluate_offline(predictor, data, seed=args.seed or 0, num_samples=args.num_samples)
@@ -101,3 +111,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, ImportError, RuntimeError, OSError) as error:
         sys.exit(f"error: {user_message(error)}")
+    except KeyboardInterrupt:
+        print("\nstopped; in closed loop the same command goes on after the episodes that it finished", file=sys.stderr)
+        sys.exit(130)

@@ -1,5 +1,6 @@
 """A short check of a checkpoint: does it load, and does it do something sensible on recorded data?
 
+    python test_vla_offline.py --checkpoint_path model_best.pth.tar
     python test_vla_offline.py --checkpoint_path model_best.pth.tar --test_data_dir data/samples --output_file out.json
 
 Runs the policy over samples spread evenly over each Parquet file, measures latency, and checks that predictions
@@ -10,6 +11,8 @@ than the training data's mean action. The exit code is 0 when every check passes
 from __future__ import annotations
 
 import argparse
+import glob
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +26,14 @@ from inference.evaluate import Predictions, evaluate_offline, measure_latency
 from inference.metrics import NonFiniteError
 from inference.predictor import VLAPredictor
 from inference.report import write_json
+from utils.config_utils import ConfigError
 from utils.misc import atomic_path, set_up_logging
 from utils.parquet_utils import resolve_parquet_files
 from utils.text_table import text_table
 
+logger = logging.getLogger(__name__)
+
+SAMPLES, SAMPLES_WIDTHS = Path(__file__).parent / "data/samples", (4, 4)  # widths of their state and action
 RANGE_MARGIN = 0.1  # predictions may leave the training range by this share of it,
 RANGE_SHARE = 0.99  # and at least this share of them must stay within
 
@@ -68,6 +75,25 @@ def recorded(predictor: VLAPredictor, path: Path) -> VLADataset:
     return open_dataset(predictor.config, *processors, str(path), "--test_data_dir", predictor.dataset_index)
 
 
+def default_data(predictor: VLAPredictor) -> Sequence[str]:
+    """The validation data that the policy was trained with, where that is on this machine; else the samples.
+
+    Raises:
+        ConfigError: neither fits the policy.
+    """
+    held_out = predictor.config.data.val_parquet_files
+    if held_out and all(glob.glob(str(path), recursive=True) for path in held_out):
+        logger.info("no --test_data_dir: the checkpoint's data.val_parquet_files, %s", ", ".join(map(str, held_out)))
+        return held_out
+    if (predictor.state_dim, predictor.per_action_dim) != SAMPLES_WIDTHS:
+        raise ConfigError(
+            "--test_data_dir is missing: the checkpoint's validation data are not here, and data/samples are of "
+            f"another robot ({SAMPLES_WIDTHS[0]} states, {SAMPLES_WIDTHS[1]} actions); give a folder of Parquet files"
+        )
+    logger.warning("no --test_data_dir: data/samples, which the policy may never have seen the like of")
+    return [str(SAMPLES)]
+
+
 def share_in_range(predictor: VLAPredictor, predictions: Predictions) -> float:
     """Share of predicted values within the training actions' range, widened by RANGE_MARGIN on both sides.
 
@@ -100,7 +126,10 @@ def report_table(files: dict[str, dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_path", required=True)
-    parser.add_argument("--test_data_dir", required=True, help="folder with Parquet files")
+    help_text = (
+        "folder with Parquet files; default: the checkpoint's validation data where it is here, else data/samples"
+    )
+    parser.add_argument("--test_data_dir", help=help_text)
     parser.add_argument("--output_file", default="offline_report.json", help="JSON, or the table alone as *.txt")
     parser.add_argument("--max_samples", type=int, default=200, help="samples per file")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -111,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, args.device, dataset=args.dataset)
     if predictor.config.training.num_threads is not None:
         torch.set_num_threads(predictor.config.training.num_threads)
-    paths = resolve_parquet_files(args.test_data_dir, "--test_data_dir")
+    paths = resolve_parquet_files(args.test_data_dir or default_data(predictor), "--test_data_dir")
     files = {str(path): check_file(predictor, path, args.max_samples, args.batch_size) for path in paths}
     times = measure_latency(predictor, collate_fn([recorded(predictor, paths[0])[0]]), repeats=20)
     passed = all(all(found["checks"].values()) for found in files.values())

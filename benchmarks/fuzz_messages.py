@@ -132,6 +132,9 @@ def message(rng: random.Random, state_dim: int, corpus: list[bytes]) -> bytes:
     if kind == 3:
         return pack(value(rng))
     request = good_request(rng, state_dim)
+    if kind == 4 and rng.random() < 0.1:
+        request["observation/image"] = np.zeros((rng.choice([0, 3, 65, 100_000]), 1, 1, 3), np.uint8)
+        return pack(request)
     if kind == 4:
         frames = [frame(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
         request[rng.choice(["observation/image", "observation/wrist_image"])] = rng.choice([frames[0], frames])

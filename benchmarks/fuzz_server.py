@@ -19,6 +19,7 @@ import collections
 import contextlib
 import json
 import logging
+import os
 import pathlib
 import random
 import re
@@ -38,11 +39,11 @@ if not __package__:
     import _repository  # noqa: F401
 
 from benchmarks.fuzz_messages import good_request, message
-from benchmarks.memory import limit_memory, peak_mb, peak_of, resident_mb
+from benchmarks.memory import limit_memory, peak_of, reset_peak, resident_mb
 from benchmarks.served import open_client, start_server
 from data.processing import ObservationError
 from inference.predictor import VLAPredictor
-from inference.serving.requests import RequestError, RequestReader
+from inference.serving.requests import History, RequestError, RequestReader
 from inference.serving.wire import WireError, pack
 from utils.config_utils import ServingConfig
 
@@ -57,15 +58,17 @@ def fuzz_in_process(predictor: VLAPredictor, count: int, seed: int, config: Serv
     """Read `count` messages; every outcome that is new makes its message one to change further."""
     rng, reader = random.Random(seed), RequestReader(predictor, config, seed)
     corpus: list[bytes] = []
+    history = History()
     seen: set[str] = set()
     outcomes: collections.Counter[str] = collections.Counter()
-    uncaught, slowest, accepted, before = [], 0.0, 0, peak_mb()
+    uncaught, slowest, accepted, before = [], 0.0, 0, resident_mb(os.getpid())
+    reset_peak()
     for _ in range(count):
         sent = message(rng, predictor.state_dim, corpus)
         started = time.perf_counter()
         try:
             request = reader.read(sent)
-            reader.sample(request, lambda: True)
+            reader.sample(request, history, {}, lambda: True)
             outcome, text = "accepted", "accepted"
             accepted += 1
             if accepted % 50 == 0:
@@ -89,7 +92,11 @@ def fuzz_in_process(predictor: VLAPredictor, count: int, seed: int, config: Serv
         "kinds": len(seen),
         "uncaught": uncaught[:20],
     }
-    return result | {"uncaught_count": len(uncaught), "slowest_s": slowest, "peak_growth_mb": peak_mb() - before}
+    return result | {
+        "uncaught_count": len(uncaught),
+        "slowest_s": slowest,
+        "peak_growth_mb": peak_of(os.getpid()) - before,
+    }
 
 
 def predict(predictor: VLAPredictor, request: Any) -> None:

@@ -22,6 +22,11 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def reset_peak() -> None:
+    """Let `peak_of` this process begin at what it has now."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
 def limit_memory(megabytes: int) -> None:
     """Let this process map so much more than it has now."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])

@@ -102,7 +102,7 @@ class VLADataset(Dataset):
                 )
             logger.warning("no file has %s: its slot is masked in every sample", camera)
         if not prompt_tokenizer.reads_state:
-            tokens = [prompt_tokenizer.tensor(prompt) for prompt in self.store.prompts]
+            tokens = [prompt_tokenizer(prompt) for prompt in self.store.prompts]
             _warn_of_prompts_cut_to_one(self.store.prompts, tokens)
             self._prompt_ids, self._prompt_mask = _padded(tokens)  # (prompts, tokens of the longest)
 
@@ -326,12 +326,12 @@ def _merge(parts: Sequence[Arrays], positions: np.ndarray) -> Arrays:
     return merged
 
 
-def _padded(tokens: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _padded(tokens: Sequence[Tensor | list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of several texts, int64 (texts, tokens of the longest), and their mask."""
     lengths = np.array([len(ids) for ids in tokens])
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.zeros(mask.shape, dtype=np.int64)
-    ids[mask] = np.concatenate([one.numpy() for one in tokens])
+    ids[mask] = np.concatenate([np.asarray(one) for one in tokens])
     return ids, mask
 
 

@@ -137,6 +137,15 @@ class EpisodeStore:
         size = sum(path.stat().st_size for path in self.folder.iterdir())
         logger.info("episode cache: %.1f MB at %s", size / 1e6, self.folder)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are not forked: they map the same cache, which stays as long as this process."""
+        return {"files": self.files, "cameras": self.cameras, "folder": self.folder, "_spec": self._spec}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._temporary = None
+        self._open()
+
     def __len__(self) -> int:
         return len(self.state)
 

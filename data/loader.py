@@ -9,6 +9,7 @@ import argparse
 import functools
 import logging
 import math
+import multiprocessing
 import re
 import signal
 import sys
@@ -126,7 +127,8 @@ def make_loader(
         slots = PREFETCH + 3  # besides those prefetched: one being made, two in use
         first = batches.first
         slot_bytes = math.prod(first.image_shape(largest)) * first.image_processor.pixel_type.itemsize
-        pool = SlotPool(num_workers, slots, slot_bytes)
+        if multiprocessing.get_start_method() == "fork":  # else workers share no memory of this process
+            pool = SlotPool(num_workers, slots, slot_bytes)
         options = {"persistent_workers": True, "prefetch_factor": PREFETCH}
     order = {"batch_sampler": batch_sampler} if batch_sampler is not None else {"batch_size": batch_size}
     loader = DataLoader(
@@ -156,7 +158,7 @@ def _as_it_is(packed: PackedBatch) -> PackedBatch:
     return packed
 
 
-def _init_worker(pool: SlotPool, worker_id: int) -> None:
+def _init_worker(pool: SlotPool | None, worker_id: int) -> None:
     torch.set_num_threads(1)
     use_pool(pool)
     end_only_for_parent()
@@ -198,6 +200,23 @@ def open_dataset(
     )
 
 
+def open_held_out(
+    config: Config, image_processor: VLAImageProcessor, prompt_tokenizer: PromptTokenizer, dataset_index: int = 0
+) -> VLADataset | None:
+    """What a config holds out of training for validation, of one of its datasets; None where it holds out nothing.
+
+    Raises:
+        DataError: files are missing, or break the schema.
+    """
+    data, open_one = config.data, functools.partial(open_dataset, config, image_processor, prompt_tokenizer)
+    if data.val_parquet_files:
+        return open_one(data.val_parquet_files, "data.val_parquet_files", dataset_index)
+    if data.val_fraction:
+        entry = config.datasets[dataset_index]
+        return open_one(entry.path, f"the training data of {entry.name}", dataset_index, "val")
+    return None
+
+
 def build_datasets(
     config: Config, image_processor: VLAImageProcessor, prompt_tokenizer: PromptTokenizer
 ) -> tuple[MixtureDataset, MixtureDataset | None]:
@@ -207,8 +226,7 @@ def build_datasets(
     dataset.
 
     Raises:
-        DataError: training files are missing, files break the schema, val_fraction holds out no episode, or two
-            instructions are the same to the policy because it reads too little of them.
+        DataError: training files are missing, files break the schema, or val_fraction holds out no episode.
     """
     data = config.data
     open_one = functools.partial(open_dataset, config, image_processor, prompt_tokenizer)
@@ -224,19 +242,6 @@ def build_datasets(
         val = [open_one(data.val_parquet_files, "data.val_parquet_files")]
     elif data.val_fraction:
         val = [open_one(entry.path, key(entry), i, "val") for i, entry in enumerate(config.datasets)]
-    same = prompt_tokenizer.merged([prompt for dataset in train for prompt in dataset.store.prompts])
-    if same is not None:
-        raise DataError(
-            f"the instructions {same[0]!r} and {same[1]!r} are one to the policy, which reads data.prompt_max_len "
-            f"{data.prompt_max_len} tokens; raise it until they differ, or shorten what they have in common"
-        )
-    for dataset in val if data.val_fraction else ():
-        if not len(dataset):
-            used = min(dataset.store.num_episodes, data.max_episodes or dataset.store.num_episodes)
-            raise DataError(
-                f"dataset {dataset.name}: data.val_fraction {data.val_fraction} of {used} episode holds out none, for "
-                "one must be left to train on; record more, or set it to 0"
-            )
     for dataset in train:
         logger.info("training data %s: %d episodes, %d samples", dataset.name, len(dataset.episodes), len(dataset))
     return MixtureDataset(train), MixtureDataset(val) if val else None

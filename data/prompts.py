@@ -181,15 +181,6 @@ class PromptTokenizer:
         """What of an instruction the policy does not read, as a warning; None where it reads all."""
         return self._tokens(prompt, state, dataset_index)[1]
 
-    def merged(self, prompts: Sequence[str]) -> tuple[str, str] | None:
-        """Two instructions that are told apart only behind what is cut off, so that the policy reads one; or None."""
-        first: dict[tuple[int, ...], str] = {}
-        for prompt in prompts if not self.reads_state else ():
-            other = first.setdefault(tuple(self.tensor(prompt).tolist()), prompt)
-            if other.split() != prompt.split() and (self.cut(other) or self.cut(prompt)):
-                return other, prompt
-        return None
-
     def _tokens(self, prompt: str, state: np.ndarray | None, dataset_index: int) -> tuple[Tensor, str | None]:
         if not isinstance(prompt, str):
             found = "missing" if prompt is None else f"a {type(prompt).__name__}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import multiprocessing
 import os
 import signal
 import threading
@@ -60,8 +61,8 @@ class SlotPool:
         return np.ndarray(tuple(shape), pixel_type, self._memory, slot * self.slot_bytes)
 
 
-def use_pool(pool: SlotPool) -> None:
-    """Make `ImageBlock` of this worker process take memory from `pool`."""
+def use_pool(pool: SlotPool | None) -> None:
+    """Make `ImageBlock` of this worker process take memory from `pool`; None: new memory for every batch."""
     global _pool
     _pool = pool
 
@@ -78,7 +79,7 @@ def end_only_for_parent() -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, whose users have no scheduler
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_for, args=(multiprocessing.parent_process().pid,), daemon=True).start()
 
 
 def _end_for(parent: int) -> None:

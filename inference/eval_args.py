@@ -7,6 +7,8 @@ least value, what it is when nobody gives it. Flags that are settings of inferen
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,8 @@ MODES = {  # the flag that chooses a mode -> the heading of its flags
     "image1_paths": "a single observation",
     "env": "closed loop",
 }
+NEGATIVE = re.compile(r"-[.\d]")  # no flag begins so
+SEPARATORS = str.maketrans(",;[]()", "      ")  # of numbers, as Python, NumPy and JSON print them
 SETTINGS = ("num_inference_steps", "compile", "quantization")  # of `inference`, for every mode,
 LOOP_SETTINGS = ("n_action_steps", "execution", "latency_steps")  # and for the closed loop
 
@@ -73,11 +77,13 @@ class _EvalParser:
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The flags, checked against their rules, defaults filled in, with `mode`."""
-        args = self.parser.parse_args(argv)
+        args = self.parser.parse_args(_with_numbers_shielded(sys.argv[1:] if argv is None else argv))
         chosen = [mode for mode in MODES if getattr(args, mode)]
+        chosen += ["split"] if args.split else []
         if len(chosen) != 1:
             found = " and ".join(f"--{mode}" for mode in chosen) or "none of them"
-            self.parser.error(f"give one of --eval_data_path, --image1_paths, --env; found {found}")
+            self.parser.error(f"give one of --eval_data_path, --split val, --image1_paths, --env; found {found}")
+        chosen = ["eval_data_path"] if args.split else chosen
         args.mode = chosen[0]
         for name, rule in self.rules.items():
             value = getattr(args, name)
@@ -145,6 +151,8 @@ def _add_flags(flags: _EvalParser) -> None:
 
     data = "eval_data_path"
     add("eval_data_path", data, nargs="+", metavar="P", help="Parquet files, folders or globs; one dataset each")
+    help_text = "instead of --eval_data_path: the validation data of the checkpoint's config, held-out episodes alone"
+    add("split", data, choices=("val",), help=help_text)
     add("batch_size", data, least=1, default=16, help="default 16")
     add("num_workers", data, type=int, help="loader processes; default: the checkpoint's data.num_workers")
     help_text = "draws per observation, for spread and best-of-k; default 1: neither"
@@ -179,14 +187,19 @@ def _add_flags(flags: _EvalParser) -> None:
     add("env_options", loop, nargs="+", metavar="KEY=VALUE", help="e.g. camera=corner2 hide_goal=true")
 
 
+def _with_numbers_shielded(argv: Sequence[str]) -> list[str]:
+    """The command line with a space before negative numbers: argparse takes -2.5e-05 and -1,2 for flags."""
+    return [f" {word}" if NEGATIVE.match(word) else word for word in argv]
+
+
 def _numbers(texts: Sequence[str] | None) -> list[float] | None:
-    """Numbers in one text or several, between spaces or commas."""
+    """Numbers in one text or several, between spaces or commas, in brackets or not."""
     if texts is None:
         return None
     try:
-        return [float(text) for text in " ".join(texts).replace(",", " ").split()]
+        return [float(text) for text in " ".join(texts).translate(SEPARATORS).split()]
     except ValueError as error:
-        raise ConfigError(f"--state_vector: {error}; give numbers separated by spaces") from None
+        raise ConfigError(f"--state_vector: {error}; give numbers separated by spaces or commas") from None
 
 
 def _check_closed_loop(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -313,7 +313,8 @@ class VLAPredictor:
         """
         told = {} if warnings is None else warnings
         frames = self._frames_by_camera(images_1, images_2, images, told)
-        takes_state = self.config.model.action_head_config.use_state_input
+        delta = self.config.data.action_mode == "delta"  # actions are then relative to the state
+        takes_state = self.config.model.action_head_config.use_state_input or delta
         values = checked_state(state, self.state_dim, takes_state)
         statistics = self.model.statistics[self.dataset_index]["state"]
         if takes_state and (outside := outside_training(values, statistics)) is not None:

@@ -35,7 +35,20 @@ def metrics_table(result: dict[str, Any]) -> str:
         for dataset in datasets:
             parts = {name: summary["per_dataset"][dataset] for name, summary in predictors.items()}
             tables.append(_metrics_table(dataset, parts))
-    return "\n\n".join(tables)
+    return "\n\n".join([*tables, verdict(result)])
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """What the metrics of `evaluate_offline` say, in words: is the policy better than the trivial predictors?"""
+    errors = {name: summary["overall"]["mse_normalized"] for name, summary in result["predictors"].items()}
+    policy, sentences = errors["policy"], []
+    for name, words in (("mean_action", "the mean action"), ("repeat_last_action", "repeating the last action")):
+        comparison = "better" if policy < errors[name] else "worse" if policy > errors[name] else "no better"
+        sentences.append(f"{comparison} than {words} ({policy:.4g} against {errors[name]:.4g})")
+    advice = (
+        "" if policy < errors["mean_action"] else ": it has learned nothing of use yet, or the data are of another kind"
+    )
+    return f"The policy is {' and '.join(sentences)} in mse_normalized{advice}."
 
 
 def _metrics_table(title: str, parts: dict[str, dict[str, Any]]) -> str:
@@ -164,8 +177,10 @@ def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str) -
             continue
         draw_trajectory(axis, steps, part.predicted_KNTA[:, rows, 0, a], part.true_NTA[rows, 0, a])
         axis.set_ylabel(f"action[{a}]")
-    for axis in axes[-1]:
+    lowest = [axes[min(lines, dims - column * lines) - 1, column] for column in range(columns)]
+    for axis in lowest:  # of a column that ends earlier than the first, too
         axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
     figure.suptitle(f"First action of each prediction: {title}", fontsize=10)
     with atomic_path(path) as temporary:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -19,9 +21,11 @@ from model.allocation import AllocationLimit
 from model.backbone import Backbone, backbone_class
 from utils.backbones import BACKBONE_SPECS
 from utils.checkpoint import CheckpointError, check_finite, evaluation_weights
-from utils.config_utils import Config, ConfigError, config_from_dict, is_free
+from utils.config_utils import Config, ConfigError, VLMConfig, config_from_dict, is_free
 from utils.statistics import StatisticsError
 from utils.text import printable
+
+logger = logging.getLogger(__name__)
 
 # What the classes of transformers and torch run into on a description that somebody changed.
 _BUILDING_FAULTS = (
@@ -60,6 +64,7 @@ def policy_from_checkpoint(
         check_finite(weights, "checkpoint")
     given_statistics = checkpoint["statistics"] if statistics is None else statistics
     if without_base:
+        vlm = _where_the_base_is(vlm, checkpoint)
         backbone = backbone_class(vlm.type).from_pretrained(vlm, *settings)
         policy = policy_class(config, backbone, given_statistics)
     else:
@@ -76,7 +81,7 @@ def policy_from_checkpoint(
     if adapted_later:
         policy.backbone.adapt(vlm)
         policy.rest_unread()
-    policy.base = frozen_base(backbone, base_name)
+    policy.base = frozen_base(backbone, base_name, vlm if without_base else None)
     if config.training.save_adapters_only and policy.base is not None and policy.base["name_or_path"] is None:
         raise ConfigError(
             "training.save_adapters_only needs frozen weights that a later run can read again, but these come from "
@@ -99,19 +104,44 @@ def _describes_a_model() -> Iterator[None]:
         ) from None
 
 
-def frozen_base(backbone: Backbone, name_or_path: str | None) -> dict[str, Any] | None:
+def frozen_base(backbone: Backbone, name_or_path: str | None, vlm: VLMConfig | None) -> dict[str, Any] | None:
     """Which weights are frozen in a backbone.
 
     Args:
         backbone: as it is trained.
         name_or_path: where the frozen weights came from, in words; None: from a checkpoint.
+        vlm: whose folders they were read from; None: from a checkpoint.
 
     Returns:
-        `name_or_path` and the weights' `fingerprint`; None where every weight trains.
+        `name_or_path`, the weights' `fingerprint`, and `folders`, as absolute paths by their settings; None where every
+        weight trains.
     """
     if all(parameter.requires_grad for parameter in backbone.parameters()):
         return None
-    return {"name_or_path": name_or_path, "fingerprint": base_fingerprint(backbone)}
+    folders = {}
+    for part in () if vlm is None else BACKBONE_SPECS[vlm.type].parts:
+        folder = Path(getattr(vlm, part.key)).expanduser()
+        if folder.is_dir():  # and no hub id
+            folders[part.key] = str(folder.resolve())
+    return {"name_or_path": name_or_path, "fingerprint": base_fingerprint(backbone), "folders": folders}
+
+
+def _where_the_base_is(vlm: VLMConfig, checkpoint: dict[str, Any]) -> VLMConfig:
+    """The folders of an adapter checkpoint's base as they are, or where they were in training.
+
+    A relative path means something else in another working directory.
+    """
+    saved, folders = checkpoint["config"]["model"]["vlm_config"], checkpoint["base"].get("folders", {})
+    moved = {
+        key: folder
+        for key, folder in folders.items()
+        if getattr(vlm, key, None) == saved.get(key)
+        and not Path(saved[key]).expanduser().is_dir()
+        and Path(folder).is_dir()
+    }
+    if moved:
+        logger.info("the adapters' base is read from %s, where it was in training", " and ".join(moved.values()))
+    return dataclasses.replace(vlm, **moved)
 
 
 def state_to_save(policy: nn.Module, adapters_only: bool = False) -> dict[str, Any]:

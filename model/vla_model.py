@@ -89,7 +89,7 @@ class VLAModel(nn.Module):
         vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
         settings = resampler, config.cameras, image_mean, image_std
         policy = cls(config, backbone_class(vlm.type).from_pretrained(vlm, *settings), statistics)
-        policy.base = frozen_base(policy.backbone, vlm.pretrained_names)
+        policy.base = frozen_base(policy.backbone, vlm.pretrained_names, vlm)
         return policy
 
     @classmethod

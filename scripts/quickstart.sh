@@ -58,11 +58,22 @@ control_side() {
     rollouts blind --checkpoint_path "$POLICY" --blind --num_videos 1
     rollouts replay --control replay --demos_path "$DATA/train" --num_videos 1
 }
+show_progress() { # until it is killed
+    local all=$((4 * ${#TASKS[@]} * EPISODES)) # of the policy, its two variants, and the replayed demonstrations
+    while sleep 15; do
+        echo "   $(find "$OUT" -name episodes.jsonl -exec cat {} + 2>/dev/null | wc -l) of $all episodes"
+    done
+}
 closed_loop() { # two processes: the policy on one core, its controls on the other
     control_side &
     local controls=$!
+    show_progress &
+    local progress=$!
+    trap "kill $progress 2>/dev/null || true" EXIT
     policy_side
     wait "$controls"
+    kill "$progress"
+    trap - EXIT
 }
 
 stage record record_both

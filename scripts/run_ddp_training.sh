@@ -79,7 +79,7 @@ trap 'kill -TERM "$TORCHRUN" 2>/dev/null' TERM HUP
 trap 'kill -INT "$TORCHRUN" 2>/dev/null' INT
 TRAINED=0 LEFT=${LEAVE_AFTER_S:-60}
 while kill -0 "$TORCHRUN" 2>/dev/null && [ "$LEFT" -gt 0 ]; do
-    if pgrep -P "$TORCHRUN" >/dev/null; then
+    if ps -o stat= --ppid "$TORCHRUN" | grep -qv Z; then # ranks that have not ended
         TRAINED=1 LEFT=${LEAVE_AFTER_S:-60}
     elif [ "$TRAINED" = 1 ]; then
         LEFT=$((LEFT - 1))

@@ -16,6 +16,8 @@ selection=(-m "not slow")
 for argument in "$@"; do
     if [ "$argument" = --all ]; then selection=(); else arguments+=("$argument"); fi
 done
+# The whole suite runs in two processes, a file each: most tests wait for processes that they start.
+if [ ${#arguments[@]} -eq 0 ]; then arguments=(-n 2 --dist loadfile); fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet .
 exec "$PYTHON" -m pytest "${selection[@]}" "${arguments[@]}"

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +159,12 @@ def test_single_item(checkpoint, tmp_path, capsys):
 
     main_eval.main([*common, "--state_vector", "0.1", "-0.2", "0.3", "0.4"])  # several arguments mean the same
     assert json.loads((tmp_path / "out" / "actions.json").read_text()) == written
+    for words in (["[0.1, -0.2, 0.3, 0.4]"], ["0.1,-0.2,0.3,0.4"], ["0.1", "-2e-1", "0.3", "0.4"]):
+        main_eval.main([*common, "--state_vector", *words])
+        assert json.loads((tmp_path / "out" / "actions.json").read_text()) == written
+    for words in (["-4.2e-05", "0.6", "0.2", "1"], ["-4.2e-05,0.6,0.2,1"], ["-4.2e-05 0.6 0.2 1"]):
+        args = parse_args([*common, "--state_vector", *words], None)
+        assert args.state == [-4.2e-05, 0.6, 0.2, 1]
     with pytest.raises(ValueError, match="--state_vector: could not convert string to float: 'x'"):
         main_eval.main([*common, "--state_vector", "0.1 x"])
     with pytest.raises(ValueError, match="state is missing; this policy takes 4 values"):
@@ -167,7 +174,7 @@ def test_single_item(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--checkpoint_path c", "give one of --eval_data_path, --image1_paths, --env; found none of them"),
+        ("--checkpoint_path c", "give one of --eval_data_path, --split val, --image1_paths, --env; found none"),
         ("--checkpoint_path c --eval_data_path d --env metaworld", "found --eval_data_path and --env"),
         ("--eval_data_path d", "--checkpoint_path is missing"),
         ("--checkpoint_path c --eval_data_path d --blind", "--blind belongs to --env, not to --eval_data_path"),
@@ -242,6 +249,24 @@ def test_offline_check(checkpoint, demos, tmp_path, capsys):
     assert report["latency"]["median_ms"] > 0
     test_vla_offline.main([*args, "--output_file", str(tmp_path / "report.txt"), "--max_samples", "2"])
     assert (tmp_path / "report.txt").read_text().endswith("FAILED\n")
+
+
+def test_offline_check_without_data_takes_what_the_checkpoint_held_out(checkpoint, demos, tmp_path, tiny_paligemma_dir):
+    args = ["--device", "cpu", "--output_file", str(tmp_path / "report.json"), "--max_samples", "2"]
+    test_vla_offline.main(["--checkpoint_path", str(checkpoint), *args])
+    names = [Path(path).name for path in json.loads((tmp_path / "report.json").read_text())["files"]]
+    assert names == ["button-press-topdown-v3.parquet", "window-open-v3.parquet"]
+    data = {"val_parquet_files": [str(demos / "a.parquet")]}
+    path = train_tiny(tmp_path, tiny_paligemma_dir, [demos / "b.parquet"], data=data)
+    test_vla_offline.main(["--checkpoint_path", str(path), *args])
+    assert list(json.loads((tmp_path / "report.json").read_text())["files"]) == [str(demos / "a.parquet")]
+    out = ["--device", "cpu", "--output_dir", str(tmp_path / "eval"), "--num_plots", "0"]
+    main_eval.main(["--checkpoint_path", str(path), "--split", "val", *out])
+    assert "The policy is " in (tmp_path / "eval/inference_log.txt").read_text()
+    with pytest.raises(ValueError, match="--split val: the checkpoint's config holds nothing out .* give --eval_data"):
+        main_eval.main(["--checkpoint_path", str(checkpoint), "--split", "val", *out])
+    with pytest.raises(SystemExit):
+        main_eval.main(["--checkpoint_path", str(path), "--split", "val", "--eval_data_path", "x", *out])
 
 
 def test_offline_check_of_relative_actions(tmp_path, tiny_paligemma_dir):

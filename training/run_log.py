@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import time
+import urllib.parse
+import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,13 @@ import torch
 
 from training.validation import Validation
 from utils.checkpoint import shards_of
-from utils.config_utils import Config, config_to_dict, save_config
+from utils.config_utils import Config, ConfigError, config_to_dict, save_config
 from utils.misc import atomic_path, disk_full_named
 from utils.trajectory_plot import plot_chunks
 
 logger = logging.getLogger(__name__)
 
+WANDB_TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0  # for W&B at the start of a run
 PICTURE_BYTES = 200_000  # about the size of a picture, for the message about a full disk
 
 
@@ -205,7 +210,14 @@ def _append(path: Path, values: dict[str, Any]) -> None:
 
 
 def _start_wandb(config: Config) -> Any:
-    """The W&B run of this experiment; a resumed run continues under the id in its folder."""
+    """The W&B run of this experiment; a resumed run continues under the id in its folder.
+
+    Where W&B does not answer, the run is written to the experiment's folder, to be uploaded later: training waits for
+    nobody.
+
+    Raises:
+        ConfigError: nobody is logged in to W&B, or it refuses the run.
+    """
     try:
         import wandb
     except ImportError:
@@ -214,16 +226,49 @@ def _start_wandb(config: Config) -> Any:
     if not id_path.is_file():
         with atomic_path(id_path) as temporary:
             temporary.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    run = wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=config.training.experiment_name,
-        id=id_path.read_text(encoding="utf-8"),
-        resume="allow",
-        dir=str(config.experiment_dir),
-        config=config_to_dict(config),
-    )
+    settings = {
+        "project": config.wandb.project,
+        "entity": config.wandb.entity,
+        "name": config.training.experiment_name,
+        "id": id_path.read_text(encoding="utf-8"),
+        "resume": "allow",
+        "dir": str(config.experiment_dir),
+        "config": config_to_dict(config),
+    }
+    address = wandb.setup().settings.base_url
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    try:
+        if online and not _answers(address):
+            raise wandb.errors.CommError("no connection")
+        run = wandb.init(**settings, settings=wandb.Settings(init_timeout=WANDB_TIMEOUT_S))
+    except wandb.errors.CommError as error:
+        reason = str(error).splitlines()[0]
+        logger.warning(
+            "W&B at %s does not answer (%s): the run is kept in %s, upload it with wandb sync",
+            address,
+            reason,
+            config.experiment_dir / "wandb",
+        )
+        run = wandb.init(**settings, mode="offline")
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"wandb.enabled (--use_wandb): W&B refuses ({str(error).splitlines()[0]}); run wandb login, or set "
+            "WANDB_MODE=offline and upload the run later with wandb sync"
+        ) from None
     # Curves over our own step. W&B's may only grow, but steps after a checkpoint are logged again after a crash.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _answers(address: str) -> bool:
+    """Whether a server takes connections; behind a proxy, which can't be asked so simply, it is taken to do."""
+    parts = urllib.parse.urlsplit(address)
+    if urllib.request.getproxies().get(parts.scheme):
+        return True
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True

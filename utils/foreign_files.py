@@ -89,7 +89,7 @@ def is_plain_name(name: str) -> bool:
         bool(name)
         and name.isprintable()
         and len(name.encode()) <= 255
-        and not (set(name) & {"/", "\\", ":"})
+        and not (set(name) & {"/", "\\"})
         and name[0] != "."
         and name == name.strip()
     )

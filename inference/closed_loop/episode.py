@@ -102,6 +102,7 @@ class Episode:
         prompt: instead of the environment's instruction.
         max_seq_len: observations that a plan is made from; 0: the last state, without images.
         record: keep captioned frames of image_1.
+        label: who acts, for the captions.
     """
 
     def __init__(
@@ -113,8 +114,9 @@ class Episode:
         prompt: str | None = None,
         max_seq_len: int = 1,
         record: bool = False,
+        label: str = "policy",
     ) -> None:
-        self.env, self.settings, self.record = env, settings, record
+        self.env, self.settings, self.record, self.label = env, settings, record, label
         self._started = time.perf_counter()
         self._looks = max_seq_len > 0
         observation, _ = env.reset(seed=seed, options={"images_on_request": max_seq_len <= 1 and not record})
@@ -183,6 +185,7 @@ class Episode:
     def _keep_frame(self) -> None:
         if self.record:
             result = self.result
-            state = f"seed {result.seed}  step {result.steps}" + ("  success" if result.success else "")
+            outcome = "  success" if result.success else "  failure" if self._ended else ""
+            state = f"{self.label}  step {result.steps}{outcome}  seed {result.seed}"
             frame = captioned(self._history[-1]["image_1"], (self.prompt, state), good=result.success)
             result.frames.append(frame)

@@ -122,8 +122,11 @@ def evaluate_tasks(
     settings = {**settings, **_policy_settings(policy)}
     record = RolloutRecord(folder, settings, restart)
     filmed = set(seeds[:num_videos])
+    control, given = settings.get("control", "policy"), settings.get("prompts", "own")
+    words = [] if given == "own" else ["swapped prompt" if given == "swapped" else "other prompt"]
+    label = ", ".join([control, *words] if control != "policy" or not words else words)
     jobs = [
-        Job(task, seed, prompts.get(task), str(_video(folder, task, seed)) if seed in filmed else None)
+        Job(task, seed, prompts.get(task), str(_video(folder, task, seed)) if seed in filmed else None, label)
         for task in tiers
         for seed in seeds
         if (task, seed) not in record.done

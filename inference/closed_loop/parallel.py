@@ -135,7 +135,8 @@ def start_simulator() -> tuple[subprocess.Popen[bytes], Connection]:
     with there:
         command = [sys.executable, "-P", "-m", "inference.closed_loop.simulator", str(there.fileno())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, env=environment, pass_fds=[there.fileno()])
+        # A group of its own: Ctrl-C in the terminal is for the process that started it, which then ends it.
+        process = subprocess.Popen(command, env=environment, pass_fds=[there.fileno()], process_group=0)
     return process, Connection(here.detach())
 
 

@@ -43,12 +43,14 @@ class Job:
         seed: of the initial state and of the noise.
         prompt: instead of the environment's instruction.
         video: file that the episode is filmed into; None: it is not.
+        label: who acts, for the video.
     """
 
     task: str
     seed: int
     prompt: str | None = None
     video: str | None = None
+    label: str = "policy"
 
 
 def run_job(
@@ -59,7 +61,8 @@ def run_job(
     plan: Callable[[PlanRequest], np.ndarray],
 ) -> EpisodeResult:
     """One episode, filmed where the job says so; actions and frames are not kept."""
-    episode = Episode(env, settings, job.seed, prompt=job.prompt, max_seq_len=max_seq_len, record=bool(job.video))
+    filmed = {"record": bool(job.video), "label": job.label}
+    episode = Episode(env, settings, job.seed, prompt=job.prompt, max_seq_len=max_seq_len, **filmed)
     episode.run(plan)
     if job.video:
         write_video(Path(job.video), episode.result.frames, min(env.unwrapped.control_hz, VIDEO_FPS))

@@ -19,6 +19,7 @@ from utils.misc import derive_seed
 from utils.text import printable
 
 MAX_QUOTED = 1000  # characters of a request that an error quotes; the reply is cut to fewer
+MAX_FRAMES = 256  # of a camera in one request, where the policy does not see more
 MAX_UNREAD_KEYS = 16  # keys that nothing reads and a client is told of
 CAMERAS = ("image_1", "image_2")
 Frame = np.ndarray | bytes
@@ -191,9 +192,12 @@ class RequestReader:
         if value is None:
             return None
         several = isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 4)
-        frames = list(value) if several else [value]
-        if not frames:
+        number, limit = (len(value) if several else 1), max(MAX_FRAMES, self.predictor.max_seq_len)
+        if not number:
             raise RequestError(f"{key!r}: 0 frames; wanted 1 to max_seq_len {self.predictor.max_seq_len}")
+        if number > limit:  # before there is an object for each: a frame may have three bytes
+            raise RequestError(f"{key!r}: {number} frames; at most {limit} are read, and the newest are used")
+        frames = list(value) if several else [value]
         for frame in frames:
             if not isinstance(frame, (bytes, np.ndarray)):
                 kind = type(frame).__name__

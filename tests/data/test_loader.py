@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 
@@ -312,3 +313,36 @@ def test_self_test_script(tmp_path):
     assert "1 files, 2 episodes, 9 steps" in result.stdout and "prompt: press the button" in result.stdout
     result = subprocess.run([*command[:-1], "/nothing"], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 1 and "matches no Parquet file" in result.stderr
+
+
+def test_a_dataset_crosses_to_a_worker_that_is_not_forked(tmp_path, make_dataset):
+    """As spawn and forkserver do (macOS, Python 3.14): pickled, its cache mapped again."""
+    dataset = make_dataset([write_episodes(tmp_path / "a.parquet", [5, 4], image_size=32)])
+    there = pickle.loads(pickle.dumps(dataset))
+    for index in range(len(dataset)):
+        for key, value in dataset[index].items():
+            assert torch.equal(value, there[index][key]) if torch.is_tensor(value) else value == there[index][key]
+
+
+SPAWNED = """
+import multiprocessing, pickle, sys
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    from data.loader import make_loader
+    with open(sys.argv[2], "rb") as file:
+        dataset = pickle.load(file)
+    rows = [row for batch in make_loader(dataset, num_workers=2, batch_size=2) for row in batch["frame_index"].tolist()]
+    assert rows == [0, 1, 2, 3, 4, 0, 1, 2, 3], rows
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_of_every_start_method(tmp_path, make_dataset, method):
+    dataset = make_dataset([write_episodes(tmp_path / "a.parquet", [5, 4], image_size=32)])
+    (tmp_path / "dataset").write_bytes(pickle.dumps(dataset))
+    (tmp_path / "program.py").write_text(SPAWNED)
+    command = [sys.executable, str(tmp_path / "program.py"), method, str(tmp_path / "dataset")]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

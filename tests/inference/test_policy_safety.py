@@ -174,7 +174,7 @@ def test_an_export_to_a_full_disk_leaves_nothing(content, tmp_path):
 def test_a_model_card_holds_no_markup_of_others(content, tmp_path):
     evil = "<script>alert(1)</script>[x](javascript:y)"
     config = json.loads(json.dumps(content["config"]))
-    config["training"]["experiment_name"] = evil.replace("/", "-")
+    config["training"]["experiment_name"] = evil.replace("/", "-").replace(":", "-")
     task = {"successes": 1, "episodes": 2, "wilson_95": [0.1, 0.9]}
     settings = {"env": f"{evil}\n# heading", "control": "policy", "seed": 0}
     (tmp_path / "rollouts.json").write_text(json.dumps({"settings": settings, "tasks": {f"a | b {evil}": task}}))

@@ -286,6 +286,10 @@ def test_a_policy_without_state_input_needs_none(tmp_path, tiny_paligemma_dir, d
     without = predictor.predict(frame(), prompt="press the button", seed=0)
     with_one = predictor.predict(frame(), prompt="press the button", state=STATE, seed=0)
     np.testing.assert_array_equal(without, with_one)
+    data = dataclasses.replace(predictor.config.data, action_mode="delta")
+    predictor.config = dataclasses.replace(predictor.config, data=data)
+    with pytest.raises(ObservationError, match="state is missing; this policy takes 4 values"):
+        predictor.predict(frame(), prompt="press the button", seed=0)  # deltas of what?
 
 
 def test_missing_and_truncated_checkpoints(checkpoint, tmp_path):

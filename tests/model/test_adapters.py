@@ -246,3 +246,22 @@ def test_damaged_directories_are_still_found_when_truncated(tmp_path, tiny_palig
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="have the unknown .*vision_tower"):
         make_policy(policy_config(directory, tmp_path, model={"vlm_config": {"num_language_layers": 1}}))
+
+
+def test_a_relative_base_is_found_from_another_folder(tmp_path, tiny_paligemma_dir, monkeypatch):
+    """`model_name_or_path: weight/base` names nothing where the policy is served from: the folder of training does."""
+    (tmp_path / "weight").mkdir()
+    (tmp_path / "weight/base").symlink_to(tiny_paligemma_dir)
+    monkeypatch.chdir(tmp_path)
+    vlm = {"model_name_or_path": "weight/base", "lora": {"rank": 2}}
+    config = policy_config(tmp_path, tmp_path, model={"vlm_config": vlm}, training={"save_adapters_only": True})
+    policy = make_policy(config)
+    checkpoint = {**checkpoint_of(policy, config), **state_to_save(policy, True)}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = VLAModel.from_checkpoint(checkpoint)
+    assert torch.equal(predict(again), predict(policy))
+    assert state_to_save(again, True)["base"]["folders"] == checkpoint["base"]["folders"]
+    del checkpoint["base"]["folders"]  # as earlier versions wrote it
+    with pytest.raises(ConfigError, match="weight/base"):
+        VLAModel.from_checkpoint(checkpoint)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainers import make_trainer, resumed_trainer
+from training.run_log import RunLog
 from training.validation import Validation
 from utils.checkpoint import save_checkpoint
 from utils.misc import DiskFullError
@@ -87,3 +88,23 @@ def test_a_full_disk_is_named_wherever_a_log_is_written(make_config):
         log.write({"step": 1})
     with pytest.raises(DiskFullError, match=full):
         log.write_validation(1, Validation({}, {"overall": {}}, None))
+
+
+@pytest.mark.parametrize("key", [None, "0" * 40])
+def test_wandb_that_does_not_answer_costs_seconds_and_no_metrics(make_config, monkeypatch, caplog, tmp_path, key):
+    """W&B's address is a closed port of this machine; logged in or not, the run is kept offline."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()
+    began = time.monotonic()
+    log = RunLog(make_config(wandb={"enabled": True}), is_main=True)
+    log.write({"step": 1, "loss": 0.5})
+    log.finish()
+    wandb.teardown()
+    assert "W&B at http://127.0.0.1:9 does not answer (no connection): the run is kept in" in caplog.text
+    assert list((log.directory / "wandb").glob("offline-run-*/*.wandb")) and time.monotonic() - began < 60

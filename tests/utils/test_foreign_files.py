@@ -62,7 +62,7 @@ def test_a_file_is_named(tmp_path):
 
 def test_names():
     assert is_plain_name("run 1-b_ö") and not any(
-        map(is_plain_name, ["", ".", "..", "a/b", "a\\b", "C:a", " a", "a ", "a\n", "\x1b", "x" * 256])
+        map(is_plain_name, ["", ".", "..", "a/b", "a\\b", " a", "a ", "a\n", "\x1b", "x" * 256])
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from envs import expand_tasks
+from inference.closed_loop.episode import Episode
 from inference.closed_loop.parallel import run_episodes, start_simulator
 from inference.closed_loop.policies import ReplayPolicy
 from inference.closed_loop.record import RolloutRecord
@@ -148,3 +150,28 @@ def test_all_and_tiers_stand_for_their_tasks():
     assert len(expand_tasks("metaworld", ["easy", "medium", "hard", "very hard", "all"])) == 50
     with pytest.raises(ValueError, match="did you mean 'window-open-v3'"):
         expand_tasks("metaworld", ["window-opn-v3"])
+
+
+def test_ctrl_c_in_the_terminal_is_not_for_simulator_processes():
+    process, connection = start_simulator()
+    assert os.getpgid(process.pid) != os.getpgid(0)
+    connection.close()
+    process.wait(timeout=30)
+
+
+@pytest.mark.parametrize("outcome", ["success", "failure"])
+def test_a_video_says_who_acts_and_how_it_ended(monkeypatch, outcome):
+    lines = []
+    monkeypatch.setattr("inference.closed_loop.episode.captioned", lambda frame, text, good: lines.append(text[1]))
+    env = DriftEnv("1")
+    real = env.step
+
+    def step(action):
+        observation, reward, _, _, _ = real(action)
+        ended = env._steps == 3
+        return observation, reward, False, ended, {"success": ended and outcome == "success"}
+
+    env.step = step
+    episode = Episode(env, executing(1, 1), 7, record=True, label="blind")
+    episode.run(lambda request: np.zeros((1, 4), np.float32))
+    assert lines[0] == "blind  step 0  seed 7" and lines[-1] == f"blind  step 3  {outcome}  seed 7"
