@@ -249,10 +249,12 @@ def _read_header(path: Path, options: Hdf5Options) -> _Header:
             if array.shape is None or array.ndim != 2 or array.dtype.kind not in "fiu":
                 raise DataError(f"{path}: {key} is {array.dtype} {array.shape}; wanted numbers (steps, values)")
             lengths[key], widths[key] = array.shape
+            _require_written(array, path)
         for camera in options.cameras:
             array = _get(file, f"{IMAGES}/{camera}", h5py.Dataset, path)
             _is_compressed(array, path, camera)
             lengths[f"{IMAGES}/{camera}"] = len(array)
+            _require_written(array, path)
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{key} {length}" for key, length in lengths.items())
             raise DataError(f"{path}: steps differ ({counts}); the file is damaged or incomplete, so record it again")
@@ -260,6 +262,16 @@ def _read_header(path: Path, options: Hdf5Options) -> _Header:
         if length == 0:
             raise DataError(f"{path}: holds no steps; remove it or record it again")
     return _Header(length, sum(widths[key] for key in options.state_keys), widths[options.action_key])
+
+
+def _require_written(array: h5py.Dataset, path: Path) -> None:
+    """Raise a DataError where parts of an array were never written: HDF5 would read them as zeros."""
+    whole = array.id.get_storage_size() >= array.nbytes
+    if array.chunks:
+        wanted = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True))
+        whole = array.id.get_num_chunks() >= wanted
+    if not whole:
+        raise DataError(f"{path}: parts of {array.name} were never written; the file is incomplete, so record it again")
 
 
 def _read_episode(file: h5py.File, path: Path, length: int, options: Hdf5Options) -> Iterator[Steps]:

@@ -381,3 +381,27 @@ def test_numbers_beyond_float32(tmp_path):
         DataError, match=r"episode 0 frame 1: action\[0\] is 1e\+300; every value must be a finite number"
     ):
         convert_hdf5(path.parent, tmp_path / "out", CAMERAS, prompt="go")
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (1, 2)}])
+def test_parts_that_were_never_written(tmp_path, options):
+    """As after a crash of the recorder: HDF5 reads them as zeros."""
+    path = tmp_path / "in/a.hdf5"
+    write_episode(path, 3)
+    with h5py.File(path, "r+") as file:
+        del file["action"]
+        action = file.create_dataset("action", (3, 2), np.float32, **options)
+        if options:
+            action[:2] = 1.0
+    with pytest.raises(DataError, match="a.hdf5: parts of /action were never written; the file is incomplete"):
+        convert_hdf5(path.parent, tmp_path / "out", CAMERAS, prompt="go")
+
+
+def test_names_that_are_no_text(tmp_path):
+    path = tmp_path / "in/a.hdf5"
+    write_episode(path, 3)
+    with h5py.File(path, "r+") as file:
+        file[b"observations/images/\xff"] = file["observations/images/cam_high"]
+        del file["observations/images/cam_high"]
+    with pytest.raises(DataError, match=r"a.hdf5: no camera 'cam_high' \(found: "):
+        convert_hdf5(path.parent, tmp_path / "out", CAMERAS, prompt="go")
