@@ -242,6 +242,13 @@ def build_datasets(
         val = [open_one(data.val_parquet_files, "data.val_parquet_files")]
     elif data.val_fraction:
         val = [open_one(entry.path, key(entry), i, "val") for i, entry in enumerate(config.datasets)]
+    for dataset in val if data.val_fraction else ():
+        if not len(dataset):
+            used = min(dataset.store.num_episodes, data.max_episodes or dataset.store.num_episodes)
+            raise DataError(
+                f"dataset {dataset.name}: data.val_fraction {data.val_fraction} of {used} episode holds out none, for "
+                "one must be left to train on; record more, or set it to 0"
+            )
     for dataset in train:
         logger.info("training data %s: %d episodes, %d samples", dataset.name, len(dataset.episodes), len(dataset))
     return MixtureDataset(train), MixtureDataset(val) if val else None

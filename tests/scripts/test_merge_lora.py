@@ -94,6 +94,7 @@ def test_both_encoders_of_siglip_llm_whose_bases_have_moved(tmp_path, tiny_sigli
     checkpoint = {**checkpoint_of(policy, config), **state_to_save(policy, True), "optimizer": {}}
     gone = {key: str(tmp_path / "gone") for key in vlm if key.endswith("_path")}
     checkpoint["config"]["model"]["vlm_config"] |= gone
+    checkpoint["base"] |= {"folders": gone}
     save_checkpoint(checkpoint, tmp_path / "lora.pth.tar")
     arguments = ["--checkpoint_path", tmp_path / "lora.pth.tar", "--output", tmp_path / "merged.pth.tar"]
     with pytest.raises(ConfigError, match="gone"):

@@ -163,9 +163,9 @@ def test_a_prediction_that_hangs_does_not_keep_the_server(predictor, observation
 
 
 def test_an_idle_client_is_told_and_dropped(predictor, observation):
-    with running(predictor, idle_timeout_s=0.5) as server, connected(server) as connection:
-        for _ in range(3):
-            time.sleep(0.3)
+    with running(predictor, idle_timeout_s=1.5) as server, connected(server) as connection:
+        for _ in range(4):  # longer than that in all, but never at a stretch
+            time.sleep(0.5)
             ask(connection, observation)
         with pytest.raises(ConnectionClosed) as closed:
             connection.recv(timeout=10)
