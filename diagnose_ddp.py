@@ -10,7 +10,6 @@ Prints a line per check and a verdict; the exit status is 0 when nothing stands 
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from training.launch import is_rank, launch, master_port, member_of_group
+from utils.arguments import CommandParser
 from utils.config_utils import ConfigError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -157,7 +157,7 @@ def _finish(tensor: torch.Tensor) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, two without a GPU")
     parser.add_argument("--size_mb", type=float, default=64.0, help="largest all-reduce, in MiB")
     parser.add_argument("--timeout_s", type=float, default=60.0, help="how long a rank waits for the others")

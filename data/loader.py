@@ -5,7 +5,6 @@ python data/loader.py --data_path data/samples     # self-test: prints what the 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import logging
 import math
@@ -33,6 +32,7 @@ from data.processing import ObservationError, PromptTokenizer, VLAImageProcessor
 from data.sampler import PassBatchSampler, StepBatchSampler
 from data.schema import CAMERAS, MAIN_CAMERA, VECTORS, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
+from utils.arguments import CommandParser
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
@@ -271,7 +271,7 @@ def build_sampler(config: Config, train: MixtureDataset, *, rank: int = 0, world
 
 def main() -> None:
     """Self-test: read every file, decode first and last frame of every episode, print what the files hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--data_path", nargs="+", default=["data/samples"], help="Parquet files, folders or globs")
     parser.add_argument("--model_name_or_path", help="directory with tokenizer and image processor; default: none")
     args = parser.parse_args()

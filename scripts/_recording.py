@@ -23,7 +23,8 @@ from tqdm import tqdm
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, Steps
 from data.schema import SEED
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
-from utils.misc import user_path, writing
+from utils.arguments import CommandParser
+from utils.misc import writing
 from utils.parquet_utils import READ_ERRORS
 
 if TYPE_CHECKING:
@@ -81,11 +82,11 @@ class TaskSummary:
 
 def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The command line of recording. A flag of the environment that is not given leaves the simulator's default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description)
     parser.add_argument("--env", default="metaworld", help="simulator (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", required=True, help="names, tiers (easy, ...) or all; one file each")
     parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
-    parser.add_argument("--output_dir", type=user_path, required=True, help="folder of the Parquet files")
+    parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="folder of the Parquet files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     for name, (options, text) in ENVIRONMENT_FLAGS.items():
         parser.add_argument(f"--{name}", help=text, **options)

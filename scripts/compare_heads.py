@@ -48,6 +48,7 @@ from inference.report import write_json
 from model.action_head import ACTION_HEADS
 from scripts.compare_heads_report import markdown, plot, summarize
 from training.run_log import read_metrics
+from utils.arguments import CommandParser
 from utils.backbones import BACKBONE_SPECS
 from utils.checkpoint import newest_checkpoint
 from utils.config_utils import Config, ConfigError, config_to_dict, load_config
@@ -355,7 +356,7 @@ def write_report(plan: Plan, cells: Sequence[Cell]) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", required=True, help="YAML that all cells share")
     parser.add_argument("--heads", nargs="+", required=True, choices=sorted(ACTION_HEADS))
     parser.add_argument("--backbones", nargs="+", default=["paligemma"], choices=sorted(BACKBONE_SPECS))

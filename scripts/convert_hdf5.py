@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import pathlib
 
 if not __package__:
     import _repository  # noqa: F401
@@ -17,13 +18,14 @@ if not __package__:
 from data.convert.conversion import add_conversion_arguments
 from data.convert.episode_writer import ImageEncoding
 from data.convert.hdf5 import convert_hdf5
-from utils.misc import WriteError, user_path
+from utils.arguments import CommandParser
+from utils.misc import WriteError
 from utils.parquet_utils import DataError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hdf5_dir", type=user_path, required=True, help="folder of episodes, one file each")
+    parser = CommandParser(__doc__)
+    parser.add_argument("--hdf5_dir", type=pathlib.Path, required=True, help="folder of episodes, one file each")
     parser.add_argument(
         "--cameras", nargs="+", default=[], metavar="CAMERA=image_1", help="camera of the files = our column"
     )

@@ -24,7 +24,8 @@ from data.convert.lerobot import TERMINAL, convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
 from data.convert.video import ENCODERS, VideoEncoding
 from data.schema import CAMERAS, camera_columns
-from utils.misc import WriteError, user_path
+from utils.arguments import CommandParser
+from utils.misc import WriteError
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files
 
 # flags that have a meaning in one direction only
@@ -44,9 +45,9 @@ TO_LEROBOT = ("data_path", "fps", "robot_type", "video", "video_codec", "crf")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--lerobot_dir", type=user_path, help="LeRobot dataset to convert")
+    direction.add_argument("--lerobot_dir", type=pathlib.Path, help="LeRobot dataset to convert")
     direction.add_argument("--to_lerobot", action="store_true", help="the way back: --data_path into LeRobot v3.0")
     parser.add_argument(
         "--cameras",

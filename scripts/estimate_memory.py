@@ -9,18 +9,18 @@ weights and data at hand, `main_train.py --dry_run` also runs one step and measu
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 if not __package__:
     import _repository  # noqa: F401
 
 from training.fit_estimate import estimate_report, meta_policy
+from utils.arguments import CommandParser
 from utils.config_utils import load_config
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config_path", required=True)
     parser.add_argument("--model_name_or_path", help="backbone: directory or hub id; its config.json is enough")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="set_args")

@@ -9,7 +9,6 @@ float32.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 if not __package__:
@@ -17,11 +16,12 @@ if not __package__:
 
 from inference.policy_files import local_folder
 from inference.published import published_checkpoint
+from utils.arguments import CommandParser
 from utils.checkpoint import save_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--policy_dir", required=True, help="a folder or a hub id")
     parser.add_argument("--output", required=True, help="a new *.pth.tar file")
     parser.add_argument("--norm_stats", help="norm_stats.json to take instead of the folder's statistics")

@@ -11,7 +11,6 @@ everything else that evaluates takes them.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import sys
 from typing import Any
@@ -23,6 +22,7 @@ if not __package__:
 
 from model.adapters import merge_adapters
 from model.vla_model import VLAModel
+from utils.arguments import CommandParser
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import config_from_dict, config_to_dict
 
@@ -66,7 +66,7 @@ def merge_checkpoint(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--output", required=True, type=pathlib.Path, help="file to write, such as merged.pth.tar")
     for key in BASES:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import sys
 
@@ -20,10 +19,11 @@ if not __package__:
     import _repository  # noqa: F401
 
 from inference.policy_files import MANIFEST, read_manifest
+from utils.arguments import CommandParser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="written by scripts/export_policy.py")
     parser.add_argument("--repo_id", required=True, help="owner/name")
     parser.add_argument("--private", action="store_true", help="only for those whom the owner lets in")

@@ -24,6 +24,7 @@ if not __package__:
 
 from inference.predictor import VLAPredictor
 from inference.serving.server import PolicyServer
+from utils.arguments import CommandParser
 from utils.cli import add_setting_flags
 from utils.config_utils import ConfigError, InferenceConfig, override_config
 from utils.misc import set_up_logging, user_message
@@ -41,7 +42,7 @@ def port_number(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True, help="*.pth.tar, an exported folder, or a hub id of one")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=port_number, default=8000, help="0 takes a free one and logs it")

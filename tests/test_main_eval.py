@@ -269,6 +269,22 @@ def test_offline_check_without_data_takes_what_the_checkpoint_held_out(checkpoin
         main_eval.main(["--checkpoint_path", str(path), "--split", "val", "--eval_data_path", "x", *out])
 
 
+def test_what_val_fraction_held_out(demos, tmp_path, tiny_paligemma_dir, capsys):
+    files = [demos / "a.parquet", demos / "b.parquet"]
+    data = {"val_fraction": 0.4, "train_parquet_files": list(map(str, files))}  # one of the three episodes
+    path = train_tiny(tmp_path, tiny_paligemma_dir, files, data=data)
+    out = ["--device", "cpu", "--output_dir", str(tmp_path / "eval"), "--num_plots", "0"]
+    main_eval.main(["--checkpoint_path", str(path), "--split", "val", *out])
+    evaluated = json.loads((tmp_path / "eval/metrics.json").read_text())["predictors"]["policy"]["samples"]
+    check = ["--checkpoint_path", str(path), "--device", "cpu", "--output_file", str(tmp_path / "report.json")]
+    test_vla_offline.main(check)
+    found = json.loads((tmp_path / "report.json").read_text())["files"]
+    assert list(found) == ["held out of default"] and found["held out of default"]["samples"] == evaluated in (5, 6, 7)
+    with pytest.raises(SystemExit):
+        test_vla_offline.main([*check, "--max_samples", "0"])
+    assert "--max_samples is 0; give 1 or more" in capsys.readouterr().err
+
+
 def test_offline_check_of_relative_actions(tmp_path, tiny_paligemma_dir):
     """The training range is that of the differences to the state, which itself is far away here."""
     rows = [row for i in range(3) for row in episode_rows(6, seed=i)]

@@ -7,7 +7,6 @@ python utils/calculate_normalization_stats.py --config_path configs/vla_config.y
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,8 +17,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.statistics import calculate_for_config, calculate_statistics
+from utils.arguments import CommandParser
 from utils.config_utils import ConfigError, load_config
-from utils.misc import WriteError, atomic_path, set_up_logging, user_message, user_path, writing
+from utils.misc import WriteError, atomic_path, set_up_logging, user_message, writing
 from utils.parquet_utils import DataError
 from utils.statistics import StatisticsError
 
@@ -27,7 +27,7 @@ __all__ = ["calculate_for_config", "calculate_statistics"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config_path", required=True, help="YAML config; gives the files and the dimensions")
     parser.add_argument("--output_path", help="JSON to write; default: data.normalization_stats_path")
     parser.add_argument("--train_data_override", nargs="+", help="instead of data.train_parquet_files")
@@ -41,7 +41,7 @@ def main() -> None:
     output = args.output_path or config.data.normalization_stats_path
     if output is None:
         parser.error("no --output_path, and the config sets no data.normalization_stats_path")
-    output = user_path(output)
+    output = Path(output)
     if output.is_dir():
         raise WriteError(f"{output} is a folder; give the path of a JSON file (--output_path)")
     text = json.dumps(calculate_for_config(config, args.num_workers), indent=1)

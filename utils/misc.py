@@ -176,11 +176,6 @@ def writing(path: str | Path, remedy: str = "make room there, or choose another 
         raise WriteError(f"{path}: not written ({reason}); {remedy}") from None
 
 
-def user_path(text: str) -> Path:
-    """A path as a user writes it: `~` is the home folder, also where no shell has seen it (`--flag=~/x`)."""
-    return Path(text).expanduser()
-
-
 @contextlib.contextmanager
 def disk_full_named(path: Path, needed: int) -> Iterator[None]:
     """Turn the system's word for a full disk, quota or file size limit into one that says what to do.

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data.convert.episode_writer import RECORD, OutputFile
 from data.schema import CAMERAS, MAIN_CAMERA
-from utils.misc import user_path, writing
+from utils.misc import writing
 from utils.parquet_utils import READ_ERRORS, DataError
 
 logger = logging.getLogger(__name__)
@@ -340,7 +340,7 @@ def parse_episodes(texts: Sequence[str] | None, available: Sequence[int], where:
 
 def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all converters share."""
-    parser.add_argument("--output_dir", type=user_path, required=True, help="folder that is written")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder that is written")
     parser.add_argument("--episodes", nargs="+", metavar="N", help="numbers and ranges such as 3-7 (default: all)")
     parser.add_argument("--num_workers", type=_positive, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="of frames that are encoded")

@@ -1,0 +1,32 @@
+"""The parser behind every command of this repository."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that reads `~` as the home folder, also where no shell has done so (`--output=~/x`, a quoted `~/x`).
+
+    Args:
+        description: printed by `--help` as it stands; a module's docstring.
+        options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, description: str | None, **options: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(  # parse_args calls it too
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_at_home(word) for word in words], namespace)
+
+
+def _at_home(word: str) -> str:
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + (os.path.expanduser(value) if value == "~" or value.startswith("~/") else value)
