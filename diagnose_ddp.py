@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from training.launch import is_rank, launch, master_port, member_of_group
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.config_utils import ConfigError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -188,7 +188,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from model.adapters import ADAPTER, is_adapted
 from model.backbone import backbone_class
 from model.vla_model import VLAModel
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.checkpoint import evaluation_weights, load_checkpoint
 from utils.config_utils import Config, config_from_dict
 from utils.misc import atomic_path
@@ -279,7 +278,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

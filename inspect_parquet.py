@@ -19,9 +19,9 @@ from functools import partial
 from data.doctor.examine import Requirements, examine
 from data.doctor.report import as_text, merge_reports, write_plots
 from utils.arguments import CommandParser
-from utils.config_utils import Config, ConfigError, MixtureEntry, load_config
-from utils.misc import WriteError, atomic_path, writing
-from utils.parquet_utils import DataError, Source, resolve_parquet_files
+from utils.config_utils import Config, MixtureEntry, load_config
+from utils.misc import atomic_path, user_message, writing
+from utils.parquet_utils import Source, resolve_parquet_files
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,6 @@ def token_counter(config: Config) -> Callable[[str], int] | None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ConfigError, DataError, WriteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
         sys.exit(2)

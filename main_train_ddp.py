@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 from training.launch import is_rank, launch
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.cli import config_from_args, train_parser
-from utils.config_utils import ConfigError
 
 MAIN_TRAIN = str(Path(__file__).resolve().with_name("main_train.py"))  # what every rank runs
 
@@ -34,7 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import textwrap
 from collections.abc import Sequence
 from itertools import chain, islice
@@ -37,7 +36,7 @@ from data.statistics import require_statistics_of
 from inference.report import write_json
 from model.normalizer import Normalizer
 from model.vla_model import VLAModel
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.config_utils import Config, load_config
 from utils.misc import derive_seed, set_up_logging, writing
 from utils.statistics import load_statistics
@@ -344,8 +343,4 @@ def numbers(ascending: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError) as error:
-        logger.debug("traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+    run_command(main)

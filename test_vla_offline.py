@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from inference.evaluate import Predictions, evaluate_offline, measure_latency
 from inference.metrics import NonFiniteError
 from inference.predictor import VLAPredictor
 from inference.report import write_json
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.config_utils import ConfigError
-from utils.misc import atomic_path, set_up_logging, user_message
+from utils.misc import atomic_path, set_up_logging
 from utils.parquet_utils import resolve_parquet_files
 from utils.text_table import text_table
 
@@ -180,7 +179,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")
+    run_command(main)

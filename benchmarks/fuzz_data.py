@@ -82,13 +82,20 @@ def _in_a_process(seed: int, numbers: list[int], kinds: list[str]) -> Iterator[C
         process.start()
         sender.close()
         begun = done = numbers[0] - 1
+        hangs = False
         with contextlib.suppress(EOFError):
             while done != numbers[-1]:
                 begun = receiver.recv()
+                hangs = not receiver.poll(2 * LIMIT_S)  # a library loops, which no signal of Python's interrupts
+                if hangs:
+                    process.kill()
+                    break
                 yield receiver.recv()
                 done = begun
         process.join()
-        if begun != done:
+        if hangs:
+            yield begun, kinds[begun % len(kinds)], "too slow", f"killed after {2 * LIMIT_S} s", 2 * LIMIT_S
+        elif begun != done:
             yield begun, kinds[begun % len(kinds)], "crashed", f"exit code {process.exitcode}", 0.0
         elif begun < numbers[0]:
             raise RuntimeError(f"no case could be begun (exit code {process.exitcode})")

@@ -32,7 +32,7 @@ from data.processing import ObservationError, PromptTokenizer, VLAImageProcessor
 from data.sampler import PassBatchSampler, StepBatchSampler
 from data.schema import CAMERAS, MAIN_CAMERA, VECTORS, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
@@ -316,7 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, ObservationError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -24,8 +24,7 @@ from data.convert.lerobot import TERMINAL, convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
 from data.convert.video import ENCODERS, VideoEncoding
 from data.schema import CAMERAS, camera_columns
-from utils.arguments import CommandParser
-from utils.misc import WriteError
+from utils.arguments import CommandParser, run_command
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files
 
 # flags that have a meaning in one direction only
@@ -169,13 +168,8 @@ def default_cameras(path: pathlib.Path) -> dict[str, str]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args = parse_args()
-    try:
-        print(to_lerobot(args) if args.to_lerobot else from_lerobot(args))
-    except (DataError, WriteError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+    print(to_lerobot(args) if args.to_lerobot else from_lerobot(args))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

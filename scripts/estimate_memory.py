@@ -9,13 +9,11 @@ weights and data at hand, `main_train.py --dry_run` also runs one step and measu
 
 from __future__ import annotations
 
-import sys
-
 if not __package__:
     import _repository  # noqa: F401
 
 from training.fit_estimate import estimate_report, meta_policy
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.config_utils import load_config
 
 
@@ -32,7 +30,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -20,7 +20,7 @@ from av.error import FFmpegError
 from PIL import Image
 
 from inference.closed_loop.video import read_video
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.misc import atomic_path
 
 GAP = 4  # pixels between frames
@@ -68,4 +68,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,14 +9,12 @@ float32.
 
 from __future__ import annotations
 
-import sys
-
 if not __package__:
     import _repository  # noqa: F401
 
 from inference.policy_files import local_folder
 from inference.published import published_checkpoint
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.checkpoint import save_checkpoint
 
 
@@ -47,7 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -16,7 +16,7 @@ if not __package__:
 
 from model.tiny.paligemma import make_tiny_paligemma
 from scripts._tiny import add_tiny_flags, take_prompts
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 
 
 def main() -> None:
@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

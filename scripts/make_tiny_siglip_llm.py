@@ -17,7 +17,7 @@ if not __package__:
 
 from model.tiny.siglip_llm import make_tiny_qwen2, make_tiny_siglip, make_tiny_siglip_llm
 from scripts._tiny import add_tiny_flags, take_prompts
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 
 
 def main() -> None:
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,7 +12,6 @@ everything else that evaluates takes them.
 from __future__ import annotations
 
 import pathlib
-import sys
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ if not __package__:
 
 from model.adapters import merge_adapters
 from model.vla_model import VLAModel
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import config_from_dict, config_to_dict
 
@@ -82,7 +81,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

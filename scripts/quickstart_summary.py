@@ -9,7 +9,7 @@ from typing import Any
 if not __package__:
     import _repository  # noqa: F401
 
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.text_table import text_table
 
 # name in summary.json -> folder of the rollouts, heading of the column
@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

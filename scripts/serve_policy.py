@@ -14,7 +14,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 
 import torch
@@ -24,10 +23,10 @@ if not __package__:
 
 from inference.predictor import VLAPredictor
 from inference.serving.server import PolicyServer
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, run_command
 from utils.cli import add_setting_flags
 from utils.config_utils import ConfigError, InferenceConfig, override_config
-from utils.misc import set_up_logging, user_message
+from utils.misc import set_up_logging
 
 logger = logging.getLogger(__name__)
 SETTINGS = ("num_inference_steps", "compile", "quantization")  # of `inference`
@@ -91,8 +90,11 @@ async def serve(server: PolicyServer, host: str, port: int) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    address = host.removeprefix("[").removesuffix("]")
     try:
-        await server.run(host.removeprefix("[").removesuffix("]"), port, stopping)
+        if not address:  # which sockets take for every address of this machine
+            raise OSError("no address")
+        await server.run(address, port, stopping)
     except (OSError, UnicodeError) as error:
         remedy = "give an address of this machine as --host (127.0.0.1, 0.0.0.0, ::), and a --port that nothing uses"
         raise ConfigError(f"can't listen on {host} port {port} ({error}); {remedy}") from None
@@ -128,7 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")
+    run_command(main)

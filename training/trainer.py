@@ -357,6 +357,9 @@ class VLATrainer:
         logger.info("%s parameters, %s train: %s", f"{total:,}", f"{trained:,}", what_trains(self.policy))
         span = f"steps {self.step} to {length.total_steps}"
         logger.info("%s, %d samples, %.1f steps per epoch", span, length.num_samples, length.epoch_steps)
+        if self.val_loader is None:
+            nothing = "nothing is held out (data.val_parquet_files, data.val_fraction)"
+            logger.info("%s: no model_best is chosen, the last checkpoint_* is the policy", nothing)
         schedule = self.config.optimizer.lr, self.config.lr_scheduler, length.total_steps, length.epoch_steps
         for warning in schedule_warnings(*schedule):
             logger.warning(warning)

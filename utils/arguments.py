@@ -1,12 +1,14 @@
-"""The parser behind every command of this repository."""
+"""What every command of this repository shares: its parser, and how it ends where a user has to mend something."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from utils.misc import user_message
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -30,3 +32,19 @@ class CommandParser(argparse.ArgumentParser):
 def _at_home(word: str) -> str:
     flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return flag + equals + (os.path.expanduser(value) if value == "~" or value.startswith("~/") else value)
+
+
+def run_command(main: Callable[[], int | None], *also: type[Exception]) -> NoReturn:
+    """Run a command and end the program; what a user can mend ends it with one line.
+
+    Args:
+        main: returns the exit code; None is 0.
+        also: errors besides those of values, imports, files and networks.
+    """
+    try:
+        sys.exit(main())
+    except (ValueError, ImportError, OSError, *also) as error:
+        sys.exit(f"error: {user_message(error)}")
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)

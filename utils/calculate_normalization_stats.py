@@ -17,11 +17,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.statistics import calculate_for_config, calculate_statistics
-from utils.arguments import CommandParser
-from utils.config_utils import ConfigError, load_config
-from utils.misc import WriteError, atomic_path, set_up_logging, user_message, writing
-from utils.parquet_utils import DataError
-from utils.statistics import StatisticsError
+from utils.arguments import CommandParser, run_command
+from utils.config_utils import load_config
+from utils.misc import WriteError, atomic_path, set_up_logging, writing
 
 __all__ = ["calculate_for_config", "calculate_statistics"]
 
@@ -51,7 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, StatisticsError, ConfigError, WriteError, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")
+    run_command(main)

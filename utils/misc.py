@@ -240,7 +240,8 @@ def user_message(error: BaseException) -> str:
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; name another place, or see to its room and permissions"
+        path = error.filename2 or error.filename
+        return f"{path}: {error.strerror}; name another place, or see to its room and permissions"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{text.splitlines()[0]} Raise training.gradient_accumulation_steps or lower data.batch_size; "
