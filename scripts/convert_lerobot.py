@@ -1,7 +1,7 @@
 """LeRobot datasets (v2.0, v2.1, v3.0) into this repository's Parquet schema, and back into LeRobot v3.0.
 
     python scripts/convert_lerobot.py --lerobot_dir D --output_dir demos/train \\
-        --cameras observation.images.front=image_1 observation.images.wrist=image_2
+        --cameras observation.images.front=image_1 observation.images.wrist=image_wrist
     python scripts/convert_lerobot.py --to_lerobot --data_path demos/train --output_dir D
 
 The first may be interrupted and started again: complete files are kept. What maps to what, and the limits, are in
@@ -23,7 +23,7 @@ from data.convert.episode_writer import ImageEncoding
 from data.convert.lerobot import TERMINAL, convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
 from data.convert.video import ENCODERS, VideoEncoding
-from data.schema import CAMERAS, camera_columns
+from data.schema import image_columns
 from utils.misc import WriteError, user_path
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files
 
@@ -52,9 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--cameras",
         nargs="+",
         default=[],
-        metavar="FEATURE=image_1",
-        help="LeRobot's camera = our column, in both directions; with --to_lerobot the default is what the files came "
-        "from, or observation.images.image_1",
+        metavar="FEATURE=COLUMN",
+        help="LeRobot's camera = our column of any name, in both directions; with --to_lerobot the default is what the "
+        "files came from, or observation.images.<column> for every camera",
     )
     add_conversion_arguments(parser)
     forward = parser.add_argument_group("from LeRobot")
@@ -161,8 +161,7 @@ def local(source: Source) -> pathlib.Path:
 def default_cameras(path: pathlib.Path) -> dict[str, str]:
     """Names for the cameras of files that don't say where they come from."""
     with open_parquet(path) as file:
-        present = file.schema_arrow.names
-    return {camera: f"observation.images.{camera}" for camera in CAMERAS if camera_columns(camera, present)}
+        return {camera: f"observation.images.{camera}" for camera in image_columns(file.schema_arrow)}
 
 
 def main() -> None:

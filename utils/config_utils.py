@@ -11,6 +11,7 @@ exist fail with the nearest name that does; values are checked here, before any 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,8 +93,9 @@ class InferenceConfig:
 class ServingConfig:
     """What the policy server reads from a request, and its limits. Keys have openpi's names by default."""
 
-    image_1_key: str = "observation/image"  # key of each camera's frames in a request; "image_1" is read as well
-    image_2_key: str = "observation/wrist_image"
+    image_1_key: str = "observation/image"  # key of the first camera's frames; its own name is read as well
+    image_2_key: str = "observation/wrist_image"  # of the second camera's; of further ones: observation/<name>
+    image_keys: dict[str, str] = field(default_factory=dict)  # camera -> key, instead of these
     state_key: str = "observation/state"
     prompt_key: str = "prompt"
     batch_window_ms: float = 2.0  # how long a request waits for others to be predicted with, once clients are several
@@ -121,18 +123,22 @@ class ServingConfig:
                 f"serving.max_buffered_bytes is {self.max_buffered_bytes}, less than one message may have "
                 f"(serving.max_message_bytes {self.max_message_bytes}); raise it"
             )
-        if len(set(self.keys.values())) < len(self.keys) or "seed" in self.keys.values():
-            raise ConfigError(f"serving: keys {list(self.keys.values())} are not distinct, or one is 'seed'")
+        self.keys(tuple({"image_1": "", "image_2": ""} | self.image_keys))
 
-    @property
-    def keys(self) -> dict[str, str]:
-        """The request's key for each part of an observation."""
-        return {
-            "image_1": self.image_1_key,
-            "image_2": self.image_2_key,
-            "state": self.state_key,
-            "prompt": self.prompt_key,
-        }
+    def keys(self, cameras: Sequence[str]) -> dict[str, str]:
+        """The request's key of each part of an observation, by camera and for `state` and `prompt`.
+
+        Raises:
+            ConfigError: two of them are the same, or one means something else.
+        """
+        standard = (self.image_1_key, self.image_2_key, *(f"observation/{camera}" for camera in cameras[2:]))
+        keys = {camera: self.image_keys.get(camera, key) for camera, key in zip(cameras, standard, strict=False)}
+        keys |= {"state": self.state_key, "prompt": self.prompt_key}
+        if len(set(keys.values())) < len(keys) or not {"seed", "reset", "images"}.isdisjoint(keys.values()):
+            raise ConfigError(
+                f"serving: keys {list(keys.values())} are not distinct, or one is 'seed', 'reset' or 'images'"
+            )
+        return keys
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,12 @@ class Config:
         """Names of the image columns that the model reads, in slot order."""
         older_spelling = ("image_1", "image_2") if self.model.vlm_config.use_aux_camera else ("image_1",)
         return self.data.cameras or older_spelling
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether anything reads the state: the head, the prompt, or actions that are relative to it."""
+        head, data = self.model.action_head_config, self.data
+        return head.use_state_input or data.action_mode == "delta" or data.prompt_format == "pi05"
 
     @property
     def experiment_dir(self) -> Path:

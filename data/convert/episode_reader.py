@@ -21,6 +21,7 @@ from data.schema import (
     encoded_frames,
     episode_starts,
     flags,
+    missing_camera,
     prompts,
     require_frames,
     vector_width,
@@ -109,8 +110,11 @@ def read_images(spans: Sequence[Span], camera: str) -> Iterator[bytes]:
     """
     for span in spans:
         with open_parquet(span.path) as file:
-            column = camera_column(camera, file.schema_arrow.names, span.path)
-            for row, batch in batches(file, span.path, [column or camera], ROWS_PER_BLOCK, first_row=span.begin):
+            present = file.schema_arrow.names
+            column = camera_column(camera, present, span.path)
+            if column is None:
+                raise DataError(f"{span.path}: {missing_camera(camera, present)}; name its cameras with --cameras")
+            for row, batch in batches(file, span.path, [column], ROWS_PER_BLOCK, first_row=span.begin):
                 if row >= span.end:
                     break
                 frames = encoded_frames(batch.column(0), column, span.path).slice(0, span.end - row)

@@ -57,7 +57,7 @@ class Hdf5Options:
     """What is converted, and how.
 
     Attributes:
-        cameras: group member of observations/images -> image_1 or image_2.
+        cameras: group member of observations/images -> its column.
         state_keys: datasets that make up `state`, in order.
         action_key: dataset that is `action`.
         encoding: of raw frames, and of compressed ones in `bgr` order.
@@ -121,7 +121,7 @@ def convert_hdf5(
     Args:
         hdf5_dir: the folder; episodes are numbered by the natural order of the files' names.
         output_dir: where the files go (see `plan_files`).
-        cameras: `<camera>=image_1` and perhaps `<camera>=image_2`.
+        cameras: `<camera>=<column>` for each, as in `cam_high=image_1`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
         follow_links: read files that are links to others outside of the folder.

@@ -52,7 +52,7 @@ class LeRobotOptions:
     """What is converted, and how.
 
     Attributes:
-        cameras: feature -> image_1 or image_2.
+        cameras: feature -> its column.
         state_keys: features that make up `state`, in order.
         action_keys: features that make up `action`, in order.
         encoding: of frames that come from video.
@@ -106,7 +106,7 @@ def convert_lerobot(
     Args:
         lerobot_dir: the dataset's folder.
         output_dir: where the files go.
-        cameras: `<feature>=image_1` and perhaps `<feature>=image_2`.
+        cameras: `<feature>=<column>` for each, as in `observation.images.front=image_1`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
         state_keys, action_keys, encoding, tolerance_s, prompt, empty_prompt, terminal, follow_links: see

@@ -1,6 +1,6 @@
 """The schema of docs/data_format.md into a LeRobot v3.0 dataset that the lerobot library reads.
 
-`image_1`, `image_2`, `state`, `action`, `prompt` and `is_terminal` become camera features, `observation.state`,
+Cameras, `state`, `action`, `prompt` and `is_terminal` become camera features, `observation.state`,
 `action`, tasks and `next.done`; the layout follows lerobot's own writer (datasets/dataset_writer.py). Images go in as
 the bytes they are, or are encoded as video. The dataset is written beside its place and renamed when it is whole.
 """
@@ -50,7 +50,7 @@ class Layout:
 
     Attributes:
         fps: frames per second; time stamps are frame_index / fps, as lerobot's recorder writes them.
-        cameras: image_1 and perhaps image_2 -> feature.
+        cameras: image column -> feature.
         robot_type: None where it is not known.
         state_names, action_names: what the values are called; None where it is not known.
         video: how to encode frames as video; None: the images as they are.
@@ -380,9 +380,9 @@ def _measure_images(scratch: Path, layout: Layout, job: tuple[int, int, tuple[Sp
     """Check, measure and perhaps encode an episode's images; feature -> its images, measured."""
     index, length, spans = job
     measured = {}
-    for camera, feature in layout.cameras.items():
+    for number, (camera, feature) in enumerate(layout.cameras.items()):
         pixels = _Pixels(spans, camera, set(sampled_frames(length)), decode_all=layout.video is not None)
-        video = scratch / f"{index:06d}_{camera}.mp4" if layout.video else None
+        video = scratch / f"{index:06d}_{number}.mp4" if layout.video else None
         if video:
             encode_video(video, pixels, layout.fps, layout.video)
         else:
