@@ -38,6 +38,7 @@ from data.schema import (
     MAIN_CAMERA,
     PROMPT,
     STATE,
+    SUCCESS,
     VECTORS,
     StateColumns,
     camera_column,
@@ -65,6 +66,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
 ROWS_PER_BATCH = 512
+ROWS_PER_READ = 65536  # of one column of flags
 ARRAYS = (*VECTORS, "prompt_index", "episode_starts", "frame_checksums")
 # What the readers of NumPy, Arrow and JSON run into in a file that is cut or changed.
 _READING_FAULTS = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError, EOFError)
@@ -136,7 +138,7 @@ class EpisodeStore:
             "state_dim": state_dim,
             "per_action_dim": per_action_dim,
             "cameras": list(self.cameras),
-            "state_columns": self.state_columns.widths,
+            "state_columns": list(self.state_columns.widths.items()),
             "files": [fingerprint(path) for path in self.files],
         }
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
@@ -259,6 +261,28 @@ class EpisodeStore:
         """The instruction at a global row."""
         return self.prompts[self.prompt_index[row]]
 
+    def label(self, name: str, *, otherwise: bool) -> np.ndarray:
+        """One of LABELS in every row, bool (rows,), read from the files; `otherwise` in files without the column.
+
+        Raises:
+            DataError: the column is no flag, or `success` changes within an episode.
+        """
+        values = np.full(len(self), otherwise)
+        for path, begin in zip(self.files, self.file_starts.tolist(), strict=True):
+            file = open_parquet(path)
+            if name not in file.schema_arrow.names:
+                continue
+            for row, batch in batches(file, path, [name], ROWS_PER_READ):
+                values[begin + row : begin + row + batch.num_rows] = flags(batch.column(0), name, path, row)
+        if name == SUCCESS:
+            changes = 1 + np.flatnonzero(values[1:] != values[:-1])
+            inside = np.setdiff1d(changes, self.episode_starts)
+            if len(inside):
+                raise DataError(
+                    f"{self.describe(int(inside[0]))}: success changes within the episode; it is its outcome"
+                )
+        return values
+
     def describe(self, row: int) -> str:
         """Where a global row comes from, for messages: file, row in that file, episode and step."""
         file = int(np.searchsorted(self.file_starts, row, side="right")) - 1
@@ -376,7 +400,7 @@ def _build(files: list[Source], spec: dict[str, Any], folder: Path, *, alone: bo
 
 
 def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
-    state = StateColumns(spec["state_columns"], spec["state_dim"])
+    state = StateColumns(dict(spec["state_columns"]), spec["state_dim"])
     required = (*state.names, ACTION, *FLAGS, PROMPT)
     columns = [_image_columns(open_parquet(path), path, spec["cameras"], required) for path in files]
     cameras = [camera for camera in spec["cameras"] if any(camera in of_file for of_file in columns)]

@@ -79,7 +79,9 @@ class VLAPredictor:
         self.dataset_index, self.dataset = _choose_dataset(config, dataset)
         self.state_dim, self.horizon = self.dataset.state_dim, self.dataset.horizon
         self.per_action_dim = self.dataset.per_action_dim
-        self.state_widths = state_widths(model.statistics[self.dataset_index], self.state_dim)
+        self.state_widths = state_widths(
+            model.statistics[self.dataset_index], config.data.state_columns, self.state_dim
+        )
         self.settings = changed_settings(config.inference, self.horizon, inference)
         self.num_inference_steps, self.n_action_steps = self.settings.num_inference_steps, self.settings.n_action_steps
         self.compile, self.quantization = self.settings.compile, self.settings.quantization

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.config_data import AugmentationConfig, DataConfig, MixtureEntry
+from utils.config_data import AugmentationConfig, DataConfig, MixtureEntry, SampleWeightingConfig
 from utils.config_fields import is_free, not_negative, positive
 from utils.config_model import (
     ActionHeadConfig,
@@ -47,7 +47,9 @@ __all__ = [
     "MixtureEntry",
     "ModelConfig",
     "OptimizerConfig",
+    "SampleWeightingConfig",
     "ServingConfig",
+    "TrackioConfig",
     "TrainingConfig",
     "VLMConfig",
     "VisionResamplerConfig",
@@ -143,12 +145,20 @@ class ServingConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases; used only with `enabled` (or --use_wandb)."""
+    """Weights & Biases; used only with `wandb` among `training.trackers`."""
 
-    enabled: bool = False
+    enabled: bool = False  # older spelling of `wandb` among training.trackers, and what --use_wandb sets
     project: str = "paligemma-vla"
     entity: str | None = None
     log_checkpoints: bool = False  # upload every checkpoint as a version of the run's model artifact
+
+
+@dataclass(frozen=True)
+class TrackioConfig:
+    """Trackio; used only with `trackio` among `training.trackers`."""
+
+    project: str = "paligemma-vla"
+    space_id: str | None = None  # user/space on the Hugging Face hub to log to as well; None: this machine alone
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,7 @@ class Config:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    trackio: TrackioConfig = field(default_factory=TrackioConfig)
 
     def __post_init__(self) -> None:
         self._take_older_inference_steps()
@@ -252,6 +263,12 @@ class Config:
         """Whether anything reads the state: the head, the prompt, or actions that are relative to it."""
         head, data = self.model.action_head_config, self.data
         return head.use_state_input or data.action_mode == "delta" or data.prompt_format == "pi05"
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the experiment trackers, without repetition."""
+        older_spelling = ("wandb",) if self.wandb.enabled else ()
+        return tuple(dict.fromkeys((*self.training.trackers, *older_spelling)))
 
     @property
     def experiment_dir(self) -> Path:

@@ -151,19 +151,19 @@ def wanted_statistics(data: DataConfig) -> tuple[str, ...]:
     return (*STATISTICS, *(DECILES if "quantile10" in (data.normalization_type, data.state_mode) else ()))
 
 
-def state_widths(statistics: Mapping[str, Any], state_dim: int) -> dict[str, int]:
-    """Values of each column that a dataset's state is joined from, in order; one column `state` where nothing says
-    more.
+def state_widths(statistics: Mapping[str, Any], names: Sequence[str], state_dim: int) -> dict[str, int]:
+    """Values of each column that a dataset's state is joined from, in order.
 
     Args:
-        statistics: of the dataset.
-        state_dim: its width.
+        statistics: of the dataset, which say the widths of several columns.
+        names: `data.state_columns`.
+        state_dim: the state's width. Without known widths it is one column's, called `state`.
     """
     widths = statistics.get("state_columns")
-    if isinstance(widths, dict) and all(type(width) is int for width in widths.values()):
-        if sum(widths.values()) == state_dim:
-            return widths
-    return {"state": state_dim}
+    if isinstance(widths, dict) and all(type(widths.get(name)) is int for name in names):
+        if sum(widths[name] for name in names) == state_dim:
+            return {name: widths[name] for name in names}
+    return {names[0] if len(names) == 1 else "state": state_dim}
 
 
 def state_labels(widths: Mapping[str, int]) -> list[str]:

@@ -74,6 +74,8 @@ def test_the_state_is_joined_from_columns_in_their_order(demos, tmp_path):
     statistics = calculate_statistics([demos], 7, 4, state_columns=("state", "force", "load"))
     assert statistics["state_columns"] == {"state": 4, "force": 2, "load": 1}
     assert statistics["state"]["max"][4:] == [4, 0, 4] and statistics["state"]["min"][4:] == [0, -4, 0]
+    other = open_store(demos, tmp_path, state_columns=("load", "state", "force"))
+    np.testing.assert_array_equal(other.state[3], np.float32([3, *rows[3]["state"], 3, -3]))
     assert "state_columns" not in calculate_statistics([demos], 4, 4)
 
 
