@@ -46,7 +46,8 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     whole = functools.partial(load_predictor, args, quantization="none")
     few = (batch for _, batches in data.values() for batch in islice(batches, 4))
     result |= quantization_error(predictor, whole, few, args.seed or 0)
-    paths = write_evaluation(Path(args.output_dir), result, predictions, args.save_predictions, args.num_plots)
+    how = args.save_predictions, args.num_plots, predictor.config.action_labels
+    paths = write_evaluation(Path(args.output_dir), result, predictions, *how)
     logger.info("%.1f ms per sample", 1000 * result["seconds_per_sample"])
     finish(metrics_table(result), paths, args.log_file)
 

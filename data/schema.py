@@ -95,7 +95,7 @@ def column_type(name: str) -> ColumnType:
 
 def written_schema(
     cameras: Sequence[str],
-    state_dim: int,
+    state_widths: Mapping[str, int],
     per_action_dim: int,
     *,
     extra: Sequence[str] = (),
@@ -105,13 +105,15 @@ def written_schema(
 
     Args:
         cameras: names of the image columns.
-        state_dim, per_action_dim: values per row of `state` and `action`.
+        state_widths: values per row of each column of the state.
+        per_action_dim: values per row of `action`.
         extra: optional columns at the end, names of COLUMN_TYPES.
         metadata: of the file.
     """
     names = (*FLAGS, PROMPT, *INDICES, *extra)
     fields = [(camera, IMAGE.written) for camera in cameras]
-    fields += [(name, pa.list_(pa.float32(), n)) for name, n in zip(VECTORS, (state_dim, per_action_dim), strict=True)]
+    widths = {**state_widths, ACTION: per_action_dim}
+    fields += [(name, pa.list_(pa.float32(), width)) for name, width in widths.items()]
     return pa.schema(fields + [(name, COLUMN_TYPES[name].written) for name in names], metadata=metadata)
 
 

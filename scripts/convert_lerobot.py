@@ -41,7 +41,7 @@ FROM_LEROBOT = (
     "terminal",
     "follow_links",
 )
-TO_LEROBOT = ("data_path", "fps", "robot_type", "video", "video_codec", "crf")
+TO_LEROBOT = ("data_path", "state_columns", "fps", "robot_type", "video", "video_codec", "crf")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,7 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--state_key",
         nargs="+",
         default=["observation.state"],
-        help="features that make up state (default %(default)s)",
+        metavar="KEY[=COLUMN]",
+        help="features that make up state, or with =COLUMN a column of its own (default %(default)s)",
     )
     forward.add_argument(
         "--action_key", nargs="+", default=["action"], help="features that make up action (default %(default)s)"
@@ -85,6 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     back = parser.add_argument_group("to LeRobot")
     back.add_argument("--data_path", nargs="+", help="Parquet files of our schema, folders or globs")
+    help_text = "columns that make up the state; default: those that a converter wrote, or state"
+    back.add_argument("--state_columns", nargs="+", metavar="COLUMN", help=help_text)
     back.add_argument("--fps", type=float, help="frames per second; default: what the files' metadata say")
     back.add_argument("--robot_type", help="default: what the files' metadata say")
     back.add_argument("--video", action="store_true", help="encode the frames as video instead of keeping the images")
@@ -142,6 +145,7 @@ def to_lerobot(args: argparse.Namespace) -> str:
         fps=int(fps) if fps == int(fps) else fps,
         cameras={column: feature for feature, column in cameras.items()} if cameras else default_cameras(files[0]),
         robot_type=args.robot_type or facts.get("robot_type"),
+        state_columns=tuple(args.state_columns or facts.get("state_columns") or ("state",)),
         state_names=facts.get("state_names"),
         action_names=facts.get("action_names"),
         video=VideoEncoding.choose(args.video_codec, args.crf) if args.video else None,

@@ -127,6 +127,8 @@ class DataConfig:
     clip_normalized: float | None = None  # clip normalized states and predicted actions to [-c, c]
     action_mode: Literal["absolute", "delta"] = "absolute"  # delta: relative to the current state's same dimension
     absolute_action_dims: tuple[int, ...] = ()  # dimensions that stay absolute in delta mode, such as grippers
+    absolute_joints: tuple[str, ...] = ()  # the same by name: every dimension whose action name contains such a word
+    action_names: tuple[str, ...] = ()  # what the action's dimensions are called, in plots and for absolute_joints
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     state_dim: int = 7  # width of the state column (of the widest dataset in a mixture)
     action_bounds: tuple[float, float] = (-1.0, 1.0)  # normalized range that min_max and quantile map onto

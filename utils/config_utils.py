@@ -32,6 +32,7 @@ from utils.config_model import (
 from utils.config_reader import ConfigError, build, read_tree, set_dotted
 from utils.config_training import LRSchedulerConfig, OptimizerConfig, TrainingConfig
 from utils.foreign_files import ForeignFileError, parse_yaml
+from utils.text import printable
 
 __all__ = [
     "ActionHeadConfig",
@@ -205,6 +206,7 @@ class Config:
                 f"{data.prompt_format} does not say the state, so that nothing reads it; set state_token: true, "
                 "prompt_format: pi05, or use_state_input: false"
             )
+        data = self._name_actions()
         if data.action_mode == "delta":
             unmatched = [d for d in range(data.state_dim, head.per_action_dim) if d not in data.absolute_action_dims]
             if unmatched:
@@ -217,6 +219,33 @@ class Config:
                 f"data.absolute_action_dims is {list(data.absolute_action_dims)}; actions have dimensions 0 to "
                 f"{head.per_action_dim - 1}"
             )
+
+    def _name_actions(self) -> DataConfig:
+        """The data section with `absolute_joints` among `absolute_action_dims`, as LeRobot finds them: a word anywhere
+        in the name, whatever its case."""
+        data, width = self.data, self.model.action_head_config.per_action_dim
+        if data.action_names and len(data.action_names) != width:
+            raise ConfigError(
+                f"data.action_names has {len(data.action_names)} names, but model.action_head_config.per_action_dim is "
+                f"{width}; name every dimension"
+            )
+        dims = set(data.absolute_action_dims)
+        for word in data.absolute_joints:
+            named = {d for d, name in enumerate(data.action_names) if word.lower() in name.lower()}
+            if not named or not word:
+                names = ", ".join(data.action_names) or "none: set data.action_names"
+                raise ConfigError(f"data.absolute_joints: no action is called {printable(word)!r} (names: {names})")
+            dims |= named
+        if data.absolute_joints and dims != set(data.absolute_action_dims):
+            data = dataclasses.replace(data, absolute_action_dims=tuple(sorted(dims)))
+            object.__setattr__(self, "data", data)
+        return data
+
+    @property
+    def action_labels(self) -> list[str]:
+        """What each dimension of an action is called: its name, or `action[2]`."""
+        width = self.model.action_head_config.per_action_dim
+        return list(self.data.action_names) or [f"action[{d}]" for d in range(width)]
 
     def _take_older_inference_steps(self) -> None:
         """`action_head_config.inference_steps` says the same as `inference.num_inference_steps`; the latter is read."""

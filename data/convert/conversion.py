@@ -32,8 +32,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.convert.episode_writer import RECORD, OutputFile
-from data.schema import MAIN_CAMERA
-from utils.config_data import is_camera_name
+from data.schema import MAIN_CAMERA, STATE
+from utils.config_data import NOT_STATES, is_camera_name, is_column_name
 from utils.misc import user_path, writing
 from utils.parquet_utils import READ_ERRORS, DataError
 
@@ -317,6 +317,25 @@ def parse_cameras(texts: Sequence[str], available: Sequence[str], where: str) ->
     if MAIN_CAMERA not in mapping.values():
         logger.info("to train on these files, name their cameras: data.cameras: [%s]", ", ".join(mapping.values()))
     return dict(sorted(mapping.items(), key=lambda item: item[1] != MAIN_CAMERA))
+
+
+def parse_state_keys(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`["observation.state", "observation.effort=force"]` as {"state": ("observation.state",), "force": (...,)}.
+
+    Args:
+        texts: the values of --state_key: what is joined into `state`, and with `=<column>` into a column of its own.
+
+    Raises:
+        DataError: no name for a column.
+    """
+    columns: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        key, equals, column = text.partition("=")
+        column = column if equals else STATE
+        if not key or not is_column_name(column) or column in NOT_STATES:
+            raise DataError(f"--state_key {text!r}: wanted <key>, or <key>=<column> for a column of its own")
+        columns[column] = (*columns.get(column, ()), key)
+    return columns
 
 
 def parse_episodes(texts: Sequence[str] | None, available: Sequence[int], where: str) -> list[int]:

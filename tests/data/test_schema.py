@@ -6,7 +6,17 @@ import pyarrow as pa
 import pytest
 
 from data.episode_store import EpisodeStore
-from data.schema import COLUMN_TYPES, IMAGE, SEED, TIMESTAMP, camera_column, column_type, written_schema
+from data.schema import (
+    COLUMN_TYPES,
+    IMAGE,
+    LABELS,
+    PLAN,
+    SEED,
+    TIMESTAMP,
+    camera_column,
+    column_type,
+    written_schema,
+)
 from tests.helpers import episode_rows, write_rows
 from utils.parquet_utils import DataError
 
@@ -37,7 +47,8 @@ def test_a_camera_has_one_spelling():
 
 
 def test_what_is_written_can_be_read():
-    schema = written_schema(["image_1", "wrist"], 7, 6, extra=(TIMESTAMP, SEED), metadata={"fps": "20"})
+    extra = (TIMESTAMP, SEED, *LABELS, PLAN)
+    schema = written_schema(["image_1", "wrist"], {"state": 7}, 6, extra=extra, metadata={"fps": "20"})
     assert all(column_type(column.name).fits(column.type) for column in schema)
     assert set(schema.names) == {"image_1", "wrist", *COLUMN_TYPES} and schema.metadata == {b"fps": b"20"}
     assert column_type("wrist") is IMAGE and not IMAGE.fits(pa.string())
