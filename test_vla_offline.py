@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.loader import VLADataset, collate_fn, open_dataset, open_held_out
+from data.loader import VLADataset, collate_fn, open_dataset, open_for_evaluation
 from inference.evaluate import Predictions, evaluate_offline, measure_latency
 from inference.metrics import NonFiniteError
 from inference.predictor import VLAPredictor
@@ -97,7 +97,8 @@ def default_data(predictor: VLAPredictor) -> dict[str, VLADataset]:
         return files_of(predictor, data.val_parquet_files, "data.val_parquet_files")
     if data.val_fraction and _are_here(entry.path):
         logger.info("no --test_data_dir: the episodes that data.val_fraction of the checkpoint holds out")
-        return {f"held out of {entry.name}": open_held_out(config, *processors, predictor.dataset_index)}
+        held_out = open_for_evaluation(config, *processors, None, predictor.dataset_index)
+        return {f"held out of {entry.name}": held_out["val"]}
     if (predictor.state_dim, predictor.per_action_dim) != SAMPLES_WIDTHS:
         raise ConfigError(
             "--test_data_dir is missing: what the checkpoint's training held out is not here, and data/samples are of "

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from utils.misc import user_message
+from utils.misc import errors_in_one_line
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -41,10 +41,5 @@ def run_command(main: Callable[[], int | None], *also: type[Exception]) -> NoRet
         main: returns the exit code; None is 0.
         also: errors besides those of values, imports, files and networks.
     """
-    try:
+    with errors_in_one_line(ValueError, ImportError, OSError, *also):
         sys.exit(main())
-    except (ValueError, ImportError, OSError, *also) as error:
-        sys.exit(f"error: {user_message(error)}")
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
