@@ -227,6 +227,16 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def require_compiler(setting: str, remedy: str) -> None:
+    """Raise a ValueError naming the setting that asks for torch.compile where no compiler is installed."""
+    compilers = [os.environ.get(name) for name in ("CXX", "CC")] + ["g++", "gcc", "clang++", "clang", "cc"]
+    if not any(shutil.which(name) for name in compilers if name):
+        raise ValueError(
+            f"{setting}: torch.compile builds its code with a C++ compiler, and this machine has none (g++, clang++, "
+            f"$CXX); install one, or {remedy}"
+        )
+
+
 def count_parameters(module: torch.nn.Module) -> tuple[int, int]:
     """(all parameters, those that train)."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]

@@ -58,6 +58,14 @@ def test_without_held_out_data_the_log_says_which_checkpoint_is_the_policy(make_
     assert "no model_best is chosen, the last checkpoint_* is the policy" in caplog.text
 
 
+def test_compiling_without_a_compiler(make_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="training.compile is true: torch.compile builds .* or set it to false"):
+        make_trainer(make_config(training={"compile": True}))
+
+
 def test_one_batch_overfits(make_config):
     config = make_config(
         model={"action_head_config": {"dropout_prob": 0.0, "num_layers": 2, "noise_draws_per_sample": 8}},
