@@ -24,7 +24,7 @@ from inference.evaluate import Predictions, evaluate_offline, measure_latency
 from inference.metrics import NonFiniteError
 from inference.predictor import VLAPredictor
 from inference.report import write_json
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, at_least, run_command
 from utils.config_utils import ConfigError
 from utils.misc import atomic_path, set_up_logging
 from utils.parquet_utils import resolve_parquet_files
@@ -147,14 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     help_text = "folder with Parquet files; default: what training held out, where that is here, else data/samples"
     parser.add_argument("--test_data_dir", help=help_text)
     parser.add_argument("--output_file", default="offline_report.json", help="JSON, or the table alone as *.txt")
-    parser.add_argument("--max_samples", type=int, default=200, help="samples per file")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_samples", type=at_least(1), default=200, help="samples per file")
+    parser.add_argument("--batch_size", type=at_least(1), default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dataset", help="for a policy trained on a mixture: whose statistics and widths apply")
     args = parser.parse_args(argv)
-    for name in ("max_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; give 1 or more")
     set_up_logging()
     predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, args.device, dataset=args.dataset)
     if predictor.config.training.num_threads is not None:

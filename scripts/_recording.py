@@ -24,7 +24,7 @@ from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 from scripts._attempt import Attempt
 from scripts._takeover import Corridor, WatchedEnv, watched_attempt
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, at_least
 from utils.misc import writing
 from utils.parquet_utils import READ_ERRORS
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Flags that are handed to the environment when they are given: what argparse is told of each, and the help.
 ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
-    "image_size": ({"type": int}, "height and width in pixels (default: the simulator's)"),
+    "image_size": ({"type": at_least(1)}, "height and width in pixels (default: the simulator's)"),
     "camera": ({}, "camera of image_1 (default: the simulator's)"),
     "second_camera": ({}, "camera of image_2, e.g. gripperPOV (default: no image_2)"),
     "cameras": (
@@ -44,7 +44,7 @@ ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "hide_goal": ({"action": "store_true", "default": None}, "leave goal markers out of the images"),
     "layout_of": ({}, "draw object positions from this task's range; it must share the scene"),
-    "max_episode_steps": ({"type": int}, "an attempt fails after (default: the simulator's)"),
+    "max_episode_steps": ({"type": at_least(1)}, "an attempt fails after (default: the simulator's)"),
 }
 
 

@@ -24,7 +24,7 @@ from data.convert.episode_writer import ImageEncoding
 from data.editing.edits import Edits, numbers, parse_pairs, parse_ranges
 from data.editing.plan import make_plan
 from data.editing.write import write_edited
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, at_least, run_command
 from utils.parquet_utils import DataError, resolve_parquet_files
 
 
@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_path", nargs="+", required=True, help="Parquet files, folders or globs; several are merged")
     add("--output_dir", type=pathlib.Path, required=True, help="folder that is written; none of the source's")
     add("--dry_run", action="store_true", help="say what would change, and write nothing")
-    add("--num_workers", type=int, default=1, help="processes (default 1)")
+    add("--num_workers", type=at_least(1), default=1, help="processes (default 1)")
     add("--overwrite", action="store_true", help="make everything again")
     add("--without", nargs="+", action="extend", default=[], metavar="FILE", help="leave these files out, unread")
     episodes = {"nargs": "+", "action": "extend", "metavar": "N"}

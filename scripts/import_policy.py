@@ -14,7 +14,7 @@ if not __package__:
 
 from inference.policy_files import local_folder
 from inference.published import published_checkpoint
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, at_least, run_command
 from utils.checkpoint import save_checkpoint
 
 
@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--norm_stats", help="norm_stats.json to take instead of the folder's statistics")
     parser.add_argument("--variant", choices=("pi0", "pi05"), help="what the folder must hold; default: what it says")
     parser.add_argument("--tokenizer_name_or_path", help="default: the folder's own, else google/paligemma-3b-pt-224")
-    parser.add_argument("--vision_num_attention_heads", type=int, default=16, help="of SigLIP, which no file says")
+    parser.add_argument(
+        "--vision_num_attention_heads", type=at_least(1), default=16, help="of SigLIP, which no file says"
+    )
     args = parser.parse_args()
     checkpoint = published_checkpoint(
         local_folder(args.policy_dir),

@@ -16,14 +16,14 @@ if not __package__:
 
 from model.tiny.paligemma import make_tiny_paligemma
 from scripts._tiny import add_tiny_flags, take_prompts
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, at_least, run_command
 
 
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--version", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--sliding_window", type=int, default=4096, help="version 2 only")
+    parser.add_argument("--sliding_window", type=at_least(1), default=4096, help="version 2 only")
     add_tiny_flags(parser, make_tiny_paligemma, besides=("version", "sliding_window"))
     args = vars(parser.parse_args())
     prompts = take_prompts(args)

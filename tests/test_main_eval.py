@@ -300,7 +300,7 @@ def test_what_val_fraction_held_out(demos, tmp_path, tiny_paligemma_dir, capsys)
     assert list(found) == ["held out of default"] and found["held out of default"]["samples"] == evaluated in (5, 6, 7)
     with pytest.raises(SystemExit):
         test_vla_offline.main([*check, "--max_samples", "0"])
-    assert "--max_samples is 0; give 1 or more" in capsys.readouterr().err
+    assert "--max_samples: 0 is less than 1; give 1 or more" in capsys.readouterr().err
 
 
 def test_offline_check_of_relative_actions(tmp_path, tiny_paligemma_dir):

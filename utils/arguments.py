@@ -34,6 +34,19 @@ def _at_home(word: str) -> str:
     return flag + equals + (os.path.expanduser(value) if value == "~" or value.startswith("~/") else value)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}; give {least} or more")
+        return value
+
+    number.__name__ = "whole number"  # argparse names it where the text is no number
+    return number
+
+
 def run_command(main: Callable[[], int | None], *also: type[Exception]) -> NoReturn:
     """Run a command and end the program; what a user can mend ends it with one line.
 

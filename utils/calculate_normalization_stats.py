@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.statistics import calculate_for_config, calculate_statistics
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, at_least, run_command
 from utils.config_utils import load_config
 from utils.misc import WriteError, atomic_path, set_up_logging, writing
 
@@ -29,11 +29,9 @@ def main() -> None:
     parser.add_argument("--config_path", required=True, help="YAML config; gives the files and the dimensions")
     parser.add_argument("--output_path", help="JSON to write; default: data.normalization_stats_path")
     parser.add_argument("--train_data_override", nargs="+", help="instead of data.train_parquet_files")
-    parser.add_argument("--num_workers", type=int, help="threads; default: one per core")
+    parser.add_argument("--num_workers", type=at_least(1), help="threads; default: one per core")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="set_args")
     args = parser.parse_args()
-    if args.num_workers is not None and args.num_workers < 1:
-        parser.error(f"--num_workers is {args.num_workers}; give 1 or more")
     set_up_logging()
     config = load_config(args.config_path, {"data.train_parquet_files": args.train_data_override}, args.set_args)
     output = args.output_path or config.data.normalization_stats_path

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, at_least, run_command
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -44,6 +44,15 @@ def test_every_command_uses_it():
     others = {path.name for path in files if re.search(r"argparse\.ArgumentParser\(\w", path.read_text("utf-8"))}
     assert others == {"client_example.py"}, "which a robot runs without the rest, and names no path"
     assert sum("CommandParser(" in path.read_text("utf-8") for path in files) > 30
+
+
+def test_counts(parser, capsys):
+    parser.add_argument("--count", type=at_least(1))
+    assert parser.parse_args(["--count", "3"]).count == 3
+    for text, words in (("0", "0 is less than 1; give 1 or more"), ("-4", "-4 is less"), ("x", "invalid whole number")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--count={text}"])
+        assert f"argument --count: {words}" in capsys.readouterr().err
 
 
 def test_what_a_user_can_mend_ends_a_command_with_one_line(tmp_path, capsys):
