@@ -33,6 +33,7 @@ from data.processing import ObservationError, PromptTokenizer, VLAImageProcessor
 from data.sampler import PassBatchSampler, StepBatchSampler
 from data.schema import CAMERAS, MAIN_CAMERA, VECTORS, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
+from data.weighting import check_weighting, sample_probabilities
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
@@ -237,7 +238,8 @@ def build_datasets(
     dataset.
 
     Raises:
-        DataError: training files are missing, files break the schema, or val_fraction holds out no episode.
+        DataError: training files are missing, files break the schema, val_fraction holds out no episode, or
+            sample_weighting leaves out everything or changes nothing.
     """
     data = config.data
     open_one = functools.partial(open_dataset, config, image_processor, prompt_tokenizer)
@@ -260,6 +262,8 @@ def build_datasets(
                 f"dataset {dataset.name}: data.val_fraction {data.val_fraction} of {used} episode holds out none, for "
                 "one must be left to train on; record more, or set it to 0"
             )
+    samples = {dataset.name: (dataset.store, dataset.rows(np.arange(len(dataset)))) for dataset in train}
+    check_weighting(samples, data.sample_weighting)
     for dataset in train:
         logger.info("training data %s: %d episodes, %d samples", dataset.name, len(dataset.episodes), len(dataset))
     return MixtureDataset(train), MixtureDataset(val) if val else None
@@ -273,7 +277,10 @@ def build_sampler(config: Config, train: MixtureDataset, *, rank: int = 0, world
         config.data.batch_size,
         seed=config.training.seed,
         weights=[entry.weight for entry in config.data.mixture] or None,
-        probabilities=[dataset.sample_probabilities(weighting) for dataset in train.datasets],
+        probabilities=[
+            sample_probabilities(dataset.store, dataset.rows(np.arange(len(dataset))), weighting)
+            for dataset in train.datasets
+        ],
         accumulation=config.training.gradient_accumulation_steps,
         rank=rank,
         world_size=world_size,

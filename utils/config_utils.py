@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.config_data import AugmentationConfig, DataConfig, MixtureEntry
+from utils.config_data import AugmentationConfig, DataConfig, MixtureEntry, SampleWeightingConfig
 from utils.config_fields import is_free, not_negative, positive
 from utils.config_model import (
     ActionHeadConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "MixtureEntry",
     "ModelConfig",
     "OptimizerConfig",
+    "SampleWeightingConfig",
     "ServingConfig",
     "TrackioConfig",
     "TrainingConfig",
