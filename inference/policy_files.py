@@ -97,6 +97,7 @@ def load_export(name_or_path: str | Path) -> dict[str, Any]:
         weights = load_file(folder / WEIGHTS)
         config = read_yaml(folder / "config.yaml")
         statistics, backbone_config, image_processor = (read_json(folder / name) for name in DESCRIPTIONS)
+        profiles = read_json(folder / PROFILES) if PROFILES in manifest["sha256"] else None
         tokenizer_files = {
             path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
             for path in sorted((folder / "tokenizer").iterdir())
@@ -113,6 +114,8 @@ def load_export(name_or_path: str | Path) -> dict[str, Any]:
         "image_processor": image_processor,
         "tokenizer_files": tokenizer_files,
     }
+    if profiles is not None:
+        checkpoint["training_data"] = profiles
     check_content(checkpoint, folder)
     return checkpoint
 

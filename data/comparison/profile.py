@@ -1,7 +1,7 @@
 """What demonstrations look like, in a few kB: checkpoints keep it, so that a robot's observations can be compared.
 
 A profile is made of the training episodes once at the start of a run (`profile_of`) and of a recorded session by the
-same function; `data/mismatch.py` compares the two. Frames are looked at as the model gets them, behind the image
+same function; `mismatch.py` compares the two. Frames are looked at as the model gets them, behind the image
 processor. A profile is plain lists and numbers:
 
     {"episodes", "steps", "frames_per_camera", "control_hz",
@@ -123,6 +123,38 @@ def profile_of(
         "response": _response(store.state, store.action, list(zip(starts, ends, strict=True))),
         "prompts": dict(prompts.most_common(PROMPTS)),
     }
+
+
+def is_profile(value: Any) -> bool:
+    """Whether something read from a file has the form of a profile; what has not is not compared with."""
+    try:
+        state, action = (np.array(value[name]["quantiles"], np.float64) for name in ("state", "action"))
+        shapes = [(np.array(value["response"]["correlation"], np.float64).shape, (len(action), len(state)))]
+        for column, quantiles in (("state", state), ("action", action)):
+            part = value[column]
+            shapes.append((quantiles.shape, (len(quantiles), len(QUANTILES))))
+            shapes.append((np.array(part["steps"], np.float64).shape, (len(quantiles), 3)))
+            shapes.append((np.array(part["spread"], np.float64).shape, (len(quantiles),)))
+        lags = [value["response"]["lag"]]
+        for facts in value["cameras"].values():
+            number, view = len(facts["thumbnails"]), facts["view"]
+            fields = GRID * GRID * 3
+            shapes.append((np.array(facts["thumbnails"], np.float64).shape, (max(1, number), GRID, GRID, 3)))
+            shapes.append((np.array(facts["picture"], np.float64).shape, (PICTURE, PICTURE, 3)))
+            shapes += [
+                (np.array(facts[name], np.float64).shape, (number,)) for name in ("detail", "blocks", "change", "still")
+            ]
+            shapes += [(np.array(view[name], np.float64).shape, (fields,)) for name in ("mean", "scale")]
+            shapes.append((np.array(view["weights"], np.float64).shape, (fields, len(state))))
+            shapes.append((np.array(view["bias"], np.float64).shape, (len(state),)))
+            shapes.append((np.array(view["correlation"], np.float64).shape, (len(state), len(state))))
+            lags.append(view["lag"])
+        shapes += [(np.array(lag, np.float64).shape, (2 * LAGS + 1,)) for lag in lags]
+        rate, prompts = value["control_hz"], value["prompts"]
+        plain = (rate is None or rate > 0) and all(isinstance(prompt, str) for prompt in prompts)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        return False
+    return plain and all(found == wanted for found, wanted in shapes)
 
 
 def control_rate(files: Sequence[Source]) -> float | None:
