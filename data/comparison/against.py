@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,7 @@ from data.comparison.fit import DimensionFit, statistics_fit
 from data.comparison.kinds import Mismatch
 from data.comparison.mismatch import mismatches
 from data.comparison.profile import Profile, is_profile, profile_of
-from data.dataset import MixtureDataset
-from data.episode_store import EpisodeStore
+from data.dataset import MixtureDataset, VLADataset
 from data.processing import processors_from_checkpoint
 from utils.config_utils import ConfigError, config_from_dict
 from utils.parquet_utils import Source
@@ -48,15 +48,19 @@ def held_against(
     if dataset is not None and dataset not in names:
         raise ConfigError(f"this policy was trained on {', '.join(names)}; there is no dataset {dataset!r}")
     index = 0 if dataset is None else names.index(dataset)
-    entry, image_processor = config.datasets[index], processors_from_checkpoint(checkpoint)[0]
-    store = EpisodeStore(
+    image_processor, prompt_tokenizer = processors_from_checkpoint(checkpoint)
+    store = VLADataset(
         files,
-        state_dim=entry.state_dim,
-        per_action_dim=entry.per_action_dim,
+        dataclasses.replace(config.data, cache=False),
+        horizon=config.model.action_head_config.horizon,
+        per_action_dim=config.model.action_head_config.per_action_dim,
         cameras=config.cameras,
-        cache_dir=config.data.cache_dir,
-        keep_cache=False,
-    )
+        reads_state=config.reads_state,
+        image_processor=image_processor,
+        prompt_tokenizer=prompt_tokenizer,
+        entry=config.datasets[index],
+        dataset_index=index,
+    ).store
     delta = config.data.action_mode == "delta"
     columns = {"state": np.asarray(store.state)} | ({} if delta else {"action": np.asarray(store.action)})
     table, found = statistics_fit(columns, checkpoint["statistics"][index], config.data.normalization_type)

@@ -120,11 +120,10 @@ def _turned(session: Profile, training: Profile, cameras: set[str]) -> Iterator[
         if not against:
             continue
         evidence = f"it moves against {' and '.join(against)}, which it follows in training"
-        middle, usual_middle = np.median(new[d]), np.median(known[d])
-        about_zero = abs(middle + usual_middle) < abs(middle - (known[d][1] + known[d][-2] - usual_middle))
-        kind, remedy = ("sign_reversed", "send it with the other sign")
-        if known[d][1] >= 0 or not about_zero:
-            kind, remedy = ("inverted", "open and closed, or both ends, are exchanged: send it the other way")
+        low, high = known[d][1], known[d][-2]
+        kind, remedy = "inverted", "open and closed, or both ends, are exchanged: send it the other way round"
+        if low < -0.2 * (high - low) and high > 0.2 * (high - low):
+            kind, remedy = "sign_reversed", "send it with the other sign"
         yield Mismatch(kind, f"state[{d}]", evidence, remedy)
 
 

@@ -40,7 +40,7 @@ PICTURE_MISTAKES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "turned_by_180_degrees": (lambda t: t[:, ::-1, ::-1], "turn the frames, or the camera"),
     "turned_by_90_degrees": (lambda t: np.rot90(t, 1, (1, 2)), "turn the frames clockwise"),
     "turned_by_270_degrees": (lambda t: np.rot90(t, -1, (1, 2)), "turn the frames counterclockwise"),
-    "inverted": (lambda t: 255 - t, "send colours, not their negative"),
+    "inverted_colours": (lambda t: 255 - t, "send colours, not their negative"),
 }
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.625, 0.5625, 0.5)  # of a picture that a crop leaves, or a box fills
 
@@ -73,17 +73,18 @@ def _camera(
             "camera_frozen", camera, f"{share:.0f} % of its frames equal the one before", "check the camera's driver"
         )
         return
-    distance = _distance(new, known, scale)
-    if distance > limit:
+    blocks, usual_blocks = float(np.median(seen["blocks"])), float(np.max(trained["blocks"]))
+    if blocks > 1.3 * usual_blocks:
+        evidence = f"steps at the seams of 8 x 8 blocks are {blocks:.2f} times those beside them, in training at most "
+        remedy = "send frames with JPEG quality 90 or more"
+        yield Mismatch("strong_compression", camera, f"{evidence}{usual_blocks:.2f}", remedy)
+        return
+    if _distance(new, known, scale) > limit:
         yield _explained(camera, seen, training)
         return
     detail, usual_detail = float(np.median(seen["detail"])), np.array(trained["detail"])
     slack = max(0.12, 2 * float(np.ptp(usual_detail) / usual_detail.mean()))
-    blocks, usual_blocks = float(np.median(seen["blocks"])), float(np.max(trained["blocks"]))
-    if blocks > 1.15 * usual_blocks:
-        evidence = f"seams of 8 x 8 blocks {blocks:.2f} times other steps, in training at most {usual_blocks:.2f}"
-        yield Mismatch("strong_compression", camera, evidence, "send frames with JPEG quality 90 or more")
-    elif detail < (1 - slack) * usual_detail.min():
+    if detail < (1 - slack) * usual_detail.min():
         evidence = f"fine detail {detail:.3f}, in training at least {usual_detail.min():.3f}"
         yield Mismatch("blurred", camera, evidence, "check focus and lens, and how frames are resized")
     elif detail > (1 + slack) * usual_detail.max():

@@ -65,9 +65,11 @@ def frame_facts(image: np.ndarray) -> FrameFacts:
     green = pixels[:, :, 1].astype(np.float32)
     near = np.abs(np.diff(green, axis=1)).mean(axis=0)  # (W - 1,)
     far = np.abs(green[:, 4:] - green[:, :-4]).mean()
-    seams = max(near[7::8].mean(), near[3::8].mean()) if len(near) >= 8 else near.mean()
+    seams = near[7::8]
+    beside = [near[6::8][: len(seams)], near[8::8]]
     mean = float(near.mean())
-    return FrameFacts(thumbnail, picture, mean / (float(far) + 1e-3), float(seams) / (mean + 1e-3))
+    blocks = float(seams.mean()) / (float(np.concatenate(beside).mean()) + 1e-3) if len(near) > 8 else 1.0
+    return FrameFacts(thumbnail, picture, mean / (float(far) + 1e-3), blocks)
 
 
 def _shrunk(pixels: np.ndarray, size: int) -> np.ndarray:
