@@ -27,7 +27,8 @@ from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, Sample, VLAImageProcessor
 from utils.batch import Batch
 from utils.config_utils import DataConfig, MixtureEntry
-from utils.parquet_utils import DataError, Source
+from utils.parquet_utils import DataError
+from utils.recordings import Recording
 from utils.splits import used_episodes, validation_episodes
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class VLADataset(Dataset):
 
     def __init__(
         self,
-        files: Sequence[Source],
+        files: Sequence[Recording],
         config: DataConfig,
         *,
         horizon: int,
@@ -56,7 +57,7 @@ class VLADataset(Dataset):
         """Open the files (see `EpisodeStore`) and tokenize their instructions once.
 
         Args:
-            files: Parquet files in order.
+            files: Parquet files and LeRobot datasets in order.
             config: the `data` section: state_dim, max_seq_len, cache_dir.
             horizon: T, actions per sample.
             per_action_dim: A, values per action.
@@ -212,7 +213,7 @@ class VLADataset(Dataset):
 
         The rest of `frames` becomes zeros. Returns False, and decodes nothing, where one of the frames is absent.
         """
-        encoded = [self.store.image(camera, r) for r in range(row - count + 1, row + 1)]
+        encoded = self.store.images(camera, range(row - count + 1, row + 1))
         present = all(frame is not None for frame in encoded)
         before = self.max_seq_len - count if present else self.max_seq_len
         frames[:before] = 0
