@@ -24,19 +24,23 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from data.schema import (
+    ACTION,
     FLAGS,
     MAIN_CAMERA,
     PROMPT,
-    REQUIRED,
+    STATE,
     VECTORS,
+    StateColumns,
+    Table,
     encoded_frames,
     episode_starts,
     flags,
     prompts,
+    require_a_frame,
     require_frames,
     vectors,
 )
-from data.tables import Table, open_table
+from data.tables import open_table
 from utils.misc import file_checksum
 from utils.parquet_utils import DataError
 from utils.recordings import Recording
@@ -138,7 +142,9 @@ def _build(files: list[Recording], spec: dict[str, Any], folder: Path, *, alone:
 
 def _write_cache(files: list[Recording], spec: dict[str, Any], folder: Path) -> None:
     tables = [open_table(recording) for recording in files]
-    columns = [table.image_columns(spec["cameras"]) for table in tables]
+    state = StateColumns(dict(spec["state_columns"]), spec["state_dim"])
+    required = (*state.names, ACTION, *FLAGS, PROMPT)
+    columns = [table.image_columns(spec["cameras"], required) for table in tables]
     videos = [table.video_cameras(spec["cameras"]) for table in tables]
     cameras = [c for c in spec["cameras"] if any(c in of_file for of_file in (*columns, *videos))]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*VECTORS, "prompt_index", *FLAGS)}
@@ -146,11 +152,15 @@ def _write_cache(files: list[Recording], spec: dict[str, Any], folder: Path) -> 
     file_starts, rows, checksums = [], 0, []
     schema = pa.schema([(camera, pa.large_binary()) for camera in cameras])
     with ipc.new_file(folder / "images.arrow", schema) as writer:
-        for path, table, column_of in zip(files, tables, columns, strict=True):
+        for path, table, column_of, video in zip(files, tables, columns, videos, strict=True):
             file_starts.append(rows)
-            for first_row, batch in table.batches([*REQUIRED, *dict.fromkeys(column_of.values())], ROWS_PER_BATCH):
-                _append_numbers(parts, known_prompts, batch, path, first_row, spec)
+            names = [*required, *dict.fromkeys(column_of.values())]
+            for first_row, batch in table.batches(names, ROWS_PER_BATCH):
+                parts[STATE].append(state.read(batch, path, first_row))
+                _append_numbers(parts, known_prompts, batch, path, first_row, spec["per_action_dim"])
                 images = [_frames(batch, column_of.get(camera), camera, path, first_row) for camera in cameras]
+                if not video:
+                    require_a_frame(images, spec["cameras"], path, first_row)
                 writer.write_batch(pa.record_batch(images, schema=schema))
                 found = [_frame_checksums(column) for column in images]
                 checksums.append(np.array(found, np.uint32).reshape(len(images), batch.num_rows))
@@ -207,11 +217,10 @@ def _append_numbers(
     batch: pa.RecordBatch,
     path: Recording,
     first_row: int,
-    spec: dict[str, Any],
+    per_action_dim: int,
 ) -> None:
-    for name, key in (("state", "data.state_dim"), ("action", "per_action_dim")):
-        width = spec[key.removeprefix("data.")]
-        parts[name].append(vectors(batch.column(name), name, width, path, first_row, width_from=key))
+    actions = vectors(batch.column(ACTION), ACTION, per_action_dim, path, first_row, width_from="per_action_dim")
+    parts[ACTION].append(actions)
     for name in FLAGS:
         parts[name].append(flags(batch.column(name), name, path, first_row))
     texts = prompts(batch.column(PROMPT), path, first_row)

@@ -37,7 +37,8 @@ from data.episode_cache import (
     locked,
     meta_checksum,
 )
-from data.schema import MAIN_CAMERA, VECTORS
+from data.schema import STATE, SUCCESS, VECTORS, StateColumns, flags
+from data.tables import open_table
 from utils.misc import file_checksum
 from utils.parquet_utils import DataError, Source
 from utils.recordings import Recording, fingerprint, resolve_recordings
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ROWS_PER_READ = 65536  # of one column of flags
 # What the readers of NumPy, Arrow and JSON run into in a file that is cut or changed.
 _READING_FAULTS = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError, EOFError)
 
@@ -74,7 +76,8 @@ class EpisodeStore:
     """Every time step of a list of recordings, addressed by a global row.
 
     Attributes:
-        state: float32 (rows, state_dim), physical units, memory-mapped.
+        state: float32 (rows, state_dim), physical units, memory-mapped; zeros where nothing needs it and files lack it.
+        state_columns: the columns that it was joined from.
         action: float32 (rows, per_action_dim), physical units, memory-mapped.
         episode_starts: int64 (episodes + 1,), first row of each episode; the last entry is the row count.
         prompts: the distinct instructions; `prompt_index` int32 (rows,) points into them.
@@ -87,6 +90,8 @@ class EpisodeStore:
         state_dim: int,
         per_action_dim: int,
         cameras: Sequence[str],
+        state_columns: Sequence[str] = (STATE,),
+        needs_state: bool = True,
         cache_dir: str | Path | None = None,
         keep_cache: bool = True,
     ) -> None:
@@ -95,7 +100,10 @@ class EpisodeStore:
         Args:
             files: Parquet files and LeRobot datasets in order; an episode may go on from one file into the next.
             state_dim, per_action_dim: widths that the columns must have.
-            cameras: names of the cameras whose frames are kept.
+            cameras: names of the cameras whose frames are kept. A row may lack some of them, but not all, and not
+                `image_1`.
+            state_columns: numeric columns that are joined into the state.
+            needs_state: whether something reads the state; if not, files may lack it.
             cache_dir: where caches live; None: `$XDG_CACHE_HOME/paligemma_vla`.
             keep_cache: False builds into a temporary folder of this process, which goes with its last store.
 
@@ -105,11 +113,15 @@ class EpisodeStore:
         """
         self.files = list(files)
         self.cameras = tuple(cameras)
+        self.state_columns = StateColumns.of_tables(
+            state_columns, state_dim, map(open_table, self.files), needed=needs_state
+        )
         spec = {
             "version": CACHE_VERSION,
             "state_dim": state_dim,
             "per_action_dim": per_action_dim,
             "cameras": list(self.cameras),
+            "state_columns": list(self.state_columns.widths.items()),
             "files": [fingerprint(path) for path in self.files],
         }
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
@@ -124,7 +136,8 @@ class EpisodeStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are not forked: they map the same cache, which stays as long as this process."""
-        return {"files": self.files, "cameras": self.cameras, "folder": self.folder, "_spec": self._spec}
+        kept = ("files", "cameras", "state_columns", "folder", "_spec")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -271,6 +284,28 @@ class EpisodeStore:
         """The instruction at a global row."""
         return self.prompts[self.prompt_index[row]]
 
+    def label(self, name: str, *, otherwise: bool) -> np.ndarray:
+        """One of LABELS in every row, bool (rows,), read from the files; `otherwise` in files without the column.
+
+        Raises:
+            DataError: the column is no flag, or `success` changes within an episode.
+        """
+        values = np.full(len(self), otherwise)
+        for path, begin in zip(self.files, self.file_starts.tolist(), strict=True):
+            with open_table(path) as table:
+                if name not in table.schema.names:
+                    continue
+                for row, batch in table.batches([name], ROWS_PER_READ):
+                    values[begin + row : begin + row + batch.num_rows] = flags(batch.column(0), name, path, row)
+        if name == SUCCESS:
+            changes = 1 + np.flatnonzero(values[1:] != values[:-1])
+            inside = np.setdiff1d(changes, self.episode_starts)
+            if len(inside):
+                raise DataError(
+                    f"{self.describe(int(inside[0]))}: success changes within the episode; it is its outcome"
+                )
+        return values
+
     def describe(self, row: int) -> str:
         """Where a global row comes from, for messages: file, row in that file, episode and step."""
         file = int(np.searchsorted(self.file_starts, row, side="right")) - 1
@@ -292,7 +327,7 @@ def recorded_actions(
         DataError: no such episode, or files that break the schema.
     """
     files = resolve_recordings(paths, key)
-    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=(MAIN_CAMERA,))
+    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=())
     bounds = zip(store.episode_starts[:-1], store.episode_starts[1:], strict=True)
     actions = [np.array(store.action[a:b]) for a, b in bounds if store.prompt(a) == instruction]
     if not actions:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from data.convert.conversion import check_names, parse_episodes
+from data.convert.conversion import check_names, parse_cameras, parse_episodes, parse_state_keys
 from data.convert.episode_writer import ImageEncoding, Steps
 from data.convert.foreign_sources import reading
 from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset
@@ -30,7 +30,7 @@ from data.convert.lerobot_rows import (
     video_times,
 )
 from data.convert.video import VideoReader
-from data.schema import FLAGS, IMAGE, INDICES, MAIN_CAMERA, PROMPT, TIMESTAMP, VECTORS
+from data.schema import ACTION, FLAGS, IMAGE, INDICES, MAIN_CAMERA, PROMPT, TIMESTAMP
 from data.video_packets import PacketWriter
 from utils.parquet_utils import DataError, bytes_needed, open_parquet
 from utils.recordings import LeRobotFolder
@@ -66,7 +66,7 @@ class LeRobotTable:
             self.cameras = self._cameras()
             self._options = LeRobotOptions(
                 cameras={feature: camera for camera, feature in self.cameras.items()},
-                state_keys=mapping.state_key,
+                state_columns=parse_state_keys(mapping.state_key),
                 action_keys=mapping.action_key,
                 encoding=ImageEncoding(),
                 tolerance_s=mapping.tolerance_s,
@@ -79,7 +79,7 @@ class LeRobotTable:
             numeric = [key for key in self.dataset.features if not self.dataset.is_camera(key)]
             task = () if mapping.task_key is None else (mapping.task_key,)
             check_names(
-                (*mapping.state_key, *mapping.action_key, *task), numeric, "feature", str(self.dataset.info_path)
+                (*self._options.state_keys, *mapping.action_key, *task), numeric, "feature", str(self.dataset.info_path)
             )
             if mapping.tolerance_s >= 0.5 / self.dataset.fps:
                 raise DataError(f"--tolerance_s is {mapping.tolerance_s}; wanted less than half a frame")
@@ -99,6 +99,10 @@ class LeRobotTable:
         """`schema`, and a column for each camera that is video."""
         videos = [pa.field(name, IMAGE.written) for name in self.video_cameras(list(self.cameras))]
         return pa.schema([*self.schema, *videos])
+
+    @property
+    def path(self) -> LeRobotFolder:
+        return self.folder
 
     def __enter__(self) -> LeRobotTable:
         return self
@@ -132,8 +136,14 @@ class LeRobotTable:
             )
         return None
 
-    def image_columns(self, cameras: Sequence[str]) -> dict[str, str]:
-        """camera -> its column of `schema`, of those cameras whose frames are embedded."""
+    def image_columns(self, cameras: Sequence[str], required: Sequence[str] = ()) -> dict[str, str]:
+        """camera -> its column of `schema`, of those cameras whose frames are embedded; see `Table`."""
+        missing = [name for name in required if name not in self.schema.names]
+        if missing:
+            raise DataError(
+                f"{self.folder}: no column {missing[0]!r} (found: {', '.join(self.schema.names)}); say which feature "
+                f"it is, as data.lerobot: {{state_key: [observation.state, FEATURE={missing[0]}]}}"
+            )
         features = self._features_of(cameras)
         return {c: self._options.cameras[key] for c, key in features.items() if not self.dataset.is_video(key)}
 
@@ -236,8 +246,8 @@ class LeRobotTable:
                 yield steps, timestamp
         if count != episode.length:
             raise DataError(
-                f"{self.dataset.root} episode {episode.index}: {episode.data_file} has {count} rows of it, meta/episodes says "
-                f"{episode.length}; fetch the dataset again"
+                f"{self.dataset.root} episode {episode.index}: {episode.data_file} has {count} rows of it, "
+                f"meta/episodes says {episode.length}; fetch the dataset again"
             )
 
     def _arrays(
@@ -254,16 +264,18 @@ class LeRobotTable:
             "episode_index": lambda: np.full(len(step), episode.index, dtype=np.int64),
             "frame_index": lambda: step,
             TIMESTAMP: lambda: steps.extra[TIMESTAMP],
-            "state": lambda: list_array(steps.state, self.schema.field("state").type),
-            "action": lambda: list_array(steps.action, self.schema.field("action").type),
+            ACTION: lambda: list_array(steps.action, self.schema.field(ACTION).type),
         }
+        ends = np.cumsum([self.schema.field(name).type.list_size for name in self._options.state_columns])
+        for name, part in zip(self._options.state_columns, np.split(steps.state, ends[:-1], axis=1), strict=True):
+            made[name] = functools.partial(list_array, part, self.schema.field(name).type)
         made |= {name: functools.partial(steps.images.get, name) for name in self.cameras}
         return {name: pa.array(made[name](), self.schema.field(name).type) for name in columns}
 
     def _schema(self) -> pa.Schema:
         wide = {"float64", "int64", "uint64"}
         kinds = {}
-        for name, keys in zip(VECTORS, (self._options.state_keys, self._options.action_keys), strict=True):
+        for name, keys in {**self._options.state_columns, ACTION: self._options.action_keys}.items():
             stored = {str(self.dataset.features[key]["dtype"]) for key in keys}
             value = pa.float64() if stored & wide else pa.float32()
             kinds[name] = pa.list_(value, sum(self.dataset.width(key) for key in keys))
@@ -279,22 +291,15 @@ class LeRobotTable:
             names = {key: _short(key) for key in dataset.cameras}
             twice = {name for name in names.values() if list(names.values()).count(name) > 1}
             return {key if name in twice else name: key for key, name in names.items()}
-        cameras: dict[str, str] = {}
-        for text in mapping.cameras:
-            feature, _, camera = text.rpartition("=")
-            if not feature or not camera:
-                raise DataError(f"lerobot.cameras {text!r}: wanted <feature>=<camera>, as {_example(dataset)}")
-            if feature in cameras.values() or camera in cameras:
-                raise DataError(f"lerobot.cameras {text!r}: {feature!r} or {camera!r} is given twice")
+        for feature in (text.partition("=")[0] for text in mapping.cameras):
             if feature in dataset.features and dataset.is_camera(feature) and dataset.is_depth(feature):
                 shape = dataset.features[feature].get("shape")
                 raise DataError(
                     f"{dataset.info_path}: {feature!r} is a depth map (shape {shape}), which is not read; choose a "
                     "camera of colour images"
                 )
-            check_names([feature], dataset.cameras, "camera", str(self.folder))
-            cameras[camera] = feature
-        return cameras
+        named = parse_cameras(mapping.cameras, dataset.cameras, str(self.folder))
+        return {camera: feature for feature, camera in named.items()}
 
     def _require_mapping_of_groot(self) -> None:
         mapping, root = self.folder.mapping, self.folder.root
@@ -319,10 +324,6 @@ def _short(feature: str) -> str:
         if feature.startswith(prefix):
             return feature.removeprefix(prefix)
     return feature
-
-
-def _example(dataset: LeRobotDataset) -> str:
-    return f"{dataset.cameras[0] if dataset.cameras else 'observation.images.front'}={MAIN_CAMERA}"
 
 
 @contextlib.contextmanager

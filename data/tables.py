@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import pyarrow as pa
 
-from data.schema import MAIN_CAMERA, REQUIRED, camera_column
-from utils.parquet_utils import Source, batches, bytes_needed, open_parquet, require_columns
+from data.schema import Table, camera_column, image_columns, missing_camera
+from utils.parquet_utils import DataError, Source, batches, bytes_needed, open_parquet, require_columns
 from utils.recordings import LeRobotFolder, Recording
-
-
-class Table(Protocol):
-    """What a recording offers to those who read it."""
-
-    @property
-    def num_rows(self) -> int:
-        """Time steps of all its episodes."""
-
-    def image_columns(self, cameras: Sequence[str]) -> dict[str, str]:
-        """camera -> its column, of those cameras whose encoded frames are a column."""
-
-    def video_cameras(self, cameras: Sequence[str]) -> dict[str, str]:
-        """camera -> what it is called there, of those cameras whose frames are in video files."""
-
-    def batches(self, columns: list[str], batch_size: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(first row, at most `batch_size` rows) of some columns."""
-
-    def bytes_needed(self, columns: Sequence[str]) -> int:
-        """Stored bytes that have to be read for some columns."""
-
-    def __enter__(self) -> Table: ...
-
-    def __exit__(self, *exception: object) -> None: ...
 
 
 class ParquetTable:
@@ -57,12 +32,24 @@ class ParquetTable:
     def num_rows(self) -> int:
         return self._file.metadata.num_rows
 
-    def image_columns(self, cameras: Sequence[str]) -> dict[str, str]:
-        """camera -> its column in this file, after checking that the columns are there."""
-        require_columns(self._file, self.path, REQUIRED)
-        present = self._file.schema_arrow.names
-        columns = {camera: camera_column(camera, present, self.path) for camera in (MAIN_CAMERA, *cameras)}
-        return {camera: columns[camera] for camera in cameras if columns[camera] is not None}
+    @property
+    def schema(self) -> pa.Schema:
+        return self._file.schema_arrow
+
+    @property
+    def cameras(self) -> list[str]:
+        return image_columns(self.schema)
+
+    def image_columns(self, cameras: Sequence[str], required: Sequence[str] = ()) -> dict[str, str]:
+        """camera -> its column in this file, after checking that the columns are there, and those required."""
+        require_columns(self._file, self.path, required)
+        present = self.schema.names
+        columns = {camera: camera_column(camera, present, self.path) for camera in cameras}
+        columns = {camera: column for camera, column in columns.items() if column is not None}
+        if cameras and not columns:
+            found = f"{missing_camera(cameras[0], present)}, and none of any other camera of the policy"
+            raise DataError(f"{self.path}: {found}; name the cameras that the files have (data.cameras)")
+        return columns
 
     def video_cameras(self, cameras: Sequence[str]) -> dict[str, str]:
         """None: a Parquet file holds no video."""
@@ -92,3 +79,12 @@ def open_table(recording: Recording, use_threads: bool = True) -> Table:
 
         return LeRobotTable(recording)
     return ParquetTable(recording, use_threads)
+
+
+def cameras_of(recordings: Sequence[Recording]) -> list[str]:
+    """The cameras of all recordings, each once."""
+    found: dict[str, None] = {}
+    for recording in recordings:
+        with open_table(recording) as table:
+            found |= dict.fromkeys(table.cameras)
+    return list(found)

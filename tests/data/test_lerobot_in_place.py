@@ -328,7 +328,7 @@ def test_settings_that_do_not_fit(tmp_path):
         "no camera 'observation.images.frnt' .*did you mean 'observation.images.front'": {
             "cameras": ("observation.images.frnt=image_1",)
         },
-        "wanted <feature>=<camera>": {"cameras": ("front",)},
+        "lerobot.cameras 'front': wanted <camera>=<column>": {"cameras": ("front",)},
         "is given twice": {"cameras": (f"{FRONT}=image_1", f"{WRIST}=image_1")},
         "no feature 'observation.stat'.*did you mean 'observation.state'": {"state_key": ("observation.stat",)},
         "no feature 'task'": {"task_key": "task"},
