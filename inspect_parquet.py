@@ -26,14 +26,17 @@ from inference.policy_files import read_policy
 from utils.checkpoint import CheckpointError
 from utils.config_utils import Config, ConfigError, MixtureEntry, load_config
 from utils.misc import WriteError, atomic_path, user_path, writing
-from utils.parquet_utils import DataError, Source, resolve_parquet_files
+from utils.parquet_utils import DataError
+from utils.recordings import Recording, resolve_recordings
 
 logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", nargs="+", help="Parquet files, folders or globs; default: the config's")
+    parser.add_argument(
+        "--data_path", nargs="+", help="Parquet files, folders, globs or lerobot:/path; default: the config's"
+    )
     parser.add_argument("--val_data_path", nargs="+", help="validation files, checked too, and for overlap")
     parser.add_argument("--config_path", help="YAML config to check widths, horizon, cameras and prompts against")
     parser.add_argument("--against", type=user_path, help="policy (checkpoint or folder) to hold the data against")
@@ -98,20 +101,22 @@ def held_against_policy(args: argparse.Namespace) -> dict[str, Any]:
 
 def datasets(
     args: argparse.Namespace, config: Config | None
-) -> Iterator[tuple[str, list[Source], list[Source], Requirements]]:
+) -> Iterator[tuple[str, list[Recording], list[Recording], Requirements]]:
     """(name, training files, validation files, requirements): the flags' files, or every dataset of the config."""
-    val = resolve_parquet_files(args.val_data_path, "--val_data_path") if args.val_data_path else []
+    mapping = config.datasets[0].lerobot if config else None
+    val = resolve_recordings(args.val_data_path, "--val_data_path", mapping) if args.val_data_path else []
     if args.data_path:
         entry = config.datasets[0] if config and not config.data.mixture else None
-        train = resolve_parquet_files(args.data_path, "--data_path")
+        train = resolve_recordings(args.data_path, "--data_path", mapping)
         yield "", train, val, requirements_of(config, entry, bool(val)) if config else Requirements()
         return
-    key = "data.val_parquet_files"
-    val = val or (resolve_parquet_files(config.data.val_parquet_files, key) if config.data.val_parquet_files else [])
+    if not val and config.data.val_parquet_files:
+        val = resolve_recordings(config.data.val_parquet_files, "data.val_parquet_files", config.data.lerobot)
     for entry in config.datasets:
         key = f"data.mixture {entry.name}" if config.data.mixture else "data.train_parquet_files"
         name = entry.name if config.data.mixture else ""
-        yield name, resolve_parquet_files(entry.path, key), val, requirements_of(config, entry, bool(val))
+        train = resolve_recordings(entry.path, key, entry.lerobot)
+        yield name, train, val, requirements_of(config, entry, bool(val))
 
 
 def requirements_of(config: Config, entry: MixtureEntry | None, has_val: bool) -> Requirements:
