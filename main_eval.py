@@ -53,7 +53,7 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     result = {"checkpoint": args.checkpoint_path, **result}
     if predictor.quantization != "none":
         few = (batch for _, batches in data.values() for batch in islice(batches, 4))
-        whole = load_predictor(args, quantization="none")
+        whole = load_predictor(args, quantization="none", expert_quantization="none")
         result["quantization_error"] = quantization_error(predictor, whole, few, args.seed or 0)
     paths = write_evaluation(Path(args.output_dir), result, predictions, args.save_predictions, args.num_plots)
     logger.info("%.1f ms per sample", 1000 * result["seconds_per_sample"])
@@ -65,7 +65,7 @@ def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     images, seen = (args.image1_paths, args.image2_paths), {"prompt": args.prompt, "state": args.state}
     action_TA = predictor.predict(*images, **seen, seed=args.seed or 0)
     if predictor.quantization != "none":
-        whole = load_predictor(args, quantization="none")
+        whole = load_predictor(args, quantization="none", expert_quantization="none")
         quantization_error(predictor, whole, [predictor.observe(*images, **seen)], args.seed or 0)
     inputs = {name: getattr(args, name) for name in ("checkpoint_path", "image1_paths", "image2_paths")}
     inputs |= {**seen, "seed": args.seed or 0, "num_inference_steps": predictor.num_inference_steps}

@@ -101,10 +101,22 @@ class GemmaExpert(nn.Module):
         self.blocks = nn.ModuleList(ExpertBlock(config, spec) for _ in range(spec.num_layers))
         self.norm = _norm(config)
 
-    def modulations(self, condition: Tensor) -> list[Tensor | None]:
-        """What `condition` (N, 1 or T, E) makes of every norm in turn, (N, 1 or T, 3 E); None for norms without."""
+    def norms(self) -> list[nn.Module]:
+        """Every norm in turn: two a block, and the last."""
         norms = [norm for block in self.blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
-        return [norm.dense(condition) if isinstance(norm, AdaptiveRMSNorm) else None for norm in (*norms, self.norm)]
+        return [*norms, self.norm]
+
+    def matrices(self) -> list[nn.Module]:
+        """The parts whose linear layers may be stored in fewer bits: all but the norms."""
+        return [part for block in self.blocks for part in (block.self_attn, block.mlp)]
+
+    def modulations(self, condition: Tensor) -> list[Tensor | None]:
+        """What `condition` (N, 1 or T, E) makes of each norm in turn, float32 (N, 1 or T, 3 E); None for norms without.
+
+        Autocast or not: what these round would scale every token.
+        """
+        with torch.autocast(condition.device.type, enabled=False):
+            return [norm.dense(condition) if isinstance(norm, AdaptiveRMSNorm) else None for norm in self.norms()]
 
     def forward(
         self,
