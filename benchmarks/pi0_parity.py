@@ -328,7 +328,7 @@ def training(reference: Reference) -> Iterator[Row]:
         losses.append(value.detach())
         norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), preset["optimizer_grad_clip_norm"]))
         optimizer.step()
-    yield "training", "losses of AdamW steps", largest(torch.stack(losses), found["losses"]), LOSS
+    yield "training", "losses (of AdamW steps)", largest(torch.stack(losses), found["losses"]), LOSS
     wanted = found["grad_norms_before_clipping"]
     yield "training", "grad_norms_before_clipping", largest(torch.stack(norms) / wanted, wanted / wanted), LOSS
 
@@ -351,7 +351,7 @@ def bfloat16(reference: Reference) -> Iterator[Row]:
         ours["prefix_embs"] = prefix_embeddings(reference).float()
     parts = {
         "sampled_10": (..., slice(reference.width)),
-        "loss_per_element": (..., slice(reference.width)),
+        "loss_per_element": ...,
         "prefix_embs": exists,
     }
     for name, part in parts.items():

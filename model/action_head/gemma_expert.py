@@ -255,7 +255,9 @@ class _GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x_NTE: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x_NTE), approximate="tanh") * self.up_proj(x_NTE))
+        # Under autocast the product is rounded once, where down_proj takes it.
+        gate_NTM, up_NTM = self.gate_proj(x_NTE).float(), self.up_proj(x_NTE).float()
+        return self.down_proj(F.gelu(gate_NTM, approximate="tanh") * up_NTM)
 
 
 class RMSNorm(nn.Module):
