@@ -229,8 +229,13 @@ def lerobot_config(
     names, excluded = original.get("action_feature_names"), original.get("relative_exclude_joints", ["gripper"])
     if names is not None and len(names) != head.per_action_dim:
         names = None  # of another robot
-    if relative and original.get("use_relative_actions") is not True:
-        absolute = set(data.absolute_action_dims)
+    if data.action_names:
+        names = list(data.action_names)
+    if data.absolute_joints:
+        excluded = list(data.absolute_joints)
+    absolute = set(data.absolute_action_dims)
+    excludes = {d for d, name in enumerate(names or ()) if any(word.lower() in name.lower() for word in excluded)}
+    if relative and excludes != absolute:
         names = [f"{'absolute' if dim in absolute else 'moved'}_{dim}" for dim in range(head.per_action_dim)]
         excluded = ["absolute"]
     own = {

@@ -24,7 +24,7 @@ from utils.config_utils import Config
 
 PAGES, PAIRS = written_pages(), translations()
 IN_BOTH_LANGUAGES = {"data_format", "deployment", "evaluation", "execution", "finetune_paligemma", "glossary", "heads"}
-IN_BOTH_LANGUAGES |= {"multi_gpu", "training", "training_pipeline"}
+IN_BOTH_LANGUAGES |= {"multi_gpu", "pi0", "training", "training_pipeline"}
 THEIR_OWN = {"configs/my_robot.yaml"}  # files that a reader of the pages makes
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?")
@@ -104,7 +104,8 @@ def test_settings_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_flags_that_are_named_exist(page, capsys):
-    known = {"--shm-size", "--ipc", "--rm", "--local-dir", "--repo-type", "--nproc_per_node"}  # docker, hf, torchrun
+    # Flags of docker, hf, torchrun, tensorboard and trackio.
+    known = {"--shm-size", "--ipc", "--rm", "--local-dir", "--repo-type", "--nproc_per_node", "--logdir", "--project"}
     for name in repository_files():
         if name.endswith((".py", ".sh")) and not name.startswith("tests/"):
             text = (ROOT / name).read_text(encoding="utf-8")
