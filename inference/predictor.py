@@ -88,6 +88,8 @@ class VLAPredictor:
         self.settings = changed_settings(config.inference, self.horizon, inference)
         self.num_inference_steps, self.n_action_steps = self.settings.num_inference_steps, self.settings.n_action_steps
         self.compile, self.quantization = self.settings.compile, self.settings.quantization
+        if self.settings.expert_quantization != "none":
+            self.quantization += f", expert {self.settings.expert_quantization}"
         if use_amp is not None:
             model.compute_dtype = torch.bfloat16 if use_amp else torch.float32
         self.engine = Engine(
@@ -95,7 +97,10 @@ class VLAPredictor:
             self.settings,
             self.device,
             prompt_max_len=config.data.prompt_max_len,
-            trained_quantization=config.model.vlm_config.quantization,
+            trained_quantization=(
+                config.model.vlm_config.quantization,
+                config.model.action_head_config.expert.quantization,
+            ),
         )
         self.model, self.weight_dtype = self.engine.model, self.engine.weight_dtype
         self.training_data: Profile | None = None
