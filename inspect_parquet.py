@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = load_config(args.config_path) if args.config_path else None
     reports, paths = {}, []
-    for name, train_files, val_files, requirements in datasets(args, config):
-        seen = examine(train_files, val_files, requirements, skip_images=args.skip_images, num_workers=args.num_workers)
+    for name, train_files, val_files, requirements, sources in datasets(args, config):
+        options = {"skip_images": args.skip_images, "num_workers": args.num_workers, "sources": sources}
+        seen = examine(train_files, val_files, requirements, **options)
         reports[name] = seen.to_dict()
         if args.plots_dir:
             with writing(args.plots_dir, "choose another --plots_dir"):
@@ -66,20 +67,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def datasets(
     args: argparse.Namespace, config: Config | None
-) -> Iterator[tuple[str, list[Source], list[Source], Requirements]]:
-    """(name, training files, validation files, requirements): the flags' files, or every dataset of the config."""
+) -> Iterator[tuple[str, list[Source], list[Source], Requirements, dict[str, Sequence[str]]]]:
+    """(name, training files, validation files, requirements, how the files of each split were given): the flags' files,
+    or every dataset of the config."""
     val = resolve_parquet_files(args.val_data_path, "--val_data_path") if args.val_data_path else []
     if args.data_path:
         entry = config.datasets[0] if config and not config.data.mixture else None
         train = resolve_parquet_files(args.data_path, "--data_path")
-        yield "", train, val, requirements_of(config, entry, bool(val)) if config else Requirements()
+        given = {"train": args.data_path, "val": args.val_data_path or []}
+        yield "", train, val, requirements_of(config, entry, bool(val)) if config else Requirements(), given
         return
     key = "data.val_parquet_files"
+    val_path = args.val_data_path or config.data.val_parquet_files
     val = val or (resolve_parquet_files(config.data.val_parquet_files, key) if config.data.val_parquet_files else [])
     for entry in config.datasets:
         key = f"data.mixture {entry.name}" if config.data.mixture else "data.train_parquet_files"
         name = entry.name if config.data.mixture else ""
-        yield name, resolve_parquet_files(entry.path, key), val, requirements_of(config, entry, bool(val))
+        given = {"train": entry.path, "val": val_path}
+        yield name, resolve_parquet_files(entry.path, key), val, requirements_of(config, entry, bool(val)), given
 
 
 def requirements_of(config: Config, entry: MixtureEntry | None, has_val: bool) -> Requirements:

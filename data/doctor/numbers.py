@@ -250,7 +250,7 @@ def check_idle(rows: Rows, findings: Findings, same_images: np.ndarray) -> None:
     zero = (action == 0).all(axis=1)
     for first, length in runs(np.flatnonzero(zero), rows):
         if length >= IDLE_STEPS:
-            findings.add_at("idle", rows, first, f"all action values are 0 for {length} rows")
+            findings.add_at("idle", rows, first, f"all action values are 0 for {length} rows", length=length)
     same = inner.copy()
     for name in VECTORS:
         same &= (rows.vectors[name][1:] == rows.vectors[name][:-1]).all(axis=1)
@@ -259,10 +259,12 @@ def check_idle(rows: Rows, findings: Findings, same_images: np.ndarray) -> None:
         if zero[first - 1] and length + 1 >= IDLE_STEPS:
             continue
         if length + 1 >= IDLE_STEPS:
-            findings.add_at("idle", rows, first, f"state and action stay the same for {length + 1} rows")
+            message = f"state and action stay the same for {length + 1} rows"
+            findings.add_at("idle", rows, first, message, length=length)
         elif same_images[first - 1 : first - 1 + length].all():
             count = f"{length} rows repeat" if length > 1 else "the row repeats"
-            findings.add_at("repeated_row", rows, first, f"{count} the state, action and images of the row before")
+            message = f"{count} the state, action and images of the row before"
+            findings.add_at("repeated_row", rows, first, message, length=length)
 
 
 def _isolated(values: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import pandas as pd
 from data.doctor.examine import Examination, three_rows
 from data.doctor.findings import KINDS
 from data.doctor.plots import Cell, Trace, contact_sheet, plot_vectors
+from data.doctor.remedies import command
 from data.schema import VECTORS
 
 SUMS = ("errors", "warnings", "seconds")
@@ -119,7 +120,17 @@ def _first_findings(report: dict[str, Any], kind: str) -> str:
     lines = [f"{KINDS[kind].severity} {kind}: {KINDS[kind].remedy}"]
     lines += [f"  {_place(finding)}: {finding['message']}" for finding in findings[:SHOWN_FINDINGS]]
     rest = report["counts"][kind] - min(len(findings), SHOWN_FINDINGS)
-    return "\n".join(lines + ([f"  and {rest} more"] if rest else []))
+    lines += [f"  and {rest} more"] if rest else []
+    return "\n".join(lines + [f"  mend: {text}" for text in _commands(findings)])
+
+
+def _commands(findings: list[dict[str, Any]]) -> list[str]:
+    """The commands that mend some findings, those of the same data in one."""
+    edits: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for finding in findings:
+        if finding["command"]:
+            edits.setdefault(tuple(finding["sources"]), []).append(tuple(finding["edit"]))
+    return [command(group, sources) for sources, group in edits.items()]
 
 
 def _of_kind(report: dict[str, Any], kind: str) -> list[dict[str, Any]]:

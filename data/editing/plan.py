@@ -15,6 +15,7 @@ from data.doctor.findings import Findings
 from data.doctor.reading import read_rows
 from data.doctor.rows import Rows, runs
 from data.editing.edits import Edits, Ranges, numbers
+from data.schema import camera_columns
 from utils.misc import derive_seed
 from utils.parquet_utils import DataError, Source
 
@@ -107,6 +108,7 @@ def make_plan(files: Sequence[Source], edits: Edits) -> Plan:
     findings = Findings()
     rows = read_rows([(path, "train") for path in _without(files, edits.without)], findings)
     _refuse(findings, UNREADABLE, "leave the file out with --without, or record it again")
+    _check_columns(rows.files, edits)
     structure.check_widths(rows, widths := Findings(), {})
     _refuse(widths, ("width_differs_between_files",), "these are of different robots: edit them apart")
     if edits.join:
@@ -151,6 +153,16 @@ def _without(files: Sequence[Source], names: Sequence[str]) -> list[Source]:
     if not resolved:
         raise DataError("--without leaves no file")
     return list(resolved.values())
+
+
+def _check_columns(files: Sequence[Source], edits: Edits) -> None:
+    names = {name for path in files for name in pq.read_schema(path).names}
+    for column in edits.drop_columns:
+        if column not in names:
+            raise DataError(f"--drop_columns {column}: no file has it (found: {', '.join(sorted(names))})")
+    for camera in edits.rename_camera:
+        if not camera_columns(camera, list(names)):
+            raise DataError(f"--rename_camera {camera}: no file has it (found: {', '.join(sorted(names))})")
 
 
 def _refuse(findings: Findings, kinds: Sequence[str], remedy: str) -> None:

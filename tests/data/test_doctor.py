@@ -22,14 +22,13 @@ from data.doctor.report import write_plots
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, VLAImageProcessor
 from tests.data.planted_faults import (
-    A_ROWS,
     FAULTS,
     LENGTHS,
     PROMPTS,
     TRAIN,
     VAL,
-    VAL_LENGTHS,
     Files,
+    clean_files,
     encode,
     episode,
     put,
@@ -47,11 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def clean_rows() -> Files:
-    train = [row for i, length in enumerate(LENGTHS) for row in episode(length, i)]
-    cuts = (0, A_ROWS, sum(LENGTHS[:5]), sum(LENGTHS))
-    files = {name: train[cuts[i] : cuts[i + 1]] for i, name in enumerate(TRAIN)}
-    files["val.parquet"] = [row for i, length in enumerate(VAL_LENGTHS) for row in episode(length, 100 + i)]
-    return files
+    return clean_files()
 
 
 @pytest.fixture
