@@ -123,7 +123,7 @@ class Finding:
         severity, kind, remedy: see `KINDS`.
         message: what was found there.
         edit: what makes it go away (`data.doctor.remedies`); () where that takes judgement.
-        sources: what the data were read from.
+        data: what is to be edited: of each split concerned its name, and what it was read from.
         command: the edit as a command line, or "".
     """
 
@@ -135,7 +135,7 @@ class Finding:
     message: str
     remedy: str
     edit: Edit = ()
-    sources: tuple[str, ...] = ()
+    data: tuple[tuple[str, tuple[str, ...]], ...] = ()
     command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,20 +174,22 @@ class Findings:
         row: int | None = None,
         episode: int | None = None,
         edit: Edit | None = None,
-        split: str | None = None,
+        splits: Sequence[str] = (),
     ) -> None:
-        """Add one finding; `kind` is a key of `KINDS`, `edit` what mends it where its kind does not tell, and `split`
-        whose data are to be edited where not the file's own."""
+        """Add one finding; `kind` is a key of `KINDS`, `edit` what mends it where its kind does not tell, and `splits`
+        those that are to be edited where not the file's own alone."""
         self.counts[kind] += 1
         self._per_file[kind, str(file)] += 1
         if self._per_file[kind, str(file)] <= MAX_PER_FILE:
-            about = KINDS[kind]
+            about, mine = KINDS[kind], self._split_of.get(str(file), "")
             if edit is None:
                 edit = edit_for(kind, file=str(file), episode=episode, step=None)
-            sources = tuple(self._sources.get(split or self._split_of.get(str(file), ""), ()))
-            text = command([edit], sources) if sources else ""
+            if "--without" in edit and list(self._split_of.values()).count(mine) == 1:
+                edit = ()  # nothing would be left
+            data = tuple((split, tuple(self._sources[split])) for split in splits or [mine] if split in self._sources)
+            text = command([(edit, data)])
             place = (str(file), episode, row)
-            self.listed.append(Finding(*place, about.severity, kind, message, about.remedy, edit, sources, text))
+            self.listed.append(Finding(*place, about.severity, kind, message, about.remedy, edit, data, text))
 
     def add_at(
         self, kind: str, rows: Rows, index: int, message: str, *, length: int = 1, edit: Edit | None = None

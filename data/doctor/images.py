@@ -138,9 +138,15 @@ def check_presence(rows: Rows, frames: Frames | None, findings: Findings, camera
             continue
         for file in lacking:
             columns = dict.fromkeys(of_file[camera] for of_file in rows.cameras if camera in of_file)
-            edit = ("--drop_columns", *columns)
-            findings.add("camera_missing", f"no {camera}, which other files have", file=rows.files[file], edit=edit)
+            edit = {"edit": ("--drop_columns", *columns), "splits": _splits_with(rows, camera)}
+            findings.add("camera_missing", f"no {camera}, which other files have", file=rows.files[file], **edit)
         findings.add_runs("camera_gap", rows, np.concatenate(partly), lambda _, camera=camera: f"{camera} is null")
+
+
+def _splits_with(rows: Rows, camera: str) -> list[str]:
+    return list(
+        dict.fromkeys(split for split, of_file in zip(rows.splits, rows.cameras, strict=True) if camera in of_file)
+    )
 
 
 def check_decoding(rows: Rows, frames: Frames, findings: Findings) -> None:

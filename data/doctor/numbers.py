@@ -114,11 +114,11 @@ def check_jumps(rows: Rows, findings: Findings, outliers: dict[str, np.ndarray])
                 wrong[far, d] = True
                 length[1:, d], usual[d] = steps, longest
         findings.mark(name, wrong)
-        for first, _ in runs(np.flatnonzero(wrong.any(axis=1)), rows):
+        for first, run in runs(np.flatnonzero(wrong.any(axis=1)), rows):
             d = int(wrong[first].argmax())
             others = "" if wrong[first].sum() == 1 else f" (and {wrong[first].sum() - 1} more dimensions)"
             message = f"{name}[{d}] changes by {length[first, d]:+.4g} in one step{others}; no other step is longer "
-            findings.add_at(f"{name}_jump", rows, first, message + f"than {usual[d]:.4g}")
+            findings.add_at(f"{name}_jump", rows, first, message + f"than {usual[d]:.4g}", length=run)
 
 
 def check_angles(rows: Rows, findings: Findings) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 Edit = tuple[str, ...]  # flags, each followed by its values
-COMMAND = "python scripts/edit_dataset.py"
+Data = Sequence[tuple[str, tuple[str, ...]]]  # of splits: name, and the files, folders or globs that it was read from
+COMMAND = ("python", "scripts/edit_dataset.py")
 
 _DELETE = (
     *("null_value", "width_varies", "nan", "infinity", "short_episode", "episode_length_outlier", "split_overlap"),
@@ -58,6 +59,8 @@ def edit_for(
         whole = length == episode_length
         return ("--delete", str(episode)) if whole else ("--drop_steps", f"{episode}:{step}-{step + length - 1}")
     if episode is not None and kind in _SPLIT and step:
+        if length > 1:  # what leaps away and back
+            return "--delete", str(episode)
         return "--split_at", f"{episode}:{step}"
     if episode is not None and kind in ("unexpected_is_first", "unexpected_is_last"):
         return "--join", str(episode + (kind == "unexpected_is_last"))
@@ -70,27 +73,24 @@ def edit_for(
     return ()
 
 
-def command(edits: Iterable[Edit], sources: Sequence[str]) -> str:
-    """One command for several edits of the same data; "" for none.
+def command(edits: Iterable[tuple[Edit, Data]]) -> str:
+    """One command line for several edits, one command for each split; "" for none.
 
     Args:
-        edits: see `edit_for`.
-        sources: files, folders or globs that the data were read from.
+        edits: each with the data that it is of.
     """
-    flags: dict[str, dict[str, None]] = {}
-    for edit in edits:
-        for word in edit:
-            if word.startswith("--"):
-                values = flags.setdefault(word, {})
-            else:
-                values[word] = None
-    if not flags:
-        return ""
-    output = f"{str(sources[0]).rstrip('/')}_edited" if len(sources) == 1 and _is_folder(sources[0]) else "edited"
-    words = [word for flag, values in flags.items() for word in (flag, *values)]
-    data = shlex.join(["--data_path", *map(str, sources), "--output_dir", output])
-    return f"{COMMAND} {data} {shlex.join(words)}"
-
-
-def _is_folder(source: str) -> bool:
-    return Path(source).is_dir()
+    flags: dict[tuple[str, tuple[str, ...]], dict[str, dict[str, None]]] = {}
+    for edit, data in edits:
+        for part in data if edit else ():
+            for word in edit:
+                if word.startswith("--"):
+                    values = flags.setdefault(part, {}).setdefault(word, {})
+                else:
+                    values[word] = None
+    lines = []
+    for (split, sources), of_split in flags.items():
+        is_folder = len(sources) == 1 and Path(sources[0]).is_dir()
+        output = f"{sources[0].rstrip('/')}_edited" if is_folder else f"edited_{split}"
+        words = ["--data_path", *sources, "--output_dir", output]
+        lines.append(shlex.join([*COMMAND, *words, *(w for flag, values in of_split.items() for w in (flag, *values))]))
+    return " && ".join(lines)

@@ -121,16 +121,8 @@ def _first_findings(report: dict[str, Any], kind: str) -> str:
     lines += [f"  {_place(finding)}: {finding['message']}" for finding in findings[:SHOWN_FINDINGS]]
     rest = report["counts"][kind] - min(len(findings), SHOWN_FINDINGS)
     lines += [f"  and {rest} more"] if rest else []
-    return "\n".join(lines + [f"  mend: {text}" for text in _commands(findings)])
-
-
-def _commands(findings: list[dict[str, Any]]) -> list[str]:
-    """The commands that mend some findings, those of the same data in one."""
-    edits: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for finding in findings:
-        if finding["command"]:
-            edits.setdefault(tuple(finding["sources"]), []).append(tuple(finding["edit"]))
-    return [command(group, sources) for sources, group in edits.items()]
+    mend = command((finding["edit"], finding["data"]) for finding in findings)
+    return "\n".join(lines + ([f"  mend: {mend}"] if mend else []))
 
 
 def _of_kind(report: dict[str, Any], kind: str) -> list[dict[str, Any]]:

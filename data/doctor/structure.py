@@ -304,8 +304,8 @@ def check_time(rows: Rows, findings: Findings) -> None:
             continue
         if abs(rate / usual - 1) > RATE_TOLERANCE:
             message = f"the file runs at {rate:.4g} Hz, most files at {usual:.4g} Hz"
-            split = _faster_split(rows, rates, rows.splits[file])
-            findings.add("rate_differs", message, file=rows.files[file], edit=resample, split=split)
+            splits = _faster_splits(rows, rates)
+            findings.add("rate_differs", message, file=rows.files[file], edit=resample, splits=splits)
         steps, indices = _time_steps(rows, where)
         backwards, gap = steps <= 0, steps > GAP_STEPS / rate
         for i in indices[backwards]:
@@ -321,11 +321,10 @@ def check_time(rows: Rows, findings: Findings) -> None:
             findings.add("irregular_rate", message, file=rows.files[file], edit=resample)
 
 
-def _faster_split(rows: Rows, rates: list[float | None], split: str) -> str:
-    """The split that has a file faster than the slowest: this one, or else the other."""
+def _faster_splits(rows: Rows, rates: list[float | None]) -> list[str]:
+    """The splits that have files faster than the slowest of all."""
     known = [(rate, name) for rate, name in zip(rates, rows.splits, strict=True) if rate is not None]
-    faster = {name for rate, name in known if rate > min(known)[0] * (1 + RATE_TOLERANCE)}
-    return split if split in faster or not faster else min(faster)
+    return list(dict.fromkeys(name for rate, name in known if rate > min(known)[0] * (1 + RATE_TOLERANCE)))
 
 
 def file_rates(rows: Rows) -> list[float | None]:
