@@ -1,6 +1,6 @@
 """Do corrections teach more than as many further demonstrations? From nothing to a table.
 
-    python benchmarks/bench_corrections.py [--quick] [--json corrections.json] [--task button-press-topdown-v3] [--seeds 42 43]
+    python benchmarks/bench_corrections.py [--quick] [--json corrections.json] [--task window-open-v3] [--seeds 42 43]
 
 A policy of configs/quickstart.yaml is trained on --demos demonstrations of one task. Then, twice: the policy acts, the
 scripted expert takes over where it leaves its corridor (scripts/_takeover.py), --episodes such corrections are added,
