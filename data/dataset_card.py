@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from data.convert.episode_writer import RECORD
 from data.doctor.examine import Examination, describe_split
-from data.schema import INTERVENTION, SUCCESS, VECTORS
+from data.schema import INTERVENTION, SUCCESS
 from utils.text import markdown_text
 from utils.text_table import markdown_table
 
@@ -46,7 +46,7 @@ def dataset_card(name: str, files: Sequence[Path], seen: Examination, license_na
         "## Instructions",
         markdown_table(["instruction", "episodes", "steps"], prompts) + (f"\n\nand {more} more" if more > 0 else ""),
         "## Values",
-        markdown_table(["", "min", "q01", "mean", "q99", "max", "std"], _values(about)),
+        markdown_table(["", "min", "q01", "mean", "q99", "max", "std"], _values(seen, about)),
         "## Where it comes from",
         _origin(files),
         "## Checks",
@@ -75,10 +75,10 @@ def _numbers(seen: Examination, about: dict[str, Any]) -> list[list[Any]]:
     return rows
 
 
-def _values(about: dict[str, Any]) -> list[list[str]]:
+def _values(seen: Examination, about: dict[str, Any]) -> list[list[str]]:
     keys = ("min", "q01", "mean", "q99", "max", "std")
     rows = []
-    for name in VECTORS:
+    for name in seen.rows.vectors:
         for d in range(min(len(about[name]["min"]), SHOWN_VALUES)):
             rows.append([f"{name}[{d}]", *(f"{about[name][key][d]:.4g}" for key in keys)])
         if len(about[name]["min"]) > SHOWN_VALUES:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from data.doctor import structure
 from data.doctor.findings import Findings
-from data.doctor.reading import read_rows
+from data.doctor.reading import Wanted, read_rows
 from data.doctor.rows import Rows, runs
 from data.editing.edits import Edits, Ranges, numbers
 from data.schema import camera_columns
@@ -106,7 +106,8 @@ def make_plan(files: Sequence[Source], edits: Edits) -> Plan:
             step that is not there, an episode of which nothing is left, widths that differ, no known rate.
     """
     findings = Findings()
-    rows = read_rows([(path, "train") for path in _without(files, edits.without)], findings)
+    of_split = [(path, "train") for path in _without(files, edits.without)]
+    rows = read_rows(of_split, findings, Wanted(needs_state=edits.drop_idle is not None))
     _refuse(findings, UNREADABLE, "leave the file out with --without, or record it again")
     _check_columns(rows.files, edits)
     structure.check_widths(rows, widths := Findings(), {})
@@ -227,7 +228,7 @@ def _idle(rows: Rows, episode: int, edits: Edits) -> list[tuple[int, int]]:
     """Stretches of steps at which the state moves slower than asked for, for longer than asked for."""
     speed, seconds = edits.drop_idle
     where = rows.episode_rows(episode)
-    state = rows.vectors["state"][where].astype(np.float64)
+    state = rows.state[where].astype(np.float64)
     if any(d >= state.shape[1] for d in edits.idle_dims):
         raise DataError(f"--idle_dims {max(edits.idle_dims)}: the state has dimensions 0 to {state.shape[1] - 1}")
     state = state[:, list(edits.idle_dims)] if edits.idle_dims else state

@@ -19,7 +19,7 @@ from data.convert.episode_writer import BYTES_PER_GROUP, RECORD, ROWS_PER_GROUP,
 from data.decoding import decode_frame
 from data.editing.edits import Edits
 from data.editing.plan import RATE_KEYS, Piece, Plan
-from data.schema import IMAGE, INDICES, PLAN, PROMPT, SUCCESS, TIMESTAMP, camera_columns, encoded_frames
+from data.schema import IMAGE, INDICES, PLAN, PROMPT, SUCCESS, TIMESTAMP, camera_columns, encoded_frames, image_columns
 from utils.parquet_utils import DataError, Source, batches, one_line, open_parquet, resolve_parquet_files
 
 HISTORY = "edited_from"  # metadata key: the records of the files that a file was made from, oldest first, as JSON
@@ -251,10 +251,10 @@ def _encoded(column: pa.ChunkedArray, name: str, edits: Edits, where: str, first
 
 def _output_schema(source: pa.Schema, edits: Edits, path: Source) -> tuple[pa.Schema, dict[str, str]]:
     """The columns of an edited file, and of each that the source has the name there."""
-    for name in edits.drop_columns:
-        if name == "image_1" and camera_columns(name, source.names) == [name]:
-            raise DataError(f"--drop_columns {name}: {path} has no other main camera (docs/data_format.md)")
     origin = {name: name for name in source.names if name not in edits.drop_columns}
+    left = [name for name in image_columns(source) if camera_columns(name, list(origin))]
+    if not left and not edits.add_camera:
+        raise DataError(f"--drop_columns {' '.join(edits.drop_columns)}: leaves {path} without a camera")
     for old, new in edits.rename_camera.items():
         for column in camera_columns(old, list(origin)):
             if camera_columns(new, list(origin)):
