@@ -11,6 +11,7 @@ import numpy as np
 
 from data.doctor.remedies import Edit, command, edit_for
 from data.doctor.rows import Rows, runs
+from utils.config_data import is_lerobot
 
 Severity = Literal["error", "warning"]
 MAX_MARKS = 1000  # values that are marked in plots, per check and column
@@ -184,7 +185,9 @@ class Findings:
             about, mine = KINDS[kind], self._split_of.get(str(file), "")
             if edit is None:
                 edit = edit_for(kind, file=str(file), episode=episode, step=None)
-            if "--without" in edit and list(self._split_of.values()).count(mine) == 1:
+            if is_lerobot(file):
+                edit = ()  # read in place; what is edited is a converted copy
+            elif "--without" in edit and list(self._split_of.values()).count(mine) == 1:
                 edit = ()  # nothing would be left
             data = tuple((split, tuple(self._sources[split])) for split in splits or [mine] if split in self._sources)
             text = command([(edit, data)])

@@ -17,7 +17,7 @@ from data.doctor.rows import Rows, runs
 from data.editing.edits import Edits, Ranges, numbers
 from data.schema import camera_columns
 from utils.misc import derive_seed
-from utils.parquet_utils import DataError, Source
+from utils.parquet_utils import DataError, Source, is_uri
 
 UNREADABLE = ("unreadable_file", "corrupt_data", "empty_file", "missing_column", "wrong_type")
 FLAG_FAULTS = (
@@ -105,6 +105,8 @@ def make_plan(files: Sequence[Source], edits: Edits) -> Plan:
         DataError: a file that can't be read, flags that contradict each other (without `mend_flags`), an episode or
             step that is not there, an episode of which nothing is left, widths that differ, no known rate.
     """
+    if remote := next(filter(is_uri, files), None):
+        raise DataError(f"--data_path {remote}: is not on this machine; copy the files here first")
     findings = Findings()
     of_split = [(path, "train") for path in _without(files, edits.without)]
     rows = read_rows(of_split, findings, Wanted(needs_state=edits.drop_idle is not None))
