@@ -102,16 +102,12 @@ class Experiment:
         """Per policy its closed-loop successes."""
         args = self.args
         demos = self.record(self.data / "demos", args.demos, FIRST_SEED["demos"])
-        found = {}
-        checkpoint = self.train("demos", [demos])
-        found["demos"] = self.evaluate("demos", checkpoint)
-        files = [demos]
+        policies = {"demos": self.train("demos", [demos])}
+        files, weighting = [demos], f"data.sample_weighting.leave_out_before={EPISODE_STEPS}"
         for number in range(1, ROUNDS + 1):
-            files.append(self.corrections(number, checkpoint))
-            name = f"corrected_{number}"
-            weighting = f"data.sample_weighting.leave_out_before={EPISODE_STEPS}"
-            checkpoint = self.train(name, files, weighting)
-            found[name] = self.evaluate(name, checkpoint)
+            files.append(self.corrections(number, list(policies.values())[-1]))
+            policies[f"corrected_{number}"] = self.train(f"corrected_{number}", files, weighting)
+        found = {name: self.evaluate(name, policies[name]) for name in reversed(policies)}
         for number in range(ROUNDS, 0, -1):
             name, count = f"demonstrated_{number}", number * args.episodes
             further = self.record(self.data / f"further_{count}", count, FIRST_SEED["further"])
