@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data.convert.episode_writer import RECORD
+from data.convert.rollouts import ROLLOUT
 from data.doctor.examine import Examination, describe_split
 from data.schema import INTERVENTION, SUCCESS
 from utils.text import markdown_text
@@ -93,6 +94,10 @@ def _origin(files: Sequence[Path]) -> str:
         metadata = {k.decode(): v.decode(errors="replace") for k, v in (pq.read_schema(path).metadata or {}).items()}
         found = {key: metadata[key] for key in ORIGIN_KEYS if metadata.get(key) not in (None, "null")}
         edits = json.loads(metadata.get(RECORD, "{}")).get("settings", {}).get("edits")
+        if ROLLOUT in metadata:
+            about = json.loads(metadata[ROLLOUT])
+            policy = str(about.get("checkpoint") or about.get("control"))
+            found |= {"env": str(about.get("env")), "rollouts of": "/".join(Path(policy).parts[-3:])}
         if edits:
             found["edits"] = json.dumps(edits)
         facts.update(found.items())
