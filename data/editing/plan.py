@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from data.doctor import structure
 from data.doctor.findings import Findings
 from data.doctor.reading import Wanted, read_rows
-from data.doctor.rows import Rows, runs
+from data.doctor.rows import Rows
 from data.editing.edits import Edits, Ranges, numbers
 from data.schema import camera_columns
 from utils.misc import derive_seed
@@ -192,10 +193,10 @@ def _check_episodes(rows: Rows, episodes: Sequence[int], flag: str) -> None:
 
 def _chosen(rows: Rows, edits: Edits) -> list[int]:
     keep = range(rows.num_episodes) if edits.keep is None else numbers(edits.keep)
-    delete = numbers(edits.delete)
+    delete = set(numbers(edits.delete))
     _check_episodes(rows, keep, "--keep")
     _check_episodes(rows, delete, "--delete")
-    return [episode for episode in keep if episode not in set(delete)]
+    return [episode for episode in keep if episode not in delete]
 
 
 def _kept_steps(
@@ -238,10 +239,10 @@ def _idle(rows: Rows, episode: int, edits: Edits) -> list[tuple[int, int]]:
         return []
     rate = rate_of(rows, episode, edits)
     moved = np.linalg.norm(np.diff(state, axis=0), axis=1) * rate
-    slow = where.start + np.flatnonzero(np.append(moved, moved[-1]) < speed)
-    local = replace(rows, episode=np.zeros(len(rows), np.int64), file_of=np.zeros(len(rows), np.int32))
-    stretches = [(first - where.start, length) for first, length in runs(slow, local)]
-    return [(first, first + length - 1) for first, length in stretches if length / rate > seconds]
+    slow = np.append(moved, moved[-1]) < speed
+    changes = np.flatnonzero(np.diff(np.concatenate([[False], slow, [False]])))
+    stretches = zip(changes[::2].tolist(), changes[1::2].tolist(), strict=True)
+    return [(first, after - 1) for first, after in stretches if (after - first) / rate > seconds]
 
 
 def rate_of(rows: Rows, episode: int, edits: Edits) -> float:
@@ -256,7 +257,11 @@ def rate_of(rows: Rows, episode: int, edits: Edits) -> float:
     steps = np.diff(time[np.isfinite(time)])
     if (steps > 0).any():
         return float(1 / np.median(steps[steps > 0]))
-    file = rows.files[rows.file_of[rows.episode_starts[episode]]]
+    return _recorded_rate(rows.files[rows.file_of[rows.episode_starts[episode]]])
+
+
+@functools.lru_cache(maxsize=64)
+def _recorded_rate(file: Source) -> float:
     metadata = pq.read_schema(file).metadata or {}
     for key in RATE_KEYS:
         if key in metadata and metadata[key] not in (b"null", b"None"):
