@@ -25,9 +25,10 @@ from inference.metrics import NonFiniteError
 from inference.predictor import VLAPredictor
 from inference.report import write_json
 from utils.arguments import CommandParser, at_least, run_command
+from utils.config_data import is_lerobot
 from utils.config_utils import ConfigError
 from utils.misc import atomic_path, set_up_logging
-from utils.parquet_utils import resolve_parquet_files
+from utils.recordings import resolve_recordings
 from utils.text_table import text_table
 
 logger = logging.getLogger(__name__)
@@ -75,11 +76,12 @@ def check(predictor: VLAPredictor, name: str, dataset: VLADataset, max_samples: 
 
 
 def files_of(predictor: VLAPredictor, paths: Sequence[str], key: str) -> dict[str, VLADataset]:
-    """Each Parquet file of some paths, as the policy reads it; `key` is where the paths come from, for errors."""
+    """Each recording of some paths as the policy reads it; `key` is where the paths come from, for errors."""
     processors = predictor.image_processor, predictor.prompt_tokenizer
+    mapping = predictor.config.datasets[predictor.dataset_index].lerobot
     return {
-        str(path): open_dataset(predictor.config, *processors, str(path), key, predictor.dataset_index)
-        for path in resolve_parquet_files(paths, key)
+        str(path): open_dataset(predictor.config, *processors, path, key, predictor.dataset_index)
+        for path in resolve_recordings(paths, key, mapping)
     }
 
 
@@ -109,7 +111,7 @@ def default_data(predictor: VLAPredictor) -> dict[str, VLADataset]:
 
 
 def _are_here(paths: Sequence[str]) -> bool:
-    return bool(paths) and all("://" in path or glob.glob(path, recursive=True) for path in paths)
+    return bool(paths) and all("://" in path or is_lerobot(path) or glob.glob(path, recursive=True) for path in paths)
 
 
 def share_in_range(predictor: VLAPredictor, predictions: Predictions) -> float:
@@ -144,7 +146,7 @@ def report_table(files: dict[str, dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
-    help_text = "folder with Parquet files; default: what training held out, where that is here, else data/samples"
+    help_text = "folder of Parquet files, or lerobot:/path; default: what training held out, else data/samples"
     parser.add_argument("--test_data_dir", help=help_text)
     parser.add_argument("--output_file", default="offline_report.json", help="JSON, or the table alone as *.txt")
     parser.add_argument("--max_samples", type=at_least(1), default=200, help="samples per file")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +20,11 @@ from data.doctor.frames import ABSENT, BROKEN, DECODED, FRAME, examine_frames
 from data.doctor.reading import open_raw, stream
 from data.doctor.rows import Rows
 from data.schema import MAIN_CAMERA, encoded_frames
+from utils.parquet_utils import DataError, one_line
+from utils.recordings import LeRobotFolder
+
+if TYPE_CHECKING:
+    from data.lerobot_table import LeRobotTable
 
 FRAMES_PER_TASK = 32
 FEW_FRAMES = 4000  # below this, starting processes takes longer than decoding
@@ -97,13 +102,29 @@ def _take(task: tuple[str, int, Future | _Done], seen: Frames) -> int:
     return len(facts)
 
 
-def _encoded(rows: Rows, findings: Findings) -> Iterator[tuple[str, int, list[bytes | None]]]:
-    """(camera, first global row, encoded frames), streamed."""
+def _encoded(rows: Rows, findings: Findings) -> Iterator[tuple[str, int, list[bytes | np.ndarray | None]]]:
+    """(camera, first global row, encoded frames, or those of a video decoded), streamed."""
     for number, columns in enumerate(rows.cameras):
         path, begin = rows.files[number], int(rows.file_starts[number])
         for camera, column in columns.items():
-            for first, array in stream(open_raw(path), path, column, FRAMES_PER_TASK, findings):
+            table = open_raw(path)
+            if isinstance(path, LeRobotFolder) and column not in table.schema.names:
+                for first, pictures in _decoded(table, column, findings):
+                    yield camera, begin + first, pictures
+                continue
+            for first, array in stream(table, path, column, FRAMES_PER_TASK, findings):
                 yield camera, begin + first, encoded_frames(array, column, path).to_pylist()
+
+
+def _decoded(table: LeRobotTable, camera: str, findings: Findings) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(first row, frames) of a camera that is video; where it can't be read further, `corrupt_data` and the end."""
+    first = 0
+    try:
+        for first, pictures in table.pictures(camera, FRAMES_PER_TASK):
+            yield first, pictures
+            first += len(pictures)
+    except DataError as error:
+        findings.add("corrupt_data", one_line(error), file=table.folder, row=first)
 
 
 def check_presence(rows: Rows, frames: Frames | None, findings: Findings, cameras: tuple[str, ...]) -> None:
@@ -143,8 +164,16 @@ def check_presence(rows: Rows, frames: Frames | None, findings: Findings, camera
                 findings.add("camera_missing", message, file=rows.files[lacking[0]])
             continue
         for file in lacking:
-            findings.add("camera_missing", f"no {camera}, which other files have", file=rows.files[file])
+            columns = dict.fromkeys(of_file[camera] for of_file in rows.cameras if camera in of_file)
+            edit = {"edit": ("--drop_columns", *columns), "splits": _splits_with(rows, camera)}
+            findings.add("camera_missing", f"no {camera}, which other files have", file=rows.files[file], **edit)
         findings.add_runs("camera_gap", rows, np.concatenate(partly), lambda _, camera=camera: f"{camera} is null")
+
+
+def _splits_with(rows: Rows, camera: str) -> list[str]:
+    return list(
+        dict.fromkeys(split for split, of_file in zip(rows.splits, rows.cameras, strict=True) if camera in of_file)
+    )
 
 
 def check_decoding(rows: Rows, frames: Frames, findings: Findings) -> None:
@@ -248,7 +277,8 @@ def check_repeats(rows: Rows, frames: Frames, findings: Findings) -> np.ndarray:
             equal = (first["digest"][where] == second["digest"][where]) & both[where]
             if equal.sum() > USUAL * both[where].sum():
                 message = f"{one} and {other} are the same picture in {equal.sum()} of {both[where].sum()} rows"
-                findings.add("identical_cameras", message, file=path)
+                edit = ("--drop_columns", rows.cameras[file][other])
+                findings.add("identical_cameras", message, file=path, edit=edit)
     return all_same
 
 

@@ -19,6 +19,7 @@ from data.schema import (
     ACTION,
     FLAGS,
     INDICES,
+    LABELS,
     MAIN_CAMERA,
     PROMPT,
     STATE,
@@ -31,7 +32,9 @@ from data.schema import (
     is_state,
     missing_camera,
 )
-from utils.parquet_utils import READ_ERRORS, STREAM_BUFFER, Source, one_line, open_bytes, stream_batches
+from data.tables import Table, open_table
+from utils.parquet_utils import READ_ERRORS, STREAM_BUFFER, DataError, Source, one_line, open_bytes, stream_batches
+from utils.recordings import LeRobotFolder, Recording
 
 ROWS_PER_BATCH = 8192
 
@@ -77,7 +80,7 @@ class _File:
     rows: int
     present: list[str]
     cameras: dict[str, str]
-    flags: dict[str, np.ndarray]
+    flags: dict[str, np.ndarray]  # and labels
     prompt: np.ndarray
     vectors: dict[str, _Vector]
     indices: dict[str, np.ndarray]
@@ -85,20 +88,23 @@ class _File:
     has_timestamp: bool
 
 
-def open_raw(path: Source) -> pq.ParquetFile:
+def open_raw(path: Recording) -> pq.ParquetFile | Table:
     """Open for streaming: batches are read through a small buffer, not a whole column chunk at a time."""
+    if isinstance(path, LeRobotFolder):
+        return open_table(path)
     return pq.ParquetFile(
         open_bytes(path), buffer_size=STREAM_BUFFER, pre_buffer=False, page_checksum_verification=True
     )
 
 
 def stream(
-    file: pq.ParquetFile, path: Source, column: str, batch_size: int, findings: Findings
+    file: pq.ParquetFile | Table, path: Recording, column: str, batch_size: int, findings: Findings
 ) -> Iterator[tuple[int, pa.Array]]:
     """(first row, values) of one column, batch by batch; where it can't be read further, `corrupt_data` and the end."""
     first = 0
     try:
-        for first, batch in stream_batches(file, [column], batch_size):
+        read = stream_batches if isinstance(file, pq.ParquetFile) else type(file).batches
+        for first, batch in read(file, [column], batch_size):
             yield first, batch.column(0)
             first += batch.num_rows
     except READ_ERRORS as error:
@@ -164,6 +170,7 @@ def read_rows(files: Sequence[tuple[Source, str]], findings: Findings, wanted: W
         file_starts=starts,
         cameras=[part.cameras for part in parts],
         flags={name: np.concatenate([part.flags[name] for part in parts]) for name in FLAGS},
+        labels={name: np.concatenate([part.flags[name] for part in parts]) for name in LABELS},
         prompts=list(known),
         prompt=np.concatenate([part.prompt for part in parts]),
         lengths=lengths,
@@ -198,9 +205,10 @@ def _segment(rows: Rows) -> None:
 def _read_file(path: Source, known: dict[str, int], findings: Findings, wanted: Wanted) -> tuple[_File, bool]:
     try:
         file = open_raw(path)
-        schema, count = file.schema_arrow, file.metadata.num_rows
-        if count != sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)):
-            raise ValueError("the row groups hold another number of rows than the file")
+        schema, count = _schema_and_rows(file)
+    except DataError as error:
+        findings.add("unreadable_file", one_line(error), file=path)
+        return _blank(0, wanted), False
     except READ_ERRORS as error:
         findings.add("unreadable_file", f"not a readable Parquet file ({one_line(error)})", file=path)
         return _blank(0, wanted), False
@@ -216,7 +224,7 @@ def _read_file(path: Source, known: dict[str, int], findings: Findings, wanted: 
         if name in columns:
             for first, array in stream(file, path, name, ROWS_PER_BATCH, findings):
                 part.vectors[name].put(first, array)
-    for name in FLAGS:
+    for name in (*FLAGS, *LABELS):
         if name in columns:
             for first, array in stream(file, path, name, ROWS_PER_BATCH, findings):
                 values = np.asarray(array.cast(pa.int8()).fill_null(NULL))
@@ -237,12 +245,22 @@ def _read_file(path: Source, known: dict[str, int], findings: Findings, wanted: 
     return part, True
 
 
+def _schema_and_rows(file: pq.ParquetFile | Table) -> tuple[pa.Schema, int]:
+    """The columns, those of video cameras among them, and the number of rows; a ValueError where that contradicts."""
+    if not isinstance(file, pq.ParquetFile):
+        return file.schema_with_video, file.num_rows
+    count = file.metadata.num_rows
+    if count != sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)):
+        raise ValueError("the row groups hold another number of rows than the file")
+    return file.schema_arrow, count
+
+
 def _blank(rows: int, wanted: Wanted) -> _File:
     return _File(
         rows=rows,
         present=[],
         cameras={},
-        flags={name: np.full(rows, UNREAD, dtype=np.int8) for name in FLAGS},
+        flags={name: np.full(rows, UNREAD, dtype=np.int8) for name in (*FLAGS, *LABELS)},
         prompt=np.full(rows, UNREAD, dtype=np.int32),
         vectors={name: _Vector(rows) for name in (*wanted.state_columns, ACTION)},
         indices={name: np.full(rows, NO_INDEX, dtype=np.int64) for name in INDICES},
@@ -274,7 +292,7 @@ def _check_columns(
         spellings = camera_columns(camera, present)
         if len(spellings) == 2:
             message = f"both {spellings[0]!r} and {spellings[1]!r} are columns"
-            findings.add("ambiguous_image_column", message, file=path)
+            findings.add("ambiguous_image_column", message, file=path, edit=("--drop_columns", spellings[1]))
         elif spellings:
             columns[camera] = spellings[0]
         elif camera == MAIN_CAMERA:
@@ -282,9 +300,12 @@ def _check_columns(
     read = wanted.cameras or cameras
     if MAIN_CAMERA not in read and not any(camera_columns(camera, present) for camera in read):
         findings.add("missing_column", missing_camera((*read, MAIN_CAMERA)[0], present), file=path)
-    for name in (*INDICES, TIMESTAMP):
+    for name in (*INDICES, TIMESTAMP, *LABELS):
         if present.count(name) == 1 and column_type(name).fits(schema.field(name).type):
             columns[name] = name
+        elif present.count(name) == 1 and name in LABELS:
+            message = f"column {name!r} is {schema.field(name).type}; data.sample_weighting reads bool"
+            findings.add("label_contradicts", message, file=path, edit=("--drop_columns", name))
     for name, column in list(columns.items()):
         times, expected = present.count(column), _expected(name, states)
         if times > 1:

@@ -1,0 +1,1 @@
+"""What training data look like, and recorded episodes held against a policy."""
