@@ -18,7 +18,7 @@ from inference.predictor import VLAPredictor
 from inference.serving.export import export_policy
 from tests.data.comparison.synthetic import draw, motion, write_session
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.config_utils import load_config
+from utils.config_utils import ConfigError, load_config
 
 
 @pytest.fixture(scope="module")
@@ -117,5 +117,5 @@ def test_flags_that_miss_their_partner(arguments, message, capsys):
 
 def test_an_unknown_dataset_is_named(policy, tmp_path):
     session = write_session(tmp_path / "s.parquet", 1, seed=9)
-    with pytest.raises(inspect_parquet.ConfigError, match="trained on default; there is no dataset 'x'"):
+    with pytest.raises(ConfigError, match="trained on default; there is no dataset 'x'"):
         inspect_parquet.main(["--data_path", str(session), "--against", str(policy), "--dataset", "x"])
