@@ -26,7 +26,7 @@ from inference.policy_files import read_policy
 from utils.checkpoint import CheckpointError
 from utils.config_utils import Config, ConfigError, MixtureEntry, load_config
 from utils.misc import WriteError, atomic_path, user_path, writing
-from utils.parquet_utils import DataError, resolve_parquet_files
+from utils.parquet_utils import DataError
 from utils.recordings import Recording, resolve_recordings
 
 logger = logging.getLogger(__name__)
