@@ -24,7 +24,8 @@ from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 from scripts._attempt import Attempt
 from scripts._takeover import Corridor, WatchedEnv, watched_attempt
-from utils.misc import user_path, writing
+from utils.arguments import CommandParser, at_least
+from utils.misc import writing
 from utils.parquet_utils import READ_ERRORS
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Flags that are handed to the environment when they are given: what argparse is told of each, and the help.
 ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
-    "image_size": ({"type": int}, "height and width in pixels (default: the simulator's)"),
+    "image_size": ({"type": at_least(1)}, "height and width in pixels (default: the simulator's)"),
     "camera": ({}, "camera of image_1 (default: the simulator's)"),
     "second_camera": ({}, "camera of image_2, e.g. gripperPOV (default: no image_2)"),
     "cameras": (
@@ -43,7 +44,7 @@ ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "hide_goal": ({"action": "store_true", "default": None}, "leave goal markers out of the images"),
     "layout_of": ({}, "draw object positions from this task's range; it must share the scene"),
-    "max_episode_steps": ({"type": int}, "an attempt fails after (default: the simulator's)"),
+    "max_episode_steps": ({"type": at_least(1)}, "an attempt fails after (default: the simulator's)"),
 }
 
 
@@ -64,11 +65,11 @@ class TaskSummary:
 
 def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The command line of recording. A flag of the environment that is not given leaves the simulator's default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description)
     parser.add_argument("--env", default="metaworld", help="simulator (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", required=True, help="names, tiers (easy, ...) or all; one file each")
     parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
-    parser.add_argument("--output_dir", type=user_path, required=True, help="folder of the Parquet files")
+    parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="folder of the Parquet files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     for name, (options, text) in ENVIRONMENT_FLAGS.items():
         parser.add_argument(f"--{name}", help=text, **options)
