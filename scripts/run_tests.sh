@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-make_environment requirements.txt requirements-sim.txt requirements-dev.txt
+make_environment requirements.txt requirements-convert.txt requirements-sim.txt requirements-dev.txt
 # openpi's client asks for numpy 1 but runs on 2: taken alone, since what it needs is installed already.
 "$PYTHON" -c 'import openpi_client' 2>/dev/null ||
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
