@@ -93,7 +93,7 @@ class Columns:
         begin, last_action = 0, None
         for block in reader.blocks(episode, list(dict.fromkeys(keys))):
             length = len(next(iter(block.values())))
-            where = _Place(episode.name, begin)
+            where = Place(episode.name, begin)
             columns: Block = {STATE: _vector(mapping.state, block, length, STATE, where)}
             columns[ACTION] = last_action = _vector(mapping.action, block, length, ACTION, where)
             if fixed_prompt is None:
@@ -124,7 +124,7 @@ class Columns:
 
         def finish(block: Block, begin: int, first_time: float | None) -> Steps:
             length = len(block[PROMPT])
-            where = _Place(episode.name, begin)
+            where = Place(episode.name, begin)
             if TIME in block:
                 time = block[TIME].astype(np.float32)
                 dropped = mapping.drop_first or mapping.keep
@@ -161,7 +161,7 @@ class Columns:
             text = _attribute(self._reader.attributes(episode), prompt.value, prompt.json_key, episode)
         return text if text.strip() or prompt.empty is None else prompt.empty
 
-    def _texts(self, values: np.ndarray | list[Any], where: _Place) -> list[str]:
+    def _texts(self, values: np.ndarray | list[Any], where: Place) -> list[str]:
         known: dict[bytes, str] = {}
         texts = []
         for i, value in enumerate(values):
@@ -175,7 +175,7 @@ class Columns:
             texts.append(text if text.strip() or self._mapping.prompt.empty is None else self._mapping.prompt.empty)
         return texts
 
-    def _kept(self, values: np.ndarray | list[Any], where: _Place) -> np.ndarray:
+    def _kept(self, values: np.ndarray | list[Any], where: Place) -> np.ndarray:
         keep = self._mapping.keep
         if keep.equals is None:
             result = _truths(values, keep.key, where)
@@ -188,7 +188,7 @@ class Columns:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a block lies, for messages."""
 
     episode: str
@@ -199,7 +199,7 @@ class _Place:
 
 
 def encoded_images(
-    values: np.ndarray | list[Any], camera: Camera, encoding: ImageEncoding, column: str, where: _Place
+    values: np.ndarray | list[Any], camera: Camera, encoding: ImageEncoding, column: str, where: Place
 ) -> list[bytes]:
     """The frames of a camera as JPEG or PNG: those that are encoded already untouched, unless pixels change.
 
@@ -224,7 +224,7 @@ def encoded_images(
     return frames
 
 
-def _check_frame(frame: bytes, column: str, where: _Place, i: int) -> None:
+def _check_frame(frame: bytes, column: str, where: Place, i: int) -> None:
     if not is_image(frame):
         raise DataError(
             f"{where.step(i)}: {column} begins with {frame[:8]!r}; wanted the bytes of a JPEG or PNG image: correct "
@@ -237,7 +237,7 @@ def _check_frame(frame: bytes, column: str, where: _Place, i: int) -> None:
         raise DataError(f"{where.step(i)}: {column} is a PNG of 16 bits a value, depth and not colour; choose another")
 
 
-def _changed(frame: bytes, camera: Camera, column: str, where: _Place, i: int) -> np.ndarray:
+def _changed(frame: bytes, camera: Camera, column: str, where: Place, i: int) -> np.ndarray:
     try:
         pixels = decode_frame(frame, 0, 0)
     except (OSError, SyntaxError, ValueError) as error:
@@ -255,7 +255,7 @@ def _turned(pixels: np.ndarray, flip: str) -> np.ndarray:
     return np.ascontiguousarray(pixels[..., rows, columns, :])
 
 
-def _pixels(values: np.ndarray, camera: Camera, column: str, where: _Place) -> np.ndarray:
+def _pixels(values: np.ndarray, camera: Camera, column: str, where: Place) -> np.ndarray:
     if camera.layout == "chw":
         values = np.moveaxis(values, 1, -1) if values.ndim == 4 else values
     channels = len(camera.channels)
@@ -272,7 +272,7 @@ def _pixels(values: np.ndarray, camera: Camera, column: str, where: _Place) -> n
     return _turned(values[..., ::-1] if camera.channels.startswith("bgr") else values, camera.flip)
 
 
-def _eight_bits(values: np.ndarray, camera: Camera, column: str, where: _Place) -> np.ndarray:
+def _eight_bits(values: np.ndarray, camera: Camera, column: str, where: Place) -> np.ndarray:
     if values.dtype.kind not in "fiu" or (values.dtype.kind != "f" and camera.scale is None and values.max() > 255):
         raise DataError(f"{where.step(0)}: {column} is {values.dtype} up to {values.max()}; wanted colours of 8 bits")
     if camera.scale is None and values.dtype.kind == "f" and 0 < values.max() <= 1:
@@ -310,12 +310,12 @@ def _resolved(camera: Camera, attributes: dict[str, Any], episode: Episode) -> C
     return dataclasses.replace(camera, flip="vertical" if convention == "opengl" else "none")
 
 
-def _vector(terms: Sequence[Term], block: Block, length: int, column: str, where: _Place) -> np.ndarray:
+def _vector(terms: Sequence[Term], block: Block, length: int, column: str, where: Place) -> np.ndarray:
     parts = [_values(term, block, length, column, where) for term in terms]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def _values(term: Term, block: Block, length: int, column: str, where: _Place) -> np.ndarray:
+def _values(term: Term, block: Block, length: int, column: str, where: Place) -> np.ndarray:
     """(N, values) of one term."""
     if term.key is None:
         return np.tile(np.asarray(term.constant, dtype=np.float32), (length, 1))
@@ -343,7 +343,7 @@ def _values(term: Term, block: Block, length: int, column: str, where: _Place) -
     return values
 
 
-def _truths(values: np.ndarray | list[Any], key: str, where: _Place) -> np.ndarray:
+def _truths(values: np.ndarray | list[Any], key: str, where: Place) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype.kind not in "biuf" or array.size != len(array):
         raise DataError(f"{where.step(0)}: {key!r} is {array.dtype} {array.shape}; wanted true or false a step")

@@ -28,7 +28,7 @@ class Source:
 
     reader: Reader
     mapping: Mapping
-    episodes: list[Episode]
+    episodes: dict[int, Episode]  # by their number in the source
 
 
 def open_source(name: str | None, path: Path, entries: MappingType[str, Any], *, follow_links: bool = False) -> Source:
@@ -54,7 +54,9 @@ def open_source(name: str | None, path: Path, entries: MappingType[str, Any], *,
     reader = open_reader(name, path, {key: entries[key] for key in options if key in entries}, follow_links)
     mapping = parse_mapping(reader.derived(entries), options)
     reader.check_mapping(mapping)
-    return Source(reader, with_fps(mapping, reader.fps(), str(path)), reader.episodes())
+    mapping = with_fps(mapping, reader.fps(), str(path))
+    numbered = enumerate(reader.episodes())
+    return Source(reader, mapping, {i if e.number is None else e.number: e for i, e in numbered})
 
 
 def convert(
@@ -79,7 +81,7 @@ def convert(
         DataError: a fault in the recording or the mapping, naming place and remedy.
     """
     reader, mapping, encoding = source.reader, source.mapping, encoding or ImageEncoding()
-    chosen = parse_episodes(episodes, range(len(source.episodes)), str(reader.path))
+    chosen = parse_episodes(episodes, list(source.episodes), str(reader.path))
     widths = column_widths(source, chosen, encoding)
     files = plan_files(
         output_dir,
@@ -125,7 +127,7 @@ def _convert_file(
         "fps": mapping.fps,
         "cameras": cameras,
         "units": UNITS,
-        **reader.facts(mapping.given),
+        **reader.facts(mapping),
     }
     with EpisodeFileWriter(
         file.path,

@@ -45,7 +45,8 @@ def describe(reader: Reader) -> str:
     if attributes:
         lines += ["", "attributes (@name in `prompt`):"]
         lines += [f"  {printable(name, 60)} = {printable(value, 100)}" for name, value in attributes.items()]
-    entries = {"format": _format_name(reader), **suggested, **_guess(keys, attributes, reader)}
+    guess = reader.recommended() or _guess(keys, attributes, reader)
+    entries = {"format": _format_name(reader), **suggested, **guess}
     lines += ["", "# a mapping to edit (map.yaml), guessed from the names:", yaml.safe_dump(entries, sort_keys=False)]
     return "\n".join(lines).rstrip()
 
@@ -62,7 +63,7 @@ def film_strip(source: Source, path: Path, *, episodes: Sequence[str] | None = N
         DataError: a fault in the recording or the mapping.
         WriteError: the picture can't be written.
     """
-    numbers = parse_episodes(episodes, range(len(source.episodes)), str(source.reader.path))
+    numbers = parse_episodes(episodes, list(source.episodes), str(source.reader.path))
     columns = Columns(source.reader, source.mapping, ImageEncoding("png"))
     rows = []
     for index in numbers if episodes is not None else numbers[:STRIP_EPISODES]:

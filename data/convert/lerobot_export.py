@@ -1,8 +1,9 @@
 """The schema of docs/data_format.md into a LeRobot v3.0 dataset that the lerobot library reads.
 
 `image_1`, `image_2`, `state`, `action`, `prompt` and `is_terminal` become camera features, `observation.state`,
-`action`, tasks and `next.done`; the layout follows lerobot's own writer (datasets/dataset_writer.py). Images go in as
-the bytes they are, or are encoded as video. The dataset is written beside its place and renamed when it is whole.
+`action`, tasks and, where asked for, `next.done`; the layout follows lerobot's own writer
+(datasets/dataset_writer.py). Images go in as the bytes they are, or are encoded as video. The dataset is written beside
+its place and renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Layout:
         robot_type: None where it is not known.
         state_names, action_names: what the values are called; None where it is not known.
         video: how to encode frames as video; None: the images as they are.
+        next_done: whether `is_terminal` goes over as the feature `next.done`. lerobot's recorder writes none, and
+            lerobot merges only datasets of equal features.
         data_files_size_in_mb, video_files_size_in_mb: a file that would grow beyond is followed by another.
     """
 
@@ -63,6 +66,7 @@ class Layout:
     state_names: list[str] | None = None
     action_names: list[str] | None = None
     video: VideoEncoding | None = None
+    next_done: bool = False
     data_files_size_in_mb: float = 100
     video_files_size_in_mb: float = 200
 
@@ -271,7 +275,7 @@ class _Writer:
         return {
             STATE: episode.state,
             ACTION: episode.action,
-            DONE: episode.is_terminal,
+            **({DONE: episode.is_terminal} if self._layout.next_done else {}),
             "timestamp": frames / self._layout.fps,
             "frame_index": frames,
             "episode_index": np.full(len(episode), episode.index),
@@ -371,7 +375,8 @@ def _features(layout: Layout, episode: Episode, frames: dict[str, _Frames]) -> d
     ):
         features[key] = {"dtype": "float32", "shape": [values.shape[1]], "names": names}
     indices = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"}
-    for key, dtype in {DONE: "bool", **indices, "task_index": "int64"}.items():
+    done = {DONE: "bool"} if layout.next_done else {}
+    for key, dtype in {**done, **indices, "task_index": "int64"}.items():
         features[key] = {"dtype": dtype, "shape": [1], "names": None}
     return features
 

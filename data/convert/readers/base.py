@@ -54,6 +54,7 @@ class Episode:
     name: str  # for messages: file, and the place in it
     files: tuple[Path, ...]  # that it is read from
     place: Any = None  # what the reader needs to find it
+    number: int | None = None  # in the source; None: its position
 
 
 class Reader(ABC):
@@ -104,6 +105,10 @@ class Reader(ABC):
         """For --inspect: entries of OPTIONS that a mapping of this recording needs, taken as its options."""
         return {}
 
+    def recommended(self) -> dict[str, Any] | None:
+        """For --inspect: a mapping that the source's metadata name themselves; None where they name none."""
+        return None
+
     def derived(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """A mapping's entries, with those added that follow from the source itself."""
         return dict(entries)
@@ -124,8 +129,8 @@ class Reader(ABC):
         """The key of the seconds since the episode's start; None where rows are `fps` apart."""
         return None
 
-    def facts(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
-        """What else the files' metadata should say; `mapping` is the conversion's."""
+    def facts(self, mapping: Any) -> dict[str, Any]:
+        """What the files' metadata should say besides; `mapping` is the conversion's."""
         return {"robot_type": None, "state_names": None, "action_names": None}
 
     def settings(self) -> dict[str, Any]:
