@@ -38,6 +38,10 @@ ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "image_size": ({"type": int}, "height and width in pixels (default: the simulator's)"),
     "camera": ({}, "camera of image_1 (default: the simulator's)"),
     "second_camera": ({}, "camera of image_2, e.g. gripperPOV (default: no image_2)"),
+    "cameras": (
+        {"nargs": "+", "metavar": "NAME=CAMERA"},
+        "instead of the two: any number of cameras, each a column of that name (CAMERA alone: its own name)",
+    ),
     "hide_goal": ({"action": "store_true", "default": None}, "leave goal markers out of the images"),
     "layout_of": ({}, "draw object positions from this task's range; it must share the scene"),
     "max_episode_steps": ({"type": int}, "an attempt fails after (default: the simulator's)"),
@@ -145,7 +149,7 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
         The attempt, whether or not it succeeded.
     """
     given = {name: value for name in ENVIRONMENT_FLAGS if (value := getattr(args, name)) is not None}
-    env = _worker_env(args.env, task, **given)
+    env = _worker_env(args.env, task, **{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
     if args.takeover:
         watched = WatchedEnv(env, _corridor(args), encoding_of(args), args.steps_after_success)
         return watched_attempt(watched, args.policy, seed)

@@ -1,6 +1,6 @@
 """What of a recording becomes which column: a YAML file, a preset of configs/sources/, or `--map column=source ...`.
 
-    image_1: {from: obs/agentview_rgb, flip: auto}      a camera's column; its name begins with "image"
+    image_1: {from: obs/agentview_rgb, flip: auto}      a camera's column; other names stand below `cameras`
     state: [obs/ee_pos, "obs/gripper_states[0]"]        terms, one after the other
     action: ["actions[0:6]", {from: actions, dims: 6, invert: true}]
     prompt: "@problem_info:language_instruction"        a key, {text: ...}, @attribute[:JSON key], file:<regex>
@@ -24,6 +24,7 @@ import yaml
 
 from data.convert.conversion import check_names
 from data.schema import MAIN_CAMERA
+from utils.config_data import is_camera_name
 from utils.foreign_files import ForeignFileError, read_yaml
 from utils.parquet_utils import DataError
 
@@ -32,6 +33,7 @@ FLIPS = ("none", "vertical", "horizontal", "both", "auto")
 CHANNELS = ("rgb", "bgr", "rgba", "bgra")
 LAYOUTS = ("hwc", "chw")
 TERMINAL = ("always", "never")
+_OTHER_CAMERAS = "cameras."
 _COUNTS = ("action_shift", "drop_first", "drop_last")
 _TERM_OPTIONS = ("from", "dims", "scale", "offset", "invert", "clip", "constant")
 _CAMERA_OPTIONS = ("from", "flip", "channels", "layout", "scale")
@@ -150,14 +152,14 @@ def parse_mapping(entries: MappingType[str, Any], options: Sequence[str]) -> Map
     Raises:
         DataError: an unknown name, or a value of another kind.
     """
-    cameras = {name: _camera(name, value) for name, value in entries.items() if name.startswith("image")}
-    known = ("state", "action", "prompt", "terminal", "keep", "fps", *_COUNTS, *options)
-    check_names((name for name in entries if name not in cameras), known, "entry", "mapping")
+    cameras = {name: _camera(name, value) for name, value in _camera_entries(entries).items()}
+    known = ("cameras", "state", "action", "prompt", "terminal", "keep", "fps", *_COUNTS, *options)
+    check_names((name for name in entries if not _names_camera(name)), known, "entry", "mapping")
     for name in ("state", "action", "prompt"):
         if name not in entries:
             raise DataError(f"mapping: {name!r} is missing; say what it is made of (--inspect lists what there is)")
-    if MAIN_CAMERA not in cameras:
-        raise DataError(f"mapping: {MAIN_CAMERA!r} is missing, and every step needs it; say which camera it is")
+    if not cameras:
+        raise DataError(f"mapping: no camera, and every step needs one; say which is {MAIN_CAMERA}")
     fps = entries.get("fps")
     if fps is not None and not (_is_number(fps) and fps > 0):
         raise DataError(f"mapping: fps is {fps!r}; wanted steps a second, more than 0")
@@ -192,7 +194,7 @@ def _entry(name: str, text: str) -> Any:
     """The value of `name=text` on a command line, as YAML would have it."""
     if name == "prompt":
         return text
-    if not (name in ("state", "action", "keep") or name.startswith("image")):
+    if not (name in ("state", "action", "keep") or _names_camera(name)):
         return _plain(name, text)
     terms: list[dict[str, Any]] = []
     for part in re.split(r",(?![^\[{(]*[\]})])", text):
@@ -209,6 +211,24 @@ def _plain(name: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise DataError(f"--map {name}: {text!r} is no value") from None
+
+
+def _names_camera(name: str) -> bool:
+    """Whether an entry is a camera: `image_1`, or any other name as `cameras.wrist`."""
+    return name.startswith("image") or name.startswith(_OTHER_CAMERAS)
+
+
+def _camera_entries(entries: MappingType[str, Any]) -> dict[str, Any]:
+    """Column -> source of every camera, those of the section `cameras` among them."""
+    section = entries.get("cameras", {})
+    if not isinstance(section, dict):
+        raise DataError(f"mapping: cameras is {section!r}; wanted names and where their frames come from")
+    named = {str(name): value for name, value in section.items()}
+    named |= {name.removeprefix(_OTHER_CAMERAS): value for name, value in entries.items() if _names_camera(name)}
+    for name in named:
+        if not is_camera_name(name):
+            raise DataError(f"mapping: a camera can't be called {name!r}; choose another name")
+    return named
 
 
 def _camera(name: str, value: Any) -> Camera:

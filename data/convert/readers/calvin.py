@@ -190,11 +190,19 @@ def _number(dtype: Any, data: Any) -> Any:
     return np.frombuffer(data, dtype.plain, count=1)[0]
 
 
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
+    """Stands for numpy's `_frombuffer`, which protocol 5 names."""
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+    return array
+
+
 _NAMES = {  # what a pickle of arrays names, and what stands for it here; nothing of NumPy itself is called
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("core.multiarray", "_reconstruct"): lambda *_: _Array(),
     ("core.multiarray", "scalar"): _number,
+    ("core.numeric", "_frombuffer"): _from_buffer,
 }
 
 

@@ -128,8 +128,8 @@ class LeRobotReader(Reader):
         self._empty_allowed = mapping.prompt.empty is not None
         if not self.dataset.cameras:
             raise DataError(
-                f"{self.dataset.info_path}: the dataset has no camera, and every step of ours needs image_1; record it "
-                "again with one"
+                f"{self.dataset.info_path}: the dataset has no camera, and every step of ours needs one; record it "
+                "again with cameras"
             )
         if self._modality is not None:
             self._modality.require_use(mapping, TASK)
