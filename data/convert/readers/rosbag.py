@@ -115,7 +115,7 @@ class RosbagReader(Reader):
         if kind == TEXT:
             return {topic: Key("text")}
         if not connection.msgcount:
-            return {topic: Key("not read: a topic without messages")}
+            return {f"{topic} (no messages)": Key("not read: a topic without messages")}
         with reading(Path(bag.paths[0])):
             _, _, raw = next(bag.messages([connection]))
             message = bag.deserialize(raw, kind)
