@@ -13,6 +13,7 @@ import numpy as np
 
 from data.convert.conversion import check_names
 from data.convert.episode_writer import ImageEncoding, Steps
+from data.convert.foreign_sources import reading
 from data.convert.mapping import TERMINAL, Camera, Mapping, Term
 from data.convert.readers.base import Block, Episode, Key, Reader
 from data.decoding import decode_frame
@@ -57,6 +58,16 @@ class Columns:
                 raise DataError(f"{episode.name}: {name!r} is {available[name].kind}")
         for column, camera in self._mapping.cameras.items():
             _check_camera(column, camera, available[camera.key], episode.name)
+
+    def widths(self, episode: Episode) -> tuple[int, int]:
+        """Values of `state` and of `action`, from the first steps of an episode.
+
+        Raises:
+            DataError: the mapping does not fit what is there.
+        """
+        with reading(episode.files[0]):
+            block = next(self._raw(episode))
+        return block[STATE].shape[1], block[ACTION].shape[1]
 
     def steps(self, episode: Episode) -> Iterator[Steps]:
         """The steps of an episode; none where the mapping keeps none of them.
@@ -230,8 +241,8 @@ def _check_frame(frame: bytes, column: str, where: Place, i: int) -> None:
             f"{where.step(i)}: {column} begins with {frame[:8]!r}; wanted the bytes of a JPEG or PNG image: correct "
             "the mapping, or record that episode again"
         )
-    whole = PNG_END in frame[-TAIL:] if frame.startswith(PNG_START) else JPEG_END in frame[-TAIL:]
-    if not whole:
+    end = PNG_END if frame.startswith(PNG_START) else JPEG_END
+    if not frame.endswith(end) and end not in frame[-TAIL:]:
         raise DataError(f"{where.step(i)}: {column} is not a whole image; record that episode again")
     if frame.startswith(PNG_START) and frame[24:25] == b"\x10":
         raise DataError(f"{where.step(i)}: {column} is a PNG of 16 bits a value, depth and not colour; choose another")

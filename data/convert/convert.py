@@ -82,7 +82,9 @@ def convert(
     """
     reader, mapping, encoding = source.reader, source.mapping, encoding or ImageEncoding()
     chosen = parse_episodes(episodes, list(source.episodes), str(reader.path))
-    widths = column_widths(source, chosen, encoding)
+    columns = Columns(reader, mapping, encoding)
+    columns.check(source.episodes[chosen[0]])
+    widths = columns.widths(source.episodes[chosen[0]])
     files = plan_files(
         output_dir,
         chosen,
@@ -98,22 +100,10 @@ def convert(
         sources=lambda members: reader.sources([source.episodes[index] for index in members]),
     )
     job = functools.partial(_convert_file, reader, mapping, encoding, widths)
-    return convert_files(files, job, num_workers=num_workers, overwrite=overwrite)
-
-
-def column_widths(source: Source, chosen: Sequence[int], encoding: ImageEncoding) -> tuple[int, int]:
-    """Values of `state` and of `action`, from the first steps of the first chosen episode that keeps any.
-
-    Raises:
-        DataError: the mapping does not fit what is there, or keeps no step of any episode.
-    """
-    columns = Columns(source.reader, source.mapping, encoding)
-    for index in chosen:
-        episode = source.episodes[index]
-        columns.check(episode)
-        for steps in columns.steps(episode):
-            return steps.state.shape[1], steps.action.shape[1]
-    raise DataError(f"{source.reader.path}: the mapping keeps no step; correct keep, drop_first, drop_last")
+    summary = convert_files(files, job, num_workers=num_workers, overwrite=overwrite)
+    if not summary.rows:
+        raise DataError(f"{reader.path}: the mapping keeps no step; correct keep, drop_first, drop_last")
+    return summary
 
 
 def _convert_file(
@@ -138,7 +128,6 @@ def _convert_file(
         source=str(reader.path),
     ) as writer:
         for index, episode in zip(file.episodes, file.places, strict=True):
-            columns.check(episode)
             with reading(episode.files[0]):
                 length = writer.write_episode(index, None, _checked(columns, episode, widths))
             if length == 0:

@@ -61,17 +61,16 @@ def read_record(path: Path, offset: int, length: int, number: int) -> memoryview
         DataError: it is damaged.
     """
     with path.open("rb", buffering=0) as file:
-        data = os.pread(file.fileno(), length + FOOTER, offset)
-        while len(data) < length + FOOTER:  # a read returns at most 2 GiB
-            more = os.pread(file.fileno(), length + FOOTER - len(data), offset + len(data))
-            if not more:
-                raise DataError(f"{path}: record {number} is cut short; {AGAIN}")
-            data += more
-    view = memoryview(data)
-    checksum = struct.unpack_from("<I", data, length)[0]
-    if _masked(optional_module("google_crc32c", path).value(data[:length])) != checksum:
+        data = os.pread(file.fileno(), length, offset)
+        while 0 < len(data) < length:  # a read returns at most 2 GiB
+            more = os.pread(file.fileno(), length - len(data), offset + len(data))
+            data = data + more if more else b""
+        footer = os.pread(file.fileno(), FOOTER, offset + length)
+    if len(data) < length or len(footer) < FOOTER:
+        raise DataError(f"{path}: record {number} is cut short; {AGAIN}")
+    if _masked(optional_module("google_crc32c", path).value(data)) != struct.unpack("<I", footer)[0]:
         raise DataError(f"{path}: record {number} is damaged (its checksum does not fit); {AGAIN}")
-    return view[:length]
+    return memoryview(data)
 
 
 def parse_example(data: memoryview) -> dict[str, Value]:
