@@ -11,7 +11,6 @@ chunks, and a frame at a time.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -37,6 +36,7 @@ if not __package__:
 from data.convert.convert import convert, open_source
 from data.convert.mapping import read_entries
 from data.convert.readers import open_reader
+from utils.arguments import CommandParser, run_command
 from utils.text_table import text_table
 
 SIZE = 256  # pixels of a frame
@@ -197,7 +197,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a quarter of the episodes, three rounds instead of seven")
     parser.add_argument("--json", type=pathlib.Path, help="write the numbers to this file")
     args = parser.parse_args()
@@ -247,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

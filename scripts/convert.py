@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
+from pathlib import Path
 
 if not __package__:
     import _repository  # noqa: F401
@@ -23,13 +23,12 @@ from data.convert.convert import convert, open_source
 from data.convert.inspection import describe, film_strip
 from data.convert.mapping import presets, read_entries
 from data.convert.readers import FORMATS, open_reader
-from utils.misc import WriteError, user_path
-from utils.parquet_utils import DataError
+from utils.arguments import CommandParser, run_command
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=user_path, metavar="PATH", help="file or folder that was recorded")
+    parser = CommandParser(__doc__)
+    parser.add_argument("path", type=Path, metavar="PATH", help="file or folder that was recorded")
     parser.add_argument("--from", dest="format", choices=list(FORMATS), help="format (default: the mapping's)")
     parser.add_argument("--preset", choices=presets(), help="mapping of a known kind of recording (configs/sources/)")
     parser.add_argument(
@@ -40,9 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a YAML file, or column=source ...; both take the place of the preset's entries",
     )
     parser.add_argument("--inspect", action="store_true", help="print what PATH holds, and a mapping to edit")
-    parser.add_argument(
-        "--strip", type=user_path, metavar="PNG", help="draw first, middle and last frames of some episodes"
-    )
+    parser.add_argument("--strip", type=Path, metavar="PNG", help="draw first, middle and last frames of some episodes")
     add_conversion_arguments(parser, required=False)
     args = parser.parse_args(argv)
     if not args.inspect and args.output_dir is None and args.strip is None:
@@ -81,15 +78,8 @@ def run(args: argparse.Namespace) -> str:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args = parse_args()
-    try:
-        print(run(args))
-    except (DataError, WriteError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
-    except BrokenPipeError:  # `--inspect | head`
-        sys.stderr.close()
+    print(run(args))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -159,6 +159,7 @@ READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "docs/convert.md": (foreign_recordings,),
     "docs/data_format.md": (own_demonstrations,),
     "docs/deployment.md": (trained_policy,),
+    "docs/editing.md": (),
     "docs/evaluation.md": (camera_frame,),
     "docs/execution.md": (latency_demonstrations,),
     "docs/finetune_paligemma.md": (pretrained_weights, lerobot_dataset, own_configuration),
