@@ -119,12 +119,13 @@ class LeRobotDataset:
     def is_depth(self, key: str) -> bool:
         """Whether a feature is a depth map: it says so, or its images have one channel."""
         feature = self.features[key]
-        info = feature["info"] if isinstance(feature.get("info"), dict) else {}
+        parts = [feature[name] for name in ("info", "video_info") if isinstance(feature.get(name), dict)]
         shape, names = feature.get("shape"), feature.get("names")
         channels = shape[-1:] if isinstance(shape, list) and len(shape) == 3 else []
         if channels and isinstance(names, list) and len(names) == 3 and str(names[0]).startswith("channel"):
             channels = shape[:1]
-        return bool(info.get("is_depth_map") or info.get("video.is_depth_map")) or channels == [1]
+        says = any(part.get("is_depth_map") or part.get("video.is_depth_map") for part in parts)
+        return says or channels == [1]
 
     def is_camera(self, key: str) -> bool:
         """Whether a feature is images or video."""
@@ -135,15 +136,16 @@ class LeRobotDataset:
         return self.features[key]["dtype"] == "video"
 
     def width(self, key: str) -> int:
-        """Values of a numeric feature at one step.
+        """Values of a numeric feature at one step, those of all its axes.
 
         Raises:
-            DataError: it is not a vector.
+            DataError: its shape is none.
         """
         shape = self.features[key].get("shape")
-        if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] <= MAX_WIDTH:
-            raise DataError(f"{self.info_path}: {key!r} has shape {shape}; wanted a vector, one number in shape")
-        return shape[0]
+        whole = isinstance(shape, list) and shape and all(type(size) is int and size > 0 for size in shape)
+        if not whole or len(shape) > 8 or math.prod(shape) > MAX_WIDTH:
+            raise DataError(f"{self.info_path}: {key!r} has shape {shape}; wanted the sizes of its axes, at least one")
+        return math.prod(shape)
 
     def names(self, keys: Sequence[str]) -> list[str] | None:
         """What the values of some numeric features are called, one after the other; None where one does not say."""
