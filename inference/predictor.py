@@ -92,6 +92,9 @@ class VLAPredictor:
             self.quantization += f", expert {self.settings.expert_quantization}"
         if use_amp is not None:
             model.compute_dtype = torch.bfloat16 if use_amp else torch.float32
+            for parameter in model.parameters():  # frozen ones may be stored in the other half precision
+                if use_amp and parameter.dtype == torch.float16:
+                    parameter.data = parameter.data.float()
         self.engine = Engine(
             model,
             self.settings,

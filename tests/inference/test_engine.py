@@ -282,3 +282,14 @@ def test_without_a_compiler_torch_compile_is_refused_by_name(monkeypatch, tmp_pa
     with pytest.raises(ValueError, match="inference.compile is default: .* install one, or give --compile none"):
         engine.accelerate(torch.sin, "default", torch.device("cpu"))
     assert engine.accelerate(torch.sin, "none", torch.device("cpu")) is torch.sin
+
+
+def test_weights_frozen_in_float16_compute_in_bfloat16(tmp_path, tiny_paligemma_dir):
+    files = [write_episodes(tmp_path / "a.parquet", [5])]
+    path = train_tiny(tmp_path, tiny_paligemma_dir, files, vlm={"dtype": "float16", "freeze_vision_tower": True})
+    seen = {"prompt": "press the button", "state": [0.0] * 4, "seed": 0}
+    image = np.full((40, 40, 3), 100, np.uint8)
+    plain, half = (
+        VLAPredictor.from_checkpoint(path, "cpu", use_amp=amp).predict(image, **seen) for amp in (False, True)
+    )
+    np.testing.assert_allclose(half, plain, atol=0.05)
