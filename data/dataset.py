@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, Sample, VLAImageProcessor
+from data.schema import vector_names
 from utils.batch import Batch
 from utils.config_utils import DataConfig, MixtureEntry
 from utils.parquet_utils import DataError, Source
@@ -53,7 +54,7 @@ class VLADataset(Dataset):
         dataset_index: int = 0,
         split: Literal["all", "train", "val"] = "all",
     ) -> None:
-        """Open the files (see `EpisodeStore`) and tokenize their instructions once.
+        """Open the files (see `EpisodeStore`), read how they name their values, and tokenize their instructions once.
 
         Args:
             files: Parquet files in order.
@@ -87,6 +88,9 @@ class VLADataset(Dataset):
         used = used_episodes(*counted, seed, limit)
         held_out = validation_episodes(*counted, config.val_fraction, seed, limit)
         chosen = {"all": np.ones_like(used), "train": used & ~held_out, "val": held_out}[split]
+        widths = {"state": self.state_dim, "action": per_action_dim}
+        # Of each column, what its values are called.
+        self.names = {column: vector_names(self.store.files[0], column, width) for column, width in widths.items()}
         self.episodes = np.flatnonzero(chosen)  # numbers of the store's episodes, in order
         self._rows: np.ndarray | None = None  # the store's row of each sample; None: sample i is row i
         if not chosen.all():
@@ -278,6 +282,12 @@ class MixtureDataset(Dataset):
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def action_names(self) -> list[str]:
+        """What the values of an action are called where all datasets agree, else their numbers."""
+        names = [dataset.names["action"] for dataset in self.datasets]
+        return names[0] if all(other == names[0] for other in names) else [f"action[{a}]" for a in range(len(names[0]))]
 
     def __getitem__(self, index: int) -> Sample:
         dataset, local = self._locate(index)

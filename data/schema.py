@@ -6,6 +6,7 @@ and remedy. The doctor, which goes on and reports every fault, uses the names an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from utils.parquet_utils import DataError, Source
+from utils.parquet_utils import DataError, Source, open_parquet
+from utils.text import printable
 
 VECTORS = ("state", "action")
 FLAGS = ("is_first", "is_last", "is_terminal")
@@ -163,6 +165,25 @@ def vector_width(column: pa.Array | pa.ChunkedArray, name: str, path: Source) ->
             f"{path} row 0: {name} is {'null' if first is None else 'an empty list'}; every time step needs its values"
         )
     return len(first)
+
+
+def vector_names(path: Source, name: str, width: int) -> list[str]:
+    """What the values of a list column are called: as the file's metadata say (`state_names`, `action_names`, JSON),
+    else `action[0]` and so on.
+
+    Args:
+        path: of a Parquet file.
+        name: `state` or `action`.
+        width: how many names to return; values that the file does not have are called by their number.
+    """
+    with open_parquet(path) as file:
+        text = (file.schema_arrow.metadata or {}).get(f"{name}_names".encode(), b"null")
+    try:
+        known = json.loads(text)
+    except ValueError:
+        known = None
+    known = [printable(value) for value in known] if isinstance(known, list) else []
+    return [known[d] if d < len(known) else f"{name}[{d}]" for d in range(width)]
 
 
 def vectors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ class RunLog:
         """Tell the trackers of a checkpoint; W&B keeps it as an artifact with `wandb.log_checkpoints`."""
         self.trackers.checkpoint(step, path)
 
-    def write_validation(self, step: int, validation: Validation) -> None:
+    def write_validation(self, step: int, validation: Validation, action_names: Sequence[str]) -> None:
         """Append metrics per horizon step, dimension and dataset to validation.jsonl; draw `validation.plotted`.
 
-        The picture goes to plots/validation_step_{step}.png and to the trackers.
+        The picture goes to plots/validation_step_{step}.png and to the trackers; `action_names` are its labels.
         """
         if not self.is_main:
             return
@@ -83,7 +84,8 @@ class RunLog:
         chunks = validation.plotted
         title = f"Action chunks of held-out samples after {step} steps, physical units"
         with disk_full_named(path, PICTURE_BYTES):
-            plot_chunks(path, chunks.drawn_KNTA, chunks.true_NTA, chunks.is_pad_NT, chunks.captions, title)
+            drawn = chunks.drawn_KNTA, chunks.true_NTA, chunks.is_pad_NT
+            plot_chunks(path, *drawn, chunks.captions, action_names, title)
         self.trackers.picture(step, "val/trajectories", path)
 
     def plot(self) -> None:
