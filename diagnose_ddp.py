@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from training.launch import is_rank, launch, master_port, member_of_group
 from utils.config_utils import ConfigError
+from utils.misc import errors_in_one_line
 
 SHARED_MEMORY = Path("/dev/shm")
 ENOUGH_SHARED_MEMORY = 1 << 30  # bytes; for NCCL, and batches larger than the memory that a loader shares itself
@@ -188,7 +189,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(ConfigError):
         sys.exit(main())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")

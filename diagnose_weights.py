@@ -27,7 +27,7 @@ from model.backbone import backbone_class
 from model.vla_model import VLAModel
 from utils.checkpoint import evaluation_weights, load_checkpoint
 from utils.config_utils import Config, config_from_dict
-from utils.misc import atomic_path
+from utils.misc import atomic_path, errors_in_one_line
 from utils.text_table import text_table
 
 PRETRAINED = ("vision tower", "projector", "language model")
@@ -279,7 +279,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(ValueError, ImportError):
         sys.exit(main())
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")

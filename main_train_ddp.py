@@ -15,6 +15,7 @@ from pathlib import Path
 from training.launch import is_rank, launch
 from utils.cli import config_from_args, train_parser
 from utils.config_utils import ConfigError
+from utils.misc import errors_in_one_line
 
 MAIN_TRAIN = str(Path(__file__).resolve().with_name("main_train.py"))  # what every rank runs
 
@@ -34,7 +35,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(ConfigError):
         sys.exit(main())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")

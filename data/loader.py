@@ -35,7 +35,7 @@ from data.schema import CAMERAS, MAIN_CAMERA, VECTORS, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
-from utils.misc import derive_seed, set_up_logging
+from utils.misc import derive_seed, errors_in_one_line, set_up_logging
 from utils.parquet_utils import DataError, Source, batches, open_parquet, resolve_parquet_files
 
 __all__ = [
@@ -352,7 +352,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(DataError, ObservationError):
         main()
-    except (DataError, ObservationError) as error:
-        sys.exit(f"error: {error}")

@@ -10,13 +10,13 @@ weights and data at hand, `main_train.py --dry_run` also runs one step and measu
 from __future__ import annotations
 
 import argparse
-import sys
 
 if not __package__:
     import _repository  # noqa: F401
 
 from training.fit_estimate import estimate_report, meta_policy
 from utils.config_utils import load_config
+from utils.misc import errors_in_one_line
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,7 +32,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(ValueError, ImportError):
         main()
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")

@@ -6,13 +6,13 @@ python scripts/export_checkpoint.py --checkpoint_path model_best.pth.tar --outpu
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 if not __package__:
     import _repository  # noqa: F401
 
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.misc import errors_in_one_line
 
 
 def export_checkpoint(source: str | Path, output: str | Path) -> None:
@@ -37,7 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(CheckpointError):
         main()
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")

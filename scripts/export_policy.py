@@ -10,7 +10,6 @@ openpi writes a pi0 or pi0.5 that those libraries load instead.
 from __future__ import annotations
 
 import argparse
-import sys
 
 if not __package__:
     import _repository  # noqa: F401
@@ -18,6 +17,7 @@ if not __package__:
 from inference.serving.export import export_policy
 from inference.serving.export_published import export_published
 from utils.checkpoint import load_checkpoint
+from utils.misc import errors_in_one_line
 
 
 def main() -> None:
@@ -46,7 +46,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(ValueError):
         main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")

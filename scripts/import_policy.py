@@ -10,7 +10,6 @@ float32.
 from __future__ import annotations
 
 import argparse
-import sys
 
 if not __package__:
     import _repository  # noqa: F401
@@ -18,6 +17,7 @@ if not __package__:
 from inference.policy_files import local_folder
 from inference.published import published_checkpoint
 from utils.checkpoint import save_checkpoint
+from utils.misc import errors_in_one_line
 
 
 def main() -> None:
@@ -47,7 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(ValueError):
         main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")

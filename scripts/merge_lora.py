@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from model.adapters import merge_adapters
 from model.vla_model import VLAModel
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import config_from_dict, config_to_dict
+from utils.misc import errors_in_one_line
 
 DROPPED = ("format", "saved_at", "optimizer", "ema", "base")
 
@@ -82,7 +82,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(ValueError, ImportError):
         main()
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")

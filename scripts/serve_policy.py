@@ -14,7 +14,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 
 import torch
@@ -26,7 +25,7 @@ from inference.predictor import VLAPredictor
 from inference.serving.server import PolicyServer
 from utils.cli import add_setting_flags
 from utils.config_utils import ConfigError, InferenceConfig, override_config
-from utils.misc import set_up_logging, user_message
+from utils.misc import errors_in_one_line, set_up_logging
 
 logger = logging.getLogger(__name__)
 SETTINGS = ("num_inference_steps", "compile", "quantization")  # of `inference`
@@ -127,7 +126,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(ValueError, ImportError, OSError):
         main()
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")

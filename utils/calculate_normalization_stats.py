@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from data.statistics import calculate_for_config, calculate_statistics
 from utils.config_utils import ConfigError, load_config
-from utils.misc import WriteError, atomic_path, set_up_logging, user_message, user_path, writing
+from utils.misc import WriteError, atomic_path, errors_in_one_line, set_up_logging, user_path, writing
 from utils.parquet_utils import DataError
 from utils.statistics import StatisticsError
 
@@ -51,7 +51,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(DataError, StatisticsError, ConfigError, WriteError, OSError):
         main()
-    except (DataError, StatisticsError, ConfigError, WriteError, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")
