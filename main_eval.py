@@ -4,6 +4,7 @@ python main_eval.py --checkpoint_path C --eval_data_path demos/val --output_dir 
 python main_eval.py --checkpoint_path C --split val                        # the episodes that its own config held out
 python main_eval.py --checkpoint_path C --image1_paths frame.png --prompt "open the window" --state_vector "0 0.6 0.2 1"
 python main_eval.py --checkpoint_path C --env metaworld --tasks window-open-v3 --episodes 20 --seed 10000 [--blind]
+python main_eval.py --checkpoint_path C --env metaworld --tasks window-open-v3 --record rollouts  # to train on later
 python main_eval.py --env metaworld --tasks window-open-v3 --control replay --demos_path demos/train
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from data.convert.rollouts import RolloutRecorder
 from data.episode_store import recorded_actions
 from data.loader import make_loader, open_for_evaluation
 from envs import FIRST_EVALUATION_SEED, SIMULATORS, expand_tasks, make_env
@@ -52,7 +54,8 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
 
 def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     """Single-item mode: one chunk of actions, printed, and written when asked for."""
-    images, seen = (args.image1_paths, args.image2_paths), {"prompt": args.prompt, "state": args.state}
+    images = args.image1_paths, args.image2_paths
+    seen = {"prompt": args.prompt, "state": args.state, "images": args.images}
     action_TA = predictor.predict(*images, **seen, seed=args.seed or 0)
     whole = functools.partial(load_predictor, args, quantization="none")
     quantization_error(predictor, whole, [predictor.observe(*images, **seen)], args.seed or 0)
@@ -66,11 +69,15 @@ def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     """Closed-loop mode: episodes.jsonl, rollouts.json and videos."""
     image_size = args.image_size or (predictor.image_processor.height if predictor else 96)
     args.options = {"image_size": image_size, **args.options}
+    if predictor is not None and not {"camera", "second_camera", "cameras"} & args.options.keys():
+        if not set(predictor.cameras) <= {"image_1", "image_2"}:  # names that a simulator gives by itself
+            args.options["cameras"] = ",".join(predictor.cameras)
     tiers = {task: SIMULATORS[args.env].tiers[task] for task in expand_tasks(args.env, args.tasks)}
     first = FIRST_EVALUATION_SEED if args.seed is None else args.seed
     seeds, make = range(first, first + args.episodes), functools.partial(make_env, args.env, **args.options)
     demonstrations = functools.partial(recorded_actions, args.demos_path, "--demos_path")
-    result = evaluate_closed_loop(args, predictor, tiers, seeds, make, demonstrations)
+    recorder = RolloutRecorder(Path(args.record)) if args.record else None
+    result = evaluate_closed_loop(args, predictor, tiers, seeds, make, demonstrations, recorder)
     videos = [video for task in result["tasks"].values() for video in task["videos"]]
     finish(rollout_table(result), [Path(args.output_dir) / "rollouts.json", *videos], args.log_file)
 

@@ -25,10 +25,13 @@ from torch.utils.data import Dataset
 
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, Sample, VLAImageProcessor
-from data.schema import vector_names
+from data.schema import ACTION, STATE, vector_names
+from data.tables import cameras_of, open_table
+from data.weighting import left_out_rows
 from utils.batch import Batch
 from utils.config_utils import DataConfig, MixtureEntry
-from utils.parquet_utils import DataError, Source
+from utils.parquet_utils import DataError
+from utils.recordings import Recording
 from utils.splits import used_episodes, validation_episodes
 
 logger = logging.getLogger(__name__)
@@ -42,12 +45,13 @@ class VLADataset(Dataset):
 
     def __init__(
         self,
-        files: Sequence[Source],
+        files: Sequence[Recording],
         config: DataConfig,
         *,
         horizon: int,
         per_action_dim: int,
         cameras: Sequence[str],
+        reads_state: bool = True,
         image_processor: VLAImageProcessor,
         prompt_tokenizer: PromptTokenizer,
         entry: MixtureEntry | None = None,
@@ -57,11 +61,12 @@ class VLADataset(Dataset):
         """Open the files (see `EpisodeStore`), read how they name their values, and tokenize their instructions once.
 
         Args:
-            files: Parquet files in order.
-            config: the `data` section: state_dim, max_seq_len, cache_dir.
+            files: Parquet files and LeRobot datasets in order.
+            config: the `data` section: state_dim, state_columns, max_seq_len, cache_dir, sample_weighting.
             horizon: T, actions per sample.
             per_action_dim: A, values per action.
             cameras: the cameras that the model reads, in slot order; no other frame is ever decoded.
+            reads_state: whether anything reads the state; if not, files may lack it, and it is zeros.
             image_processor, prompt_tokenizer: the same objects that serving uses.
             entry: a mixture's dataset: its name, widths and horizon; samples are padded to the model's. None: a dataset
                 called "default" with the model's widths.
@@ -78,6 +83,8 @@ class VLADataset(Dataset):
             state_dim=(entry and entry.state_dim) or config.state_dim,
             per_action_dim=(entry and entry.per_action_dim) or per_action_dim,
             cameras=cameras,
+            state_columns=config.state_columns,
+            needs_state=reads_state,
             cache_dir=config.cache_dir,
             keep_cache=config.cache,
         )
@@ -88,13 +95,20 @@ class VLADataset(Dataset):
         used = used_episodes(*counted, seed, limit)
         held_out = validation_episodes(*counted, config.val_fraction, seed, limit)
         chosen = {"all": np.ones_like(used), "train": used & ~held_out, "val": held_out}[split]
-        widths = {"state": self.state_dim, "action": per_action_dim}
-        # Of each column, what its values are called.
-        self.names = {column: vector_names(self.store.files[0], column, width) for column, width in widths.items()}
+        with open_table(self.store.files[0]) as table:
+            metadata = table.schema.metadata
+        state = [vector_names(metadata, *column) for column in self.store.state_columns.widths.items()]
+        action = list(config.action_names) or vector_names(metadata, ACTION, per_action_dim)
+        self.names = {STATE: [name for names in state for name in names], ACTION: action}  # of each of their values
         self.episodes = np.flatnonzero(chosen)  # numbers of the store's episodes, in order
         self._rows: np.ndarray | None = None  # the store's row of each sample; None: sample i is row i
-        if not chosen.all():
-            self._rows = np.flatnonzero(np.repeat(chosen, np.diff(self.store.episode_starts)))
+        self._left_out = np.zeros(0, np.int64)  # rows of the store that training leaves out (data/weighting.py)
+        if split == "train":
+            self._left_out = left_out_rows(self.store, config.sample_weighting)
+        if len(self._left_out) or not chosen.all():
+            kept = np.repeat(chosen, np.diff(self.store.episode_starts))
+            kept[self._left_out] = False
+            self._rows = np.flatnonzero(kept)
         self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
         for camera in cameras:
             if self.store.has_camera(camera):
@@ -102,9 +116,10 @@ class VLADataset(Dataset):
             if camera in config.cameras and not config.mixture:
                 raise DataError(
                     f"data.cameras: the policy is to read {camera}, but no file has a column {camera} or "
-                    f"{camera}_bytes; correct the name, or remove it: a slot without a camera needs no name"
+                    f"{camera}_bytes (images there: {', '.join(cameras_of(files))}); correct the name, or remove it: a "
+                    "slot without a camera needs no name"
                 )
-            logger.warning("no file has %s: its slot is masked in every sample", camera)
+            logger.warning("%s: no file has %s: its slot is masked in every sample", self.name, camera)
         if not prompt_tokenizer.reads_state:
             tokens = [prompt_tokenizer(prompt) for prompt in self.store.prompts]
             _warn_of_prompts_cut_to_one(self.store.prompts, tokens)
@@ -164,7 +179,11 @@ class VLADataset(Dataset):
         store, rows = self.store, self.rows(indices)
         episodes = store.episode_starts.searchsorted(rows, side="right") - 1
         begins = store.episode_starts[episodes]
-        action, is_pad = self._action_window(rows, store.episode_starts[episodes + 1])
+        ends = store.episode_starts[episodes + 1]
+        if len(self._left_out):
+            following = np.append(self._left_out, len(store))[self._left_out.searchsorted(rows)]
+            ends = np.minimum(ends, following)
+        action, is_pad = self._action_window(rows, ends)
         prompts = store.prompt_index[rows]
         state = np.zeros((len(rows), self.state_dim), dtype=np.float32)
         state[:, : store.state.shape[1]] = store.state[rows]
@@ -198,7 +217,7 @@ class VLADataset(Dataset):
 
         Args:
             rows: int64 (B,).
-            ends: int64 (B,), the row after the last of each row's episode.
+            ends: int64 (B,), the row after the last of each row's episode, or the next that is left out.
 
         Returns:
             float32 (B, T, A), zeros where padded, and bool (B, T).
@@ -216,7 +235,7 @@ class VLADataset(Dataset):
 
         The rest of `frames` becomes zeros. Returns False, and decodes nothing, where one of the frames is absent.
         """
-        encoded = [self.store.image(camera, r) for r in range(row - count + 1, row + 1)]
+        encoded = self.store.images(camera, range(row - count + 1, row + 1))
         present = all(frame is not None for frame in encoded)
         before = self.max_seq_len - count if present else self.max_seq_len
         frames[:before] = 0
@@ -248,17 +267,6 @@ class VLADataset(Dataset):
         """The same by the numbers that a batch carries."""
         return self.describe(int(self.store.episode_starts[episode]) + step)
 
-    def sample_probabilities(self, weighting: Literal["step", "episode", "task"]) -> np.ndarray | None:
-        """Probability of each sample when episodes or tasks (prompts) are to count alike, float64; None: all alike."""
-        if weighting == "step":
-            return None
-        rows = self.rows(np.arange(len(self)))
-        groups = self.store.prompt_index[rows]
-        if weighting == "episode":
-            groups = np.searchsorted(self.store.episode_starts, rows, side="right")
-        _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
-        return 1.0 / (len(counts) * counts[inverse])
-
 
 def _warn_of_prompts_cut_to_one(prompts: Sequence[str], tokens: Sequence[list[int]]) -> None:
     """Warn where two instructions are the same to the model, because both were cut to `data.prompt_max_len`."""
@@ -286,7 +294,7 @@ class MixtureDataset(Dataset):
     @property
     def action_names(self) -> list[str]:
         """What the values of an action are called where all datasets agree, else their numbers."""
-        names = [dataset.names["action"] for dataset in self.datasets]
+        names = [dataset.names[ACTION] for dataset in self.datasets]
         return names[0] if all(other == names[0] for other in names) else [f"action[{a}]" for a in range(len(names[0]))]
 
     def __getitem__(self, index: int) -> Sample:

@@ -31,12 +31,15 @@ from data.dataset import MixtureDataset, VLADataset
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, VLAImageProcessor, collate_fn
 from data.sampler import PassBatchSampler, StepBatchSampler
-from data.schema import CAMERAS, MAIN_CAMERA, VECTORS, vector_width
+from data.schema import VECTORS, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
+from data.tables import cameras_of, open_table
+from data.weighting import check_weighting, sample_probabilities
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, errors_in_one_line, set_up_logging
-from utils.parquet_utils import DataError, Source, batches, open_parquet, resolve_parquet_files
+from utils.parquet_utils import DataError
+from utils.recordings import Recording, resolve_recordings
 
 __all__ = [
     "VLADataset",
@@ -170,7 +173,7 @@ def open_dataset(
     config: Config,
     image_processor: VLAImageProcessor,
     prompt_tokenizer: PromptTokenizer,
-    paths: Source | Sequence[Source],
+    paths: Recording | Sequence[Recording],
     key: str,
     dataset_index: int = 0,
     split: Literal["all", "train", "val"] = "all",
@@ -180,7 +183,7 @@ def open_dataset(
     Args:
         config: of the policy.
         image_processor, prompt_tokenizer: the policy's.
-        paths: files, folders or globs.
+        paths: files, folders, globs or lerobot:/path.
         key: the config key or flag that `paths` come from, for errors.
         dataset_index: which of `config.datasets` it is, or is like: decides name, widths and statistics.
         split: see VLADataset.
@@ -188,15 +191,17 @@ def open_dataset(
     Raises:
         DataError: files are missing, or break the schema.
     """
+    entry = config.datasets[dataset_index]
     return VLADataset(
-        resolve_parquet_files(paths, key),
+        resolve_recordings(paths, key, entry.lerobot),
         config.data,
         horizon=config.model.action_head_config.horizon,
         per_action_dim=config.model.action_head_config.per_action_dim,
         cameras=config.cameras,
+        reads_state=config.reads_state,
         image_processor=image_processor,
         prompt_tokenizer=prompt_tokenizer,
-        entry=config.datasets[dataset_index],
+        entry=entry,
         dataset_index=dataset_index,
         split=split,
     )
@@ -237,7 +242,8 @@ def build_datasets(
     dataset.
 
     Raises:
-        DataError: training files are missing, files break the schema, or val_fraction holds out no episode.
+        DataError: training files are missing, files break the schema, val_fraction holds out no episode, or
+            sample_weighting leaves out everything or changes nothing.
     """
     data = config.data
     open_one = functools.partial(open_dataset, config, image_processor, prompt_tokenizer)
@@ -260,6 +266,8 @@ def build_datasets(
                 f"dataset {dataset.name}: data.val_fraction {data.val_fraction} of {used} episode holds out none, for "
                 "one must be left to train on; record more, or set it to 0"
             )
+    samples = {dataset.name: (dataset.store, dataset.rows(np.arange(len(dataset)))) for dataset in train}
+    check_weighting(samples, data.sample_weighting)
     for dataset in train:
         logger.info("training data %s: %d episodes, %d samples", dataset.name, len(dataset.episodes), len(dataset))
     return MixtureDataset(train), MixtureDataset(val) if val else None
@@ -273,7 +281,10 @@ def build_sampler(config: Config, train: MixtureDataset, *, rank: int = 0, world
         config.data.batch_size,
         seed=config.training.seed,
         weights=[entry.weight for entry in config.data.mixture] or None,
-        probabilities=[dataset.sample_probabilities(weighting) for dataset in train.datasets],
+        probabilities=[
+            sample_probabilities(dataset.store, dataset.rows(np.arange(len(dataset))), weighting)
+            for dataset in train.datasets
+        ],
         accumulation=config.training.gradient_accumulation_steps,
         rank=rank,
         world_size=world_size,
@@ -308,15 +319,18 @@ def build_loaders(
 def main() -> None:
     """Self-test: read every file, decode first and last frame of every episode, print what the files hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", nargs="+", default=["data/samples"], help="Parquet files, folders or globs")
+    parser.add_argument(
+        "--data_path", nargs="+", default=["data/samples"], help="Parquet files, folders, globs or lerobot:/path"
+    )
     parser.add_argument("--model_name_or_path", help="directory with tokenizer and image processor; default: none")
     args = parser.parse_args()
     set_up_logging()
-    files = resolve_parquet_files(args.data_path, "--data_path")
-    with open_parquet(files[0]) as file:
-        _, first = next(batches(file, files[0], list(VECTORS), 1))
+    files = resolve_recordings(args.data_path, "--data_path")
+    with open_table(files[0]) as table:
+        _, first = next(table.batches(list(VECTORS), 1))
+    cameras = cameras_of(files)
     state_dim, per_action_dim = (vector_width(first.column(name), name, files[0]) for name in VECTORS)
-    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=CAMERAS)
+    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=cameras)
     lengths = np.diff(store.episode_starts)
     decode = VLAImageProcessor(224, 224, (0.5,) * 3, (0.5,) * 3, 3)
     for row in [*store.episode_starts[:-1], *(store.episode_starts[1:] - 1)]:
@@ -341,7 +355,7 @@ def main() -> None:
             DataConfig(state_dim=state_dim),
             horizon=8,
             per_action_dim=per_action_dim,
-            cameras=(MAIN_CAMERA,),
+            cameras=cameras[:1],
             image_processor=VLAImageProcessor.from_pretrained(args.model_name_or_path),
             prompt_tokenizer=PromptTokenizer.from_pretrained(args.model_name_or_path, DataConfig().prompt_max_len),
         )

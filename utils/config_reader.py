@@ -98,7 +98,9 @@ def _coerce(hint: Any, value: Any, place: str) -> Any:
     """`value` as the type that `hint` asks for; YAML 1.1 reads 1e-4 as text, so numbers in text are accepted."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, place)
+        shorthand = getattr(hint, "shorthand", None)
+        is_short = shorthand is not None and value is not None and not isinstance(value, dict)
+        return build(hint, {shorthand: value} if is_short else value, place)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _coerce(next(arg for arg in args if arg is not type(None)), value, place)
     if origin is Literal:
@@ -113,6 +115,10 @@ def _coerce(hint: Any, value: Any, place: str) -> Any:
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise ConfigError(f"{place} is {_shown(value)}; wanted a list of {len(args)} values")
         return tuple(_coerce(args[0], item, f"{place}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{place} is {_shown(value)}; wanted names and values, as in {{name: value}}")
+        return {str(key): _coerce(args[1], item, f"{place}.{printable(key)}") for key, item in value.items()}
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):

@@ -21,13 +21,23 @@ from data.convert.conversion import (
     fingerprint,
     parse_cameras,
     parse_episodes,
+    parse_state_keys,
     plan_files,
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
 from data.convert.foreign_sources import reading
 from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset
-from data.convert.lerobot_rows import LeRobotOptions, RowReader, check_span, episode_rows, row_columns, video_times
+from data.convert.lerobot_rows import (
+    LeRobotOptions,
+    RowReader,
+    check_span,
+    episode_rows,
+    require_instructions,
+    row_columns,
+    video_times,
+)
 from data.convert.video import VideoReader
+from data.schema import STATE
 from utils.parquet_utils import DataError
 
 logger = logging.getLogger(__name__)
@@ -55,11 +65,11 @@ def convert_lerobot(
     Args:
         lerobot_dir: the dataset's folder.
         output_dir: where the files go.
-        cameras: `<feature>=image_1` and perhaps `<feature>=image_2`.
+        cameras: `<feature>=<column>` for each, as in `observation.images.front=image_1`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
-        state_keys, action_keys, encoding, tolerance_s, prompt, empty_prompt, terminal, follow_links: see
-            `LeRobotOptions`.
+        state_keys: see `parse_state_keys`.
+        action_keys, encoding, tolerance_s, prompt, empty_prompt, terminal, follow_links: see `LeRobotOptions`.
 
     Raises:
         DataError: a fault in the dataset or the options, naming place and remedy.
@@ -76,7 +86,7 @@ def convert_lerobot(
             )
     options = LeRobotOptions(
         cameras=parse_cameras(cameras, dataset.cameras, str(lerobot_dir)),
-        state_keys=tuple(state_keys),
+        state_columns=parse_state_keys(state_keys),
         action_keys=tuple(action_keys),
         encoding=encoding or ImageEncoding(),
         tolerance_s=tolerance_s,
@@ -91,7 +101,7 @@ def convert_lerobot(
         raise DataError(f"--tolerance_s is {tolerance_s}; wanted more than 0 and less than half a frame")
     chosen = parse_episodes(episodes, list(dataset.episodes), str(lerobot_dir))
     if prompt is None and empty_prompt is None:
-        _require_instructions(dataset, chosen)
+        require_instructions(dataset, chosen)
     files = plan_files(
         output_dir,
         chosen,
@@ -106,40 +116,19 @@ def convert_lerobot(
 
 def _settings(dataset: LeRobotDataset, options: LeRobotOptions) -> dict[str, Any]:
     """The options that files depend on."""
+    keys_by_column = {column: list(keys) for column, keys in options.state_columns.items()}
     from_video = any(dataset.is_video(key) for key in options.cameras)
     return {
         "dataset": dataset.digest(),
         "cameras": options.cameras,
         "state_keys": list(options.state_keys),
+        **({} if list(options.state_columns) == [STATE] else {"state_columns": keys_by_column}),
         "action_key": options.action_keys[0] if len(options.action_keys) == 1 else list(options.action_keys),
         "prompt": options.prompt,
         **({} if options.empty_prompt is None else {"empty_prompt": options.empty_prompt}),
         "terminal": options.terminal,
         **({**options.encoding.settings(), "tolerance_s": options.tolerance_s} if from_video else {}),
     }
-
-
-def _require_instructions(dataset: LeRobotDataset, episodes: Sequence[int]) -> None:
-    """Raise a DataError that lists the episodes whose metadata say that they have no instruction."""
-    without = [i for i in episodes if any(not (task or "").strip() for task in dataset.episodes[i].tasks or ())]
-    if without:
-        others = [i for i in episodes if i not in set(without)]
-        leave_out = f"leave them out (--episodes {_ranges(others)}), or " if others else ""
-        raise DataError(
-            f"{dataset.root}: {len(without)} of {len(episodes)} episodes have no instruction (their task is empty): "
-            f"{_ranges(without)}; {leave_out}give an instruction for them alone (--empty_prompt)"
-        )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as --episodes takes them: `0-3 7`."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 @functools.lru_cache(maxsize=1)
@@ -151,10 +140,11 @@ def _open(root: Path, _digest: str, follow_links: bool) -> LeRobotDataset:
 def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None:
     dataset = _open(root, json.dumps(file.settings["dataset"]), options.follow_links)
     readers: dict[str, VideoReader] = {}
+    widths = {column: sum(map(dataset.width, keys)) for column, keys in options.state_columns.items()}
     with EpisodeFileWriter(
         file.path,
         cameras=list(options.cameras.values()),
-        state_dim=sum(dataset.width(key) for key in options.state_keys),
+        state_dim=widths,
         per_action_dim=sum(dataset.width(key) for key in options.action_keys),
         metadata=file.metadata(
             {
@@ -164,6 +154,7 @@ def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None
                 "robot_type": dataset.robot_type,
                 "cameras": options.cameras,
                 "state_keys": list(options.state_keys),
+                "state_columns": list(widths),
                 "state_names": dataset.names(options.state_keys),
                 "action_names": dataset.names(options.action_keys),
                 "units": UNITS,

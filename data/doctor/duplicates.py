@@ -11,8 +11,8 @@ import numpy as np
 from data.doctor.analysis import row_digests
 from data.doctor.findings import Findings
 from data.doctor.rows import Rows
-from data.schema import VECTORS
 from utils.parquet_utils import READ_ERRORS, Source, open_bytes
+from utils.recordings import LeRobotFolder, Recording, fingerprint
 
 SHARED = 0.5  # part of an episode's rows that also occur in the other split, from which the splits overlap
 
@@ -22,7 +22,8 @@ def check_files(rows: Rows, findings: Findings) -> set[int]:
     groups: dict[tuple[int, str], list[int]] = defaultdict(list)
     sizes = [size_of(path) for path in rows.files]
     for file, path in enumerate(rows.files):
-        if sizes.count(sizes[file]) > 1 and rows.schema_ok[file]:
+        whole = sizes.count(sizes[file]) > 1 and rows.schema_ok[file]
+        if whole and not isinstance(path, LeRobotFolder):  # a dataset of many files is compared episode by episode
             groups[sizes[file], _digest(path)].append(file)
     repeated = set()
     for group in groups.values():
@@ -46,7 +47,7 @@ def check_episodes(
         repeated_files: files that are reported already.
         held_out: which of so many training episodes the config holds out for validation, bool; None: none.
     """
-    values = np.concatenate([rows.vectors[name] for name in VECTORS], axis=1)
+    values = np.concatenate(list(rows.vectors.values()), axis=1)
     digests = row_digests(values)
     known = np.isfinite(values).all(axis=1)
     in_val = np.array([split == "val" for split in rows.splits], dtype=bool)[rows.file_of]
@@ -78,9 +79,11 @@ def check_episodes(
         earlier.setdefault(key, where.start)
 
 
-def size_of(path: Source) -> int:
-    """Bytes of a file; 0 where it can't be opened."""
+def size_of(path: Recording) -> int:
+    """Bytes of a recording; 0 where it can't be opened."""
     try:
+        if isinstance(path, LeRobotFolder):
+            return int(fingerprint(path)[1])
         with open_bytes(path) as file:
             return file.size()
     except READ_ERRORS:

@@ -10,7 +10,8 @@ import numpy as np
 from data.doctor.examine import Examination, three_rows
 from data.doctor.findings import KINDS
 from data.doctor.plots import Cell, Trace, contact_sheet, plot_vectors
-from data.schema import VECTORS, vector_names
+from data.schema import vector_names
+from data.tables import open_table
 from utils.text import shortened
 from utils.text_table import text_table
 
@@ -69,14 +70,16 @@ def write_plots(seen: Examination, folder: Path) -> list[Path]:
         lines = f"{cameras} from top to bottom" if len(seen.frames.facts) > 1 else cameras
         title = f"First, middle and last frame of {lines}; captions of episodes with findings in red"
         contact_sheet(paths[-1], _cells(seen), title)
-    for name in VECTORS:
-        paths.append(folder / f"{name}.png")
+    with open_table(seen.rows.files[seen.rows.file_of[0]]) as table:
+        metadata = table.schema.metadata
+    for name in seen.rows.vectors:
+        paths.append(folder / f"{name.replace('/', '_')}.png")
         rows = seen.rows
         in_val = np.array([split == "val" for split in rows.splits])[rows.file_of]
         populations = {"train": rows.vectors[name][~in_val], "val": rows.vectors[name][in_val]}
         populations = {split: values for split, values in populations.items() if len(values)}
         title = f"{name}, physical units; red: outliers and jumps"
-        names = vector_names(rows.files[rows.file_of[0]], name, next(iter(populations.values())).shape[1])
+        names = vector_names(metadata, name, next(iter(populations.values())).shape[1])
         plot_vectors(paths[-1], names, _traces(seen, name), populations, title)
     return paths
 
@@ -96,7 +99,7 @@ def _describe_split(split: str, about: dict[str, Any]) -> str:
         lines.append(f"  {counts}: {shortened(prompt['prompt'], 80)!r}")
     if len(about["prompts"]) > SHOWN_PROMPTS:
         lines.append(f"  and {len(about['prompts']) - SHOWN_PROMPTS} more prompts")
-    for name in VECTORS:
+    for name in about["vectors"]:
         if about[name]["rows"]:
             statistics = {key: values for key, values in about[name].items() if key != "rows"}
             rows = zip(*statistics.values(), strict=True)

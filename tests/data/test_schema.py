@@ -7,7 +7,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.episode_store import EpisodeStore
-from data.schema import COLUMN_TYPES, IMAGE, SEED, TIMESTAMP, camera_column, column_type, vector_names, written_schema
+from data.schema import (
+    COLUMN_TYPES,
+    IMAGE,
+    LABELS,
+    PLAN,
+    SEED,
+    TIMESTAMP,
+    camera_column,
+    column_type,
+    vector_names,
+    written_schema,
+)
 from tests.helpers import episode_rows, write_rows
 from utils.parquet_utils import DataError
 
@@ -36,10 +47,10 @@ def test_cameras_of_any_name(tmp_path):
 )
 def test_names_of_dimensions(said, names, tmp_path):
     path = write_rows(tmp_path / "a.parquet", episode_rows(3))
-    assert vector_names(path, "action", 2) == ["action[0]", "action[1]"]
+    assert vector_names(pq.read_schema(path).metadata, "action", 2) == ["action[0]", "action[1]"]
     table = pq.read_table(path).replace_schema_metadata({b"action_names": said})
     pq.write_table(table, path)
-    assert vector_names(path, "action", 5) == names
+    assert vector_names(pq.read_schema(path).metadata, "action", 5) == names
 
 
 def test_a_camera_has_one_spelling():
@@ -47,12 +58,16 @@ def test_a_camera_has_one_spelling():
     assert camera_column("wrist", ["image_1"], "a.parquet") is None
     with pytest.raises(DataError, match="a.parquet: both 'wrist' and 'wrist_bytes' are columns; keep one of them"):
         camera_column("wrist", ["wrist", "wrist_bytes"], "a.parquet")
-    with pytest.raises(DataError, match="a.parquet: no column 'image_1' or 'image_1_bytes' .found: wrist.; see docs/"):
+    with pytest.raises(
+        DataError,
+        match="a.parquet: no column 'image_1' or 'image_1_bytes' .found: wrist.; name the cameras that .*see docs/",
+    ):
         camera_column("image_1", ["wrist"], "a.parquet")
 
 
 def test_what_is_written_can_be_read():
-    schema = written_schema(["image_1", "wrist"], 7, 6, extra=(TIMESTAMP, SEED), metadata={"fps": "20"})
+    extra = (TIMESTAMP, SEED, *LABELS, PLAN)
+    schema = written_schema(["image_1", "wrist"], {"state": 7}, 6, extra=extra, metadata={"fps": "20"})
     assert all(column_type(column.name).fits(column.type) for column in schema)
     assert set(schema.names) == {"image_1", "wrist", *COLUMN_TYPES} and schema.metadata == {b"fps": b"20"}
     assert column_type("wrist") is IMAGE and not IMAGE.fits(pa.string())
