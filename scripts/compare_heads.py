@@ -51,10 +51,10 @@ from scripts.compare_heads_cell import (
     run_script,
 )
 from scripts.compare_heads_report import markdown, plot, summarize
+from utils.arguments import CommandParser, run_command
 from utils.backbones import BACKBONE_SPECS
 from utils.config_utils import ConfigError, config_to_dict
-from utils.misc import atomic_path, errors_in_one_line, set_up_logging
-from utils.parquet_utils import DataError
+from utils.misc import atomic_path, set_up_logging
 from utils.statistics import load_statistics
 
 logger = logging.getLogger("compare_heads")
@@ -188,7 +188,7 @@ def write_report(plan: Plan, cells: Sequence[Cell]) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", required=True, help="YAML that all cells share")
     parser.add_argument("--heads", nargs="+", required=True, choices=sorted(ACTION_HEADS))
     parser.add_argument("--backbones", nargs="+", default=["paligemma"], choices=sorted(BACKBONE_SPECS))
@@ -255,5 +255,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cells end as well
-    with errors_in_one_line(ValueError, DataError, CellError, subprocess.CalledProcessError):
-        main()
+    run_command(main, CellError, subprocess.CalledProcessError)

@@ -5,14 +5,13 @@ python scripts/export_checkpoint.py --checkpoint_path model_best.pth.tar --outpu
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 if not __package__:
     import _repository  # noqa: F401
 
+from utils.arguments import CommandParser, run_command
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from utils.misc import errors_in_one_line
 
 
 def export_checkpoint(source: str | Path, output: str | Path) -> None:
@@ -28,7 +27,7 @@ def export_checkpoint(source: str | Path, output: str | Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--output_path", required=True, help="*.pth.tar")
     args = parser.parse_args()
@@ -37,5 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line(CheckpointError):
-        main()
+    run_command(main)

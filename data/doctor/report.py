@@ -10,6 +10,7 @@ import numpy as np
 from data.doctor.examine import Examination, three_rows
 from data.doctor.findings import KINDS
 from data.doctor.plots import Cell, Trace, contact_sheet, plot_vectors
+from data.doctor.remedies import command
 from data.schema import vector_names
 from data.tables import open_table
 from utils.text import shortened
@@ -66,9 +67,8 @@ def write_plots(seen: Examination, folder: Path) -> list[Path]:
     paths = []
     if seen.frames is not None and seen.frames.facts:
         paths.append(folder / "contact_sheet.png")
-        cameras = ", ".join(seen.frames.facts)
-        lines = f"{cameras} from top to bottom" if len(seen.frames.facts) > 1 else cameras
-        title = f"First, middle and last frame of {lines}; captions of episodes with findings in red"
+        lines = f"one line per camera ({', '.join(seen.frames.facts)})" if len(seen.frames.facts) > 1 else ""
+        title = f"First, middle and last frame{', ' * bool(lines)}{lines}; captions of episodes with findings in red"
         contact_sheet(paths[-1], _cells(seen), title)
     with open_table(seen.rows.files[seen.rows.file_of[0]]) as table:
         metadata = table.schema.metadata
@@ -124,7 +124,9 @@ def _first_findings(report: dict[str, Any], kind: str) -> str:
     lines = [f"{KINDS[kind].severity} {kind}: {KINDS[kind].remedy}"]
     lines += [f"  {_place(finding)}: {finding['message']}" for finding in findings[:SHOWN_FINDINGS]]
     rest = report["counts"][kind] - min(len(findings), SHOWN_FINDINGS)
-    return "\n".join(lines + ([f"  and {rest} more"] if rest else []))
+    lines += [f"  and {rest} more"] if rest else []
+    mend = command((finding["edit"], finding["data"]) for finding in findings)
+    return "\n".join(lines + ([f"  mend: {mend}"] if mend else []))
 
 
 def _of_kind(report: dict[str, Any], kind: str) -> list[dict[str, Any]]:

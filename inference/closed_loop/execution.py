@@ -52,6 +52,7 @@ class ExecutionSettings:
         max_guidance_weight: for `rtc`: the largest guidance weight (beta in the paper).
         guidance_steps: for `rtc`: how many steps at the start of a new chunk are guided towards the old one; None: all
             that the old one covers.
+        guidance_schedule: for `rtc`: how their weights fall (`soft_mask`).
     """
 
     horizon: int
@@ -61,6 +62,7 @@ class ExecutionSettings:
     ensemble_decay: float
     max_guidance_weight: float
     guidance_steps: int | None
+    guidance_schedule: str = "exp"
 
     @classmethod
     def from_config(cls, config: InferenceConfig, horizon: int) -> ExecutionSettings:
@@ -77,6 +79,7 @@ class ExecutionSettings:
             config.ensemble_decay,
             config.max_guidance_weight,
             config.guidance_steps,
+            config.guidance_schedule,
         )
 
     def __post_init__(self) -> None:
@@ -235,7 +238,8 @@ class RealTimeChunking(NaiveAsync):
         from model.action_head.guidance import soft_mask
 
         limit = self.settings.guidance_steps
-        return soft_mask(horizon, delay, overlap if limit is None else min(overlap, max(delay, limit)))
+        end = overlap if limit is None else min(overlap, max(delay, limit))
+        return soft_mask(horizon, delay, end, self.settings.guidance_schedule)
 
 
 class CleanPrefix(RealTimeChunking):
