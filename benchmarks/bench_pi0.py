@@ -13,7 +13,6 @@ see that it runs; its figures mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
@@ -31,13 +30,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.bench_train import PEAK_FLOPS
 from benchmarks.random_pi import ACTION_DIM, CAMERAS, SIZES, STATE_DIM, image_processor, random_checkpoint
+from benchmarks.random_policy import PEAK_FLOPS
 from data.processing import PromptTokenizer, collate_fn
 from inference.predictor import VLAPredictor
 from model.tiny.paligemma import make_tiny_paligemma
 from model.vla_model import VLAModel
 from training.optimizer import build_optimizer
+from utils.arguments import CommandParser
 from utils.batch import Batch, to_device
 from utils.config_utils import Config, config_from_dict
 from utils.misc import pick_device
@@ -179,7 +179,7 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--kinds", nargs="+", choices=("pi0", "pi05"), default=["pi0", "pi05"])
     parser.add_argument("--compile", nargs="+", default=["none", "cuda_graph"], help="ways of inference.compile")
     parser.add_argument("--batch_size", type=int, default=8)

@@ -20,7 +20,6 @@ gradients of frozen weights; QLoRA counts as LoRA. The peak is the dense bfloat1
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import gc
@@ -43,18 +42,18 @@ import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.random_policy import PROMPT, random_policy
+from benchmarks.random_policy import PEAK_FLOPS, PROMPT, random_policy
 from benchmarks.synthetic import jpeg_frames, write_dataset
 from data.loader import VLADataset, make_loader
 from data.sampler import StepBatchSampler
 from training.fit_estimate import GB, expected_memory
 from training.trainer import VLATrainer
+from utils.arguments import CommandParser
 from utils.batch import Batch, example_batch, to_device
 from utils.config_utils import Config
 from utils.text_table import text_table
 
 LIMIT = 0.95
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 CHECKPOINTING = "model.vlm_config.gradient_checkpointing"
 LORA = {"model.vlm_config.lora": {"rank": 16, "vision": True}}
 SWITCHES = {  # name -> settings changed; the first three matter most where time is short
@@ -381,7 +380,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer turns, three switches; two recipes on a GPU")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--size", choices=("quickstart", "paligemma-3b"), help="default: by the device")

@@ -17,7 +17,6 @@ give the same chunks and losses is checked. Rows:
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import shutil
@@ -39,6 +38,7 @@ from benchmarks.random_pi import ACTION_DIM, CAMERAS, MAX_DIM, SIZES, STATE_DIM,
 from benchmarks.sides import MARK
 from inference.serving.export_published import export_published
 from model.tiny.paligemma import make_tiny_paligemma
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 HERE = Path(__file__).resolve().parent
@@ -166,7 +166,7 @@ def row(kind: str, what: str, compiled: bool, unit: str, here: float, there: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--lerobot_python", required=True, help="Python of an environment that has lerobot")
     parser.add_argument("--turns", type=int, default=5, help="measurements of each row, after one that is not counted")
     parser.add_argument("--no_compiled", action="store_true", help="leave out torch.compile")

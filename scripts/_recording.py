@@ -24,7 +24,8 @@ from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 from scripts._attempt import Attempt
 from scripts._takeover import Corridor, WatchedEnv, watched_attempt
-from utils.misc import user_path, writing
+from utils.arguments import CommandParser, at_least
+from utils.misc import writing
 from utils.parquet_utils import READ_ERRORS
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Flags that are handed to the environment when they are given: what argparse is told of each, and the help.
 ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
-    "image_size": ({"type": int}, "height and width in pixels (default: the simulator's)"),
+    "image_size": ({"type": at_least(1)}, "height and width in pixels (default: the simulator's)"),
     "camera": ({}, "camera of image_1 (default: the simulator's)"),
     "second_camera": ({}, "camera of image_2, e.g. gripperPOV (default: no image_2)"),
     "cameras": (
@@ -43,16 +44,11 @@ ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "hide_goal": ({"action": "store_true", "default": None}, "leave goal markers out of the images"),
     "layout_of": ({}, "draw object positions from this task's range; it must share the scene"),
-    "max_episode_steps": ({"type": int}, "an attempt fails after (default: the simulator's)"),
+    "max_episode_steps": ({"type": at_least(1)}, "an attempt fails after (default: the simulator's)"),
 }
 
 
-# Flags of --takeover: default, type and help of each.
-TAKEOVER_FLAGS: dict[str, tuple[Any, type, str]] = {
-    "corridor": (0.5, float, "mean distance of the policy's actions from the expert's, 0 to 2, that is let pass"),
-    "corridor_steps": (8, int, "steps over which the distance is averaged"),
-    "patience": ("half of the episode's", int, "steps after which the expert takes over in any case"),
-}
+TAKEOVER_DEFAULTS = {"corridor": 0.5, "corridor_steps": 8, "patience": None}  # for flags that are not given
 
 
 @dataclass(frozen=True)
@@ -69,11 +65,11 @@ class TaskSummary:
 
 def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The command line of recording. A flag of the environment that is not given leaves the simulator's default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description)
     parser.add_argument("--env", default="metaworld", help="simulator (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", required=True, help="names, tiers (easy, ...) or all; one file each")
     parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
-    parser.add_argument("--output_dir", type=user_path, required=True, help="folder of the Parquet files")
+    parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="folder of the Parquet files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     for name, (options, text) in ENVIRONMENT_FLAGS.items():
         parser.add_argument(f"--{name}", help=text, **options)
@@ -106,8 +102,13 @@ def _add_takeover_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--takeover", action="store_true", help="the expert finishes where the policy leaves its corridor"
     )
-    for name, (default, kind, text) in TAKEOVER_FLAGS.items():
-        group.add_argument(f"--{name}", type=kind, help=f"{text} (default {default})")
+    group.add_argument(
+        "--corridor", type=float, help="mean distance of its actions from the expert's, 0 to 2, let pass (default 0.5)"
+    )
+    group.add_argument("--corridor_steps", type=int, help="steps over which it is the mean (default 8)")
+    group.add_argument(
+        "--patience", type=int, help="steps until the expert takes over in any case (default: half of the episode's)"
+    )
 
 
 def record(args: argparse.Namespace, on_episode: Callable[[Attempt], None] | None = None) -> list[TaskSummary]:
@@ -173,11 +174,8 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
 
 
 def _corridor(args: argparse.Namespace) -> Corridor:
-    width, steps = (
-        TAKEOVER_FLAGS[name][0] if getattr(args, name) is None else getattr(args, name)
-        for name in ("corridor", "corridor_steps")
-    )
-    return Corridor(width, steps, args.patience)
+    given = {name: getattr(args, name) for name in TAKEOVER_DEFAULTS}
+    return Corridor(*(TAKEOVER_DEFAULTS[name] if value is None else value for name, value in given.items()))
 
 
 def _encoding(args: argparse.Namespace) -> ImageEncoding:
@@ -229,7 +227,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
 def _check_takeover(args: argparse.Namespace) -> None:
     if args.takeover != (args.policy is not None):
         raise ValueError("--policy and --takeover go together: a policy that acts, and the expert that finishes")
-    given = [name for name in TAKEOVER_FLAGS if getattr(args, name) is not None]
+    given = [name for name in TAKEOVER_DEFAULTS if getattr(args, name) is not None]
     if given and not args.takeover:
         raise ValueError(f"--{given[0]} says when the expert takes over from a policy: give --policy and --takeover")
     if args.takeover and args.noise_scale:
