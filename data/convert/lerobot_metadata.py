@@ -8,6 +8,8 @@ v3.0   meta/{info.json, tasks.parquet, episodes/**.parquet}; files of many episo
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from data.convert.conversion import fingerprint
 from data.convert.foreign_sources import MAX_STEPS, file_in, fill_template
 from utils.foreign_files import ForeignFileError, parse_json
 from utils.parquet_utils import DataError, batches, one_line, open_parquet
+
+logger = logging.getLogger(__name__)
 
 MAX_FPS = 10_000
 MAX_WIDTH = 1_000_000  # values of a numeric feature
@@ -101,6 +105,11 @@ class LeRobotDataset:
         self.empty_episodes = sorted(episodes.keys() - self.episodes.keys())
         if not self.episodes:
             raise DataError(f"{root / 'meta'}: no episodes; record some, or fetch the dataset again")
+        total = self.info.get("total_episodes")
+        if total is not None and total != len(episodes):
+            told = f"{self.info_path} says total_episodes {_shown(total)}, but meta/episodes lists {len(episodes)}"
+            logger.warning("%s: those alone are read; fetch the dataset again if others are missing", told)
+        self._require_own_frames()
 
     @property
     def cameras(self) -> list[str]:
@@ -164,6 +173,21 @@ class LeRobotDataset:
         files = {episode.data_file for episode in chosen}
         files |= {episode.videos[key].path for episode in chosen for key in cameras if self.is_video(key)}
         return {path.relative_to(self.root).as_posix(): fingerprint(path) for path in sorted(files)}
+
+    def _require_own_frames(self) -> None:
+        """Raise a DataError where two episodes claim the same frames of a video."""
+        spans = sorted(
+            (span.path, span.start, span.stop, index)
+            for index, episode in self.episodes.items()
+            for span in episode.videos.values()
+            if span.stop is not None
+        )
+        for (path, _, stop, index), (other_path, start, _, other) in itertools.pairwise(spans):
+            if path == other_path and start < stop - 0.5 / self.fps:
+                raise DataError(
+                    f"{path}: its frames from {start:g} to {stop:g} s are those of episodes {index} and {other} at "
+                    f"once in meta/episodes; {AGAIN}"
+                )
 
     def _episodes_v2(self) -> Iterator[EpisodeSource]:
         chunks_size = _whole(self.info, "chunks_size", self.info_path)
