@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def held_against_policy(args: argparse.Namespace) -> dict[str, Any]:
     """Print what differs between the files and a policy's training data; returns the same for the report."""
-    files = resolve_parquet_files(args.data_path, "--data_path")
+    files = resolve_recordings(args.data_path, "--data_path")
     table, found, knows_data = held_against(read_policy(args.against), files, args.dataset)
     print(f"\nbeside {args.against}:\n{as_table(table)}\n")
     if not knows_data:

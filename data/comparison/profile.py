@@ -26,7 +26,9 @@ import numpy as np
 
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, VLAImageProcessor
-from utils.parquet_utils import DataError, Source, open_parquet
+from data.tables import open_table
+from utils.parquet_utils import DataError
+from utils.recordings import Recording
 
 Profile = dict[str, Any]
 
@@ -159,10 +161,10 @@ def is_profile(value: Any) -> bool:
     return plain and all(found == wanted for found, wanted in shapes)
 
 
-def control_rate(files: Sequence[Source]) -> float | None:
+def control_rate(files: Sequence[Recording]) -> float | None:
     """Control steps a second as the first file's metadata say (recorders and converters write it); None: unknown."""
-    with open_parquet(files[0]) as file:
-        metadata = file.schema_arrow.metadata or {}
+    with open_table(files[0]) as table:
+        metadata = table.schema.metadata or {}
     for key in (b"control_hz", b"fps"):
         try:
             rate = json.loads(metadata[key])

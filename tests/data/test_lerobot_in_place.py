@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data.convert.lerobot_export import Layout, export_lerobot
+from data.convert.video import VideoEncoding
 from data.dataset import VLADataset
 from data.episode_store import EpisodeStore
 from data.lerobot_table import LeRobotTable
@@ -136,6 +138,17 @@ def test_the_cache_holds_packets_and_no_frames(tmp_path):
     store.image("image_1", 50)
     opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
     assert not any(path.endswith(".mp4") for path in opened), "no video stays open"
+
+
+def test_key_frames_far_apart_are_named(converted, tmp_path, caplog):
+    """Of 44 frames with one key frame, a random one takes decoding of 22; a key frame every second frame takes 1.5."""
+    files = sorted(converted["v30", "video"].glob("*.parquet"))
+    for gop in (2, 60):
+        root, encoding = tmp_path / str(gop), VideoEncoding("h264", 23, gop=gop, preset="veryfast")
+        export_lerobot(files, root, Layout(20, {"image_1": FRONT}, video=encoding))
+        caplog.clear()
+        open_store(LeRobotFolder(root, LeRobotConfig()), tmp_path, ("image_1",))
+        assert ("packets are decoded for each frame" in caplog.text) == (gop == 60)
 
 
 def test_a_cache_is_shared_and_a_changed_video_is_noticed(dataset, tmp_path):
