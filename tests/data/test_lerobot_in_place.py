@@ -243,6 +243,13 @@ def test_paths(tmp_path, monkeypatch):
     assert resolve_recordings(f"lerobot:{root.name}", "--x")[0].root.is_dir()
 
 
+def test_commands_that_take_parquet_files_alone():
+    with pytest.raises(
+        DataError, match="--data_path: lerobot:x is a LeRobot dataset, and Parquet files are wanted here"
+    ):
+        resolve_parquet_files("lerobot:x", "--data_path")
+
+
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     asked = []
