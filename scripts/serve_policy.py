@@ -29,7 +29,7 @@ from utils.config_utils import ConfigError, InferenceConfig, override_config
 from utils.misc import set_up_logging, user_message
 
 logger = logging.getLogger(__name__)
-SETTINGS = ("num_inference_steps", "compile", "quantization")  # of `inference`
+SETTINGS = ("num_inference_steps", "compile", "quantization", "expert_quantization")  # of `inference`
 
 
 def port_number(text: str) -> int:

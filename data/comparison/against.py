@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from data.comparison.fit import DimensionFit, statistics_fit
-from data.comparison.kinds import Mismatch
-from data.comparison.mismatch import mismatches
-from data.comparison.profile import Profile, is_profile, profile_of
+from data.comparison.profile import profile_of
 from data.dataset import MixtureDataset, VLADataset
 from data.processing import processors_from_checkpoint
+from utils.comparison.facts import Profile, is_profile
+from utils.comparison.kinds import Mismatch
+from utils.comparison.mismatch import mismatches
 from utils.config_utils import ConfigError, config_from_dict
 from utils.recordings import Recording
 
