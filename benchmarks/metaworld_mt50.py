@@ -15,7 +15,6 @@ SmolVLA 57.3, Evo-1 80.6.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
@@ -29,6 +28,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from envs import FIRST_EVALUATION_SEED, expand_tasks
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 CONFIG, NAME = "configs/metaworld_mt50.yaml", "metaworld_mt50"
@@ -114,7 +114,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="four tasks, one of each tier, at a fraction of the size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--episodes", type=int, default=10, help="per task")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from utils.arguments import CommandParser
 from utils.cli import add_setting_flags
 from utils.config_utils import ConfigError, InferenceConfig
 
@@ -49,8 +50,7 @@ class _EvalParser:
     """The flags and their rules."""
 
     def __init__(self, description: str | None) -> None:
-        style = argparse.RawDescriptionHelpFormatter
-        self.parser = argparse.ArgumentParser(description=description, formatter_class=style)
+        self.parser = CommandParser(description)
         self.groups = {mode: self.parser.add_argument_group(title) for mode, title in MODES.items()}
         self.rules: dict[str, Rule] = {}
 

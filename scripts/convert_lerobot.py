@@ -18,14 +18,13 @@ import pathlib
 if not __package__:
     import _repository  # noqa: F401
 
-from data.convert.conversion import add_conversion_arguments, parse_cameras
-from data.convert.episode_writer import ImageEncoding
+from data.convert.conversion import add_conversion_arguments, encoding_of, parse_cameras
 from data.convert.lerobot import convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
 from data.convert.lerobot_rows import TERMINAL
 from data.convert.video import ENCODERS, VideoEncoding
 from data.schema import image_columns
-from utils.misc import WriteError, user_path
+from utils.arguments import CommandParser, run_command
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files
 
 # flags that have a meaning in one direction only
@@ -33,6 +32,8 @@ FROM_LEROBOT = (
     "episodes",
     "image_format",
     "jpeg_quality",
+    "subsampling",
+    "short_side",
     "state_key",
     "action_key",
     "tolerance_s",
@@ -41,13 +42,13 @@ FROM_LEROBOT = (
     "terminal",
     "follow_links",
 )
-TO_LEROBOT = ("data_path", "state_columns", "fps", "robot_type", "video", "video_codec", "crf")
+TO_LEROBOT = ("data_path", "state_columns", "fps", "robot_type", "next_done", "video", "video_codec", "crf")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--lerobot_dir", type=user_path, help="LeRobot dataset to convert")
+    direction.add_argument("--lerobot_dir", type=pathlib.Path, help="LeRobot dataset to convert")
     direction.add_argument("--to_lerobot", action="store_true", help="the way back: --data_path into LeRobot v3.0")
     parser.add_argument(
         "--cameras",
@@ -90,6 +91,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     back.add_argument("--state_columns", nargs="+", metavar="COLUMN", help=help_text)
     back.add_argument("--fps", type=float, help="frames per second; default: what the files' metadata say")
     back.add_argument("--robot_type", help="default: what the files' metadata say")
+    back.add_argument(
+        "--next_done",
+        action="store_true",
+        help="write is_terminal as next.done; lerobot then can't merge the dataset with its own recordings",
+    )
     back.add_argument("--video", action="store_true", help="encode the frames as video instead of keeping the images")
     back.add_argument("--video_codec", choices=list(ENCODERS), help="default: the first that PyAV can encode")
     back.add_argument("--crf", type=int, help="video quality, lower is better (default: av1 30, h264 23)")
@@ -114,7 +120,7 @@ def from_lerobot(args: argparse.Namespace) -> str:
         state_keys=args.state_key,
         action_keys=args.action_key,
         episodes=args.episodes,
-        encoding=ImageEncoding(args.image_format, args.jpeg_quality),
+        encoding=encoding_of(args),
         tolerance_s=args.tolerance_s,
         prompt=args.prompt,
         empty_prompt=args.empty_prompt,
@@ -148,6 +154,7 @@ def to_lerobot(args: argparse.Namespace) -> str:
         state_columns=tuple(args.state_columns or facts.get("state_columns") or ("state",)),
         state_names=facts.get("state_names"),
         action_names=facts.get("action_names"),
+        next_done=args.next_done,
         video=VideoEncoding.choose(args.video_codec, args.crf) if args.video else None,
     )
     episodes, steps = export_lerobot(
@@ -172,13 +179,8 @@ def default_cameras(path: pathlib.Path) -> dict[str, str]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args = parse_args()
-    try:
-        print(to_lerobot(args) if args.to_lerobot else from_lerobot(args))
-    except (DataError, WriteError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+    print(to_lerobot(args) if args.to_lerobot else from_lerobot(args))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

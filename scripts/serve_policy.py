@@ -14,7 +14,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 
 import torch
@@ -24,9 +23,10 @@ if not __package__:
 
 from inference.predictor import VLAPredictor
 from inference.serving.server import PolicyServer
+from utils.arguments import CommandParser, at_least, run_command
 from utils.cli import add_setting_flags
 from utils.config_utils import ConfigError, InferenceConfig, override_config
-from utils.misc import set_up_logging, user_message
+from utils.misc import set_up_logging
 
 logger = logging.getLogger(__name__)
 SETTINGS = ("num_inference_steps", "compile", "quantization", "expert_quantization")  # of `inference`
@@ -41,7 +41,7 @@ def port_number(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True, help="*.pth.tar, an exported folder, or a hub id of one")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=port_number, default=8000, help="0 takes a free one and logs it")
@@ -50,8 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as trained")
     add_setting_flags(parser.add_argument_group("instead of the checkpoint's settings"), InferenceConfig, SETTINGS)
-    parser.add_argument("--num_threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise of requests that carry no seed")
+    parser.add_argument("--num_threads", type=at_least(1), help="CPU threads of torch")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise of requests that carry no seed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="serving.key=value", dest="set_args")
     return parser.parse_args()
 
@@ -90,8 +90,11 @@ async def serve(server: PolicyServer, host: str, port: int) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    address = host.removeprefix("[").removesuffix("]")
     try:
-        await server.run(host.removeprefix("[").removesuffix("]"), port, stopping)
+        if not address:  # which sockets take for every address of this machine
+            raise OSError("no address")
+        await server.run(address, port, stopping)
     except (OSError, UnicodeError) as error:
         remedy = "give an address of this machine as --host (127.0.0.1, 0.0.0.0, ::), and a --port that nothing uses"
         raise ConfigError(f"can't listen on {host} port {port} ({error}); {remedy}") from None
@@ -127,7 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")
+    run_command(main)

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from utils.arguments import CommandParser
 from utils.checkpoint import SUFFIX, newest_checkpoint
 from utils.config_utils import Config, ConfigError, load_config
 
@@ -78,7 +79,7 @@ def _flag_options(hint: Any) -> dict[str, Any]:
 
 def train_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line of training; a flag that is not given leaves the config as it is."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description)
     parser.add_argument("--config_path", required=True, help="YAML file of differences from the defaults")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch_size", type=int, help="samples per optimizer step, over all ranks")
