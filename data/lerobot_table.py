@@ -30,6 +30,7 @@ from data.convert.lerobot_rows import (
     row_columns,
     video_times,
 )
+from data.convert.modality import MODALITY
 from data.convert.video import VideoReader
 from data.schema import ACTION, FLAGS, IMAGE, INDICES, MAIN_CAMERA, PROMPT, TIMESTAMP
 from data.video_packets import PacketWriter
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_BLOCK = 8192  # of numbers
 PREFIXES = ("observation.images.", "observation.")  # of features; what follows is a camera's name
-GROOT = "meta/modality.json"
 CONVERT_GROOT = "python scripts/convert.py --from lerobot {root} --preset groot --output_dir demos/train"
 
 
@@ -305,10 +305,10 @@ class LeRobotTable:
 
     def _require_mapping_of_groot(self) -> None:
         mapping, root = self.folder.mapping, self.folder.root
-        if not (root / GROOT).exists() or (mapping.cameras and (mapping.task_key or mapping.prompt)):
+        if not (root / MODALITY).exists() or (mapping.cameras and (mapping.task_key or mapping.prompt)):
             return
         raise DataError(
-            f"{self.folder}: {root / GROOT} says that this is a GR00T dataset, whose instructions and slices of state "
+            f"{self.folder}: {root / MODALITY} says that this is a GR00T dataset, whose instructions and slices of state "
             f"and action are not where LeRobot has them; convert it ({CONVERT_GROOT.format(root=root)}), or say what "
             "to read: data.lerobot with cameras, state_key, action_key, and task_key or prompt"
         )

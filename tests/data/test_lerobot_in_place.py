@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data.convert.lerobot_export import Layout, export_lerobot
+from data.convert.video import VideoEncoding
 from data.dataset import VLADataset
 from data.episode_store import EpisodeStore
 from data.lerobot_table import LeRobotTable
@@ -140,6 +142,17 @@ def test_the_cache_holds_packets_and_no_frames(tmp_path):
     assert not any(path.endswith(".mp4") for path in opened), "no video stays open"
 
 
+def test_key_frames_far_apart_are_named(converted, tmp_path, caplog):
+    """Of 44 frames with one key frame, a random one takes decoding of 22; a key frame every second frame takes 1.5."""
+    files = sorted(converted["v30", "video"].glob("*.parquet"))
+    for gop in (2, 60):
+        root, encoding = tmp_path / str(gop), VideoEncoding("h264", 23, gop=gop, preset="veryfast")
+        export_lerobot(files, root, Layout(20, {"image_1": FRONT}, video=encoding))
+        caplog.clear()
+        open_store(LeRobotFolder(root, LeRobotConfig()), tmp_path, ("image_1",))
+        assert ("packets are decoded for each frame" in caplog.text) == (gop == 60)
+
+
 def test_a_cache_is_shared_and_a_changed_video_is_noticed(dataset, tmp_path):
     root = dataset("v30", "video")
     first, again = open_store(folder(root), tmp_path), open_store(folder(root), tmp_path)
@@ -235,6 +248,13 @@ def test_paths(tmp_path, monkeypatch):
         LeRobotTable(*resolve_recordings(f"lerobot:{tmp_path}", "--x"))
     monkeypatch.chdir(root.parent)
     assert resolve_recordings(f"lerobot:{root.name}", "--x")[0].root.is_dir()
+
+
+def test_commands_that_take_parquet_files_alone():
+    with pytest.raises(
+        DataError, match="--data_path: lerobot:x is a LeRobot dataset, and Parquet files are wanted here"
+    ):
+        resolve_parquet_files("lerobot:x", "--data_path")
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch, caplog):
