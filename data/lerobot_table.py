@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -274,15 +275,16 @@ class LeRobotTable:
 
     def _schema(self) -> pa.Schema:
         wide = {"float64", "int64", "uint64"}
-        kinds = {}
+        kinds, called = {}, {}
         for name, keys in {**self._options.state_columns, ACTION: self._options.action_keys}.items():
             stored = {str(self.dataset.features[key]["dtype"]) for key in keys}
             value = pa.float64() if stored & wide else pa.float32()
             kinds[name] = pa.list_(value, sum(self.dataset.width(key) for key in keys))
+            called[f"{name}_names"] = json.dumps(self.dataset.names(keys))
         fields = [*kinds.items(), *((name, pa.bool_()) for name in FLAGS), (PROMPT, pa.string())]
         fields += [*((name, pa.int64()) for name in INDICES), (TIMESTAMP, pa.float32())]
         images = [(camera, IMAGE.written) for camera, key in self.cameras.items() if not self.dataset.is_video(key)]
-        return pa.schema([*fields, *images], metadata={"fps": f"{self.dataset.fps:g}"})
+        return pa.schema([*fields, *images], metadata={"fps": f"{self.dataset.fps:g}", **called})
 
     def _cameras(self) -> dict[str, str]:
         """camera -> feature, as the mapping says, or else by name."""

@@ -127,6 +127,7 @@ def _guess(keys: dict[str, Key], attributes: dict[str, Any], reader: Reader) -> 
     actions = [name for name in numbers if _ACTION.search(name)]
     states = [name for name in numbers if _STATE.search(name) and name not in actions]
     texts = [name for name, key in keys.items() if key.kind == "text" and _PROMPT.search(name)]
+    texts.sort(key=lambda name: not re.search(r"instruction|^task$", name))
     prompt: Any = texts[0] if texts else {"text": unknown}
     for name in attributes if not texts else ():
         if _PROMPT.search(name):

@@ -20,7 +20,9 @@ from data.lerobot_table import LeRobotTable
 from data.loader import make_loader
 from data.processing import PromptTokenizer, VLAImageProcessor
 from data.sampler import StepBatchSampler
+from data.schema import vector_names
 from data.statistics import calculate_statistics
+from data.tables import open_table
 from model.tiny.paligemma import make_tiny_paligemma
 from tests.data.convert.lerobot_fixtures import (
     CAMERAS,
@@ -194,6 +196,11 @@ def test_one_list_may_mix_both(converted, tmp_path, tokenizer):
     video = open_dataset([folder(source("v30", "video"))], tmp_path, tokenizer)
     assert torch.equal(both.batch([189 + 70])["image_2"], video.batch([70])["image_2"])
     assert both.describe(189 + 50) == f"lerobot:{source('v30', 'video')} row 50 (episode 8, step 2)"
+
+
+def test_values_are_called_as_the_dataset_says():
+    with open_table(folder(source("v30", "image"))) as table:
+        assert vector_names(table.schema.metadata, "action", 7) == [f"a{d}" for d in range(7)]
 
 
 def test_names_of_cameras(tmp_path, dataset):

@@ -237,7 +237,7 @@ _DAMAGED = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, 
 
 def _open(path: Path) -> Any:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; the dataset is incomplete, so fetch it again") from None
     except (*_DAMAGED, zipfile.BadZipFile, EOFError) as error:
@@ -259,6 +259,6 @@ def _values(step: Any, keys: Sequence[str], episode: Episode) -> Iterator[tuple[
 
 def _array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path)
     except (*_DAMAGED, EOFError) as error:
         raise DataError(f"{path}: not a readable array ({printable(error)}); fetch it again") from None
