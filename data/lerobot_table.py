@@ -309,8 +309,8 @@ class LeRobotTable:
             return
         raise DataError(
             f"{self.folder}: {root / MODALITY} says that this is a GR00T dataset, whose instructions and slices of "
-            f"state and action are not where LeRobot has them; convert it ({CONVERT_GROOT.format(root=root)}), or say what "
-            "to read: data.lerobot with cameras, state_key, action_key, and task_key or prompt"
+            f"state and action are not where LeRobot has them; convert it ({CONVERT_GROOT.format(root=root)}), or say "
+            "what to read: data.lerobot with cameras, state_key, action_key, and task_key or prompt"
         )
 
 
