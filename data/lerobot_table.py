@@ -308,9 +308,9 @@ class LeRobotTable:
         if not (root / MODALITY).exists() or (mapping.cameras and (mapping.task_key or mapping.prompt)):
             return
         raise DataError(
-            f"{self.folder}: {root / MODALITY} says that this is a GR00T dataset, whose instructions and slices of state "
-            f"and action are not where LeRobot has them; convert it ({CONVERT_GROOT.format(root=root)}), or say what "
-            "to read: data.lerobot with cameras, state_key, action_key, and task_key or prompt"
+            f"{self.folder}: {root / MODALITY} says that this is a GR00T dataset, whose instructions and slices of "
+            f"state and action are not where LeRobot has them; convert it ({CONVERT_GROOT.format(root=root)}), or say "
+            "what to read: data.lerobot with cameras, state_key, action_key, and task_key or prompt"
         )
 
 
