@@ -157,6 +157,7 @@ READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "docs/adding_a_head.md": (add_head,),
     "docs/adding_a_simulator.md": (add_simulator,),
     "docs/convert.md": (foreign_recordings,),
+    "docs/data_and_robot.md": (trained_policy,),
     "docs/data_format.md": (own_demonstrations,),
     "docs/deployment.md": (trained_policy,),
     "docs/editing.md": (),

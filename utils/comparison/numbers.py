@@ -10,6 +10,7 @@ from utils.comparison.facts import Profile, quantile_distance
 from utils.comparison.kinds import Mismatch
 
 FAR = 1.6  # times the distance of training episodes from all of them, from which a session's values lie otherwise
+FAR_OUT = 5.0  # ranges beyond the training's, which only another unit explains
 
 UNITS = {  # what the session's numbers would have to be multiplied with -> what was sent
     np.pi / 180: ("degrees_for_radians", "send radians"),
@@ -81,7 +82,10 @@ def other_distribution(
     for factor, (kind, remedy) in UNITS.items():
         scaled = new[wrong] * factor
         wide = np.ptp(scaled[:, 1:-1], axis=1) > 0.1 * np.ptp(known[wrong][:, 1:-1], axis=1)
-        fits = wide & (quantile_distance(scaled, known[wrong]) < limit[wrong]) & (_outside(scaled, known[wrong]) < 0.15)
+        beyond = _outside(scaled, known[wrong])
+        as_before = (quantile_distance(scaled, known[wrong]) < limit[wrong]) & (beyond < 0.15)
+        # A robot that is misled goes where no demonstration went, but not many times as far.
+        fits = wide & (as_before | ((beyond < 1) & (outside[wrong] > FAR_OUT)))
         if fits.mean() > 0.6:
             evidence = f"{column}[{wrong[0]}] {_spans(new[wrong[0]], known[wrong[0]])}"
             yield Mismatch(kind, column, evidence, remedy)

@@ -79,9 +79,16 @@ def _camera(
         remedy = "send frames with JPEG quality 90 or more"
         yield Mismatch("strong_compression", camera, f"{evidence}{usual_blocks:.2f}", remedy)
         return
+    sharpness = list(_sharpness(camera, seen, trained))
     if _distance(new, known, scale) > limit:
-        yield _explained(camera, seen, training)
-        return
+        explained = _explained(camera, seen, training)
+        # Where the scene differs too, as it does after a policy was misled, what is left to see is the sharpness.
+        yield from sharpness if sharpness and explained.kind == "unlike_training" else [explained]
+    else:
+        yield from sharpness
+
+
+def _sharpness(camera: str, seen: dict[str, Any], trained: dict[str, Any]) -> Iterator[Mismatch]:
     detail, usual_detail = float(np.median(seen["detail"])), np.array(trained["detail"])
     slack = max(0.12, 2 * float(np.ptp(usual_detail) / usual_detail.mean()))
     if detail < (1 - slack) * usual_detail.min():
