@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding
+from data.convert.conversion import add_encoding_arguments, encoding_of
+from data.convert.episode_writer import EpisodeFileWriter
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 from scripts._attempt import Attempt
 from scripts._takeover import Corridor, WatchedEnv, watched_attempt
@@ -76,8 +77,7 @@ def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--steps_after_success", type=int, default=3, help="then stop (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="reset seed of the first attempt (default 0)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="default %(default)s")
-    parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95 (default %(default)s)")
+    add_encoding_arguments(parser)
     parser.add_argument(
         "--noise_scale",
         type=float,
@@ -152,13 +152,13 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
     given = {name: value for name in ENVIRONMENT_FLAGS if (value := getattr(args, name)) is not None}
     env = _worker_env(args.env, task, **{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
     if args.takeover:
-        watched = WatchedEnv(env, _corridor(args), _encoding(args), args.steps_after_success)
+        watched = WatchedEnv(env, _corridor(args), encoding_of(args), args.steps_after_success)
         return watched_attempt(watched, args.policy, seed)
     noise = np.random.default_rng((seed, 1))
     observation, _ = env.reset(seed=seed)
     images: dict[str, list[bytes]] = {key: [] for key in observation if key != "state"}
     attempt = Attempt(seed, env.instruction, env.settings(), images)
-    encode = _encoding(args)
+    encode = encoding_of(args)
     truncated, steps_left = False, args.steps_after_success
     while not truncated and steps_left >= 0:
         action = env.expert_action()
@@ -176,10 +176,6 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
 def _corridor(args: argparse.Namespace) -> Corridor:
     given = {name: getattr(args, name) for name in TAKEOVER_DEFAULTS}
     return Corridor(*(TAKEOVER_DEFAULTS[name] if value is None else value for name, value in given.items()))
-
-
-def _encoding(args: argparse.Namespace) -> ImageEncoding:
-    return ImageEncoding(args.image_format, args.jpeg_quality)
 
 
 @functools.lru_cache(maxsize=1)
@@ -201,7 +197,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     ):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be at least {least}")
-    _encoding(args)
+    encoding_of(args)
     _check_takeover(args)
     if args.max_attempts_factor < 1:
         raise ValueError(f"--max_attempts_factor is {args.max_attempts_factor}, must be at least 1")

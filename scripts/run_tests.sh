@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-make_environment requirements.txt requirements-sim.txt requirements-dev.txt
+make_environment requirements.txt requirements-convert.txt requirements-sim.txt requirements-dev.txt
 # openpi's client asks for numpy 1 but runs on 2, trackio for Pillow 12 but runs on 13: taken alone, since what they
 # need is installed already.
 "$PYTHON" -c 'import openpi_client, trackio' 2>/dev/null ||

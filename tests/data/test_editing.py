@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from data.doctor.examine import examine
 from data.doctor.remedies import command
@@ -202,6 +204,8 @@ def test_cameras_are_renamed_added_and_encoded_anew(dataset, tmp_path):
     assert [row["image_wrist"] for row in edited] == [wrist[i]["image_1"] for i in left]
     encoded, _ = edit(source, "--reencode", "jpeg", "--jpeg_quality", 60, output=source.parent / "jpeg")
     assert all(row[camera][:3] == b"\xff\xd8\xff" for row in encoded for camera in ("image_1", "image_2"))
+    small, _ = edit(source, "--reencode", "png", "--short_side", 20, output=source.parent / "small")
+    assert {Image.open(io.BytesIO(row["image_1"])).size for row in small} == {(20, 20)}
     with pytest.raises(SystemExit, match=r"--add_camera wrist=.*has 1 episodes, this dataset 3, .* from episode 0 on"):
         write_rows(tmp_path / "short" / "s.parquet", episode_rows(3))
         edit(source, "--add_camera", f"wrist={tmp_path / 'short'}:image_1", output=source.parent / "x")
