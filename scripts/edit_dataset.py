@@ -20,7 +20,7 @@ import sys
 if not __package__:
     import _repository  # noqa: F401
 
-from data.convert.episode_writer import ImageEncoding
+from data.convert.episode_writer import SUBSAMPLING, ImageEncoding
 from data.editing.edits import Edits, numbers, parse_pairs, parse_ranges
 from data.editing.plan import make_plan
 from data.editing.write import write_edited
@@ -69,6 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--add_camera", **at, metavar="NAME=FILES:CAMERA", help="frames from files with the same episodes and steps")
     add("--reencode", choices=("jpeg", "png"), help="encode all frames anew")
     add("--jpeg_quality", type=int, help="of --reencode jpeg: 1 to 95 (default 95)")
+    add("--subsampling", choices=tuple(SUBSAMPLING), help="of --reencode jpeg: colours in full, or half (default 444)")
+    add("--short_side", type=int, help="of --reencode: pixels to which larger frames are scaled down")
     return parser.parse_args(argv)
 
 
@@ -86,8 +88,9 @@ def edits_of(args: argparse.Namespace) -> Edits:
         split[name] = None if part == "rest" else float(part) if is_share else parse_ranges([part], "--split")
     if args.split_seed is not None and not any(isinstance(part, float) for part in split.values()):
         raise DataError("--split_seed says which episodes a share of --split gets; give one such as train=0.9")
-    if args.jpeg_quality is not None and args.reencode != "jpeg":
-        raise DataError("--jpeg_quality belongs to --reencode jpeg")
+    for name, ways in (("jpeg_quality", ("jpeg",)), ("subsampling", ("jpeg",)), ("short_side", ("jpeg", "png"))):
+        if getattr(args, name) is not None and args.reencode not in ways:
+            raise DataError(f"--{name} belongs to --reencode {' or '.join(ways)}")
     steps: dict[int, tuple[tuple[int, int], ...]] = {}
     for episode, part in parse_pairs(args.drop_steps, "--drop_steps", "EPISODE:FIRST-LAST", ":"):
         number = _episode(episode, "--drop_steps")
@@ -132,8 +135,13 @@ def edits_of(args: argparse.Namespace) -> Edits:
         drop_columns=tuple(args.drop_columns),
         rename_camera=dict(parse_pairs(args.rename_camera, "--rename_camera", "OLD=NEW")),
         add_camera=cameras,
-        encoding=ImageEncoding(args.reencode, args.jpeg_quality or 95) if args.reencode else None,
+        encoding=_encoding(args) if args.reencode else None,
     )
+
+
+def _encoding(args: argparse.Namespace) -> ImageEncoding:
+    quality = 95 if args.jpeg_quality is None else args.jpeg_quality
+    return ImageEncoding(args.reencode, quality, args.subsampling or "444", args.short_side)
 
 
 def _episode(text: str, flag: str) -> int:

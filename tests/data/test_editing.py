@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from data.doctor.examine import examine
 from data.doctor.remedies import command
@@ -171,7 +173,7 @@ def test_resampling_keeps_time_and_adds_displacements_up(dataset):
     expected[:, :2] += actions[1::2, :2]
     np.testing.assert_allclose([row["action"] for row in edited[:6]], expected, rtol=1e-6)
     assert tables[0].schema.metadata[b"fps"] == b"5.0"
-    with pytest.raises(SystemExit, match="--resample 20: episode 0 has 10 rows a second, and pictures between"):
+    with pytest.raises(DataError, match="--resample 20: episode 0 has 10 rows a second, and pictures between"):
         edit(source, "--resample", 20, output=source.parent / "faster")
 
 
@@ -187,7 +189,7 @@ def test_prompts_outcomes_and_columns(dataset):
     assert {"image_2", "note"} & set(tables[0].column_names) == set()
     expected = np.clip([row["action"] for row in rows], -0.5, 0.5)
     np.testing.assert_allclose([row["action"] for row in edited], expected, rtol=1e-6)
-    with pytest.raises(SystemExit, match="--rename_prompt 'grasp it': is no instruction of these files"):
+    with pytest.raises(DataError, match="--rename_prompt 'grasp it': is no instruction of these files"):
         edit(source, "--rename_prompt", "grasp it=take it", output=source.parent / "other")
 
 
@@ -202,7 +204,9 @@ def test_cameras_are_renamed_added_and_encoded_anew(dataset, tmp_path):
     assert [row["image_wrist"] for row in edited] == [wrist[i]["image_1"] for i in left]
     encoded, _ = edit(source, "--reencode", "jpeg", "--jpeg_quality", 60, output=source.parent / "jpeg")
     assert all(row[camera][:3] == b"\xff\xd8\xff" for row in encoded for camera in ("image_1", "image_2"))
-    with pytest.raises(SystemExit, match=r"--add_camera wrist=.*has 1 episodes, this dataset 3, .* from episode 0 on"):
+    small, _ = edit(source, "--reencode", "png", "--short_side", 20, output=source.parent / "small")
+    assert {Image.open(io.BytesIO(row["image_1"])).size for row in small} == {(20, 20)}
+    with pytest.raises(DataError, match=r"--add_camera wrist=.*has 1 episodes, this dataset 3, .* from episode 0 on"):
         write_rows(tmp_path / "short" / "s.parquet", episode_rows(3))
         edit(source, "--add_camera", f"wrist={tmp_path / 'short'}:image_1", output=source.parent / "x")
 
@@ -222,9 +226,9 @@ def test_splitting_and_merging_lose_nothing(dataset):
 def test_an_edit_is_never_in_place_and_goes_on_where_it_stopped(dataset, capsys):
     source, _ = dataset
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    with pytest.raises(SystemExit, match="nothing is edited in place"):
+    with pytest.raises(DataError, match="nothing is edited in place"):
         edit(source, "--delete", 0, output=source)
-    with pytest.raises(SystemExit, match="nothing is edited in place"):
+    with pytest.raises(DataError, match="nothing is edited in place"):
         edit(source, "--delete", 0, output=source.parent)
     edit(source, "--clean_prompts")
     first = {path.name: path.read_bytes() for path in (source.parent / "edited").iterdir()}
@@ -234,7 +238,7 @@ def test_an_edit_is_never_in_place_and_goes_on_where_it_stopped(dataset, capsys)
     edit(source, "--clean_prompts")
     assert "1 files written, 1 complete before" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (source.parent / "edited").iterdir()} == first
-    with pytest.raises(SystemExit, match=r"made from something else or otherwise"):
+    with pytest.raises(DataError, match=r"made from something else or otherwise"):
         edit(source, "--delete", 0)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
@@ -261,7 +265,7 @@ def test_an_edit_is_never_in_place_and_goes_on_where_it_stopped(dataset, capsys)
     ],
 )
 def test_errors_name_the_flag_and_the_remedy(dataset, flags, error):
-    with pytest.raises(SystemExit, match=error):
+    with pytest.raises(DataError, match=error):
         edit(dataset[0], *flags)
 
 
@@ -269,7 +273,7 @@ def test_contradicting_flags_are_mended_only_when_asked(dataset):
     source, rows = dataset
     rows[21]["is_first"] = False
     write_rows(source / "b.parquet", rows[16:])
-    with pytest.raises(SystemExit, match=r"b.parquet row 5: is_first is false.*--mend_flags"):
+    with pytest.raises(DataError, match=r"b.parquet row 5: is_first is false.*--mend_flags"):
         edit(source, "--clean_prompts")
     edited, _ = edit(source, "--mend_flags")
     assert np.flatnonzero([row["is_first"] for row in edited]).tolist() == [0, 12, 21]
