@@ -75,9 +75,12 @@ def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
 
 def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     """Closed-loop mode: episodes.jsonl, rollouts.json and videos."""
-    image_size = args.image_size or (predictor.image_processor.height if predictor else 96)
-    args.options = {"image_size": image_size, **args.options}
-    tiers = {task: SIMULATORS[args.env].tiers[task] for task in expand_tasks(args.env, args.tasks)}
+    tasks, simulator = expand_tasks(args.env, args.tasks), SIMULATORS[args.env]
+    if args.image_size is not None:
+        args.options["image_size"] = args.image_size
+    elif predictor is not None and "image_size" in simulator.options():
+        args.options.setdefault("image_size", predictor.image_processor.height)
+    tiers = {task: simulator.group_of(task) for task in tasks}
     first = FIRST_EVALUATION_SEED if args.seed is None else args.seed
     seeds, make = range(first, first + args.episodes), functools.partial(make_env, args.env, **args.options)
     demonstrations = functools.partial(recorded_actions, args.demos_path, "--demos_path")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from inference.evaluate import Predictions
 from utils.metrics import METRICS
 from utils.misc import atomic_path
-from utils.text import csv_text
+from utils.text import csv_text, file_stem
 from utils.text_table import text_table
 from utils.trajectory_plot import draw_trajectory
 
@@ -157,11 +156,6 @@ def finish(text: str, paths: Sequence[str | Path], log_file: Path | None) -> Non
         paths = [*paths, log_file]
     for path in paths:
         print(f"wrote {path}")
-
-
-def file_stem(name: str) -> str:
-    """A name that may hold slashes and spaces, as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name.removesuffix(".parquet")).strip("_")
 
 
 def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str) -> None:

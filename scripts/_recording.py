@@ -23,15 +23,18 @@ from tqdm import tqdm
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, Steps
 from data.schema import SEED
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
+from utils.cli import key_values
 from utils.misc import user_path, writing
 from utils.parquet_utils import READ_ERRORS
+from utils.text import file_stem
 
 if TYPE_CHECKING:
     from envs.base import RobotEnv
 
 logger = logging.getLogger(__name__)
 
-# Flags that are handed to the environment when they are given: what argparse is told of each, and the help.
+# Shorthands of --env_options, for options that several simulators have or that documents name: what argparse is told of
+# each, and the help. Only those that are given reach the environment.
 ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "image_size": ({"type": int}, "height and width in pixels (default: the simulator's)"),
     "camera": ({}, "camera of image_1 (default: the simulator's)"),
@@ -87,6 +90,8 @@ def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
     parser.add_argument("--output_dir", type=user_path, required=True, help="folder of the Parquet files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    help_text = "of the simulator, e.g. image_size=128 camera=corner2; see its class in envs/"
+    parser.add_argument("--env_options", nargs="+", default=[], metavar="KEY=VALUE", help=help_text)
     for name, (options, text) in ENVIRONMENT_FLAGS.items():
         parser.add_argument(f"--{name}", help=text, **options)
     parser.add_argument("--steps_after_success", type=int, default=3, help="then stop (default %(default)s)")
@@ -98,9 +103,12 @@ def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--noise_scale",
         type=float,
         default=0.0,
-        help="standard deviation of gaussian noise on the executed action; the recorded one stays the expert's, so "
-        "that recoveries are shown (DART, Laskey et al. 2017, arXiv 1703.09327) (default 0)",
+        help="standard deviation of gaussian noise on the executed action, in the simulator's own unit (noise_unit of "
+        "its class: Meta-World 1 cm, ALOHA 0.1 rad); the recorded action stays the expert's, so that recoveries are "
+        "shown (DART, Laskey et al. 2017, arXiv 1703.09327) (default 0)",
     )
+    help_text = "give each episode one of the task's instructions, drawn by its seed, instead of always the first"
+    parser.add_argument("--paraphrase", action="store_true", help=help_text)
     parser.add_argument(
         "--max_attempts_factor",
         type=float,
@@ -149,12 +157,13 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
     Returns:
         The attempt, whether or not it succeeded.
     """
-    given = {name: value for name in ENVIRONMENT_FLAGS if (value := getattr(args, name)) is not None}
-    env = _worker_env(args.env, task, **given)
+    env = _worker_env(args.env, task, **environment_options(args))
     noise = np.random.default_rng((seed, 1))
     observation, _ = env.reset(seed=seed)
     images: dict[str, list[bytes]] = {key: [] for key in observation if key != "state"}
-    attempt = Attempt(seed, env.instruction, env.settings(), images)
+    prompts = env.instructions if args.paraphrase else (env.instruction,)
+    prompt = prompts[np.random.default_rng((seed, 2)).integers(len(prompts))]
+    attempt = Attempt(seed, prompt, {"instruction": env.instruction, **env.settings()}, images)
     encode = _encoding(args)
     truncated, steps_left = False, args.steps_after_success
     while not truncated and steps_left >= 0:
@@ -163,11 +172,28 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
             encoded.append(encode(observation[key]))
         attempt.states.append(observation["state"])
         attempt.actions.append(action)
-        executed = action + args.noise_scale * noise.standard_normal(action.shape, dtype=np.float32)
+        unit = np.asarray(env.noise_unit, np.float32)
+        executed = action + args.noise_scale * unit * noise.standard_normal(action.shape, dtype=np.float32)
         observation, _, _, truncated, info = env.step(executed)
         attempt.success |= info["success"]
         steps_left -= attempt.success
     return attempt
+
+
+def environment_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What --env_options and its shorthands choose.
+
+    Raises:
+        ValueError: an argument is no KEY=VALUE, or a shorthand names an option that --env_options has too.
+    """
+    options = key_values(args.env_options, "--env_options")
+    for name in ENVIRONMENT_FLAGS:
+        value = getattr(args, name)
+        if value is not None and name in options:
+            raise ValueError(f"--{name} and --env_options {name}=... say the same; give one of them")
+        if value is not None:
+            options[name] = value
+    return options
 
 
 def _encoding(args: argparse.Namespace) -> ImageEncoding:
@@ -194,6 +220,9 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be at least {least}")
     _encoding(args)
+    environment_options(args)
+    if len({_path_of(args, task) for task in args.tasks}) < len(args.tasks):
+        raise ValueError(f"--tasks {' '.join(args.tasks)}: two of them have the same file name; record them apart")
     if args.max_attempts_factor < 1:
         raise ValueError(f"--max_attempts_factor is {args.max_attempts_factor}, must be at least 1")
     existing = [path for task in args.tasks if (path := _path_of(args, task)).exists()]
@@ -225,7 +254,7 @@ def _is_recording(path: pathlib.Path) -> bool:
 
 
 def _path_of(args: argparse.Namespace, task: str) -> pathlib.Path:
-    return args.output_dir / f"{task}.parquet"
+    return args.output_dir / f"{file_stem(task)}.parquet"
 
 
 def _record_task(
@@ -291,7 +320,6 @@ def _metadata(args: argparse.Namespace, task: str, attempt: Attempt) -> dict[str
     return {
         "env": args.env,
         "task": task,
-        "instruction": attempt.prompt,
         "noise_scale": args.noise_scale,
         "command": args.command,
         **attempt.settings,

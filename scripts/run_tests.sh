@@ -3,7 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-make_environment requirements.txt requirements-sim.txt requirements-dev.txt
+simulators=(requirements-sim.txt requirements-gym.txt requirements-aloha.txt)
+# LIBERO is 1.7 GB on disk, so its tests are among the slow ones.
+if [[ " $* " = *" --all "* ]]; then simulators+=(requirements-libero.txt); fi
+make_environment requirements.txt "${simulators[@]}" requirements-dev.txt
+export ALL_SIMULATORS=1 # a simulator's tests fail where its packages are missing, instead of being skipped
 # openpi's client asks for numpy 1 but runs on 2: taken alone, since what it needs is installed already.
 "$PYTHON" -c 'import openpi_client' 2>/dev/null ||
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2

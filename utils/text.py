@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 MAX_QUOTED = 200  # characters of foreign text that a message quotes
@@ -35,3 +36,8 @@ def csv_text(value: Any) -> Any:
         return value
     text = printable(value, MAX_CELL)
     return f"'{text}" if value.startswith(_FORMULAS) else text
+
+
+def file_stem(name: str) -> str:
+    """A name that may hold slashes and spaces, as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name.removesuffix(".parquet")).strip("_")
