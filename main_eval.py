@@ -4,6 +4,7 @@ python main_eval.py --checkpoint_path C --eval_data_path demos/val --output_dir 
 python main_eval.py --checkpoint_path C --split val                        # the episodes that its own config held out
 python main_eval.py --checkpoint_path C --image1_paths frame.png --prompt "open the window" --state_vector "0 0.6 0.2 1"
 python main_eval.py --checkpoint_path C --env metaworld --tasks window-open-v3 --episodes 20 --seed 10000 [--blind]
+python main_eval.py --checkpoint_path C --env metaworld --tasks window-open-v3 --record rollouts  # to train on later
 python main_eval.py --env metaworld --tasks window-open-v3 --control replay --demos_path demos/train
 """
 
@@ -12,49 +13,39 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
 
+from data.convert.rollouts import RolloutRecorder
 from data.episode_store import recorded_actions
-from data.loader import make_loader, open_dataset, open_held_out
+from data.loader import make_loader, open_for_evaluation
 from envs import FIRST_EVALUATION_SEED, SIMULATORS, expand_tasks, make_env
 from inference.closed_loop.evaluation import evaluate_closed_loop
 from inference.eval_args import parse_args
 from inference.evaluate import evaluate_offline, quantization_error
 from inference.predictor import VLAPredictor
 from inference.report import action_table, finish, metrics_table, rollout_table, write_actions, write_evaluation
-from utils.config_utils import ConfigError
-from utils.misc import set_up_logging, user_message
+from utils.misc import errors_in_one_line, set_up_logging
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     """Batch mode: metrics.json, inference_log.txt, plots, and predictions.csv when asked for."""
-    processors, data = (predictor.image_processor, predictor.prompt_tokenizer), {}
-    workers = predictor.config.data.num_workers if args.num_workers is None else args.num_workers
-    for spec in args.eval_data_path or ["val"]:
-        if args.split is None:
-            dataset = open_dataset(predictor.config, *processors, spec, "--eval_data_path", predictor.dataset_index)
-        else:
-            dataset = open_held_out(predictor.config, *processors, predictor.dataset_index)
-        if dataset is None:
-            raise ConfigError(
-                "--split val: the checkpoint's config holds nothing out (data.val_parquet_files, data.val_fraction); "
-                "give --eval_data_path"
-            )
-        logger.info("%s: %d episodes, %d samples", spec, dataset.store.num_episodes, len(dataset))
-        data[spec] = dataset, make_loader(dataset, num_workers=workers, batch_size=args.batch_size)
+    config, processors = predictor.config, (predictor.image_processor, predictor.prompt_tokenizer)
+    workers, data = config.data.num_workers if args.num_workers is None else args.num_workers, {}
+    datasets = open_for_evaluation(config, *processors, args.eval_data_path, predictor.dataset_index)
+    for name, dataset in datasets.items():
+        logger.info("%s: %d episodes, %d samples", name, len(dataset.episodes), len(dataset))
+        data[name] = dataset, make_loader(dataset, num_workers=workers, batch_size=args.batch_size)
     result, predictions = evaluate_offline(predictor, data, seed=args.seed or 0, num_samples=args.num_samples)
     result = {"checkpoint": args.checkpoint_path, **result}
-    if predictor.quantization != "none":
-        few = (batch for _, batches in data.values() for batch in islice(batches, 4))
-        whole = load_predictor(args, quantization="none")
-        result["quantization_error"] = quantization_error(predictor, whole, few, args.seed or 0)
+    whole = functools.partial(load_predictor, args, quantization="none")
+    few = (batch for _, batches in data.values() for batch in islice(batches, 4))
+    result |= quantization_error(predictor, whole, few, args.seed or 0)
     paths = write_evaluation(Path(args.output_dir), result, predictions, args.save_predictions, args.num_plots)
     logger.info("%.1f ms per sample", 1000 * result["seconds_per_sample"])
     finish(metrics_table(result), paths, args.log_file)
@@ -64,9 +55,8 @@ def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     """Single-item mode: one chunk of actions, printed, and written when asked for."""
     images, seen = (args.image1_paths, args.image2_paths), {"prompt": args.prompt, "state": args.state}
     action_TA = predictor.predict(*images, **seen, seed=args.seed or 0)
-    if predictor.quantization != "none":
-        whole = load_predictor(args, quantization="none")
-        quantization_error(predictor, whole, [predictor.observe(*images, **seen)], args.seed or 0)
+    whole = functools.partial(load_predictor, args, quantization="none")
+    quantization_error(predictor, whole, [predictor.observe(*images, **seen)], args.seed or 0)
     inputs = {name: getattr(args, name) for name in ("checkpoint_path", "image1_paths", "image2_paths")}
     inputs |= {**seen, "seed": args.seed or 0, "num_inference_steps": predictor.num_inference_steps}
     paths = write_actions(Path(args.output_dir), action_TA, inputs) if args.save_predictions else []
@@ -84,7 +74,8 @@ def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     first = FIRST_EVALUATION_SEED if args.seed is None else args.seed
     seeds, make = range(first, first + args.episodes), functools.partial(make_env, args.env, **args.options)
     demonstrations = functools.partial(recorded_actions, args.demos_path, "--demos_path")
-    result = evaluate_closed_loop(args, predictor, tiers, seeds, make, demonstrations)
+    recorder = RolloutRecorder(Path(args.record)) if args.record else None
+    result = evaluate_closed_loop(args, predictor, tiers, seeds, make, demonstrations, recorder)
     videos = [video for task in result["tasks"].values() for video in task["videos"]]
     finish(rollout_table(result), [Path(args.output_dir) / "rollouts.json", *videos], args.log_file)
 
@@ -110,10 +101,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    again = "stopped; in closed loop the same command goes on after the episodes that it finished"
+    with errors_in_one_line(ValueError, ImportError, RuntimeError, OSError, interrupted=again):
         main()
-    except (ValueError, ImportError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")
-    except KeyboardInterrupt:
-        print("\nstopped; in closed loop the same command goes on after the episodes that it finished", file=sys.stderr)
-        sys.exit(130)

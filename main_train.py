@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from data.loader import build_datasets, build_sampler, make_loader
+from data.loader import build_loaders
 from data.processing import processors_from_config
-from data.sampler import PassBatchSampler
 from data.statistics import require_statistics_of
 from data.trained_processors import processors_to_train_on
 from model.checkpointing import require_same_architecture
@@ -34,7 +30,7 @@ from training.trainer_fsdp import VLATrainerFSDP
 from utils.checkpoint import load_checkpoint
 from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_parser
 from utils.config_utils import Config
-from utils.misc import derive_seed, end_in_log_file, set_up_logging, user_message
+from utils.misc import derive_seed, end_in_log_file, errors_in_one_line, set_up_logging
 from utils.run_lock import only_run
 from utils.statistics import load_statistics
 
@@ -66,28 +62,25 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
     source = resumed or args.init_checkpoint
     checkpoint = load_checkpoint(source, for_inference=not resumed) if source else None
     same_run = resumed and goes_on(checkpoint, resumed, config)
-    if not same_run:
-        refuse_to_overwrite(config)
-
-    if same_run:  # go on where it stopped
+    if same_run:
         config = settings_to_go_on(checkpoint, resumed, config, args.config_path)
         require_same_architecture(checkpoint["config"], config, resumed)
-        processors = processors_to_train_on(checkpoint, config)
-        announce_changes(checkpoint, resumed, config)
-        loaders = build_loaders(config, *processors, place)
-        policy = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
+    else:
+        refuse_to_overwrite(config)
 
-    elif source:  # a new run from a checkpoint's weights, by default with the statistics of its own data
-        processors = processors_to_train_on(checkpoint, config)
+    # Data come before weights: their faults are found in seconds.
+    processors = processors_to_train_on(checkpoint, config) if source else processors_from_config(config)
+    if source:
         announce_changes(checkpoint, source, config)
-        loaders = build_loaders(config, *processors, place)
+    loaders = build_loaders(config, *processors, rank=place.rank, world_size=place.world_size)
+
+    if same_run:  # go on where it stopped
+        policy = VLAModel.from_checkpoint(checkpoint, config, use_ema=False)
+    elif source:  # a new run from a checkpoint's weights, by default with the statistics of its own data
         statistics = statistics_of_new_run(checkpoint, source, config, args)
         processors[1].read_states(config, statistics)
         policy = policy_from_parts(checkpoint, source, config, statistics, args.init_parts, use_ema=not resumed)
-
     else:  # a new run from a pretrained backbone
-        processors = processors_from_config(config)
-        loaders = build_loaders(config, *processors, place)
         statistics = load_statistics(config.data.normalization_stats_path, config, args.config_path)
         processors[1].read_states(config, statistics)
         policy = VLAModel.from_pretrained(config, statistics, processors[0].mean, processors[0].std)
@@ -101,25 +94,6 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
     return trainer
 
 
-def build_loaders(
-    config: Config, image_processor: Any, tokenizer: Any, place: Place
-) -> tuple[DataLoader, DataLoader | None]:
-    """This process's share of the training data, endless, and of the validation data, in micro-batches of one size."""
-    share = {"rank": place.rank, "world_size": place.world_size}
-    workers = config.data.num_workers
-    train_set, val_set = build_datasets(config, image_processor, tokenizer)
-    steps = build_sampler(config, train_set, **share)
-    train_loader = make_loader(train_set, num_workers=workers, batch_sampler=steps, seed=config.training.seed)
-    if val_set is None:
-        return train_loader, None
-    batches = config.training.val_max_batches
-    limit = None if batches is None else batches * config.data.batch_size
-    one_pass = PassBatchSampler(len(val_set), steps.micro_batch_size, limit=limit, **share)
-    return train_loader, make_loader(val_set, num_workers=workers, batch_sampler=one_pass)
-
-
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line(*USER_ERRORS, OSError):
         main()
-    except (*USER_ERRORS, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")

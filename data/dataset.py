@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, Sample, VLAImageProcessor
+from data.weighting import left_out_rows
 from utils.batch import Batch
 from utils.config_utils import DataConfig, MixtureEntry
 from utils.parquet_utils import DataError, Source
@@ -57,7 +58,7 @@ class VLADataset(Dataset):
 
         Args:
             files: Parquet files in order.
-            config: the `data` section: state_dim, max_seq_len, cache_dir.
+            config: the `data` section: state_dim, max_seq_len, cache_dir, sample_weighting.
             horizon: T, actions per sample.
             per_action_dim: A, values per action.
             cameras: the cameras that the model reads, in slot order; no other frame is ever decoded.
@@ -89,8 +90,13 @@ class VLADataset(Dataset):
         chosen = {"all": np.ones_like(used), "train": used & ~held_out, "val": held_out}[split]
         self.episodes = np.flatnonzero(chosen)  # numbers of the store's episodes, in order
         self._rows: np.ndarray | None = None  # the store's row of each sample; None: sample i is row i
-        if not chosen.all():
-            self._rows = np.flatnonzero(np.repeat(chosen, np.diff(self.store.episode_starts)))
+        self._left_out = np.zeros(0, np.int64)  # rows of the store that training leaves out (data/weighting.py)
+        if split == "train":
+            self._left_out = left_out_rows(self.store, config.sample_weighting)
+        if len(self._left_out) or not chosen.all():
+            kept = np.repeat(chosen, np.diff(self.store.episode_starts))
+            kept[self._left_out] = False
+            self._rows = np.flatnonzero(kept)
         self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
         for camera in cameras:
             if self.store.has_camera(camera):
@@ -160,7 +166,11 @@ class VLADataset(Dataset):
         store, rows = self.store, self.rows(indices)
         episodes = store.episode_starts.searchsorted(rows, side="right") - 1
         begins = store.episode_starts[episodes]
-        action, is_pad = self._action_window(rows, store.episode_starts[episodes + 1])
+        ends = store.episode_starts[episodes + 1]
+        if len(self._left_out):
+            following = np.append(self._left_out, len(store))[self._left_out.searchsorted(rows)]
+            ends = np.minimum(ends, following)
+        action, is_pad = self._action_window(rows, ends)
         prompts = store.prompt_index[rows]
         state = np.zeros((len(rows), self.state_dim), dtype=np.float32)
         state[:, : store.state.shape[1]] = store.state[rows]
@@ -194,7 +204,7 @@ class VLADataset(Dataset):
 
         Args:
             rows: int64 (B,).
-            ends: int64 (B,), the row after the last of each row's episode.
+            ends: int64 (B,), the row after the last of each row's episode, or the next that is left out.
 
         Returns:
             float32 (B, T, A), zeros where padded, and bool (B, T).
@@ -243,17 +253,6 @@ class VLADataset(Dataset):
     def describe_step(self, dataset_index: int, episode: int, step: int) -> str:
         """The same by the numbers that a batch carries."""
         return self.describe(int(self.store.episode_starts[episode]) + step)
-
-    def sample_probabilities(self, weighting: Literal["step", "episode", "task"]) -> np.ndarray | None:
-        """Probability of each sample when episodes or tasks (prompts) are to count alike, float64; None: all alike."""
-        if weighting == "step":
-            return None
-        rows = self.rows(np.arange(len(self)))
-        groups = self.store.prompt_index[rows]
-        if weighting == "episode":
-            groups = np.searchsorted(self.store.episode_starts, rows, side="right")
-        _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
-        return 1.0 / (len(counts) * counts[inverse])
 
 
 def _warn_of_prompts_cut_to_one(prompts: Sequence[str], tokens: Sequence[list[int]]) -> None:

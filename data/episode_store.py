@@ -37,6 +37,7 @@ from data.schema import (
     MAIN_CAMERA,
     PROMPT,
     REQUIRED,
+    SUCCESS,
     VECTORS,
     camera_column,
     encoded_frames,
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
 ROWS_PER_BATCH = 512
+ROWS_PER_READ = 65536  # of one column of flags
 ARRAYS = (*VECTORS, "prompt_index", "episode_starts", "frame_checksums")
 # What the readers of NumPy, Arrow and JSON run into in a file that is cut or changed.
 _READING_FAULTS = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError, EOFError)
@@ -245,6 +247,28 @@ class EpisodeStore:
     def prompt(self, row: int) -> str:
         """The instruction at a global row."""
         return self.prompts[self.prompt_index[row]]
+
+    def label(self, name: str, *, otherwise: bool) -> np.ndarray:
+        """One of LABELS in every row, bool (rows,), read from the files; `otherwise` in files without the column.
+
+        Raises:
+            DataError: the column is no flag, or `success` changes within an episode.
+        """
+        values = np.full(len(self), otherwise)
+        for path, begin in zip(self.files, self.file_starts.tolist(), strict=True):
+            file = open_parquet(path)
+            if name not in file.schema_arrow.names:
+                continue
+            for row, batch in batches(file, path, [name], ROWS_PER_READ):
+                values[begin + row : begin + row + batch.num_rows] = flags(batch.column(0), name, path, row)
+        if name == SUCCESS:
+            changes = 1 + np.flatnonzero(values[1:] != values[:-1])
+            inside = np.setdiff1d(changes, self.episode_starts)
+            if len(inside):
+                raise DataError(
+                    f"{self.describe(int(inside[0]))}: success changes within the episode; it is its outcome"
+                )
+        return values
 
     def describe(self, row: int) -> str:
         """Where a global row comes from, for messages: file, row in that file, episode and step."""

@@ -33,6 +33,7 @@ from data.processing import ObservationError, PromptTokenizer, VLAImageProcessor
 from data.sampler import PassBatchSampler, StepBatchSampler
 from data.schema import CAMERAS, MAIN_CAMERA, VECTORS, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
+from data.weighting import check_weighting, sample_probabilities
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
@@ -42,10 +43,12 @@ __all__ = [
     "VLADataset",
     "VLAImageProcessor",
     "build_datasets",
+    "build_loaders",
     "build_sampler",
     "collate_fn",
     "make_loader",
     "open_dataset",
+    "open_for_evaluation",
 ]
 
 logger = logging.getLogger(__name__)
@@ -200,21 +203,30 @@ def open_dataset(
     )
 
 
-def open_held_out(
-    config: Config, image_processor: VLAImageProcessor, prompt_tokenizer: PromptTokenizer, dataset_index: int = 0
-) -> VLADataset | None:
-    """What a config holds out of training for validation, of one of its datasets; None where it holds out nothing.
+def open_for_evaluation(
+    config: Config,
+    image_processor: VLAImageProcessor,
+    prompt_tokenizer: PromptTokenizer,
+    paths: Sequence[str] | None,
+    dataset_index: int = 0,
+) -> dict[str, VLADataset]:
+    """Recorded data to evaluate a policy on: a dataset per path, or, without paths, what its config held out (`val`).
 
     Raises:
-        DataError: files are missing, or break the schema.
+        DataError: files are missing or break the schema, or the config holds nothing out.
     """
     data, open_one = config.data, functools.partial(open_dataset, config, image_processor, prompt_tokenizer)
+    if paths:
+        return {path: open_one(path, "--eval_data_path", dataset_index) for path in paths}
     if data.val_parquet_files:
-        return open_one(data.val_parquet_files, "data.val_parquet_files", dataset_index)
+        return {"val": open_one(data.val_parquet_files, "data.val_parquet_files", dataset_index)}
     if data.val_fraction:
         entry = config.datasets[dataset_index]
-        return open_one(entry.path, f"the training data of {entry.name}", dataset_index, "val")
-    return None
+        return {"val": open_one(entry.path, f"the training data of {entry.name}", dataset_index, "val")}
+    raise DataError(
+        "--split val: the checkpoint's config holds nothing out (data.val_parquet_files, data.val_fraction); give "
+        "--eval_data_path"
+    )
 
 
 def build_datasets(
@@ -226,7 +238,8 @@ def build_datasets(
     dataset.
 
     Raises:
-        DataError: training files are missing, files break the schema, or val_fraction holds out no episode.
+        DataError: training files are missing, files break the schema, val_fraction holds out no episode, or
+            sample_weighting leaves out everything or changes nothing.
     """
     data = config.data
     open_one = functools.partial(open_dataset, config, image_processor, prompt_tokenizer)
@@ -249,6 +262,8 @@ def build_datasets(
                 f"dataset {dataset.name}: data.val_fraction {data.val_fraction} of {used} episode holds out none, for "
                 "one must be left to train on; record more, or set it to 0"
             )
+    samples = {dataset.name: (dataset.store, dataset.rows(np.arange(len(dataset)))) for dataset in train}
+    check_weighting(samples, data.sample_weighting)
     for dataset in train:
         logger.info("training data %s: %d episodes, %d samples", dataset.name, len(dataset.episodes), len(dataset))
     return MixtureDataset(train), MixtureDataset(val) if val else None
@@ -262,11 +277,39 @@ def build_sampler(config: Config, train: MixtureDataset, *, rank: int = 0, world
         config.data.batch_size,
         seed=config.training.seed,
         weights=[entry.weight for entry in config.data.mixture] or None,
-        probabilities=[dataset.sample_probabilities(weighting) for dataset in train.datasets],
+        probabilities=[
+            sample_probabilities(dataset.store, dataset.rows(np.arange(len(dataset))), weighting)
+            for dataset in train.datasets
+        ],
         accumulation=config.training.gradient_accumulation_steps,
         rank=rank,
         world_size=world_size,
     )
+
+
+def build_loaders(
+    config: Config,
+    image_processor: VLAImageProcessor,
+    prompt_tokenizer: PromptTokenizer,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[BatchLoader, BatchLoader | None]:
+    """A rank's share of the training data, endless, and of the validation data, in micro-batches of one size.
+
+    Raises:
+        DataError: see `build_datasets`.
+    """
+    share, workers = {"rank": rank, "world_size": world_size}, config.data.num_workers
+    train_set, val_set = build_datasets(config, image_processor, prompt_tokenizer)
+    steps = build_sampler(config, train_set, **share)
+    train_loader = make_loader(train_set, num_workers=workers, batch_sampler=steps, seed=config.training.seed)
+    if val_set is None:
+        return train_loader, None
+    batches = config.training.val_max_batches
+    limit = None if batches is None else batches * config.data.batch_size
+    one_pass = PassBatchSampler(len(val_set), steps.micro_batch_size, limit=limit, **share)
+    return train_loader, make_loader(val_set, num_workers=workers, batch_sampler=one_pass)
 
 
 def main() -> None:

@@ -22,6 +22,10 @@ REQUIRED = (*VECTORS, *FLAGS, PROMPT)  # besides the main camera
 INDICES = ("episode_index", "frame_index")  # optional: recorders add them, the doctor checks them
 TIMESTAMP = "timestamp"  # optional: seconds since the episode's start
 SEED = "seed"  # optional: reset seed of a recorded episode
+INTERVENTION = "intervention"  # optional: at this step somebody corrected the policy that acted before
+SUCCESS = "success"  # optional: whether the episode succeeded, the same in all of its rows
+LABELS = (INTERVENTION, SUCCESS)
+PLAN = "plan"  # optional: the actions planned at this step, one after the other; null where none were
 CAMERAS = ("image_1", "image_2")  # where no config names the cameras; every function below takes any name
 MAIN_CAMERA = CAMERAS[0]  # the one that every row needs
 
@@ -59,10 +63,11 @@ def _is_time(kind: pa.DataType) -> bool:
 IMAGE = ColumnType(_is_image, "binary, or a struct with a 'bytes' field: encoded JPEG or PNG", pa.binary())
 COLUMN_TYPES = {
     **{name: ColumnType(_is_vector, "a list of float32", None) for name in VECTORS},
-    **{name: ColumnType(pa.types.is_boolean, "bool", pa.bool_()) for name in FLAGS},
+    **{name: ColumnType(pa.types.is_boolean, "bool", pa.bool_()) for name in (*FLAGS, *LABELS)},
     PROMPT: ColumnType(_is_text, "string", pa.string()),
     **{name: ColumnType(pa.types.is_integer, "int64", pa.int64()) for name in (*INDICES, SEED)},
     TIMESTAMP: ColumnType(_is_time, "seconds", pa.float32()),
+    PLAN: ColumnType(_is_vector, "a list of float32", pa.list_(pa.float32())),
 }
 
 
@@ -212,7 +217,7 @@ def vectors(
 
 
 def flags(column: pa.ChunkedArray | pa.Array, name: str, path: Source, first_row: int) -> np.ndarray:
-    """One of FLAGS as bool (rows,).
+    """One of FLAGS or LABELS as bool (rows,).
 
     Raises:
         DataError: another type, or a null.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from envs import aloha_tasks, metaworld_tasks
+from envs import aloha_tasks, libero_tasks, metaworld_tasks
 from envs.simulator import Simulator, suggest
 
 if TYPE_CHECKING:
@@ -30,6 +30,12 @@ SIMULATORS: dict[str, Simulator] = {
         tuple(aloha_tasks.TASKS),
         ("gymnasium", "gym_aloha", "mujoco", "OpenGL"),
         "requirements-aloha.txt",
+    ),
+    "libero": Simulator(
+        "envs.libero_env.LiberoEnv",
+        libero_tasks.TASKS,
+        ("bddl", "gymnasium", "libero", "mujoco", "OpenGL", "robosuite"),
+        "requirements-libero.txt",
     ),
     "gym": Simulator("envs.gym_env.GymEnv", None, ("gymnasium",)),
 }

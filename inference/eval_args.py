@@ -179,6 +179,8 @@ def _add_flags(flags: _EvalParser) -> None:
     flags.add_settings(LOOP_SETTINGS, loop)
     add("image_size", loop, least=1, help="pixels; default: what the policy was trained on")
     add("num_videos", loop, type=int, default=3, help="episodes per task to film; default 3")
+    help_text = "keep what was seen, planned and done: one Parquet file an episode, to train on"
+    add("record", loop, metavar="DIR", help=help_text)
     add("prompt_override", loop, policy=True, metavar="TEXT", help="give every task this instruction")
     help_text = "give each task its Nth paraphrase, of those that the simulator has"
     add("paraphrase", loop, policy=True, least=1, metavar="N", help=help_text)
@@ -203,6 +205,8 @@ def _numbers(texts: Sequence[str] | None) -> list[float] | None:
 
 
 def _check_closed_loop(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.record and args.blind:
+        parser.error("--record would keep pictures that the policy of --blind does not see; give one of them")
     if not args.tasks:
         parser.error("--tasks is missing; name at least one task of the simulator")
     if (args.control == "replay") != bool(args.demos_path):

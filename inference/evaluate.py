@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,20 +135,23 @@ def _noise_seed(seed: int, dataset: int, row: int, draw: int) -> int:
 
 
 def quantization_error(
-    predictor: VLAPredictor, reference: VLAPredictor, batches: Iterable[Batch], seed: int
+    predictor: VLAPredictor, load_whole: Callable[[], VLAPredictor], batches: Iterable[Batch], seed: int
 ) -> dict[str, Any]:
     """How far quantization moves a policy's actions, for the same observations and noise; logged and returned.
 
     Args:
-        predictor: the quantized policy.
-        reference: the same policy with whole matrices.
+        predictor: the policy.
+        load_whole: loads the same policy with whole matrices; not called where `predictor` is not quantized.
         batches: observations.
         seed: of the noise.
 
     Returns:
-        `quantization`, its name; `max` and `mean` of the absolute difference in normalized units; `samples`, how many
-        predictions were compared.
+        Nothing where the policy is not quantized. Else under `quantization_error`: `quantization`, its name; `max` and
+        `mean` of the absolute difference in normalized units; `samples`, how many predictions were compared.
     """
+    if predictor.quantization == "none":
+        return {}
+    reference = load_whole()
     differences = []
     for number, batch in enumerate(batches):
         state = batch["state"].numpy()
@@ -162,7 +165,7 @@ def quantization_error(
     text = "%s moves normalized actions by %.4f on average, at most %.4f (%d predictions)"
     logger.info(text, predictor.quantization, stacked.mean(), stacked.max(), len(stacked))
     error = {"max": float(stacked.max()), "mean": float(stacked.mean()), "samples": len(stacked)}
-    return {"quantization": predictor.quantization, **error}
+    return {"quantization_error": {"quantization": predictor.quantization, **error}}
 
 
 def measure_latency(predictor: VLAPredictor, batch: Batch, repeats: int) -> dict[str, float]:

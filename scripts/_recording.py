@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import logging
 import multiprocessing
 import os
@@ -13,16 +14,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, Steps
-from data.schema import SEED
+from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
+from scripts._attempt import Attempt
+from scripts._takeover import Corridor, WatchedEnv, watched_attempt
 from utils.cli import key_values
 from utils.misc import user_path, writing
 from utils.parquet_utils import READ_ERRORS
@@ -45,29 +47,12 @@ ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@dataclass
-class Attempt:
-    """One attempt of the expert. T time steps."""
-
-    seed: int
-    prompt: str
-    settings: dict[str, Any]  # of the environment
-    images: dict[str, list[bytes]]  # of each camera T encoded images
-    states: list[np.ndarray] = field(default_factory=list)  # T float32 (state_dim,)
-    actions: list[np.ndarray] = field(default_factory=list)  # T float32 (per_action_dim,)
-    success: bool = False
-
-    def steps(self) -> Steps:
-        """The attempt as an episode's only block."""
-        length = len(self.actions)
-        return Steps(
-            images=self.images,
-            state=np.stack(self.states),
-            action=np.stack(self.actions),
-            prompts=[self.prompt] * length,
-            extra={SEED: np.full(length, self.seed, dtype=np.int64)},
-            terminal=True,
-        )
+# Flags of --takeover: default, type and help of each.
+TAKEOVER_FLAGS: dict[str, tuple[Any, type, str]] = {
+    "corridor": (0.5, float, "mean distance of the policy's actions from the expert's, 0 to 2, that is let pass"),
+    "corridor_steps": (8, int, "steps over which the distance is averaged"),
+    "patience": ("half of the episode's", int, "steps after which the expert takes over in any case"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,7 @@ class TaskSummary:
     task: str
     path: pathlib.Path
     kept: int  # episodes in the file
-    dropped: int  # attempts of the expert that failed
+    dropped: int  # attempts that failed, and those in which the policy needed no help
     steps: int  # rows in the file
     seconds: float
 
@@ -113,10 +98,21 @@ def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--max_attempts_factor",
         type=float,
         default=3.0,
-        help="give up when the expert has not succeeded --episodes times in this many times as many attempts "
+        help="give up when there are not --episodes episodes to keep in this many times as many attempts "
         "(default %(default)s)",
     )
+    _add_takeover_flags(parser)
     return parser
+
+
+def _add_takeover_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("corrections of a policy (docs/editing.md)")
+    group.add_argument("--policy", help="checkpoint, or exported folder, that acts; needs --takeover")
+    group.add_argument(
+        "--takeover", action="store_true", help="the expert finishes where the policy leaves its corridor"
+    )
+    for name, (default, kind, text) in TAKEOVER_FLAGS.items():
+        group.add_argument(f"--{name}", type=kind, help=f"{text} (default {default})")
 
 
 def record(args: argparse.Namespace, on_episode: Callable[[Attempt], None] | None = None) -> list[TaskSummary]:
@@ -147,7 +143,7 @@ def record(args: argparse.Namespace, on_episode: Callable[[Attempt], None] | Non
 
 
 def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
-    """Lets the expert try once; runs in a worker process.
+    """Lets the expert try once, or the policy with the expert behind it; runs in a worker process.
 
     Args:
         args: as for :func:`record`.
@@ -157,7 +153,10 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
     Returns:
         The attempt, whether or not it succeeded.
     """
-    env = _worker_env(args.env, task, **environment_options(args))
+    env = _worker_env(args.env, task, json.dumps(environment_options(args)))
+    if args.takeover:
+        watched = WatchedEnv(env, _corridor(args), _encoding(args), args.steps_after_success)
+        return watched_attempt(watched, args.policy, seed)
     noise = np.random.default_rng((seed, 1))
     observation, _ = env.reset(seed=seed)
     images: dict[str, list[bytes]] = {key: [] for key in observation if key != "state"}
@@ -196,13 +195,22 @@ def environment_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def _corridor(args: argparse.Namespace) -> Corridor:
+    width, steps = (
+        TAKEOVER_FLAGS[name][0] if getattr(args, name) is None else getattr(args, name)
+        for name in ("corridor", "corridor_steps")
+    )
+    return Corridor(width, steps, args.patience)
+
+
 def _encoding(args: argparse.Namespace) -> ImageEncoding:
     return ImageEncoding(args.image_format, args.jpeg_quality)
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_env(env: str, task: str, **options: Any) -> RobotEnv:
-    return make_env(env, task, **options)
+def _worker_env(env: str, task: str, options: str) -> RobotEnv:
+    """The environment that this process works in, its options as JSON, since lists are no keys of a cache."""
+    return make_env(env, task, **json.loads(options))
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:
@@ -223,6 +231,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     environment_options(args)
     if len({_path_of(args, task) for task in args.tasks}) < len(args.tasks):
         raise ValueError(f"--tasks {' '.join(args.tasks)}: two of them have the same file name; record them apart")
+    _check_takeover(args)
     if args.max_attempts_factor < 1:
         raise ValueError(f"--max_attempts_factor is {args.max_attempts_factor}, must be at least 1")
     existing = [path for task in args.tasks if (path := _path_of(args, task)).exists()]
@@ -242,6 +251,19 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
             FIRST_EVALUATION_SEED,
         )
     return args
+
+
+def _check_takeover(args: argparse.Namespace) -> None:
+    if args.takeover != (args.policy is not None):
+        raise ValueError("--policy and --takeover go together: a policy that acts, and the expert that finishes")
+    given = [name for name in TAKEOVER_FLAGS if getattr(args, name) is not None]
+    if given and not args.takeover:
+        raise ValueError(f"--{given[0]} says when the expert takes over from a policy: give --policy and --takeover")
+    if args.takeover and args.noise_scale:
+        raise ValueError(f"--noise_scale is {args.noise_scale}, but with --takeover actions are executed as they are")
+    if args.takeover and args.paraphrase:
+        raise ValueError("--paraphrase belongs to the expert's own demonstrations; the policy is told the instruction")
+    _corridor(args)
 
 
 def _is_recording(path: pathlib.Path) -> bool:
@@ -269,7 +291,7 @@ def _record_task(
         for attempt in _attempts(args, task, executor):
             if on_episode is not None:
                 on_episode(attempt)
-            if not attempt.success:
+            if not attempt.is_wanted:
                 dropped += 1
                 progress.set_postfix(dropped=dropped)
                 continue
@@ -282,7 +304,7 @@ def _record_task(
                     per_action_dim=steps.action.shape[1],
                     metadata=_metadata(args, task, attempt),
                     source=task,
-                    extra=(SEED,),
+                    extra=attempt.extra,
                 )
                 stack.enter_context(writer)
             writer.write_episode(kept, len(steps.prompts), [steps])
@@ -306,13 +328,19 @@ def _attempts(args: argparse.Namespace, task: str, executor: Executor) -> Iterat
             pending.append(executor.submit(record_attempt, args, task, args.seed + submitted))
             submitted += 1
         if not pending:
+            if args.takeover:
+                raise RuntimeError(
+                    f"{task}: {kept} of {max_attempts} attempts (seeds {args.seed} to {args.seed + max_attempts - 1}) "
+                    f"became corrections, {args.episodes} are wanted: the policy mostly succeeds alone, or the expert "
+                    "fails where it takes over; ask for fewer, raise --max_attempts_factor, or lower --corridor"
+                )
             raise RuntimeError(
                 f"{task}: the expert succeeded in {kept} of {max_attempts} attempts (seeds {args.seed} to "
                 f"{args.seed + max_attempts - 1}), {args.episodes} episodes are wanted; ask for fewer, or raise "
                 "--max_attempts_factor or --max_episode_steps, or lower --noise_scale"
             )
         attempt = pending.popleft().result()
-        kept += attempt.success
+        kept += attempt.is_wanted
         yield attempt
 
 
@@ -320,7 +348,19 @@ def _metadata(args: argparse.Namespace, task: str, attempt: Attempt) -> dict[str
     return {
         "env": args.env,
         "task": task,
+        "instruction": attempt.prompt,
         "noise_scale": args.noise_scale,
         "command": args.command,
         **attempt.settings,
+        **_provenance(args),
     }
+
+
+def _provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """Which policy was corrected and when, where one was."""
+    if not args.takeover:
+        return {}
+    from inference.policy_files import policy_stamp  # imports torch
+
+    corridor = {"width": _corridor(args).width, "steps": _corridor(args).steps, "patience": args.patience}
+    return {"policy": args.policy, "policy_stamp": policy_stamp(args.policy), "corridor": corridor}

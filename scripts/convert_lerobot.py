@@ -20,8 +20,9 @@ if not __package__:
 
 from data.convert.conversion import add_conversion_arguments, parse_cameras
 from data.convert.episode_writer import ImageEncoding
-from data.convert.lerobot import TERMINAL, convert_lerobot
+from data.convert.lerobot import convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
+from data.convert.lerobot_rows import TERMINAL
 from data.convert.video import ENCODERS, VideoEncoding
 from data.schema import CAMERAS, camera_columns
 from utils.misc import WriteError, user_path

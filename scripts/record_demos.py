@@ -8,6 +8,13 @@ physical units), is_first, is_last, is_terminal, prompt, episode_index, frame_in
 seen and the expert's action for it, clipped as the simulator clips it. Each episode is one row group; how the
 file was made is in its schema's metadata.
 
+    python scripts/record_demos.py --env metaworld --tasks window-open-v3 --episodes 10 --seed 2000 \\
+        --policy C --takeover --output_dir corrections
+
+With --takeover the policy of a checkpoint acts, and the expert finishes where it leaves its corridor
+(scripts/_takeover.py has the rule). Kept are the successes that the expert had to bring about. Their column
+intervention is true where it acted, and action holds what was executed.
+
 Only successful episodes are kept, and each ends a few steps after its success. Attempt k of a task is reset with
 seed --seed + k, and the first --episodes successes are kept in that order, so a file does not depend on
 --num_workers. Evaluation takes its seeds from 10000 upwards (envs.FIRST_EVALUATION_SEED): record below that.

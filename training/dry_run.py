@@ -21,9 +21,9 @@ from utils.config_utils import Config
 
 @contextlib.contextmanager
 def without_traces(config: Config) -> Iterator[Config]:
-    """The configuration of a trial run, which writes to a temporary folder and not to W&B."""
+    """The configuration of a trial run, which writes to a temporary folder and to no tracker."""
     with tempfile.TemporaryDirectory() as folder:
-        training = dataclasses.replace(config.training, checkpoint_dir=folder)
+        training = dataclasses.replace(config.training, checkpoint_dir=folder, trackers=())
         yield dataclasses.replace(config, training=training, wandb=dataclasses.replace(config.wandb, enabled=False))
 
 

@@ -59,6 +59,24 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
+class SampleWeightingConfig:
+    """How often training draws which time step of a dataset. `sample_weighting: task` is short for `{by: task}`."""
+
+    by: Literal["step", "episode", "task"] = "step"  # what is drawn uniformly within a dataset
+    corrections: float = 1.0  # how many times as often as others a step is drawn whose `intervention` is true
+    leave_out_failures: bool = False  # draw no step of an episode whose `success` is false
+    leave_out_before: int = 0  # draw none of so many steps before an intervention begins: they led to it
+
+    shorthand = "by"  # the key that a plain value stands for
+
+    def __post_init__(self) -> None:
+        place = "data.sample_weighting"
+        positive(self, place, "corrections")
+        if self.leave_out_before < 0:
+            raise ConfigError(f"{place}.leave_out_before is {self.leave_out_before}; give a number of steps, or 0")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the demonstrations are and how samples are cut from them."""
 
@@ -68,7 +86,7 @@ class DataConfig:
     split_seed: int = 0  # which episodes val_fraction holds out, and which max_episodes leaves
     max_episodes: int | None = None  # per dataset, of the training files, those held out included; None: all
     mixture: tuple[MixtureEntry, ...] = ()  # several datasets at once, instead of train_parquet_files
-    sample_weighting: Literal["step", "episode", "task"] = "step"  # what is drawn uniformly within a dataset
+    sample_weighting: SampleWeightingConfig = field(default_factory=SampleWeightingConfig)  # which steps are drawn
     tokenizer_name_or_path: str | None = None  # directory or hub id; None: the backbone's own
     image_processor_name_or_path: str | None = None  # directory or hub id; None: siglip_model_name, else backbone
     siglip_model_name: str | None = None  # SigLIP checkpoint whose image processor is used

@@ -98,7 +98,9 @@ def _coerce(hint: Any, value: Any, place: str) -> Any:
     """`value` as the type that `hint` asks for; YAML 1.1 reads 1e-4 as text, so numbers in text are accepted."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, place)
+        shorthand = getattr(hint, "shorthand", None)
+        is_short = shorthand is not None and value is not None and not isinstance(value, dict)
+        return build(hint, {shorthand: value} if is_short else value, place)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _coerce(next(arg for arg in args if arg is not type(None)), value, place)
     if origin is Literal:

@@ -34,6 +34,7 @@ class TrainingConfig:
     best_metric: str = "val_loss"  # what model_best is best in: any validation metric, such as val_action_mse
     early_stopping_patience: int | None = None  # validations without a new best before training stops; None: never
     ema_decay: float | None = None  # average weights over updates, for evaluation; 0.999, say; None: no average
+    trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()  # where metrics and pictures go as well
     log_samples: bool = False  # write which samples each step takes to logs/samples_rank_{r}.jsonl
     compile: bool = False  # torch.compile of the transformer layers: slow first steps, then faster ones on a GPU
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # the latter searches for faster kernels

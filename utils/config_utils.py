@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.config_data import AugmentationConfig, DataConfig, MixtureEntry
+from utils.config_data import AugmentationConfig, DataConfig, MixtureEntry, SampleWeightingConfig
 from utils.config_fields import is_free, not_negative, positive
 from utils.config_model import (
     ActionHeadConfig,
@@ -46,7 +46,9 @@ __all__ = [
     "MixtureEntry",
     "ModelConfig",
     "OptimizerConfig",
+    "SampleWeightingConfig",
     "ServingConfig",
+    "TrackioConfig",
     "TrainingConfig",
     "VLMConfig",
     "VisionResamplerConfig",
@@ -137,12 +139,20 @@ class ServingConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases; used only with `enabled` (or --use_wandb)."""
+    """Weights & Biases; used only with `wandb` among `training.trackers`."""
 
-    enabled: bool = False
+    enabled: bool = False  # older spelling of `wandb` among training.trackers, and what --use_wandb sets
     project: str = "paligemma-vla"
     entity: str | None = None
     log_checkpoints: bool = False  # upload every checkpoint as a version of the run's model artifact
+
+
+@dataclass(frozen=True)
+class TrackioConfig:
+    """Trackio; used only with `trackio` among `training.trackers`."""
+
+    project: str = "paligemma-vla"
+    space_id: str | None = None  # user/space on the Hugging Face hub to log to as well; None: this machine alone
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,7 @@ class Config:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    trackio: TrackioConfig = field(default_factory=TrackioConfig)
 
     def __post_init__(self) -> None:
         self._take_older_inference_steps()
@@ -240,6 +251,12 @@ class Config:
         """Names of the image columns that the model reads, in slot order."""
         older_spelling = ("image_1", "image_2") if self.model.vlm_config.use_aux_camera else ("image_1",)
         return self.data.cameras or older_spelling
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the experiment trackers, without repetition."""
+        older_spelling = ("wandb",) if self.wandb.enabled else ()
+        return tuple(dict.fromkeys((*self.training.trackers, *older_spelling)))
 
     @property
     def experiment_dir(self) -> Path:

@@ -256,3 +256,20 @@ def user_message(error: BaseException) -> str:
         return text
     kind = type(error).__name__
     return text[text.rindex(f"{kind}: ") + len(kind) + 2 :].strip()
+
+
+@contextlib.contextmanager
+def errors_in_one_line(*mendable: type[BaseException], interrupted: str = "stopped") -> Iterator[None]:
+    """What a script's `main` runs in: an error that its user can mend ends it with one line instead of a traceback.
+
+    Args:
+        mendable: kinds of errors whose message says what to do.
+        interrupted: what Ctrl-C prints.
+    """
+    try:
+        yield
+    except mendable as error:
+        sys.exit(f"error: {user_message(error)}")
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        sys.exit(130)

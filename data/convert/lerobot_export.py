@@ -28,8 +28,8 @@ from tqdm import tqdm
 from data.convert.conversion import run_jobs
 from data.convert.episode_reader import Episode, Span, read_episodes, read_images
 from data.convert.episode_writer import RECORD
-from data.convert.lerobot import DONE
 from data.convert.lerobot_files import CHUNKS_SIZE, DATA_PATH, ROWS_PER_BLOCK, VIDEO_PATH, DataFiles, VideoFiles
+from data.convert.lerobot_rows import DONE
 from data.convert.lerobot_stats import Stats, count_pixels, image_stats, sampled_frames, vector_stats
 from data.convert.video import VideoEncoding, encode_video, video_info
 from data.decoding import upright

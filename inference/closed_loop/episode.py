@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from model.context import ActionPrefix
 
 Observation = dict[str, np.ndarray]
+# What was seen, planned and done, T steps: of each camera uint8 (T, H, W, 3); "state" (T, state_dim); "action" (T, A),
+# clipped as the environment clips it; "plan" (P, horizon, A) and "plan_step" (P,), the step that each was made at.
+Recording = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class EpisodeResult:
         total_reward: sum of rewards.
         seconds, plan_seconds: wall time, and the part of it spent waiting for plans.
         actions: what was sent, one (A,) per step.
-        frames: captioned frames, one per step and the first; empty unless recorded.
+        frames: captioned frames, one per step and the first; empty unless filmed.
+        recording: see `Recording`; None unless asked for.
     """
 
     seed: int
@@ -87,6 +91,7 @@ class EpisodeResult:
     plan_seconds: float = 0.0
     actions: list[np.ndarray] = field(default_factory=list, repr=False)
     frames: list[np.ndarray] = field(default_factory=list, repr=False)
+    recording: Recording | None = field(default=None, repr=False)
 
 
 class Episode:
@@ -103,6 +108,7 @@ class Episode:
         max_seq_len: observations that a plan is made from; 0: the last state, without images.
         record: keep captioned frames of image_1.
         label: who acts, for the captions.
+        keep_steps: keep what is seen, planned and done, as `result.recording`.
     """
 
     def __init__(
@@ -115,11 +121,14 @@ class Episode:
         max_seq_len: int = 1,
         record: bool = False,
         label: str = "policy",
+        keep_steps: bool = False,
     ) -> None:
         self.env, self.settings, self.record, self.label = env, settings, record, label
+        self._kept: dict[str, list[Any]] | None = {} if keep_steps else None
         self._started = time.perf_counter()
         self._looks = max_seq_len > 0
-        observation, _ = env.reset(seed=seed, options={"images_on_request": max_seq_len <= 1 and not record})
+        on_request = max_seq_len <= 1 and not record and not keep_steps
+        observation, _ = env.reset(seed=seed, options={"images_on_request": on_request})
         self.prompt = env.unwrapped.instruction if prompt is None else prompt
         self.result = EpisodeResult(seed)
         self._history: deque[Observation] = deque([observation], maxlen=max(1, max_seq_len))
@@ -143,6 +152,8 @@ class Episode:
                 return PlanRequest(tuple(self._history), self.prompt, self._execution.request())
             self._step()
         self.result.seconds = time.perf_counter() - self._started
+        if self._kept is not None:
+            self.result.recording = {name: np.stack(values) for name, values in self._kept.items()}
         return None
 
     def run(self, plan: Callable[[PlanRequest], np.ndarray]) -> EpisodeResult:
@@ -155,6 +166,7 @@ class Episode:
         """The plan (T, A) that `advance` asked for."""
         self.result.plan_seconds += time.perf_counter() - self._asked
         self.result.plans += 1
+        self._keep(plan=np.asarray(action_TA), plan_step=np.int64(self.result.steps))
         self._under_way = self._execution.step + self.settings.latency_steps, action_TA
 
     def _deliver(self) -> None:
@@ -173,6 +185,9 @@ class Episode:
         if action is None:
             action = self.env.unwrapped.hold_action(result.actions[-1] if result.actions else None)
             result.held_steps += 1
+        if self._kept is not None:
+            space = self.env.action_space
+            self._keep(**self._history[-1], action=np.clip(action, space.low, space.high))
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._history.append(observation)
         result.actions.append(np.asarray(action))
@@ -181,6 +196,11 @@ class Episode:
         result.success = bool(info["success"])
         self._ended = terminated or truncated or result.success
         self._keep_frame()
+
+    def _keep(self, **values: np.ndarray) -> None:
+        if self._kept is not None:
+            for name, value in values.items():
+                self._kept.setdefault(name, []).append(value)
 
     def _keep_frame(self) -> None:
         if self.record:

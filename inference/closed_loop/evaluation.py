@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from inference.closed_loop.episode import EpisodeResult
 from inference.closed_loop.parallel import Finished, Planner, run_episodes
 from inference.closed_loop.policies import Control, ExpertPolicy, ReplayPolicy
 from inference.closed_loop.record import RolloutRecord
@@ -32,6 +33,16 @@ from utils.text import file_stem
 logger = logging.getLogger(__name__)
 
 
+class Recorder(Protocol):
+    """Keeps episodes as training data; `data.convert.rollouts.RolloutRecorder` is one."""
+
+    def check(self, settings: Mapping[str, Any], done: Collection[tuple[str, int]]) -> None:
+        """Raise a ValueError where the recordings of these finished episodes are missing, or others are in the way."""
+
+    def write(self, task: str, result: EpisodeResult, prompt: str, env_settings: Mapping[str, Any]) -> None:
+        """Keep one finished episode, from its `result.recording`."""
+
+
 def evaluate_closed_loop(
     args: argparse.Namespace,
     predictor: VLAPredictor | None,
@@ -39,6 +50,7 @@ def evaluate_closed_loop(
     seeds: Sequence[int],
     make_env: MakeEnv,
     demonstrations: Callable[[str, int, int], Sequence[np.ndarray]],
+    recorder: Recorder | None = None,
 ) -> dict[str, Any]:
     """The closed-loop mode of main_eval.py.
 
@@ -47,6 +59,7 @@ def evaluate_closed_loop(
         predictor: the policy; None: what --control names runs in its place.
         tiers, seeds, make_env: as `evaluate_tasks` takes them.
         demonstrations: (instruction, state_dim, per_action_dim) -> the recorded actions to replay, (steps, A) each.
+        recorder: keeps every episode; None: nothing is recorded.
 
     Returns:
         As `evaluate_tasks`.
@@ -86,6 +99,7 @@ def evaluate_closed_loop(
         num_envs=args.num_envs,
         num_videos=args.num_videos,
         restart=args.restart,
+        recorder=recorder,
     )
 
 
@@ -101,6 +115,7 @@ def evaluate_tasks(
     num_envs: int,
     num_videos: int,
     restart: bool,
+    recorder: Recorder | None = None,
 ) -> dict[str, Any]:
     """Roll a policy out in several tasks.
 
@@ -113,6 +128,7 @@ def evaluate_tasks(
         prompts: instructions of tasks that are not given their own.
         num_videos: episodes per task to film, the first ones.
         restart: forget the episodes that the folder holds.
+        recorder: keeps every episode before it counts as finished.
 
     Returns:
         The content of rollouts.json: `settings`; `tasks`, as `task_summary` gives them; `summary`, as `summarize_tasks`
@@ -125,12 +141,19 @@ def evaluate_tasks(
     started = time.perf_counter()
     settings = {**settings, **_policy_settings(policy)}
     record = RolloutRecord(folder, settings, restart)
+    if recorder is not None:
+        recorder.check(settings, record.done)
     filmed = set(seeds[:num_videos])
     control, given = settings.get("control", "policy"), settings.get("prompts", "own")
     words = [] if given == "own" else ["swapped prompt" if given == "swapped" else "other prompt"]
     label = ", ".join([control, *words] if control != "policy" or not words else words)
     jobs = [
-        Job(task, seed, prompts.get(task), str(_video(folder, task, seed)) if seed in filmed else None, label)
+        Job(
+            *(task, seed, prompts.get(task)),
+            str(_video(folder, task, seed)) if seed in filmed else None,
+            label,
+            keep_steps=recorder is not None,
+        )
         for task in tiers
         for seed in seeds
         if (task, seed) not in record.done
@@ -139,6 +162,9 @@ def evaluate_tasks(
 
     def on_finished(episode: Finished) -> None:
         job, result = episode.job, episode.result
+        if recorder is not None:
+            recorder.write(job.task, result, job.prompt or episode.instruction, episode.env_settings)
+            result.recording = None
         record.add(episode)
         outcome = "success" if result.success else "failure"
         logger.info("%s seed %d: %s, %d steps, %.1f s", job.task, job.seed, outcome, result.steps, result.seconds)

@@ -44,6 +44,7 @@ class Job:
         prompt: instead of the environment's instruction.
         video: file that the episode is filmed into; None: it is not.
         label: who acts, for the video.
+        keep_steps: whether the result's `recording` is wanted.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Job:
     prompt: str | None = None
     video: str | None = None
     label: str = "policy"
+    keep_steps: bool = False
 
 
 def run_job(
@@ -60,8 +62,8 @@ def run_job(
     max_seq_len: int,
     plan: Callable[[PlanRequest], np.ndarray],
 ) -> EpisodeResult:
-    """One episode, filmed where the job says so; actions and frames are not kept."""
-    filmed = {"record": bool(job.video), "label": job.label}
+    """One episode, filmed and recorded where the job says so; actions and frames are not kept."""
+    filmed = {"record": bool(job.video), "label": job.label, "keep_steps": job.keep_steps}
     episode = Episode(env, settings, job.seed, prompt=job.prompt, max_seq_len=max_seq_len, **filmed)
     episode.run(plan)
     if job.video:

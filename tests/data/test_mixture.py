@@ -11,6 +11,7 @@ import torch
 from data.loader import build_datasets, build_sampler, collate_fn, make_loader
 from data.processing import processors_from_config
 from data.sampler import BLOCK, StepBatchSampler
+from data.weighting import sample_probabilities
 from model.vla_model import VLAModel
 from tests.helpers import episode_rows, write_episodes, write_rows
 from tests.policies import act, model_section
@@ -181,7 +182,7 @@ def test_weights_by_episode_and_task(mixture, weighting):
     config = mixture(sample_weighting=weighting)
     train, _ = build_datasets(config, *processors_from_config(config))
     dataset = train.datasets[1]  # episodes of 6, 5 and 8 steps; prompts of the first and third are the same
-    probabilities = dataset.sample_probabilities(weighting)
+    probabilities = sample_probabilities(dataset.store, np.arange(len(dataset)), config.data.sample_weighting)
     assert probabilities.sum() == pytest.approx(1)
     per_episode = [probabilities[:6].sum(), probabilities[6:11].sum(), probabilities[11:].sum()]
     expected = [1 / 3] * 3 if weighting == "episode" else [0.5 * 6 / 14, 0.5, 0.5 * 8 / 14]

@@ -104,7 +104,8 @@ def test_settings_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_flags_that_are_named_exist(page, capsys):
-    known = {"--shm-size", "--ipc", "--rm", "--local-dir", "--repo-type", "--nproc_per_node"}  # docker, hf, torchrun
+    # Flags of docker, hf, torchrun, tensorboard and trackio.
+    known = {"--shm-size", "--ipc", "--rm", "--local-dir", "--repo-type", "--nproc_per_node", "--logdir", "--project"}
     for name in repository_files():
         if name.endswith((".py", ".sh")) and not name.startswith("tests/"):
             text = (ROOT / name).read_text(encoding="utf-8")

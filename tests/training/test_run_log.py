@@ -35,11 +35,11 @@ def holds(path: Path, text: str, within_s: float = 10.0) -> bool:
 def test_a_resumed_run_is_the_same_wandb_run(make_config, offline):
     wandb = {"enabled": True, "log_checkpoints": True}
     first = make_trainer(make_config(training={"max_steps": 2}, wandb=wandb))
-    run_id = first.run_log._wandb.id
+    run_id = first.run_log.trackers.running["wandb"].run.id
     first.fit()
     path = first.checkpoints / "checkpoint_epoch_1.pth.tar"
     again = resumed_trainer(make_config(training={"max_steps": 4}, wandb=wandb), path)
-    assert again.run_log._wandb.id == run_id
+    assert again.run_log.trackers.running["wandb"].run.id == run_id
     again.fit()
     assert (again.config.experiment_dir / "wandb_run_id.txt").read_text() == run_id
     stored = sorted((again.config.experiment_dir / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
@@ -51,7 +51,7 @@ def test_a_resumed_run_is_the_same_wandb_run(make_config, offline):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
     other = make_trainer(make_config(training={"experiment_name": "other"}, wandb={"enabled": True}))
-    assert other.run_log._wandb.id != run_id
+    assert other.run_log.trackers.running["wandb"].run.id != run_id
     other.run_log.finish()
 
 
@@ -60,7 +60,7 @@ def test_another_clock_than_wandbs(make_config, offline):
     trainer = make_trainer(make_config(wandb={"enabled": True}))
     for step in (1, 2, 1):
         trainer.run_log.write({"step": step, "loss": float(step)})
-    summary = dict(trainer.run_log._wandb.summary)
+    summary = dict(trainer.run_log.trackers.running["wandb"].run.summary)
     assert summary["step"] == 1 and summary["loss"] == 1.0
     trainer.run_log.finish()
 
@@ -72,7 +72,7 @@ def test_an_artifact_holds_the_shards_of_its_checkpoint(make_config, offline):
     save_checkpoint({"step": 1, "shards": {"folder": shards.name, "places": {}, "files": {}}}, path)
     shards.mkdir()
     (shards / "shard-00001.safetensors").write_bytes(b"weights")
-    run_id = trainer.run_log._wandb.id
+    run_id = trainer.run_log.trackers.running["wandb"].run.id
     trainer.run_log.checkpoint(path, 1)
     trainer.run_log.finish()
     (stored,) = (trainer.config.experiment_dir / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")

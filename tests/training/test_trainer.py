@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-import main_train
+from data.loader import build_loaders
 from data.processing import processors_from_config
 from model.checkpointing import require_same_architecture
 from model.vla_model import VLAModel
 from tests.policies import act
 from tests.trainers import make_trainer, metrics_of, resumed_trainer
 from training.failure import dump_batches
-from training.launch import Place
 from training.run_log import read_metrics
 from training.trainer import NonFiniteLossError
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -108,7 +107,7 @@ def test_validation_takes_micro_batches_of_the_training_size(make_config):
     for accumulation in (1, 2):
         training = {"gradient_accumulation_steps": accumulation, "val_max_batches": 1, "val_num_plots": 0}
         config = make_config(training={**training, "experiment_name": f"of_{accumulation}"})
-        loaders = main_train.build_loaders(config, *processors_from_config(config), Place(torch.device("cpu")))
+        loaders = build_loaders(config, *processors_from_config(config))
         sizes = [len(next(iter(loader))["action"]) for loader in loaders]
         assert sizes == [4 // accumulation] * 2
         trainer = make_trainer(config)

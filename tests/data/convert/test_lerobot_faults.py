@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import data.convert.lerobot as module
-from data.convert.lerobot import RowReader, convert_lerobot
+import data.convert.lerobot_rows as module
+from data.convert.lerobot import convert_lerobot
+from data.convert.lerobot_rows import RowReader
 from data.convert.video import VideoEncoding, VideoReader, encode_video
 from tests.data.convert.lerobot_fixtures import (
     CAMERAS,

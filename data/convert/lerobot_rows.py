@@ -1,0 +1,312 @@
+"""The rows of a LeRobot dataset, episode by episode, checked: what the converter writes and what is read in place."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from data.convert.episode_writer import ImageEncoding, Steps
+from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset, VideoSpan
+from data.schema import TIMESTAMP, encoded_frames
+from utils.encoded_images import PNG_START, is_image
+from utils.parquet_utils import DataError, batches, open_parquet, require_columns
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_BLOCK = 64  # of images
+TERMINAL = ("auto", "always", "never")
+DONE = "next.done"
+INDICES_PER_BATCH = 65536
+RATE_TOLERANCE = 0.1  # part by which the rows' rate may differ from info.json's
+
+
+@dataclass(frozen=True)
+class LeRobotOptions:
+    """What is converted, and how.
+
+    Attributes:
+        cameras: feature -> image_1 or image_2.
+        state_keys: features that make up `state`, in order.
+        action_keys: features that make up `action`, in order.
+        encoding: of frames that come from video.
+        tolerance_s: seconds between a row's time stamp and its video frame's.
+        prompt: instruction of all steps; None: the dataset's tasks.
+        empty_prompt: instruction of those steps whose task is empty.
+        terminal: whether episodes ended by themselves: `always`, `never`, or `auto`, which is what `next.done` of the
+            last step says, and no where there is no such feature.
+        follow_links: read files that are links to others outside of the folder.
+    """
+
+    cameras: dict[str, str]
+    state_keys: tuple[str, ...]
+    action_keys: tuple[str, ...]
+    encoding: ImageEncoding
+    tolerance_s: float
+    prompt: str | None
+    empty_prompt: str | None
+    terminal: str
+    follow_links: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, text in (("--prompt", self.prompt), ("--empty_prompt", self.empty_prompt)):
+            if text is not None and not text.strip():
+                raise DataError(f"{flag} is {text!r}; give an instruction")
+        if self.prompt is not None and self.empty_prompt is not None:
+            raise DataError("--prompt replaces every instruction, --empty_prompt empty ones alone; give one of them")
+        if self.terminal not in TERMINAL:
+            raise DataError(f"--terminal is {self.terminal!r}; wanted {', '.join(TERMINAL)}")
+
+
+def row_columns(dataset: LeRobotDataset, options: LeRobotOptions, cameras: Sequence[str]) -> list[str]:
+    """The columns that `episode_rows` reads, those of `cameras` that are no video among them."""
+    images = [key for key in cameras if not dataset.is_video(key)]
+    done = [DONE] * (options.terminal == "auto" and DONE in dataset.features)
+    names = ("frame_index", "timestamp", "task_index", *options.state_keys, *options.action_keys, *images, *done)
+    return list(dict.fromkeys(names))
+
+
+def episode_rows(
+    dataset: LeRobotDataset, options: LeRobotOptions, episode: EpisodeSource, rows: RowReader, cameras: Sequence[str]
+) -> Iterator[tuple[Steps, np.ndarray]]:
+    """The steps of one episode with their time stamps as they are stored, in blocks.
+
+    Args:
+        dataset, options, episode: what is read.
+        rows: reader of the episode's data file, with `row_columns`.
+        cameras: features whose frames are wanted; of those that are video the steps have none yet, and time stamps
+            must ascend.
+
+    Raises:
+        DataError: rows are missing or out of order, contradict the metadata, or hold no numbers or images.
+    """
+    where = f"{dataset.root} episode {episode.index}"
+    images = [key for key in cameras if not dataset.is_video(key)]
+    has_done = options.terminal == "auto" and DONE in dataset.features
+    begin, last = 0, -np.inf
+    for batch in rows.episode(episode.index):
+        frames = _numbers(batch, "frame_index", episode)
+        wrong = np.flatnonzero(frames != np.arange(begin, begin + len(frames)))
+        if len(wrong):
+            raise DataError(
+                f"{where}: frame_index is {frames[wrong[0]]} where {begin + wrong[0]} is due ({episode.data_file}); "
+                "rows are missing or out of order, so fetch or record the dataset again"
+            )
+        timestamp = _numbers(batch, "timestamp", episode)
+        if begin == 0:
+            _check_rate(dataset, timestamp, where)
+        steps = Steps(
+            images={options.cameras[key]: _embedded(batch.column(key), key, f"{where} frame", begin) for key in images},
+            state=np.concatenate([_matrix(dataset, batch, key, episode) for key in options.state_keys], axis=1),
+            action=np.concatenate([_matrix(dataset, batch, key, episode) for key in options.action_keys], axis=1),
+            prompts=_prompts(dataset, options, batch, episode),
+            extra={TIMESTAMP: timestamp.astype(np.float32)},
+            terminal=bool(batch.column(DONE)[-1].as_py()) if has_done else options.terminal == "always",
+        )
+        late = np.diff(timestamp, prepend=last) > 0  # false for NaN
+        if len(images) < len(cameras) and not late.all():
+            row = int(np.flatnonzero(~late)[0])
+            raise DataError(
+                f"{where} frame {begin + row}: timestamp {timestamp[row]} does not come after the one before, so "
+                f"no video frame belongs to it ({episode.data_file}); fetch or record the dataset again"
+            )
+        last = timestamp[-1]
+        yield steps, timestamp
+        begin += len(frames)
+
+
+class RowReader:
+    """The rows of a data file, episode by episode; a row group is read once where episodes ascend."""
+
+    def __init__(self, path: Path, columns: Sequence[str], rows_per_block: int = ROWS_PER_BLOCK) -> None:
+        """Open the file and find its episodes.
+
+        Args:
+            path: of the data file.
+            columns: what is read of it.
+            rows_per_block: rows that are held at once.
+
+        Raises:
+            DataError: it is damaged or lacks one of `columns`.
+        """
+        self._path, self._columns, self._rows_per_block = path, list(columns), rows_per_block
+        self._file = open_parquet(path)
+        require_columns(self._file, path, self._columns)
+        index = [
+            batch.column(0).cast(pa.int64(), safe=False).fill_null(-1).to_numpy(zero_copy_only=False)
+            for _, batch in batches(self._file, path, ["episode_index"], INDICES_PER_BATCH)
+        ]
+        numbers = np.concatenate(index)
+        starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1))
+        self._spans: dict[int, list[tuple[int, int]]] = {}
+        for begin, end in itertools.pairwise([*starts.tolist(), len(numbers)]):
+            self._spans.setdefault(int(numbers[begin]), []).append((begin, end))
+        sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._group_ends = list(itertools.accumulate(sizes))
+        self._batches: Iterator[tuple[int, pa.RecordBatch]] = iter(())
+        self._batch: pa.RecordBatch | None = None  # the one that was read last
+        self._first = 0  # its first row
+
+    def episode(self, index: int) -> Iterator[pa.RecordBatch]:
+        """The rows of one episode, none where the file does not hold it; DataError where the file is damaged."""
+        for begin, end in self._spans.get(index, ()):
+            while begin < end:
+                self._go_to(begin)
+                chosen = self._batch.slice(begin - self._first, end - begin)
+                yield chosen
+                begin += chosen.num_rows
+
+    def _go_to(self, row: int) -> None:
+        """Read on until the batch holds a row; begin anew where that lies behind, or in another row group."""
+        following = self._first + (self._batch.num_rows if self._batch is not None else 0)
+        groups = (bisect.bisect_right(self._group_ends, place) for place in (following, row))
+        if row < self._first or (row > following and len(set(groups)) > 1):
+            self._batch = None
+        while self._batch is None or row >= self._first + self._batch.num_rows:
+            if self._batch is None:
+                self._batches = batches(self._file, self._path, self._columns, self._rows_per_block, first_row=row)
+            self._batch = None  # also where the next line raises, so that nobody goes on from there
+            self._first, self._batch = next(self._batches)
+
+
+def check_span(dataset: LeRobotDataset, episode: EpisodeSource, key: str, num_frames: int) -> None:
+    """Compare an episode's rows with the frames of its part of a video; a line in the log where there are more frames.
+
+    Args:
+        dataset, episode, key: whose video.
+        num_frames: of the file, where the whole of it is the episode's; 0 where it does not say.
+
+    Raises:
+        DataError: the part is shorter than the episode.
+    """
+    span = episode.videos[key]
+    frames = num_frames if span.stop is None else round((span.stop - span.start) * dataset.fps)
+    if span.stop is not None and frames < episode.length:
+        raise DataError(
+            f"{dataset.root} episode {episode.index}: {span.path} has {frames} frames ({span.start:g} to "
+            f"{span.stop:g} s) for {episode.length} rows; the frames behind are another episode's: fetch the dataset "
+            "again, or leave that episode out (--episodes)"
+        )
+    if frames > episode.length:
+        logger.warning(
+            "%s episode %d: %s has %d frames for %d rows: the last ones are left out",
+            *(dataset.root, episode.index, span.path, frames, episode.length),
+        )
+
+
+def video_times(
+    timestamp: np.ndarray, span: VideoSpan, tolerance: float, where: str, begin: int, fps: float
+) -> list[tuple[float, float]]:
+    """(seconds into the file, tolerance) of each row; float32 time stamps round, and more so the later they are.
+
+    Args:
+        timestamp: of the rows, (N,), as stored.
+        span: the episode's part of the video.
+        tolerance: seconds by which a frame's time may differ.
+        where, begin: the episode, and its step that the first row is, for messages.
+        fps: of the dataset.
+
+    Raises:
+        DataError: a time outside of the episode's part: what is around it is another's.
+    """
+    rounding = np.spacing(timestamp.astype(np.float32)).astype(np.float64) / 2
+    seconds, tolerances = span.start + timestamp.astype(np.float64), tolerance + rounding
+    stop = math.inf if span.stop is None else span.stop
+    outside = np.flatnonzero(~((span.start - tolerances <= seconds) & (seconds <= stop - 0.5 / fps)))
+    if len(outside):
+        row = int(outside[0])
+        raise DataError(
+            f"{where} {begin + row}: its time, {seconds[row]:.4f} s into {span.path}, is outside of the episode's part "
+            f"of it ({span.start:.4f} to {stop:.4f} s); fetch the dataset again"
+        )
+    return list(zip(seconds.tolist(), tolerances.tolist(), strict=True))
+
+
+def _numbers(batch: pa.RecordBatch, name: str, episode: EpisodeSource) -> np.ndarray:
+    """A column of plain numbers, (rows,)."""
+    column = batch.column(name)
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)) or column.null_count:
+        fault = f"has {column.null_count} nulls" if column.null_count else f"is {column.type}"
+        raise DataError(
+            f"{episode.data_file} (episode {episode.index}): {name!r} {fault}; wanted a number in every row: fetch the "
+            "dataset again"
+        )
+    return column.to_numpy(zero_copy_only=False)
+
+
+def _check_rate(dataset: LeRobotDataset, timestamp: np.ndarray, where: str) -> None:
+    """Raise a DataError where an episode's first time stamps contradict the rate of info.json."""
+    step = float(np.median(np.diff(timestamp.astype(np.float64)))) if len(timestamp) > 2 else float("nan")
+    if step > 0 and abs(step * dataset.fps - 1) > RATE_TOLERANCE:
+        raise DataError(
+            f"{where}: {dataset.info_path} says {dataset.fps:g} frames per second, the rows' time stamps "
+            f"{1 / step:.4g}; correct fps there, or the time stamps"
+        )
+
+
+def _matrix(dataset: LeRobotDataset, batch: pa.RecordBatch, key: str, episode: EpisodeSource) -> np.ndarray:
+    """A numeric feature as (rows, width), in the type it is stored in."""
+    width, column = dataset.width(key), batch.column(key)
+    is_list = isinstance(column, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray))
+    values = column.flatten() if is_list else column
+    numeric = pa.types.is_floating(values.type) or pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)
+    if not numeric or len(values) != len(column) * width or values.null_count:
+        raise DataError(
+            f"{episode.data_file} (episode {episode.index}): {key!r} is {column.type} with "
+            f"{len(values) - values.null_count} values in {len(column)} rows; {dataset.info_path} says {width} numbers "
+            "a row: fetch the dataset again"
+        )
+    return values.to_numpy(zero_copy_only=False).reshape(len(column), width)
+
+
+def _prompts(
+    dataset: LeRobotDataset, options: LeRobotOptions, batch: pa.RecordBatch, episode: EpisodeSource
+) -> list[str]:
+    if options.prompt is not None:
+        return [options.prompt] * batch.num_rows
+    where = f"{dataset.root} episode {episode.index}"
+    indices = _numbers(batch, "task_index", episode).tolist()
+    for index in set(indices):
+        if index not in dataset.tasks:
+            raise DataError(
+                f"{where}: task_index {index} is not in {dataset.tasks_path} ({len(dataset.tasks)} tasks); fetch the "
+                "dataset again, or give --prompt"
+            )
+        task = dataset.tasks[index]
+        if episode.tasks and task not in episode.tasks:
+            others = ", ".join(map(repr, episode.tasks))
+            raise DataError(
+                f"{where}: its rows say task {index}, {task!r} in {dataset.tasks_path.name}, but meta/episodes says "
+                f"{others}; one of them is wrong (a merge that did not renumber?): mend the dataset, or give --prompt"
+            )
+        if not (task or "").strip() and options.empty_prompt is None:
+            raise DataError(
+                f"{where}: task {index} is {'null' if task is None else repr(task)}, no instruction; leave that "
+                "episode out (--episodes), or give one for such steps alone (--empty_prompt) or for all (--prompt)"
+            )
+    tasks = [dataset.tasks[index] or "" for index in indices]
+    return [task if task.strip() else options.empty_prompt for task in tasks]
+
+
+def _embedded(column: pa.Array, key: str, where: str, begin: int) -> list[bytes]:
+    """Encoded frames of an image feature, untouched."""
+    frames: list[bytes | None] = encoded_frames(column, key, where).to_pylist()
+    for i, frame in enumerate(frames):
+        if not frame or not is_image(frame):
+            reason = f"begins with {frame[:4]!r}" if frame else "is not embedded"
+            raise DataError(
+                f"{where} {begin + i}: {key} {reason}; wanted the bytes of a JPEG or PNG image: write the dataset "
+                "again with embedded images"
+            )
+        if frame.startswith(PNG_START) and frame[24:25] == b"\x10":
+            raise DataError(
+                f"{where} {begin + i}: {key} is a PNG of 16 bits a value, depth and not colour; choose another camera"
+            )
+    return frames
