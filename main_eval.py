@@ -22,7 +22,7 @@ import torch
 from data.convert.rollouts import RolloutRecorder
 from data.episode_store import recorded_actions
 from data.loader import make_loader, open_for_evaluation
-from envs import FIRST_EVALUATION_SEED, SIMULATORS, expand_tasks, make_env
+from envs import FIRST_EVALUATION_SEED, SIMULATORS, env_maker, expand_tasks
 from inference.closed_loop.evaluation import evaluate_closed_loop
 from inference.eval_args import parse_args
 from inference.evaluate import evaluate_offline, quantization_error
@@ -68,11 +68,11 @@ def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     tasks, simulator = expand_tasks(args.env, args.tasks), SIMULATORS[args.env]
     if args.image_size is not None:
         args.options["image_size"] = args.image_size
-    elif predictor is not None and "image_size" in simulator.options():
-        args.options.setdefault("image_size", predictor.image_processor.height)
+    make = env_maker(args.env, args.options, predictor.image_processor.height if predictor else None)
+    args.options = make.keywords
     tiers = {task: simulator.group_of(task) for task in tasks}
     first = FIRST_EVALUATION_SEED if args.seed is None else args.seed
-    seeds, make = range(first, first + args.episodes), functools.partial(make_env, args.env, **args.options)
+    seeds = range(first, first + args.episodes)
     demonstrations = functools.partial(recorded_actions, args.demos_path, "--demos_path")
     recorder = RolloutRecorder(Path(args.record)) if args.record else None
     result = evaluate_closed_loop(args, predictor, tiers, seeds, make, demonstrations, recorder)

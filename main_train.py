@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from data.loader import build_loaders
 from data.processing import processors_from_config
 from data.statistics import require_statistics_of
 from data.trained_processors import processors_to_train_on
+from envs import env_maker, expand_tasks
 from model.checkpointing import require_same_architecture
 from model.transfer import policy_from_parts
 from model.vla_model import VLAModel
@@ -28,7 +30,7 @@ from training.trainer import VLATrainer
 from training.trainer_ddp import VLATrainerDDP
 from training.trainer_fsdp import VLATrainerFSDP
 from utils.checkpoint import load_checkpoint
-from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_parser
+from utils.cli import config_from_args, key_values, refuse_to_overwrite, resume_path, train_parser
 from utils.config_utils import Config
 from utils.misc import derive_seed, end_in_log_file, errors_in_one_line, set_up_logging
 from utils.run_lock import only_run
@@ -89,9 +91,22 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
     trainer_class = TRAINERS[config.training.strategy] if place.in_group else VLATrainer
     saved_processors = {"image_processor": processors[0].to_settings(), "tokenizer_files": processors[1].to_files()}
     trainer = trainer_class(config, policy, *loaders, place.device, saved_processors)
+    trainer.rollouts = build_rollouts(config, processors)
     if resumed:
         trainer.resume(checkpoint, resumed)
     return trainer
+
+
+def build_rollouts(config: Config, processors: tuple[Any, Any]) -> Any:
+    """The closed-loop episodes of `training.eval_every_n_epochs`; None where nobody asks for them."""
+    if config.training.eval_every_n_epochs is None:
+        return None
+    loop = config.closed_loop
+    tasks, options = expand_tasks(loop.env, loop.tasks), key_values(loop.env_options, "closed_loop.env_options")
+    make = env_maker(loop.env, options, image_size=processors[0].height)
+    from inference.closed_loop.in_training import TrainingRollouts  # which needs gymnasium; most runs do without
+
+    return TrainingRollouts(config, processors, tasks, make)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ not been trained on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,22 @@ def make_env(name: str, task: str, **options: Any) -> RobotEnv:
     """
     check_task(name, task)
     return SIMULATORS[name].make(task, **options)
+
+
+def env_maker(name: str, options: dict[str, Any], image_size: int | None = None) -> functools.partial[RobotEnv]:
+    """``make_env`` for the tasks of one simulator, from what a user chose and the image size that a policy wants.
+
+    Args:
+        name: a key of ``SIMULATORS``.
+        options: as ``make_env`` takes them.
+        image_size: in pixels, where ``options`` do not say and the simulator lets it be chosen; None: its own.
+
+    Raises:
+        ModuleNotFoundError: the simulator's packages are not installed; names the command that installs them.
+    """
+    if image_size is not None and "image_size" in SIMULATORS[name].options():
+        options = {"image_size": image_size, **options}
+    return functools.partial(make_env, name, **options)
 
 
 def check_task(name: str, task: str) -> None:
