@@ -104,6 +104,8 @@ def requirements_of(config: Config, entry: MixtureEntry | None, has_val: bool) -
         widths=widths,
         horizon=entry.horizon if entry else config.model.action_head_config.horizon,
         cameras=config.cameras,
+        state_columns=data.state_columns,
+        needs_state=config.reads_state,
         count_tokens=token_counter(config),
         prompt_max_len=data.prompt_max_len,
         held_out=held_out,

@@ -46,14 +46,16 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     whole = functools.partial(load_predictor, args, quantization="none")
     few = (batch for _, batches in data.values() for batch in islice(batches, 4))
     result |= quantization_error(predictor, whole, few, args.seed or 0)
-    paths = write_evaluation(Path(args.output_dir), result, predictions, args.save_predictions, args.num_plots)
+    how = args.save_predictions, args.num_plots, predictor.config.action_labels
+    paths = write_evaluation(Path(args.output_dir), result, predictions, *how)
     logger.info("%.1f ms per sample", 1000 * result["seconds_per_sample"])
     finish(metrics_table(result), paths, args.log_file)
 
 
 def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     """Single-item mode: one chunk of actions, printed, and written when asked for."""
-    images, seen = (args.image1_paths, args.image2_paths), {"prompt": args.prompt, "state": args.state}
+    images = args.image1_paths, args.image2_paths
+    seen = {"prompt": args.prompt, "state": args.state, "images": args.images}
     action_TA = predictor.predict(*images, **seen, seed=args.seed or 0)
     whole = functools.partial(load_predictor, args, quantization="none")
     quantization_error(predictor, whole, [predictor.observe(*images, **seen)], args.seed or 0)
@@ -68,7 +70,8 @@ def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     tasks, simulator = expand_tasks(args.env, args.tasks), SIMULATORS[args.env]
     if args.image_size is not None:
         args.options["image_size"] = args.image_size
-    make = env_maker(args.env, args.options, predictor.image_processor.height if predictor else None)
+    wanted = (predictor.image_processor.height, predictor.cameras) if predictor else ()
+    make = env_maker(args.env, args.options, *wanted)
     args.options = make.keywords
     tiers = {task: simulator.group_of(task) for task in tasks}
     first = FIRST_EVALUATION_SEED if args.seed is None else args.seed

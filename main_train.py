@@ -103,7 +103,7 @@ def build_rollouts(config: Config, processors: tuple[Any, Any]) -> Any:
         return None
     loop = config.closed_loop
     tasks, options = expand_tasks(loop.env, loop.tasks), key_values(loop.env_options, "closed_loop.env_options")
-    make = env_maker(loop.env, options, image_size=processors[0].height)
+    make = env_maker(loop.env, options, processors[0].height, config.cameras)
     from inference.closed_loop.in_training import TrainingRollouts  # which needs gymnasium; most runs do without
 
     return TrainingRollouts(config, processors, tasks, make)

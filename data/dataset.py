@@ -25,10 +25,11 @@ from torch.utils.data import Dataset
 
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, Sample, VLAImageProcessor
+from data.schema import image_columns
 from data.weighting import left_out_rows
 from utils.batch import Batch
 from utils.config_utils import DataConfig, MixtureEntry
-from utils.parquet_utils import DataError, Source
+from utils.parquet_utils import DataError, Source, open_parquet
 from utils.splits import used_episodes, validation_episodes
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class VLADataset(Dataset):
         horizon: int,
         per_action_dim: int,
         cameras: Sequence[str],
+        reads_state: bool = True,
         image_processor: VLAImageProcessor,
         prompt_tokenizer: PromptTokenizer,
         entry: MixtureEntry | None = None,
@@ -58,10 +60,11 @@ class VLADataset(Dataset):
 
         Args:
             files: Parquet files in order.
-            config: the `data` section: state_dim, max_seq_len, cache_dir, sample_weighting.
+            config: the `data` section: state_dim, state_columns, max_seq_len, cache_dir, sample_weighting.
             horizon: T, actions per sample.
             per_action_dim: A, values per action.
             cameras: the cameras that the model reads, in slot order; no other frame is ever decoded.
+            reads_state: whether anything reads the state; if not, files may lack it, and it is zeros.
             image_processor, prompt_tokenizer: the same objects that serving uses.
             entry: a mixture's dataset: its name, widths and horizon; samples are padded to the model's. None: a dataset
                 called "default" with the model's widths.
@@ -78,6 +81,8 @@ class VLADataset(Dataset):
             state_dim=(entry and entry.state_dim) or config.state_dim,
             per_action_dim=(entry and entry.per_action_dim) or per_action_dim,
             cameras=cameras,
+            state_columns=config.state_columns,
+            needs_state=reads_state,
             cache_dir=config.cache_dir,
             keep_cache=config.cache,
         )
@@ -104,9 +109,10 @@ class VLADataset(Dataset):
             if camera in config.cameras and not config.mixture:
                 raise DataError(
                     f"data.cameras: the policy is to read {camera}, but no file has a column {camera} or "
-                    f"{camera}_bytes; correct the name, or remove it: a slot without a camera needs no name"
+                    f"{camera}_bytes (images there: {', '.join(_images_in(files))}); correct the name, or remove it: a "
+                    "slot without a camera needs no name"
                 )
-            logger.warning("no file has %s: its slot is masked in every sample", camera)
+            logger.warning("%s: no file has %s: its slot is masked in every sample", self.name, camera)
         if not prompt_tokenizer.reads_state:
             tokens = [prompt_tokenizer(prompt) for prompt in self.store.prompts]
             _warn_of_prompts_cut_to_one(self.store.prompts, tokens)
@@ -253,6 +259,15 @@ class VLADataset(Dataset):
     def describe_step(self, dataset_index: int, episode: int, step: int) -> str:
         """The same by the numbers that a batch carries."""
         return self.describe(int(self.store.episode_starts[episode]) + step)
+
+
+def _images_in(files: Sequence[Source]) -> list[str]:
+    """The cameras that files hold, in any of them."""
+    found: dict[str, None] = {}
+    for path in files:
+        with open_parquet(path) as file:
+            found |= dict.fromkeys(image_columns(file.schema_arrow))
+    return list(found)
 
 
 def _warn_of_prompts_cut_to_one(prompts: Sequence[str], tokens: Sequence[list[int]]) -> None:

@@ -33,17 +33,21 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
 from data.schema import (
+    ACTION,
     FLAGS,
     MAIN_CAMERA,
     PROMPT,
-    REQUIRED,
+    STATE,
     SUCCESS,
     VECTORS,
+    StateColumns,
     camera_column,
     encoded_frames,
     episode_starts,
     flags,
+    missing_camera,
     prompts,
+    require_a_frame,
     require_frames,
     vectors,
 )
@@ -91,7 +95,8 @@ class EpisodeStore:
     """Every time step of a list of Parquet files, addressed by a global row.
 
     Attributes:
-        state: float32 (rows, state_dim), physical units, memory-mapped.
+        state: float32 (rows, state_dim), physical units, memory-mapped; zeros where nothing needs it and files lack it.
+        state_columns: the columns that it was joined from.
         action: float32 (rows, per_action_dim), physical units, memory-mapped.
         episode_starts: int64 (episodes + 1,), first row of each episode; the last entry is the row count.
         prompts: the distinct instructions; `prompt_index` int32 (rows,) points into them.
@@ -104,6 +109,8 @@ class EpisodeStore:
         state_dim: int,
         per_action_dim: int,
         cameras: Sequence[str],
+        state_columns: Sequence[str] = (STATE,),
+        needs_state: bool = True,
         cache_dir: str | Path | None = None,
         keep_cache: bool = True,
     ) -> None:
@@ -112,7 +119,10 @@ class EpisodeStore:
         Args:
             files: Parquet files in order; an episode may go on from one file into the next.
             state_dim, per_action_dim: widths that the columns must have.
-            cameras: names of the cameras whose frames are kept.
+            cameras: names of the cameras whose frames are kept. A row may lack some of them, but not all, and not
+                `image_1`.
+            state_columns: numeric columns that are joined into the state.
+            needs_state: whether something reads the state; if not, files may lack it.
             cache_dir: where caches live; None: `$XDG_CACHE_HOME/paligemma_vla`.
             keep_cache: False builds into a temporary folder of this process, which goes with its last store.
 
@@ -122,11 +132,13 @@ class EpisodeStore:
         """
         self.files = list(files)
         self.cameras = tuple(cameras)
+        self.state_columns = StateColumns.of_files(state_columns, state_dim, self.files, needed=needs_state)
         spec = {
             "version": CACHE_VERSION,
             "state_dim": state_dim,
             "per_action_dim": per_action_dim,
             "cameras": list(self.cameras),
+            "state_columns": list(self.state_columns.widths.items()),
             "files": [fingerprint(path) for path in self.files],
         }
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
@@ -141,7 +153,8 @@ class EpisodeStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are not forked: they map the same cache, which stays as long as this process."""
-        return {"files": self.files, "cameras": self.cameras, "folder": self.folder, "_spec": self._spec}
+        kept = ("files", "cameras", "state_columns", "folder", "_spec")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -291,7 +304,7 @@ def recorded_actions(
         DataError: no such episode, or files that break the schema.
     """
     files = resolve_parquet_files(paths, key)
-    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=(MAIN_CAMERA,))
+    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=())
     bounds = zip(store.episode_starts[:-1], store.episode_starts[1:], strict=True)
     actions = [np.array(store.action[a:b]) for a, b in bounds if store.prompt(a) == instruction]
     if not actions:
@@ -387,7 +400,9 @@ def _build(files: list[Source], spec: dict[str, Any], folder: Path, *, alone: bo
 
 
 def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> None:
-    columns = [_image_columns(open_parquet(path), path, spec["cameras"]) for path in files]
+    state = StateColumns(dict(spec["state_columns"]), spec["state_dim"])
+    required = (*state.names, ACTION, *FLAGS, PROMPT)
+    columns = [_image_columns(open_parquet(path), path, spec["cameras"], required) for path in files]
     cameras = [camera for camera in spec["cameras"] if any(camera in of_file for of_file in columns)]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*VECTORS, "prompt_index", *FLAGS)}
     known_prompts: dict[str, int] = {}
@@ -397,10 +412,12 @@ def _write_cache(files: list[Source], spec: dict[str, Any], folder: Path) -> Non
         for path, column_of in zip(files, columns, strict=True):
             file = open_parquet(path)
             file_starts.append(rows)
-            names = [*REQUIRED, *column_of.values()]
+            names = [*required, *column_of.values()]
             for first_row, batch in batches(file, path, names, ROWS_PER_BATCH):
-                _append_numbers(parts, known_prompts, batch, path, first_row, spec)
+                parts[STATE].append(state.read(batch, path, first_row))
+                _append_numbers(parts, known_prompts, batch, path, first_row, spec["per_action_dim"])
                 images = [_frames(batch, column_of.get(camera), camera, path, first_row) for camera in cameras]
+                require_a_frame(images, spec["cameras"], path, first_row)
                 writer.write_batch(pa.record_batch(images, schema=schema))
                 found = [_frame_checksums(column) for column in images]
                 checksums.append(np.array(found, np.uint32).reshape(len(images), batch.num_rows))
@@ -431,11 +448,18 @@ def _frame_checksums(column: pa.Array) -> list[int]:
     return [_frame_checksum(buffer if buffer is not None and len(buffer) else None) for buffer in buffers]
 
 
-def _image_columns(file: pq.ParquetFile, path: Source, cameras: Sequence[str]) -> dict[str, str]:
-    """camera -> its column in this file, after checking that the columns are there."""
-    require_columns(file, path, REQUIRED)
-    columns = {camera: camera_column(camera, file.schema_arrow.names, path) for camera in (MAIN_CAMERA, *cameras)}
-    return {camera: columns[camera] for camera in cameras if columns[camera] is not None}
+def _image_columns(
+    file: pq.ParquetFile, path: Source, cameras: Sequence[str], required: Sequence[str]
+) -> dict[str, str]:
+    """camera -> its column in this file, after checking that the columns are there, and those required."""
+    require_columns(file, path, required)
+    present = file.schema_arrow.names
+    columns = {camera: camera_column(camera, present, path) for camera in cameras}
+    columns = {camera: column for camera, column in columns.items() if column is not None}
+    if cameras and not columns:
+        found = f"{missing_camera(cameras[0], present)}, and none of any other camera of the policy"
+        raise DataError(f"{path}: {found}; name the cameras that the files have (data.cameras)")
+    return columns
 
 
 def _append_numbers(
@@ -444,11 +468,10 @@ def _append_numbers(
     batch: pa.RecordBatch,
     path: Source,
     first_row: int,
-    spec: dict[str, Any],
+    per_action_dim: int,
 ) -> None:
-    for name, key in (("state", "data.state_dim"), ("action", "per_action_dim")):
-        width = spec[key.removeprefix("data.")]
-        parts[name].append(vectors(batch.column(name), name, width, path, first_row, width_from=key))
+    actions = vectors(batch.column(ACTION), ACTION, per_action_dim, path, first_row, width_from="per_action_dim")
+    parts[ACTION].append(actions)
     for name in FLAGS:
         parts[name].append(flags(batch.column(name), name, path, first_row))
     texts = prompts(batch.column(PROMPT), path, first_row)

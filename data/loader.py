@@ -31,7 +31,7 @@ from data.dataset import MixtureDataset, VLADataset
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, VLAImageProcessor, collate_fn
 from data.sampler import PassBatchSampler, StepBatchSampler
-from data.schema import CAMERAS, MAIN_CAMERA, VECTORS, vector_width
+from data.schema import VECTORS, image_columns, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
 from data.weighting import check_weighting, sample_probabilities
 from utils.batch import Batch
@@ -195,6 +195,7 @@ def open_dataset(
         horizon=config.model.action_head_config.horizon,
         per_action_dim=config.model.action_head_config.per_action_dim,
         cameras=config.cameras,
+        reads_state=config.reads_state,
         image_processor=image_processor,
         prompt_tokenizer=prompt_tokenizer,
         entry=config.datasets[dataset_index],
@@ -321,9 +322,10 @@ def main() -> None:
     set_up_logging()
     files = resolve_parquet_files(args.data_path, "--data_path")
     with open_parquet(files[0]) as file:
+        cameras = image_columns(file.schema_arrow)
         _, first = next(batches(file, files[0], list(VECTORS), 1))
     state_dim, per_action_dim = (vector_width(first.column(name), name, files[0]) for name in VECTORS)
-    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=CAMERAS)
+    store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=cameras)
     lengths = np.diff(store.episode_starts)
     decode = VLAImageProcessor(224, 224, (0.5,) * 3, (0.5,) * 3, 3)
     for row in [*store.episode_starts[:-1], *(store.episode_starts[1:] - 1)]:
@@ -348,7 +350,7 @@ def main() -> None:
             DataConfig(state_dim=state_dim),
             horizon=8,
             per_action_dim=per_action_dim,
-            cameras=(MAIN_CAMERA,),
+            cameras=cameras[:1],
             image_processor=VLAImageProcessor.from_pretrained(args.model_name_or_path),
             prompt_tokenizer=PromptTokenizer.from_pretrained(args.model_name_or_path, DataConfig().prompt_max_len),
         )

@@ -1,5 +1,7 @@
 """The Parquet schema of docs/data_format.md: columns, their types, how cameras are spelled, where episodes begin.
 
+Cameras and state columns have any names; a config says which of them a policy reads.
+
 No other file knows it. Readers that stop at the first fault call the functions below, whose DataError names file, row
 and remedy. The doctor, which goes on and reports every fault, uses the names and the types alone.
 """
@@ -7,18 +9,21 @@ and remedy. The doctor, which goes on and reports every fault, uses the names an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from utils.parquet_utils import DataError, Source
+from utils.parquet_utils import DataError, Source, batches, open_parquet, require_columns
+from utils.statistics import state_labels
 
 VECTORS = ("state", "action")
 FLAGS = ("is_first", "is_last", "is_terminal")
 PROMPT = "prompt"
-REQUIRED = (*VECTORS, *FLAGS, PROMPT)  # besides the main camera
+STATE, ACTION = VECTORS
+REQUIRED = (*VECTORS, *FLAGS, PROMPT)  # besides a camera
 INDICES = ("episode_index", "frame_index")  # optional: recorders add them, the doctor checks them
 TIMESTAMP = "timestamp"  # optional: seconds since the episode's start
 SEED = "seed"  # optional: reset seed of a recorded episode
@@ -26,8 +31,7 @@ INTERVENTION = "intervention"  # optional: at this step somebody corrected the p
 SUCCESS = "success"  # optional: whether the episode succeeded, the same in all of its rows
 LABELS = (INTERVENTION, SUCCESS)
 PLAN = "plan"  # optional: the actions planned at this step, one after the other; null where none were
-CAMERAS = ("image_1", "image_2")  # where no config names the cameras; every function below takes any name
-MAIN_CAMERA = CAMERAS[0]  # the one that every row needs
+MAIN_CAMERA = "image_1"  # whoever reads a camera of this name needs it in every row
 
 
 class ColumnType(NamedTuple):
@@ -41,6 +45,11 @@ class ColumnType(NamedTuple):
 def _is_vector(kind: pa.DataType) -> bool:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+
+
+def is_state(kind: pa.DataType) -> bool:
+    """Whether a column may be part of the state: lists of numbers, or plain numbers."""
+    return _is_vector(kind) or pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -71,6 +80,14 @@ COLUMN_TYPES = {
 }
 
 
+def image_columns(schema: pa.Schema) -> list[str]:
+    """The cameras of a file, in the order of its columns: those that hold encoded images, and `image_1`, whatever it
+    holds."""
+    main = (MAIN_CAMERA, f"{MAIN_CAMERA}_bytes")
+    found = (f.name for f in schema if f.name not in COLUMN_TYPES and (_is_image(f.type) or f.name in main))
+    return list(dict.fromkeys(name.removesuffix("_bytes") for name in found))
+
+
 def column_type(name: str) -> ColumnType:
     """The type of a column of the schema; every other name is a camera's."""
     return COLUMN_TYPES.get(name, IMAGE)
@@ -78,7 +95,7 @@ def column_type(name: str) -> ColumnType:
 
 def written_schema(
     cameras: Sequence[str],
-    state_dim: int,
+    state_widths: Mapping[str, int],
     per_action_dim: int,
     *,
     extra: Sequence[str] = (),
@@ -88,13 +105,15 @@ def written_schema(
 
     Args:
         cameras: names of the image columns.
-        state_dim, per_action_dim: values per row of `state` and `action`.
+        state_widths: values per row of each column of the state.
+        per_action_dim: values per row of `action`.
         extra: optional columns at the end, names of COLUMN_TYPES.
         metadata: of the file.
     """
     names = (*FLAGS, PROMPT, *INDICES, *extra)
     fields = [(camera, IMAGE.written) for camera in cameras]
-    fields += [(name, pa.list_(pa.float32(), n)) for name, n in zip(VECTORS, (state_dim, per_action_dim), strict=True)]
+    widths = {**state_widths, ACTION: per_action_dim}
+    fields += [(name, pa.list_(pa.float32(), width)) for name, width in widths.items()]
     return pa.schema(fields + [(name, COLUMN_TYPES[name].written) for name in names], metadata=metadata)
 
 
@@ -113,13 +132,34 @@ def camera_column(camera: str, present: Sequence[str], path: Source) -> str | No
     if len(columns) == 2:
         raise DataError(f"{path}: both {columns[0]!r} and {columns[1]!r} are columns; keep one of them")
     if not columns and camera == MAIN_CAMERA:
-        raise DataError(f"{path}: {missing_camera(present)}; see docs/data_format.md")
+        raise DataError(
+            f"{path}: {missing_camera(camera, present)}; name the cameras that the files have (data.cameras), see "
+            "docs/data_format.md"
+        )
     return columns[0] if columns else None
 
 
-def missing_camera(present: Sequence[str]) -> str:
-    """What to say of a file without the main camera."""
-    return f"no column '{MAIN_CAMERA}' or '{MAIN_CAMERA}_bytes' (found: {', '.join(present)})"
+def missing_camera(camera: str, present: Sequence[str]) -> str:
+    """What to say of a file without a camera."""
+    return f"no column '{camera}' or '{camera}_bytes' (found: {', '.join(present)})"
+
+
+def require_a_frame(frames: Sequence[pa.Array], cameras: Sequence[str], path: Source, first_row: int) -> None:
+    """Raise a DataError for a row in which every camera is absent.
+
+    Args:
+        frames: of each camera, from `encoded_frames` or all null.
+        cameras: their names.
+        path, first_row: where the first row lies, for the message.
+    """
+    if not frames:
+        return
+    absent = np.logical_and.reduce([np.asarray(column.is_null()) for column in frames])
+    if absent.any():
+        raise DataError(
+            f"{path} row {first_row + int(absent.argmax())}: no frame of {', '.join(cameras)}; every step needs one of "
+            "the cameras that the policy reads (data.cameras)"
+        )
 
 
 def encoded_frames(column: pa.Array, name: str, path: Source) -> pa.Array:
@@ -214,6 +254,97 @@ def vectors(
             "every value must be a finite number, so drop or mend that episode"
         )
     return matrix
+
+
+@dataclass(frozen=True)
+class StateColumns:
+    """Which numeric columns make up the state, in order, and how many values each has.
+
+    Attributes:
+        widths: values of each column by name; a column of plain numbers has 1. Empty: nothing reads a state, and the
+            files have none.
+        width: of the state; zeros where `widths` is empty.
+        width_from: the config key that sets it, for messages.
+    """
+
+    widths: dict[str, int]
+    width: int
+    width_from: str = "data.state_dim"
+
+    @classmethod
+    def of_files(
+        cls,
+        names: Sequence[str],
+        width: int,
+        files: Sequence[Source],
+        width_from: str = "data.state_dim",
+        *,
+        needed: bool = True,
+    ) -> StateColumns:
+        """Look up the columns in the files' first rows.
+
+        Args:
+            names: `data.state_columns`.
+            width: that they must have together.
+            files: all of them; only their schemas are read, and the first row of the first.
+            width_from: the config key that sets the width.
+            needed: whether something reads the state; if not, files may lack it.
+
+        Raises:
+            DataError: a column is missing, no numbers, or together they have another width.
+        """
+        if not needed:
+            for path in files:
+                with open_parquet(path) as file:
+                    if any(name not in file.schema_arrow.names for name in names):
+                        return cls({}, width, width_from)
+        if len(names) == 1:
+            return cls({names[0]: width}, width, width_from)
+        with open_parquet(files[0]) as file:
+            require_columns(file, files[0], names)
+            _, first = next(batches(file, files[0], list(names), 1))
+        widths = {name: vector_width(as_list(first.column(name)), name, files[0]) for name in names}
+        if sum(widths.values()) != width:
+            listed = " + ".join(f"{name} {each}" for name, each in widths.items())
+            raise DataError(
+                f"{files[0]}: data.state_columns have {listed} = {sum(widths.values())} values, config wants "
+                f"{width_from} {width}; correct one of them"
+            )
+        return cls(widths, width, width_from)
+
+    @property
+    def names(self) -> list[str]:
+        """The columns to read."""
+        return list(self.widths)
+
+    @property
+    def labels(self) -> list[str]:
+        """What each value of the state is called: `force[2]`."""
+        return state_labels(self.widths or {STATE: self.width})
+
+    def read(self, batch: pa.RecordBatch, path: Source, first_row: int) -> np.ndarray:
+        """The states of some rows, float32 (rows, width); errors as `vectors`."""
+        if not self.widths:
+            return np.zeros((batch.num_rows, self.width), dtype=np.float32)
+        several = len(self.widths) > 1
+        parts = [
+            vectors(
+                as_list(batch.column(name)),
+                *(name, width, path, first_row),
+                width_from="its width in the first row," if several else self.width_from,
+            )
+            for name, width in self.widths.items()
+        ]
+        return np.concatenate(parts, axis=1) if several else parts[0]
+
+
+def as_list(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """A column of plain numbers as lists of one; others as they are."""
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        return column
+    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    offsets = pa.array(np.arange(len(values) + 1), pa.int32())
+    return pa.ListArray.from_arrays(offsets, values, mask=values.is_null())
 
 
 def flags(column: pa.ChunkedArray | pa.Array, name: str, path: Source, first_row: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.schema import episode_numbers, flags, vectors
+from data.schema import ACTION, STATE, StateColumns, episode_numbers, flags, vectors
 from utils.config_utils import Config
 from utils.parquet_utils import (
     Source,
@@ -25,7 +25,7 @@ from utils.parquet_utils import (
     resolve_parquet_files,
 )
 from utils.splits import used_episodes, validation_episodes
-from utils.statistics import StatisticsError, statistics_settings
+from utils.statistics import STATISTICS, StatisticsError, statistics_settings, wanted_statistics
 from utils.streaming_statistics import StepStatistics
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ def calculate_statistics(
     action_mode: str = "absolute",
     absolute_action_dims: Sequence[int] = (),
     horizon: int = 1,
+    state_columns: Sequence[str] = (STATE,),
+    needs_state: bool = True,
+    state_key: str = "state_dim",
+    deciles: bool = False,
     num_workers: int | None = None,
 ) -> dict[str, Any]:
     """Statistics per dimension of `state` and `action` of one dataset's training episodes, in physical units.
@@ -71,13 +75,18 @@ def calculate_statistics(
         action_mode: `absolute`, or `delta` for actions relative to the current state's same dimension.
         absolute_action_dims: dimensions that stay absolute in delta mode; those past `per_action_dim` are ignored.
         horizon: actions per sample, for delta mode.
+        state_columns: numeric columns that are joined into the state.
+        needs_state: whether something reads the state; if not, files may lack it, and it counts as zeros.
+        state_key: the config key that sets `state_dim`, for messages.
+        deciles: make q10 and q90 as well.
         num_workers: threads; None: one per core. Reading, summing and sorting run outside the interpreter's lock,
             so threads scale as processes would and start at once.
 
     Returns:
         `{"state": {"min": [state_dim numbers], "max", "mean", "std", "q01", "q99", "count", "quantile_rank_error"},
         "action": {...}, "files": [...], "rows", "bytes_read", "file_bytes"}`, in delta mode also `"horizon"` and
-        `action["pairs"]`. `count` is the number of time steps. min and max are exact, mean and std (the
+        `action["pairs"]`, for a joined state `"state_columns"`, the width of each column. `count` is the number of time
+        steps. min and max are exact, mean and std (the
         population's) to float64 rounding; q01 and q99 equal `numpy.quantile` up to 65,536 values, beyond which
         their ranks are off by at most the share `quantile_rank_error` (`QuantileSketch`). A dimension that never
         changes has std 0 and min = mean = max: the normalizer handles it. `rows` counts held-out steps too;
@@ -89,12 +98,14 @@ def calculate_statistics(
         StatisticsError: delta mode without a state dimension for an action dimension that is not absolute.
     """
     delta = action_mode == "delta"
+    columns = StateColumns.of_files(state_columns, state_dim, files, state_key, needed=needs_state)
     spec = _Spec(
-        state_dim,
+        columns,
         per_action_dim,
         delta_dims=[d for d in range(per_action_dim) if delta and d not in absolute_action_dims],
         horizon=horizon if delta else 1,
         needs_episodes=delta or val_fraction > 0 or max_episodes is not None,
+        deciles=deciles,
     )
     unmatched = [d for d in spec.delta_dims if d >= state_dim]
     if unmatched:
@@ -123,6 +134,8 @@ def calculate_statistics(
     result: dict[str, Any] = total.result()
     result |= {"files": [str(path) for path in files], "rows": rows}
     result |= {"bytes_read": flag_bytes + bytes_read, "file_bytes": sum(sizes)}
+    if columns.names != [STATE]:
+        result["state_columns"] = columns.widths
     return result | {"horizon": horizon} if delta else result
 
 
@@ -148,6 +161,9 @@ def calculate_for_config(config: Config, num_workers: int | None = None) -> dict
             action_mode=data.action_mode,
             absolute_action_dims=data.absolute_action_dims,
             horizon=entry.horizon,
+            state_columns=data.state_columns,
+            needs_state=config.reads_state,
+            deciles=len(wanted_statistics(data)) > len(STATISTICS),
             num_workers=num_workers,
         )
         _log_summary(entry.name, statistics, time.perf_counter() - started)
@@ -175,12 +191,18 @@ def require_statistics_of(train: MixtureDataset, statistics: Sequence[dict[str, 
         columns = {"state": dataset.store.state, "action": dataset.store.action}
         if action_mode == "delta":
             del columns["action"]
+        if not dataset.store.state_columns.widths:
+            del columns["state"]  # nothing reads it, and the files have none
+        labels = dataset.store.state_columns.labels
         columns = {name: values for name, values in columns.items() if {"min", "max"} <= (made.get(name) or {}).keys()}
         differing, outside = [], 0.0
         for name, values in columns.items():
             low, high = (np.array(made[name][key], np.float32) for key in ("min", "max"))
             here = values if len(rows) == len(values) else values[rows]
-            differing += [f"{name}[{d}]" for d in np.flatnonzero((here.min(0) != low) | (here.max(0) != high))]
+            differing += [
+                labels[d] if name == "state" else f"{name}[{d}]"
+                for d in np.flatnonzero((here.min(0) != low) | (here.max(0) != high))
+            ]
             outside = max(outside, float(((here < low) | (here > high)).mean()))
         if "rows" not in made:
             if outside > 0:
@@ -207,11 +229,12 @@ def _listed(files: Sequence[Source]) -> str:
 class _Spec(NamedTuple):
     """What to make statistics of; see `StepStatistics`."""
 
-    state_dim: int
+    state: StateColumns
     per_action_dim: int
     delta_dims: list[int]
     horizon: int
     needs_episodes: bool  # whether is_first has to be read
+    deciles: bool
 
 
 class _Part(NamedTuple):
@@ -265,19 +288,15 @@ def _count_episodes(paths: list[Source]) -> tuple[int, int]:
 def _read(task: tuple[list[Source], int], spec: _Spec, held_out: np.ndarray) -> _Part:
     """The statistics of some files' training steps; a task is the files and how many episodes begin before them."""
     paths, episodes = task
-    statistics = StepStatistics(spec.state_dim, spec.per_action_dim, spec.delta_dims, spec.horizon)
-    columns = ["state", "action", "is_first"] if spec.needs_episodes else ["state", "action"]
+    statistics = StepStatistics(spec.state.width, spec.per_action_dim, spec.delta_dims, spec.horizon, spec.deciles)
+    columns = [*spec.state.names, ACTION, *(["is_first"] if spec.needs_episodes else [])]
     rows = bytes_read = 0
     for path in paths:
         with open_parquet(path) as file:
             for row, batch in batches(file, path, columns, ROWS_PER_BATCH, use_threads=False):
-                state, action = (
-                    vectors(batch.column(name), name, width, path, row, width_from=key).T
-                    for name, width, key in (
-                        ("state", spec.state_dim, "state_dim"),
-                        ("action", spec.per_action_dim, "per_action_dim"),
-                    )
-                )
+                state = spec.state.read(batch, path, row).T
+                width, key = spec.per_action_dim, "per_action_dim"
+                action = vectors(batch.column(ACTION), ACTION, width, path, row, width_from=key).T
                 episode = np.zeros(batch.num_rows, np.int64)
                 if spec.needs_episodes:
                     episode = episode_numbers(_is_first(batch, path, row), episodes, path, row)

@@ -10,7 +10,7 @@ not been trained on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from envs import aloha_tasks, libero_tasks, metaworld_tasks
@@ -62,19 +62,27 @@ def make_env(name: str, task: str, **options: Any) -> RobotEnv:
     return SIMULATORS[name].make(task, **options)
 
 
-def env_maker(name: str, options: dict[str, Any], image_size: int | None = None) -> functools.partial[RobotEnv]:
-    """``make_env`` for the tasks of one simulator, from what a user chose and the image size that a policy wants.
+def env_maker(
+    name: str, options: dict[str, Any], image_size: int | None = None, cameras: Sequence[str] = ()
+) -> functools.partial[RobotEnv]:
+    """``make_env`` for the tasks of one simulator, from what a user chose and what a policy wants.
 
     Args:
         name: a key of ``SIMULATORS``.
         options: as ``make_env`` takes them.
         image_size: in pixels, where ``options`` do not say and the simulator lets it be chosen; None: its own.
+        cameras: that the policy reads. Where they have names of their own and ``options`` choose none, the simulator's
+            cameras of these names are seen.
 
     Raises:
         ModuleNotFoundError: the simulator's packages are not installed; names the command that installs them.
     """
-    if image_size is not None and "image_size" in SIMULATORS[name].options():
+    known = SIMULATORS[name].options()
+    if image_size is not None and "image_size" in known:
         options = {"image_size": image_size, **options}
+    chosen = any(option.startswith(("camera", "second_camera", "image_")) for option in options.keys() - {"image_size"})
+    if "cameras" in known and not chosen and not set(cameras) <= {"image_1", "image_2"}:
+        options = {"cameras": ",".join(cameras), **options}
     return functools.partial(make_env, name, **options)
 
 

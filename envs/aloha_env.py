@@ -23,6 +23,7 @@ ACTION_DIM = STATE_DIM = 14  # of each arm, left first: six joints in radians, t
 CONTROL_HZ = 50.0
 START_ARM = (0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239)  # joints in radians, fingers in metres
 GRIPPER_M = (0.01844, 0.058)  # a finger's place where the gripper counts as shut, as open
+CAMERAS = {"image_1": "top"}
 SUCCESS = 4  # the reward of a success
 ARM_FINGERS = {arm: f"vx300s_{arm}/10_{arm}_gripper_finger" for arm in ("left", "right")}
 SOCKET = tuple(f"socket-{side}" for side in range(1, 5))
@@ -46,7 +47,7 @@ class AlohaEnv(RobotEnv):
         self,
         task: str,
         *,
-        cameras: Any = "top",
+        cameras: Any = None,
         image_size: int = 96,
         max_episode_steps: int = 300,
         hold_steps: int = 1,
@@ -57,8 +58,8 @@ class AlohaEnv(RobotEnv):
 
         Args:
             task: a key of `envs.aloha_tasks.TASKS`.
-            cameras: of image_1, image_2, ...: up to as many as wanted of top, angle, front_close, left_wrist,
-                right_wrist, left_pillar, right_pillar; or a mapping from names of images. See `envs.cameras`.
+            cameras: as many as wanted of top, angle, front_close, left_wrist, right_wrist, left_pillar, right_pillar,
+                "image_1=top,wrist=left_wrist", see `envs.simulator.named_cameras`; None: top as image_1.
             image_size: height and width of the images in pixels.
             max_episode_steps: 300, as gym-aloha has it; LeRobot evaluates with 400.
             hold_steps: success counts when its condition has held for so many steps in a row. 1 is success as
@@ -80,7 +81,9 @@ class AlohaEnv(RobotEnv):
         ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, must be a whole number of at least 1")
-        self._camera_of = chosen_cameras(cameras, image_options("aloha", images, AlohaEnv.__init__.__kwdefaults__))
+        self._camera_of = chosen_cameras(
+            cameras, image_options("aloha", images, AlohaEnv.__init__.__kwdefaults__), CAMERAS
+        )
         self._mujoco = import_mujoco()
         self._model = self._mujoco.MjModel.from_xml_path(str(_assets() / f"bimanual_viperx_{task}.xml"))
         self._data = self._mujoco.MjData(self._model)

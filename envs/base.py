@@ -2,8 +2,8 @@
 
 Observation of one time step, a dict:
 
-    image_1   uint8 (H, W, 3)        RGB, the right way up
-    image_2   uint8 (H, W, 3)        only where a second camera was asked for
+    image_1   uint8 (H, W, 3)        RGB, the right way up; the first camera comes first
+    image_2   uint8 (H, W, 3)        only where further cameras were asked for, which may have any name
     state     float32 (state_dim,)   proprioception only; what the cameras have to find out is not in it
 
 After ``reset(options={"images_on_request": True})`` the observations of that episode have no images, and

@@ -1,39 +1,29 @@
-"""Which camera of a simulator becomes which image of an observation."""
+"""Which camera of a simulator becomes which image of an observation, from the options `cameras` and `image_1`, ..."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from envs.simulator import suggest
+from envs.simulator import named_cameras, suggest
 
 
-def chosen_cameras(cameras: Any, images: Mapping[str, Any]) -> dict[str, str]:
+def chosen_cameras(cameras: Any, images: Mapping[str, Any], default: Mapping[str, str]) -> dict[str, str]:
     """Images of the observation -> cameras of the simulator, from the options that a user gave.
 
     Args:
-        cameras: a list of cameras (they become image_1, image_2, ...), their names in one text ("top,left_wrist"), or a
-            mapping from names of images to cameras ({front: top}); None: none.
+        cameras: see `envs.simulator.named_cameras`; None: `default`.
         images: further pairs, as keyword arguments give them: image_1="top". None as a camera leaves the image out.
+        default: what is seen where nobody chooses.
 
     Raises:
         ValueError: another kind of value.
     """
-    if isinstance(cameras, str):
-        cameras = [name.strip() for name in cameras.split(",") if name.strip()]
-    if isinstance(cameras, (list, tuple)):
-        cameras = {f"image_{number}": name for number, name in enumerate(cameras, start=1)}
-    if cameras is not None and not isinstance(cameras, Mapping):
-        raise ValueError(
-            f"cameras is {cameras!r}; give names, as in cameras=[top,left_wrist] or cameras='{{front: top}}'"
-        )
-    chosen = {**(cameras or {}), **images}
+    chosen = {**(default if cameras is None else named_cameras(cameras)), **images}
     for key, name in chosen.items():
-        if not (name is None or isinstance(name, str)) or key == "state":
-            raise ValueError(
-                f"camera {key}={name!r}; give the name of an image and that of a camera, as in image_1=top"
-            )
-    return {str(key): name for key, name in chosen.items() if name is not None}
+        if not (name is None or isinstance(name, str)):
+            raise ValueError(f"camera {key}={name!r}; give an image's name and a camera's, as in image_1=top")
+    return {key: name for key, name in chosen.items() if name is not None}
 
 
 def image_options(simulator: str, options: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:

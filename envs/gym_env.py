@@ -65,7 +65,7 @@ class GymEnv(RobotEnv):
                 "state" where they are the values of the state. Needed by execution with latency alone.
             noise_unit: see `RobotEnv`.
             cameras, options: `image_1="pixels.top"` says where an image is in the observation, "." that it is the whole
-                observation, "render" that it is what `render` returns; `cameras` takes the same as a mapping. Any
+                observation, "render" that it is what `render` returns; `cameras="front=pixels.top"` says the same. Any
                 other option goes to the environment.
 
         Raises:
@@ -73,7 +73,7 @@ class GymEnv(RobotEnv):
                 what there is.
         """
         images = {name: value for name, value in options.items() if re.fullmatch(r"image(_\w+)?", name)}
-        self._places = chosen_cameras(cameras, images)
+        self._places = chosen_cameras(cameras, images, {})
         others = {name: value for name, value in options.items() if name not in images}
         self._env = _made(task, others, max_episode_steps, renders=RENDER in self._places.values())
         if not isinstance(self._env.action_space, gymnasium.spaces.Box) or len(self._env.action_space.shape) != 1:

@@ -28,6 +28,7 @@ STATE_DIM = 8  # gripper x, y, z in metres; its rotation as a rotation vector in
 ACTION_DIM = 7  # of the gripper: displacement x, y, z (1 = 5 cm), rotation x, y, z (1 = 0.5 rad); -1 opens, +1 shuts
 CONTROL_HZ = 20
 SETTLING = np.array([0, 0, 0, 0, 0, 0, -1.0])  # the gripper opens, the rest waits until things have come to rest
+CAMERAS = {"image_1": "agentview", "image_2": "robot0_eye_in_hand"}
 MAX_PLACINGS = 20  # draws of a scene in which everything finds a place
 LOOKS, LAYOUTS, INITIAL_STATES = ("fast", "shipped"), ("standard", "wide"), ("sampled", "official")
 WIDE_M = {"table": (0.09, 0.12), "other": (0.05, 0.05)}  # added to each side of a movable object's region: x, y
@@ -47,7 +48,7 @@ class LiberoEnv(RobotEnv):
         self,
         task: str,
         *,
-        cameras: Any = "agentview,robot0_eye_in_hand",
+        cameras: Any = None,
         image_size: int = 96,
         layout: str = "standard",
         initial_states: str = "sampled",
@@ -62,8 +63,9 @@ class LiberoEnv(RobotEnv):
 
         Args:
             task: a key of `envs.libero_tasks.TASKS`, "libero_goal.put_the_bowl_on_the_plate".
-            cameras: of image_1, image_2, ...: agentview, robot0_eye_in_hand, frontview, birdview, sideview, ...; or a
-                mapping from names of images. See `envs.cameras`.
+            cameras: as many as wanted of agentview, robot0_eye_in_hand, frontview, birdview, sideview, ...,
+                "image_1=agentview,wrist=robot0_eye_in_hand", see `envs.simulator.named_cameras`; None: these two as
+                image_1 and image_2.
             image_size: height and width of the images in pixels.
             layout: "standard" places objects within about a centimetre, as LIBERO does; "wide" over many centimetres,
                 so that a policy has to look.
@@ -96,7 +98,9 @@ class LiberoEnv(RobotEnv):
         for option, value in (("image_size", image_size), ("max_episode_steps", limit)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{option} is {value!r}, must be a whole number of at least 1")
-        self._camera_of = chosen_cameras(cameras, image_options("libero", images, LiberoEnv.__init__.__kwdefaults__))
+        self._camera_of = chosen_cameras(
+            cameras, image_options("libero", images, LiberoEnv.__init__.__kwdefaults__), CAMERAS
+        )
         self._mujoco = import_mujoco()
         self._control, self._retry = _make_control(suite, name)
         self._env = self._control.env

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -11,7 +12,7 @@ import numpy as np
 from envs.base import RobotEnv
 from envs.metaworld_tasks import TASKS
 from envs.mujoco_rendering import OffscreenRenderer, import_mujoco
-from envs.simulator import suggest
+from envs.simulator import named_cameras, suggest
 
 STATE_DIM = 4  # hand x, y, z in metres; gripper opening from 0 (shut) to 1 (open)
 ACTION_DIM = 4  # hand displacement x, y, z in centimetres a step; gripper effort (+ shuts)
@@ -32,8 +33,9 @@ class MetaWorldEnv(RobotEnv):
         self,
         task: str,
         *,
-        camera: str = "corner4",
+        camera: str | None = None,
         second_camera: str | None = None,
+        cameras: str | Sequence[str] | Mapping[str, str] | None = None,
         image_size: int = 96,
         hide_goal: bool = False,
         max_episode_steps: int = 200,
@@ -45,8 +47,9 @@ class MetaWorldEnv(RobotEnv):
         Args:
             task: a key of ``envs.metaworld_tasks.TASKS``.
             camera: camera of ``image_1``: topview, corner, corner2, corner3, corner4, behindGripper or
-                gripperPOV.
+                gripperPOV; None: corner4.
             second_camera: camera of ``image_2``; None for no such image.
+            cameras: instead of the two any number of cameras under any names, see `envs.simulator.named_cameras`.
             image_size: height and width of the images in pixels.
             hide_goal: leave the goal markers (all sites) out of the images.
             max_episode_steps: `step` reports ``truncated`` after so many steps, at most 500. Scripted
@@ -71,9 +74,16 @@ class MetaWorldEnv(RobotEnv):
         if layout_of not in (None, task):
             self._sim._random_reset_space = _reset_space_of(layout_of, self._sim)
         self._renderer = OffscreenRenderer(self._sim.model, image_size, hide_sites=hide_goal)
-        for name in (camera, second_camera):
+        if cameras is None:
+            images = {"image_1": camera or "corner4", "image_2": second_camera}
+            self._camera_of = {key: name for key, name in images.items() if name is not None}
+        elif camera is not None or second_camera is not None:
+            raise ValueError("cameras and camera or second_camera both name cameras; give one of them")
+        else:
+            self._camera_of = named_cameras(cameras)
+        for name in self._camera_of.values():
             names = self._renderer.camera_names()
-            if name is not None and name not in names:
+            if name not in names:
                 raise ValueError(f"metaworld has no camera {name!r}; {suggest(name, names)}")
 
         self.task = task
@@ -82,8 +92,8 @@ class MetaWorldEnv(RobotEnv):
         self.per_action_dim = ACTION_DIM
         self.control_hz = 1.0 / self._sim.dt
         self.max_episode_steps = max_episode_steps
-        self.camera = camera
-        self.second_camera = second_camera
+        self.camera, self.second_camera, *_ = (*self._camera_of.values(), None)
+        self.cameras = None if cameras is None else ",".join(f"{key}={name}" for key, name in self._camera_of.items())
         self.image_size = image_size
         self.hide_goal = hide_goal
         self.layout_of = layout_of
@@ -93,8 +103,6 @@ class MetaWorldEnv(RobotEnv):
         self._n_steps = 0
         self._images_on_request = False
 
-        images = {"image_1": camera, "image_2": second_camera}
-        self._camera_of = {key: name for key, name in images.items() if name is not None}
         image_space = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         state_space = gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32)
         self.observation_space = gymnasium.spaces.Dict(
@@ -193,13 +201,14 @@ class MetaWorldEnv(RobotEnv):
         return {key: self._renderer.render(self._sim.data, name) for key, name in self._camera_of.items()}
 
     def render(self) -> np.ndarray:
-        """The current ``image_1``, uint8 (image_size, image_size, 3)."""
+        """The current image of the first camera, uint8 (image_size, image_size, 3)."""
         return self._renderer.render(self._sim.data, self.camera)
 
     def settings(self) -> dict[str, Any]:
         return {
             "camera": self.camera,
             "second_camera": self.second_camera,
+            **({} if self.cameras is None else {"cameras": self.cameras}),
             "image_size": self.image_size,
             "hide_goal": self.hide_goal,
             "layout_of": self.layout_of,

@@ -82,6 +82,28 @@ class Simulator:
             ) from error
 
 
+def named_cameras(spec: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Which camera of a simulator is seen under which name: "wrist=gripperPOV,corner" sees gripperPOV as `wrist` and
+    corner as `corner`.
+
+    Args:
+        spec: such a text, its parts, or the mapping itself.
+
+    Raises:
+        ValueError: another form, or a name twice.
+    """
+    if isinstance(spec, Mapping):
+        return dict(spec)
+    parts = [part.strip() for part in spec.split(",")] if isinstance(spec, str) else list(spec)
+    named: dict[str, str] = {}
+    for part in parts:
+        name, equals, camera = str(part).partition("=")
+        if not name or bool(equals) != bool(camera) or name in named or name == "state":
+            raise ValueError(f"cameras: {part!r}; wanted <camera> or <name>=<camera>, each name once, none 'state'")
+        named[name] = camera or name
+    return named
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The end of an error message about an unknown name: "did you mean 'x'?", else all valid names."""
     names = sorted(valid)

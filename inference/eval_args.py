@@ -78,9 +78,12 @@ class _EvalParser:
         args = self.parser.parse_args(_with_numbers_shielded(sys.argv[1:] if argv is None else argv))
         chosen = [mode for mode in MODES if getattr(args, mode)]
         chosen += ["split"] if args.split else []
+        chosen += ["image1_paths"] if args.image_paths and not args.image1_paths else []
         if len(chosen) != 1:
             found = " and ".join(f"--{mode}" for mode in chosen) or "none of them"
-            self.parser.error(f"give one of --eval_data_path, --split val, --image1_paths, --env; found {found}")
+            self.parser.error(
+                f"give one of --eval_data_path, --split val, --image1_paths or --image_paths, --env; found {found}"
+            )
         chosen = ["eval_data_path"] if args.split else chosen
         args.mode = chosen[0]
         for name, rule in self.rules.items():
@@ -102,10 +105,11 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
     Returns:
         The flags, and beside them `mode` (the key of MODES that was given), `settings` (of `inference`, those that were
         given), `options` (the environment's keyword arguments from --env_options), `state` (the numbers of
-        --state_vector, or None) and `log_file` (None in a mode that keeps no log).
+        --state_vector, or None), `images` (camera -> paths of --image_paths, or None) and `log_file` (None in a mode
+        that keeps no log).
 
     Raises:
-        ConfigError: --state_vector holds something else than numbers.
+        ConfigError: --state_vector holds something else than numbers, --image_paths something else than cameras.
     """
     flags = _EvalParser(description)
     _add_flags(flags)
@@ -119,6 +123,7 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
     if args.mode == "env":
         _check_closed_loop(args, parser)
     args.state = _numbers(args.state_vector)
+    args.images = _image_paths(args.image_paths)
     args.log_file = None if args.mode == "image1_paths" else Path(args.output_dir) / "inference_log.txt"
     given = {name: getattr(args, name) for name in (*SETTINGS, *LOOP_SETTINGS)}
     args.settings = {name: value for name, value in given.items() if value is not None}
@@ -160,6 +165,8 @@ def _add_flags(flags: _EvalParser) -> None:
     single = "image1_paths"
     add("image1_paths", single, nargs="+", metavar="IMAGE", help="frames of camera 1, oldest first")
     add("image2_paths", single, nargs="+", metavar="IMAGE", help="frames of camera 2")
+    help_text = "frames of any camera, oldest first; alone or beside the two"
+    add("image_paths", single, nargs="+", metavar="CAMERA=IMAGE,...", help=help_text)
     add("prompt", single, help="the instruction")
     help_text = 'physical units; "0.1 0.2 ..." or several arguments'
     add("state_vector", single, nargs="+", metavar="X", help=help_text)
@@ -202,6 +209,21 @@ def _numbers(texts: Sequence[str] | None) -> list[float] | None:
         return [float(text) for text in " ".join(texts).translate(SEPARATORS).split()]
     except ValueError as error:
         raise ConfigError(f"--state_vector: {error}; give numbers separated by spaces or commas") from None
+
+
+def _image_paths(texts: Sequence[str] | None) -> dict[str, list[str]] | None:
+    """`["wrist=a.png,b.png"]` as {"wrist": ["a.png", "b.png"]}."""
+    if texts is None:
+        return None
+    images: dict[str, list[str]] = {}
+    for text in texts:
+        camera, _, paths = text.partition("=")
+        if not camera or not paths.strip(","):
+            raise ConfigError(f"--image_paths {text!r}: wanted <camera>=<image>,<image>, as in wrist=a.png,b.png")
+        if camera in images:
+            raise ConfigError(f"--image_paths {text!r}: {camera} is given twice; list its frames with commas")
+        images[camera] = [path for path in paths.split(",") if path]
+    return images
 
 
 def _check_closed_loop(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

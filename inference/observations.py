@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from data.processing import Frame, ObservationError
+from utils.statistics import state_labels
 
 STATE_MARGIN = 0.25  # a state may leave the training range by this share of it before the policy warns
 
@@ -37,32 +39,58 @@ def checked_seeds(seeds_B: Sequence[int], batch_size: int) -> list[int]:
     return [int(seed) for seed in seeds_B]
 
 
-def checked_state(state: Sequence[float] | np.ndarray | None, state_dim: int, takes_state: bool) -> np.ndarray:
+State = Sequence[float] | np.ndarray | Mapping[str, Sequence[float] | float | np.ndarray]
+
+
+def checked_state(state: State | None, widths: Mapping[str, int], takes_state: bool) -> np.ndarray:
     """A state as float32 (state_dim,); zeros for None where the policy takes no state.
 
+    Args:
+        state: all values, or those of each column by its name.
+        widths: values of each column of the policy's state, in order.
+        takes_state: whether the policy needs one.
+
     Raises:
-        ObservationError: it is missing, of another width, or not all finite numbers.
+        ObservationError: it is missing, of another width or other columns, or not all finite numbers.
     """
+    state_dim = sum(widths.values())
+    wanted = f"{state_dim} values" if len(widths) == 1 else " + ".join(f"{n} {name}" for name, n in widths.items())
     if state is None:
         if takes_state:
-            raise ObservationError(f"state is missing; this policy takes {state_dim} values")
+            raise ObservationError(f"state is missing; this policy takes {wanted}")
         return np.zeros(state_dim, np.float32)
-    try:
-        values = np.asarray(state)
-    except ValueError:  # nested lists of several lengths
-        values = np.empty(0, object)
-    if values.dtype.kind not in "iuf":
-        raise ObservationError(f"state is a {type(state).__name__} of {values.dtype}; wanted {state_dim} numbers")
-    values = values.astype(np.float32)
-    if values.shape != (state_dim,):
-        raise ObservationError(f"state has shape {values.shape}, {values.size} values; this policy takes {state_dim}")
+    if isinstance(state, Mapping):
+        other = [name for name in (*state, *widths) if name not in widths or name not in state]
+        if other:
+            fault = "is missing" if other[0] in widths else "is no part of it"
+            raise ObservationError(f"state: {other[0]!r} {fault}; this policy takes {wanted}")
+        parts = [_numbers(state[name], name, (width,)) for name, width in widths.items()]
+        values = np.concatenate(parts)
+    else:
+        values = _numbers(state, "state", (state_dim,))
     if not np.isfinite(values).all():
         index = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ObservationError(f"state[{index}] is {values[index]}; every value must be a finite number")
+        label = state_labels(widths)[index]
+        raise ObservationError(f"{label} is {values[index]}; every value must be a finite number")
     return values
 
 
-def outside_training(state_S: np.ndarray, statistics: dict[str, list[float]]) -> str | None:
+def _numbers(given: Any, name: str, shape: tuple[int]) -> np.ndarray:
+    try:
+        values = np.asarray(given)
+    except ValueError:  # nested lists of several lengths
+        values = np.empty(0, object)
+    if values.dtype.kind not in "iuf":
+        raise ObservationError(f"{name} is a {type(given).__name__} of {values.dtype}; wanted {shape[0]} numbers")
+    values = values.astype(np.float32)
+    if values.ndim == 0 and shape == (1,):
+        values = values[None]
+    if values.shape != shape:
+        raise ObservationError(f"{name} has shape {values.shape}, {values.size} values; this policy takes {shape[0]}")
+    return values
+
+
+def outside_training(state_S: np.ndarray, statistics: dict[str, list[float]], widths: Mapping[str, int]) -> str | None:
     """Which value of a state is far from all that the policy was trained on, as a warning; None: none is.
 
     Far is by more than STATE_MARGIN of the dimension's range, or, where that hardly varied, of the widest one's.
@@ -70,6 +98,7 @@ def outside_training(state_S: np.ndarray, statistics: dict[str, list[float]]) ->
     Args:
         state_S: physical units.
         statistics: `min` and `max` of each dimension, of the training data.
+        widths: values of each column that the state is joined from.
     """
     if not {"min", "max"} <= statistics.keys():
         return None  # openpi's statistics do not say how far states went
@@ -82,7 +111,7 @@ def outside_training(state_S: np.ndarray, statistics: dict[str, list[float]]) ->
         return None
     others = int((excess_S > 1).sum()) - 1
     return (
-        f"state[{worst}] is {state_S[worst]:g}, in training it was {low_S[worst]:g} to {high_S[worst]:g}"
+        f"{state_labels(widths)[worst]} is {state_S[worst]:g}, in training it was {low_S[worst]:g} to {high_S[worst]:g}"
         f"{f' ({others} more dimensions are outside as well)' if others else ''}: check the units (metres, "
         "radians), the order and the zero of what the robot sends"
     )

@@ -28,7 +28,7 @@ from data.processing import (
     processors_from_checkpoint,
 )
 from inference.engine import Engine
-from inference.observations import as_list, checked_seeds, checked_state, outside_training
+from inference.observations import State, as_list, checked_seeds, checked_state, outside_training
 from inference.policy_files import read_policy
 from inference.settings import changed_settings
 from model.context import ActionPrefix
@@ -36,6 +36,7 @@ from model.vla_model import VLAModel
 from utils.batch import Batch, example_batch
 from utils.config_utils import Config, MixtureEntry, config_from_dict
 from utils.misc import pick_device
+from utils.statistics import state_widths
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class VLAPredictor:
         cameras: names of the cameras that it reads, in slot order.
         max_seq_len: observation frames that it takes, the current one included.
         state_dim, horizon, per_action_dim: widths of the state and of the predicted action chunk.
+        state_widths: values of each column that the state is joined from, in order.
         num_inference_steps, n_action_steps, compile, quantization: those of `settings`.
         weight_dtype: that its matrices are stored in.
     """
@@ -77,6 +79,9 @@ class VLAPredictor:
         self.dataset_index, self.dataset = _choose_dataset(config, dataset)
         self.state_dim, self.horizon = self.dataset.state_dim, self.dataset.horizon
         self.per_action_dim = self.dataset.per_action_dim
+        self.state_widths = state_widths(
+            model.statistics[self.dataset_index], config.data.state_columns, self.state_dim
+        )
         self.settings = changed_settings(config.inference, self.horizon, inference)
         self.num_inference_steps, self.n_action_steps = self.settings.num_inference_steps, self.settings.n_action_steps
         self.compile, self.quantization = self.settings.compile, self.settings.quantization
@@ -192,7 +197,7 @@ class VLAPredictor:
         images_2: Frame | Sequence[Frame] | None = None,
         *,
         prompt: str,
-        state: Sequence[float] | np.ndarray | None = None,
+        state: State | None = None,
         images: Mapping[str, Frame | Sequence[Frame] | None] | None = None,
         seed: int | None = None,
         noise: np.ndarray | None = None,
@@ -208,9 +213,10 @@ class VLAPredictor:
                 size: uint8, or floats from 0 to 1.
             images_2: its second camera, as many frames. A policy trained with two cameras masks it when None, as it
                 does with data that lack it, and warns once; a policy trained with one camera ignores it.
-            images: instead of the two, frames by the names in `cameras`; those that are left out are masked.
+            images: frames by the names in `cameras`, instead of the two or beside them; what neither gives is masked.
             prompt: the instruction.
-            state: (state_dim,), physical units; may be None only for a policy that takes no state.
+            state: (state_dim,), physical units, or the values of each column by name (`state_widths`); may be None only
+                for a policy that takes no state.
             seed: of the sampling noise; the same seed gives the same actions. None: one from torch's global generator.
             noise: instead of a seed the noise itself, float32, shaped as the head takes it: (T, A) for flow matching,
                 (T, max_action_dim) for the action expert, whose padding is noise too.
@@ -289,7 +295,7 @@ class VLAPredictor:
         images_2: Frame | Sequence[Frame] | None = None,
         *,
         prompt: str,
-        state: Sequence[float] | np.ndarray | None = None,
+        state: State | None = None,
         images: Mapping[str, Frame | Sequence[Frame] | None] | None = None,
     ) -> Batch:
         """The batch of one that `predict` gives the model; arguments and errors as there."""
@@ -301,7 +307,7 @@ class VLAPredictor:
         images_2: Frame | Sequence[Frame] | None = None,
         *,
         prompt: str,
-        state: Sequence[float] | np.ndarray | None = None,
+        state: State | None = None,
         images: Mapping[str, Frame | Sequence[Frame] | None] | None = None,
         warnings: dict[str, str] | None = None,
     ) -> Sample:
@@ -313,11 +319,10 @@ class VLAPredictor:
         """
         told = {} if warnings is None else warnings
         frames = self._frames_by_camera(images_1, images_2, images, told)
-        delta = self.config.data.action_mode == "delta"  # actions are then relative to the state
-        takes_state = self.config.model.action_head_config.use_state_input or delta
-        values = checked_state(state, self.state_dim, takes_state)
+        takes_state = self.config.reads_state
+        values = checked_state(state, self.state_widths, takes_state)
         statistics = self.model.statistics[self.dataset_index]["state"]
-        if takes_state and (outside := outside_training(values, statistics)) is not None:
+        if takes_state and (outside := outside_training(values, statistics, self.state_widths)) is not None:
             told["state"] = outside
         padded = np.pad(values, (0, self.config.data.state_dim - self.state_dim))
         if (cut := self.prompt_tokenizer.cut(prompt, padded, self.dataset_index)) is not None:
@@ -343,15 +348,17 @@ class VLAPredictor:
         told: dict[str, str],
     ) -> dict[str, list[Frame] | None]:
         """Per camera of the policy its frames, None where it is absent; what is not used goes into `told`."""
-        if images is None:
-            first, second = self.cameras[0], "image_2" if len(self.cameras) == 1 else self.cameras[1]
-            if images_1 is None:
-                raise ObservationError(f"{first} is missing; every policy needs it")
-            if images_2 is not None and len(self.cameras) == 1:
-                told[f"unread {second}"] = f"this policy was trained on {first} alone: {second} is ignored"
-            images = {first: images_1, **({second: images_2} if len(self.cameras) > 1 else {})}
-        elif images_1 is not None or images_2 is not None:
-            raise ObservationError("images and images_1 or images_2 both give frames; give one of them")
+        first, second = self.cameras[0], "image_2" if len(self.cameras) == 1 else self.cameras[1]
+        if images_1 is None and images is None:
+            raise ObservationError(f"{first} is missing; give it, or another camera of {', '.join(self.cameras)}")
+        if images_2 is not None and len(self.cameras) == 1:
+            told[f"unread {second}"] = f"this policy was trained on {first} alone: {second} is ignored"
+            images_2 = None
+        images = dict(images or {})
+        for camera, frames in ((first, images_1), (second, images_2)):
+            if frames is not None and images.get(camera) is not None:
+                raise ObservationError(f"images and images_1 or images_2 both give {camera}; give it once")
+            images |= {} if frames is None else {camera: frames}
         unknown = [name for name in images if name not in self.cameras]
         if unknown:
             raise ObservationError(f"this policy has no camera {unknown[0]!r}; it reads {', '.join(self.cameras)}")

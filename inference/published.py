@@ -110,6 +110,7 @@ def policy_config(policy: PublishedPolicy, sizes: PiSizes, tokenizer_name: str) 
             "state_normalization_type": None if state_mode == action_mode else state_mode,
             "normalization_eps": policy.eps,
             "action_mode": "delta" if policy.relative_action_dims else "absolute",
+            "action_names": action_names(policy),
             "absolute_action_dims": absolute if policy.relative_action_dims else [],
         },
         "model": {
@@ -142,6 +143,13 @@ def policy_config(policy: PublishedPolicy, sizes: PiSizes, tokenizer_name: str) 
         },
     }
     return config_from_dict(tree, source=str(policy.folder))
+
+
+def action_names(policy: PublishedPolicy) -> list[str]:
+    """What LeRobot calls the action's dimensions; nothing where it does not say, or not of all."""
+    names = policy.config.get("action_feature_names")
+    fits = isinstance(names, list) and len(names) == policy.action_dim and all(isinstance(name, str) for name in names)
+    return names if fits else []
 
 
 def image_scale(image_processor: VLAImageProcessor) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def write_evaluation(
     predictions: dict[str, Predictions],
     save_predictions: bool,
     num_plots: int,
+    labels: Sequence[str],
 ) -> list[Path]:
     """Write what `evaluate_offline` found: metrics.json, plots/, and predictions.csv when asked for; returns the paths.
 
@@ -91,13 +92,14 @@ def write_evaluation(
         result, predictions: from `evaluate_offline`; the result may hold more.
         save_predictions: write predictions.csv, see `write_predictions`.
         num_plots: episodes per dataset to plot.
+        labels: of the action's dimensions.
     """
     paths = [folder / "metrics.json"]
     write_json(paths[0], result)
     if save_predictions:
         paths.append(folder / "predictions.csv")
         write_predictions(paths[-1], predictions)
-    return [*paths, *plot_trajectories(folder / "plots", predictions, num_plots)]
+    return [*paths, *plot_trajectories(folder / "plots", predictions, labels, num_plots)]
 
 
 def write_actions(output_dir: Path, action_TA: np.ndarray, inputs: dict[str, Any]) -> list[Path]:
@@ -130,7 +132,9 @@ def write_predictions(path: str | Path, predictions: dict[str, Predictions]) -> 
                     writer.writerow([*place, t, *map(_digits, predicted_TA[t]), *truth, int(is_pad)])
 
 
-def plot_trajectories(output_dir: str | Path, predictions: dict[str, Predictions], episodes: int = 3) -> list[Path]:
+def plot_trajectories(
+    output_dir: str | Path, predictions: dict[str, Predictions], labels: Sequence[str], episodes: int = 3
+) -> list[Path]:
     """Predicted against true actions over an episode, one panel per dimension, as PNG; returns the paths.
 
     At every step of the episode the first action of the prediction made there is drawn, with a band where there
@@ -142,7 +146,7 @@ def plot_trajectories(output_dir: str | Path, predictions: dict[str, Predictions
         for episode in found[np.unique(np.linspace(0, len(found) - 1, episodes).round().astype(int))]:
             path = Path(output_dir) / f"trajectory_{file_stem(name)}_episode_{episode:06d}.png"
             rows = np.flatnonzero(part.episode_N == episode)
-            _plot_episode(path, part, rows, f"{name}, episode {episode}")
+            _plot_episode(path, part, rows, f"{name}, episode {episode}", labels)
             paths.append(path)
     return paths
 
@@ -158,7 +162,7 @@ def finish(text: str, paths: Sequence[str | Path], log_file: Path | None) -> Non
         print(f"wrote {path}")
 
 
-def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str) -> None:
+def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str, labels: Sequence[str]) -> None:
     dims = part.true_NTA.shape[2]
     columns = 1 if dims < 5 else 2
     lines = -(-dims // columns)
@@ -170,7 +174,7 @@ def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str) -
             axis.axis("off")
             continue
         draw_trajectory(axis, steps, part.predicted_KNTA[:, rows, 0, a], part.true_NTA[rows, 0, a])
-        axis.set_ylabel(f"action[{a}]")
+        axis.set_ylabel(labels[a])
     lowest = [axes[min(lines, dims - column * lines) - 1, column] for column in range(columns)]
     for axis in lowest:  # of a column that ends earlier than the first, too
         axis.set_xlabel("step")

@@ -245,7 +245,7 @@ def require_same_architecture(saved: dict[str, Any], config: Config, path: str, 
             and before.get(key) != now.get(key)
             and not _may_be_added(key, saved)
             and not (key in HEAD_OF_ANY_ROBOT and any_robot)
-            and not (key == "use_aux_camera" and backbone_only)
+            and not (key == "use_aux_camera" and any_robot)
         ]
     for key in (*(() if any_robot else DATA_OF_ONE_ROBOT), *DATA_AS_SEEN):
         before, now = getattr(old.data, key), getattr(config.data, key)

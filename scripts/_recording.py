@@ -41,6 +41,10 @@ ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "image_size": ({"type": int}, "height and width in pixels (default: the simulator's)"),
     "camera": ({}, "camera of image_1 (default: the simulator's)"),
     "second_camera": ({}, "camera of image_2, e.g. gripperPOV (default: no image_2)"),
+    "cameras": (
+        {"nargs": "+", "metavar": "NAME=CAMERA"},
+        "instead of the two: any number of cameras, each a column of that name (CAMERA alone: its own name)",
+    ),
     "hide_goal": ({"action": "store_true", "default": None}, "leave goal markers out of the images"),
     "layout_of": ({}, "draw object positions from this task's range; it must share the scene"),
     "max_episode_steps": ({"type": int}, "an attempt fails after (default: the simulator's)"),

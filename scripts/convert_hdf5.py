@@ -25,13 +25,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hdf5_dir", type=user_path, required=True, help="folder of episodes, one file each")
     parser.add_argument(
-        "--cameras", nargs="+", default=[], metavar="CAMERA=image_1", help="camera of the files = our column"
+        "--cameras", nargs="+", default=[], metavar="CAMERA=COLUMN", help="camera of the files = our column of any name"
     )
     parser.add_argument("--prompt", help="instruction of every episode")
     parser.add_argument("--prompt_attribute", help="attribute of the file with its instruction, where it has one")
     add_conversion_arguments(parser)
     parser.add_argument(
-        "--state_key", nargs="+", default=["observations/qpos"], help="arrays that make up state (default %(default)s)"
+        "--state_key",
+        nargs="+",
+        default=["observations/qpos"],
+        metavar="KEY[=COLUMN]",
+        help="arrays that make up state, or with =COLUMN a column of its own (default %(default)s)",
     )
     parser.add_argument("--action_key", default="action", help="array that is action (default %(default)s)")
     parser.add_argument("--fps", type=float, default=50, help="control rate, not in the files (default %(default)s)")

@@ -1,7 +1,7 @@
 """LeRobot datasets (v2.0, v2.1, v3.0) into this repository's Parquet schema, and back into LeRobot v3.0.
 
     python scripts/convert_lerobot.py --lerobot_dir D --output_dir demos/train \\
-        --cameras observation.images.front=image_1 observation.images.wrist=image_2
+        --cameras observation.images.front=image_1 observation.images.wrist=image_wrist
     python scripts/convert_lerobot.py --to_lerobot --data_path demos/train --output_dir D
 
 The first may be interrupted and started again: complete files are kept. What maps to what, and the limits, are in
@@ -24,7 +24,7 @@ from data.convert.lerobot import convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
 from data.convert.lerobot_rows import TERMINAL
 from data.convert.video import ENCODERS, VideoEncoding
-from data.schema import CAMERAS, camera_columns
+from data.schema import image_columns
 from utils.misc import WriteError, user_path
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files
 
@@ -41,7 +41,7 @@ FROM_LEROBOT = (
     "terminal",
     "follow_links",
 )
-TO_LEROBOT = ("data_path", "fps", "robot_type", "video", "video_codec", "crf")
+TO_LEROBOT = ("data_path", "state_columns", "fps", "robot_type", "video", "video_codec", "crf")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,9 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--cameras",
         nargs="+",
         default=[],
-        metavar="FEATURE=image_1",
-        help="LeRobot's camera = our column, in both directions; with --to_lerobot the default is what the files came "
-        "from, or observation.images.image_1",
+        metavar="FEATURE=COLUMN",
+        help="LeRobot's camera = our column of any name, in both directions; with --to_lerobot the default is what the "
+        "files came from, or observation.images.<column> for every camera",
     )
     add_conversion_arguments(parser)
     forward = parser.add_argument_group("from LeRobot")
@@ -63,7 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--state_key",
         nargs="+",
         default=["observation.state"],
-        help="features that make up state (default %(default)s)",
+        metavar="KEY[=COLUMN]",
+        help="features that make up state, or with =COLUMN a column of its own (default %(default)s)",
     )
     forward.add_argument(
         "--action_key", nargs="+", default=["action"], help="features that make up action (default %(default)s)"
@@ -85,6 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     back = parser.add_argument_group("to LeRobot")
     back.add_argument("--data_path", nargs="+", help="Parquet files of our schema, folders or globs")
+    help_text = "columns that make up the state; default: those that a converter wrote, or state"
+    back.add_argument("--state_columns", nargs="+", metavar="COLUMN", help=help_text)
     back.add_argument("--fps", type=float, help="frames per second; default: what the files' metadata say")
     back.add_argument("--robot_type", help="default: what the files' metadata say")
     back.add_argument("--video", action="store_true", help="encode the frames as video instead of keeping the images")
@@ -142,6 +145,7 @@ def to_lerobot(args: argparse.Namespace) -> str:
         fps=int(fps) if fps == int(fps) else fps,
         cameras={column: feature for feature, column in cameras.items()} if cameras else default_cameras(files[0]),
         robot_type=args.robot_type or facts.get("robot_type"),
+        state_columns=tuple(args.state_columns or facts.get("state_columns") or ("state",)),
         state_names=facts.get("state_names"),
         action_names=facts.get("action_names"),
         video=VideoEncoding.choose(args.video_codec, args.crf) if args.video else None,
@@ -162,8 +166,7 @@ def local(source: Source) -> pathlib.Path:
 def default_cameras(path: pathlib.Path) -> dict[str, str]:
     """Names for the cameras of files that don't say where they come from."""
     with open_parquet(path) as file:
-        present = file.schema_arrow.names
-    return {camera: f"observation.images.{camera}" for camera in CAMERAS if camera_columns(camera, present)}
+        return {camera: f"observation.images.{camera}" for camera in image_columns(file.schema_arrow)}
 
 
 def main() -> None:

@@ -3,10 +3,10 @@
     python scripts/record_demos.py --env metaworld --tasks button-press-topdown-v3 window-open-v3 \\
         --episodes 40 --output_dir demos
 
-Columns: image_1 and, with --second_camera, image_2 (encoded JPEG or PNG bytes), state and action (float32 lists,
-physical units), is_first, is_last, is_terminal, prompt, episode_index, frame_index, seed. A row holds what was
-seen and the expert's action for it, clipped as the simulator clips it. Each episode is one row group; how the
-file was made is in its schema's metadata.
+Columns: image_1 and, with --second_camera, image_2, or whatever --cameras names (encoded JPEG or PNG bytes), state and
+action (float32 lists, physical units), is_first, is_last, is_terminal, prompt, episode_index, frame_index, seed. A row
+holds what was seen and the expert's action for it, clipped as the simulator clips it. Each episode is one row group;
+how the file was made is in its schema's metadata.
 
     python scripts/record_demos.py --env metaworld --tasks window-open-v3 --episodes 10 --seed 2000 \\
         --policy C --takeover --output_dir corrections

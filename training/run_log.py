@@ -25,7 +25,7 @@ class RunLog:
     """Metrics and pictures of one run; ranks other than the first write only which samples they took."""
 
     def __init__(self, config: Config, *, is_main: bool, rank: int = 0) -> None:
-        self.directory = config.experiment_dir
+        self.directory, self.labels = config.experiment_dir, config.action_labels
         self.metrics_path = self.directory / "logs" / "metrics.jsonl"
         self.validation_path = self.directory / "logs" / "validation.jsonl"
         self.samples_path = self.directory / "logs" / f"samples_rank_{rank}.jsonl"
@@ -83,7 +83,7 @@ class RunLog:
         chunks = validation.plotted
         title = f"Action chunks of held-out samples after {step} steps, physical units"
         with disk_full_named(path, PICTURE_BYTES):
-            plot_chunks(path, chunks.drawn_KNTA, chunks.true_NTA, chunks.is_pad_NT, chunks.captions, title)
+            plot_chunks(path, chunks.drawn_KNTA, chunks.true_NTA, chunks.is_pad_NT, chunks.captions, title, self.labels)
         self.trackers.picture(step, "val/trajectories", path)
 
     def plot(self) -> None:

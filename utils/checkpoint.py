@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.config_data import is_camera_name
 from utils.foreign_files import ForeignFileError, check_tokenizer_files, refuse_custom_code
 from utils.misc import atomic_path, disk_full_named, flush_to_disk
 from utils.shards import ShardError, check_shards, load_shards, remove_unused_shards, verify_shards
@@ -148,7 +149,7 @@ def check_content(checkpoint: dict[str, Any], place: Path) -> None:
             for key, value in weights.items()
         ):
             raise CheckpointError(f"{place}: {name} holds something other than tensors; it is not of this program")
-    if not all(isinstance(camera, str) and camera.isidentifier() for camera in checkpoint["cameras"]):
+    if not all(isinstance(camera, str) and is_camera_name(camera) for camera in checkpoint["cameras"]):
         raise CheckpointError(f"{place}: cameras are {_quoted(checkpoint['cameras'])}; wanted names such as image_1")
     base = checkpoint.get("base")
     if base is not None and not (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +10,27 @@ from utils.config_fields import positive
 from utils.config_reader import ConfigError
 from utils.text import printable
 
+COLUMN_NAME = re.compile(r"\w[\w .:/-]*")  # of cameras and states; nothing that marks up a page or steers a terminal
 MAX_NAME_CHARS = 200  # of a dataset's name, which goes into logs, tables and file names
+# Names that a sample, or a file's row, uses for something else than a camera; for something else than a state.
+NOT_STATES = ("action", "prompt", "is_first", "is_last", "is_terminal")
+NOT_CAMERAS = (
+    *NOT_STATES,
+    *("state", "image_mask", "vlm_attention_mask", "raw_prompt_text", "input_ids", "prompt_mask", "action_is_pad"),
+    *("intervention", "success", "plan", "plan_step"),
+    *("dataset_index", "episode_index", "frame_index", "timestamp", "seed"),
+    *("prompt_embeds", "image_slots", "noise", "reset"),
+)
+
+
+def is_column_name(name: str) -> bool:
+    """Whether a column of a file may be called so."""
+    return COLUMN_NAME.fullmatch(name) is not None and len(name) <= MAX_NAME_CHARS and name == name.strip()
+
+
+def is_camera_name(name: str) -> bool:
+    """Whether a camera may be called so: not as a sample calls something else."""
+    return is_column_name(name) and name not in NOT_CAMERAS and not name.endswith("_bytes")
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,7 @@ class DataConfig:
     image_processor_name_or_path: str | None = None  # directory or hub id; None: siglip_model_name, else backbone
     siglip_model_name: str | None = None  # SigLIP checkpoint whose image processor is used
     cameras: tuple[str, ...] = ()  # image columns that the model reads, in slot order; empty: image_1 (and image_2)
+    state_columns: tuple[str, ...] = ("state",)  # numeric columns that are joined into the state, in this order
     image_fit: Literal["stretch", "pad", "pad_bytes"] = "stretch"  # to the model's size; pad: as LeRobot, or openpi
     prompt_format: Literal["paligemma", "pi0", "openpi_pi0", "pi05"] = "paligemma"  # see data/prompts.py
     max_seq_len: int = 1  # observation frames per sample, the current one included
@@ -105,6 +127,8 @@ class DataConfig:
     clip_normalized: float | None = None  # clip normalized states and predicted actions to [-c, c]
     action_mode: Literal["absolute", "delta"] = "absolute"  # delta: relative to the current state's same dimension
     absolute_action_dims: tuple[int, ...] = ()  # dimensions that stay absolute in delta mode, such as grippers
+    absolute_joints: tuple[str, ...] = ()  # the same by name: every dimension whose action name contains such a word
+    action_names: tuple[str, ...] = ()  # what the action's dimensions are called, in plots and for absolute_joints
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     state_dim: int = 7  # width of the state column (of the widest dataset in a mixture)
     action_bounds: tuple[float, float] = (-1.0, 1.0)  # normalized range that min_max and quantile map onto
@@ -126,8 +150,7 @@ class DataConfig:
                 positive(self, "data", name)
         self._check_mixture()
         self._check_normalization()
-        if len(set(self.cameras)) < len(self.cameras):
-            raise ConfigError(f"data.cameras is {list(self.cameras)}; name each camera once")
+        self._check_columns()
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers is {self.num_workers}; give 0 (load in this process) or more")
         if self.prompt_max_len < 3:
@@ -136,6 +159,22 @@ class DataConfig:
             )
         if len(self.action_bounds) != 2 or self.action_bounds[0] >= self.action_bounds[1]:
             raise ConfigError(f"data.action_bounds is {list(self.action_bounds)}; give [low, high] with low < high")
+
+    def _check_columns(self) -> None:
+        for key, names in (("cameras", self.cameras), ("state_columns", self.state_columns)):
+            place = f"data.{key} is {printable(list(names))}"
+            if len(set(names)) < len(names):
+                raise ConfigError(f"{place}; name each {'camera' if key == 'cameras' else 'column'} once")
+            if not all(map(is_column_name, names)):
+                raise ConfigError(f"{place}; wanted names of columns: letters, digits, spaces and any of _ . : / -")
+        if not self.state_columns:
+            raise ConfigError("data.state_columns is empty; name a column, as in [state]")
+        for camera in self.cameras:
+            if not is_camera_name(camera) or camera in self.state_columns:
+                raise ConfigError(f"data.cameras: {camera!r} names something else in a sample; rename that column")
+        for name in self.state_columns:
+            if name in NOT_STATES:
+                raise ConfigError(f"data.state_columns: {name!r} is no part of the state; name other columns")
 
     @property
     def state_mode(self) -> str:

@@ -115,6 +115,10 @@ def _coerce(hint: Any, value: Any, place: str) -> Any:
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise ConfigError(f"{place} is {_shown(value)}; wanted a list of {len(args)} values")
         return tuple(_coerce(args[0], item, f"{place}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{place} is {_shown(value)}; wanted names and values, as in {{name: value}}")
+        return {str(key): _coerce(args[1], item, f"{place}.{printable(key)}") for key, item in value.items()}
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):

@@ -11,6 +11,7 @@ exist fail with the nearest name that does; values are checked here, before any 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from utils.config_model import (
 from utils.config_reader import ConfigError, build, read_tree, set_dotted
 from utils.config_training import ClosedLoopConfig, LRSchedulerConfig, OptimizerConfig, TrainingConfig
 from utils.foreign_files import ForeignFileError, parse_yaml
+from utils.text import printable
 
 __all__ = [
     "ActionHeadConfig",
@@ -95,8 +97,9 @@ class InferenceConfig:
 class ServingConfig:
     """What the policy server reads from a request, and its limits. Keys have openpi's names by default."""
 
-    image_1_key: str = "observation/image"  # key of each camera's frames in a request; "image_1" is read as well
-    image_2_key: str = "observation/wrist_image"
+    image_1_key: str = "observation/image"  # key of the first camera's frames; its own name is read as well
+    image_2_key: str = "observation/wrist_image"  # of the second camera's; of further ones: observation/<name>
+    image_keys: dict[str, str] = field(default_factory=dict)  # camera -> key, instead of these
     state_key: str = "observation/state"
     prompt_key: str = "prompt"
     batch_window_ms: float = 2.0  # how long a request waits for others to be predicted with, once clients are several
@@ -124,18 +127,22 @@ class ServingConfig:
                 f"serving.max_buffered_bytes is {self.max_buffered_bytes}, less than one message may have "
                 f"(serving.max_message_bytes {self.max_message_bytes}); raise it"
             )
-        if len(set(self.keys.values())) < len(self.keys) or "seed" in self.keys.values():
-            raise ConfigError(f"serving: keys {list(self.keys.values())} are not distinct, or one is 'seed'")
+        self.keys(tuple({"image_1": "", "image_2": ""} | self.image_keys))
 
-    @property
-    def keys(self) -> dict[str, str]:
-        """The request's key for each part of an observation."""
-        return {
-            "image_1": self.image_1_key,
-            "image_2": self.image_2_key,
-            "state": self.state_key,
-            "prompt": self.prompt_key,
-        }
+    def keys(self, cameras: Sequence[str]) -> dict[str, str]:
+        """The request's key of each part of an observation, by camera and for `state` and `prompt`.
+
+        Raises:
+            ConfigError: two of them are the same, or one means something else.
+        """
+        standard = (self.image_1_key, self.image_2_key, *(f"observation/{camera}" for camera in cameras[2:]))
+        keys = {camera: self.image_keys.get(camera, key) for camera, key in zip(cameras, standard, strict=False)}
+        keys |= {"state": self.state_key, "prompt": self.prompt_key}
+        if len(set(keys.values())) < len(keys) or not {"seed", "reset", "images"}.isdisjoint(keys.values()):
+            raise ConfigError(
+                f"serving: keys {list(keys.values())} are not distinct, or one is 'seed', 'reset' or 'images'"
+            )
+        return keys
 
 
 @dataclass(frozen=True)
@@ -206,6 +213,7 @@ class Config:
                 f"{data.prompt_format} does not say the state, so that nothing reads it; set state_token: true, "
                 "prompt_format: pi05, or use_state_input: false"
             )
+        data = self._name_actions()
         if data.action_mode == "delta":
             unmatched = [d for d in range(data.state_dim, head.per_action_dim) if d not in data.absolute_action_dims]
             if unmatched:
@@ -218,6 +226,33 @@ class Config:
                 f"data.absolute_action_dims is {list(data.absolute_action_dims)}; actions have dimensions 0 to "
                 f"{head.per_action_dim - 1}"
             )
+
+    def _name_actions(self) -> DataConfig:
+        """The data section with `absolute_joints` among `absolute_action_dims`, as LeRobot finds them: a word anywhere
+        in the name, whatever its case."""
+        data, width = self.data, self.model.action_head_config.per_action_dim
+        if data.action_names and len(data.action_names) != width:
+            raise ConfigError(
+                f"data.action_names has {len(data.action_names)} names, but model.action_head_config.per_action_dim is "
+                f"{width}; name every dimension"
+            )
+        dims = set(data.absolute_action_dims)
+        for word in data.absolute_joints:
+            named = {d for d, name in enumerate(data.action_names) if word.lower() in name.lower()}
+            if not named or not word:
+                names = ", ".join(data.action_names) or "none: set data.action_names"
+                raise ConfigError(f"data.absolute_joints: no action is called {printable(word)!r} (names: {names})")
+            dims |= named
+        if data.absolute_joints and dims != set(data.absolute_action_dims):
+            data = dataclasses.replace(data, absolute_action_dims=tuple(sorted(dims)))
+            object.__setattr__(self, "data", data)
+        return data
+
+    @property
+    def action_labels(self) -> list[str]:
+        """What each dimension of an action is called: its name, or `action[2]`."""
+        width = self.model.action_head_config.per_action_dim
+        return list(self.data.action_names) or [f"action[{d}]" for d in range(width)]
 
     def _take_older_inference_steps(self) -> None:
         """`action_head_config.inference_steps` says the same as `inference.num_inference_steps`; the latter is read."""
@@ -258,6 +293,12 @@ class Config:
         """Names of the image columns that the model reads, in slot order."""
         older_spelling = ("image_1", "image_2") if self.model.vlm_config.use_aux_camera else ("image_1",)
         return self.data.cameras or older_spelling
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether anything reads the state: the head, the prompt, or actions that are relative to it."""
+        head, data = self.model.action_head_config, self.data
+        return head.use_state_input or data.action_mode == "delta" or data.prompt_format == "pi05"
 
     @property
     def trackers(self) -> tuple[str, ...]:

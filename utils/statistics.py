@@ -1,9 +1,9 @@
 """Normalization statistics as a file: what it holds, and whether it belongs to a config.
 
-The file holds `{"action_mode", "absolute_action_dims", "val_fraction", "split_seed", "max_episodes", "datasets": {name:
-statistics}}`; a single dataset is called "default". A dataset's statistics are `{"state": {"min": [state_dim numbers],
-"max", "mean", "std", "q01", "q99", ...}, "action": {...}, ...}` in physical units: STATISTICS are what the normalizer
-needs, and what else is there tells where the numbers come from. `data/statistics.py` computes them.
+The file holds `{"action_mode", "absolute_action_dims", "val_fraction", "split_seed", "max_episodes", "state_columns",
+"datasets": {name: statistics}}`; a single dataset is called "default". A dataset's statistics are `{"state": {"min":
+[state_dim numbers], "max", "mean", "std", "q01", "q99", ...}, "action": {...}, ...}` in physical units: STATISTICS are
+what the normalizer needs, and what else is there tells where the numbers come from. `data/statistics.py` computes them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from utils.foreign_files import ForeignFileError, read_json
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+DECILES = ("q10", "q90")  # made where a config asks for them (quantile10)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -129,7 +130,8 @@ def check_statistics(
                     f"{source}: {name}.{statistic} is not finite in float32: {shown(values)}; {remedy}"
                 )
             columns[statistic] = np.array(values, dtype=np.float64)
-        for low, high in (("min", "q01"), ("q01", "q99"), ("q99", "max"), ("min", "mean"), ("mean", "max")):
+        pairs = (("min", "q01"), ("q01", "q99"), ("q99", "max"), ("min", "mean"), ("mean", "max"))
+        for low, high in (*pairs, ("q01", "q10"), ("q10", "q90"), ("q90", "q99")):
             if not columns.keys() >= {low, high}:
                 continue
             slack = 1e-6 * np.maximum(np.abs(columns[low]), np.abs(columns[high]))
@@ -142,6 +144,31 @@ def check_statistics(
                 )
         if (columns.get("std", np.zeros(1)) < 0).any():
             raise StatisticsError(f"{source}: {name}.std is less than 0: {shown(of_column['std'])}; {remedy}")
+
+
+def wanted_statistics(data: DataConfig) -> tuple[str, ...]:
+    """The statistics that a file for this config must have."""
+    return (*STATISTICS, *(DECILES if "quantile10" in (data.normalization_type, data.state_mode) else ()))
+
+
+def state_widths(statistics: Mapping[str, Any], names: Sequence[str], state_dim: int) -> dict[str, int]:
+    """Values of each column that a dataset's state is joined from, in order.
+
+    Args:
+        statistics: of the dataset, which say the widths of several columns.
+        names: `data.state_columns`.
+        state_dim: the state's width. Without known widths it is one column's, called `state`.
+    """
+    widths = statistics.get("state_columns")
+    if isinstance(widths, dict) and all(type(widths.get(name)) is int for name in names):
+        if sum(widths[name] for name in names) == state_dim:
+            return {name: widths[name] for name in names}
+    return {names[0] if len(names) == 1 else "state": state_dim}
+
+
+def state_labels(widths: Mapping[str, int]) -> list[str]:
+    """What each value of a state is called: `state[0]`, ..., `force[2]`."""
+    return [f"{name}[{i}]" for name, width in widths.items() for i in range(width)]
 
 
 def shown(value: Any) -> str:
@@ -158,6 +185,7 @@ def statistics_settings(data: DataConfig) -> dict[str, Any]:
         "val_fraction": data.val_fraction,
         "split_seed": data.split_seed,
         "max_episodes": data.max_episodes,
+        "state_columns": list(data.state_columns),
     }
 
 
@@ -167,6 +195,7 @@ def _check_settings(content: dict[str, Any], config: Config, path: str, command:
         del settings["absolute_action_dims"]
     if config.data.val_fraction == 0 and config.data.max_episodes is None:
         del settings["split_seed"]
+    content = {"state_columns": ["state"], **content}  # files of earlier versions do not say
     others = {key: value for key, value in settings.items() if content.get(key) != value}
     if others:
         made_with = ", ".join(f"{key} {content.get(key)}" for key in others)
@@ -186,7 +215,8 @@ def _dataset_statistics(
         raise StatisticsError(f"{path}: no statistics of dataset {entry.name!r}{hint}; {remedy}")
     statistics = datasets[entry.name]
     source = f"{path}: dataset {entry.name}"
-    check_statistics(statistics, entry.state_dim, entry.per_action_dim, source, remedy)
+    needed = dict.fromkeys(("state", "action"), wanted_statistics(config.data))
+    check_statistics(statistics, entry.state_dim, entry.per_action_dim, source, remedy, needed)
     if config.data.action_mode == "delta" and statistics.get("horizon") != entry.horizon:
         raise StatisticsError(
             f"{source}: made with horizon {statistics.get('horizon')}, config wants horizon {entry.horizon}, and "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from utils.quantile_sketch import QuantileSketch
-from utils.statistics import STATISTICS
+from utils.statistics import DECILES, STATISTICS
 
 PAIRS_PER_BLOCK = 65536  # deltas per dimension that are formed at once
 
@@ -24,8 +24,8 @@ class StreamSummary:
     variances, 1979), so a mean far from zero costs no precision.
     """
 
-    def __init__(self, dims: int) -> None:
-        self.count = 0
+    def __init__(self, dims: int, deciles: bool = False) -> None:
+        self.count, self.deciles = 0, deciles
         self.min, self.max = np.full(dims, np.inf, np.float32), np.full(dims, -np.inf, np.float32)
         self.mean, self.squares = np.zeros(dims), np.zeros(dims)  # squares: summed squared deviations from the mean
         self.sketch = QuantileSketch(dims)
@@ -47,9 +47,12 @@ class StreamSummary:
             self.sketch.merge(other.sketch)
 
     def values(self) -> dict[str, np.ndarray]:
-        """Each of STATISTICS, (D,). A stream that never changed has std 0 and min = mean = max."""
+        """Each of STATISTICS, and of DECILES where asked for, (D,).
+
+        A stream that never changed has std 0 and min = mean = max.
+        """
         constant = self.min == self.max
-        q01, q99 = self.sketch.quantiles([0.01, 0.99])
+        q01, q99, *more = self.sketch.quantiles([0.01, 0.99, *([0.1, 0.9] if self.deciles else [])])
         return {
             "min": self.min,
             "max": self.max,
@@ -57,6 +60,7 @@ class StreamSummary:
             "std": np.where(constant, 0.0, np.sqrt(self.squares / max(self.count, 1))),
             "q01": q01,
             "q99": q99,
+            **dict(zip(DECILES, more, strict=False)),
         }
 
     def _combine(self, count: int, low: np.ndarray, high: np.ndarray, mean: np.ndarray, squares: np.ndarray) -> None:
@@ -95,18 +99,22 @@ class _Window:
 class StepStatistics:
     """Statistics of the time steps of some consecutive rows, which can be merged with those of the rows that follow."""
 
-    def __init__(self, state_dim: int, per_action_dim: int, delta_dims: list[int], horizon: int) -> None:
+    def __init__(
+        self, state_dim: int, per_action_dim: int, delta_dims: list[int], horizon: int, deciles: bool = False
+    ) -> None:
         """
         Args:
             state_dim, per_action_dim: widths of states and actions.
             delta_dims: action dimensions d taken as `action[d]` at t + k minus `state[d]` at t, for every step t and
                 k < horizon with both in one episode; the others are taken as they are, once per step.
             horizon: actions per sample.
+            deciles: make DECILES too.
         """
+        self.keys = (*STATISTICS, *(DECILES if deciles else ()))
         self.delta_dims, self.reach = delta_dims, horizon - 1
         self.plain_dims = [d for d in range(per_action_dim) if d not in delta_dims]
-        self.state = StreamSummary(state_dim)
-        self.plain, self.delta = StreamSummary(len(self.plain_dims)), StreamSummary(len(delta_dims))
+        self.state = StreamSummary(state_dim, deciles)
+        self.plain, self.delta = (StreamSummary(len(dims), deciles) for dims in (self.plain_dims, delta_dims))
         nothing = np.empty((len(delta_dims), 0), np.float32)
         self._head = self._tail = _Window(nothing, nothing, np.empty(0, np.int64))  # first and last `reach` steps
 
@@ -136,7 +144,7 @@ class StepStatistics:
         """
         groups = [(self.plain, self.plain_dims), (self.delta, self.delta_dims)]
         groups = [(summary, dims) for summary, dims in groups if dims]
-        action = {key: np.empty(len(self.plain_dims) + len(self.delta_dims)) for key in STATISTICS}
+        action = {key: np.empty(len(self.plain_dims) + len(self.delta_dims)) for key in self.keys}
         for summary, dims in groups:
             for key, values in summary.values().items():
                 action[key][dims] = values
@@ -145,7 +153,7 @@ class StepStatistics:
             ("state", self.state.values(), [self.state]),
             ("action", action, [summary for summary, _ in groups]),
         ):
-            result[name] = {key: values[key].tolist() for key in STATISTICS}
+            result[name] = {key: values[key].tolist() for key in self.keys}
             result[name]["count"] = self.state.count
             result[name]["quantile_rank_error"] = max(summary.sketch.rank_error for summary in summaries)
         if self.delta_dims:

@@ -50,6 +50,7 @@ def plot_chunks(
     is_pad_NT: np.ndarray,
     captions: Sequence[str],
     title: str,
+    labels: Sequence[str],
 ) -> None:
     """Write predicted and true action chunks as a PNG: one column per sample, one line per action dimension.
 
@@ -58,6 +59,7 @@ def plot_chunks(
         true_NTA: physical units; nothing is drawn where `is_pad_NT`.
         captions: one per sample, above its column.
         title: of the whole figure.
+        labels: of the action's dimensions.
     """
     samples, horizon, total = true_NTA.shape
     dims = min(total, MAX_DIMENSIONS)
@@ -70,7 +72,7 @@ def plot_chunks(
         for a in range(dims):
             draw_trajectory(axes[a, n], np.arange(horizon), drawn_KNTA[:, n, :, a], true_NTA[n, :, a])
     for a in range(dims):
-        axes[a, 0].set_ylabel(f"action[{a}]", fontsize=8)
+        axes[a, 0].set_ylabel(labels[a], fontsize=8)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
     )

@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.convert.episode_writer import RECORD, OutputFile
-from data.schema import CAMERAS, MAIN_CAMERA
+from data.schema import MAIN_CAMERA, STATE
+from utils.config_data import NOT_STATES, is_camera_name, is_column_name
 from utils.misc import user_path, writing
 from utils.parquet_utils import READ_ERRORS, DataError
 
@@ -292,27 +293,49 @@ def parse_cameras(texts: Sequence[str], available: Sequence[str], where: str) ->
         where: the source, for messages.
 
     Raises:
-        DataError: another form, an unknown camera, a camera or column given twice, none for image_1.
+        DataError: another form, an unknown camera, a camera or column given twice, no camera at all.
     """
     mapping: dict[str, str] = {}
     for text in texts:
         camera, _, column = text.partition("=")
-        if not camera or column not in CAMERAS:
-            forms = " or ".join(f"<camera>={name}" for name in CAMERAS)
-            raise DataError(f"--cameras {text!r}: wanted {forms}")
+        if not camera or not column:
+            raise DataError(f"--cameras {text!r}: wanted <camera>=<column>, as in {camera or 'front'}={MAIN_CAMERA}")
+        if not is_camera_name(column):
+            raise DataError(f"--cameras {text!r}: a camera's column can't be called so; choose another name")
         if camera in mapping or column in mapping.values():
             raise DataError(f"--cameras {text!r}: {camera!r} or {column!r} is given twice")
         mapping[camera] = column
     check_names(mapping, available, "camera", where)
-    if MAIN_CAMERA not in mapping.values():
+    if not mapping:
         raise DataError(
-            f"--cameras: no camera for {MAIN_CAMERA}, which every step needs; give <camera>={MAIN_CAMERA} (cameras of "
-            f"{where}: {', '.join(available) or 'none'})"
+            f"--cameras: no camera, and every step needs one; give <camera>={MAIN_CAMERA} (cameras of {where}: "
+            f"{', '.join(available) or 'none'})"
         )
     left_out = [camera for camera in available if camera not in mapping]
     if left_out:
         logger.info("left out, since --cameras does not name them: %s", ", ".join(left_out))
-    return dict(sorted(mapping.items(), key=lambda item: item[1]))
+    if MAIN_CAMERA not in mapping.values():
+        logger.info("to train on these files, name their cameras: data.cameras: [%s]", ", ".join(mapping.values()))
+    return dict(sorted(mapping.items(), key=lambda item: item[1] != MAIN_CAMERA))
+
+
+def parse_state_keys(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`["observation.state", "observation.effort=force"]` as {"state": ("observation.state",), "force": (...,)}.
+
+    Args:
+        texts: the values of --state_key: what is joined into `state`, and with `=<column>` into a column of its own.
+
+    Raises:
+        DataError: no name for a column.
+    """
+    columns: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        key, equals, column = text.partition("=")
+        column = column if equals else STATE
+        if not key or not is_column_name(column) or column in NOT_STATES:
+            raise DataError(f"--state_key {text!r}: wanted <key>, or <key>=<column> for a column of its own")
+        columns[column] = (*columns.get(column, ()), key)
+    return columns
 
 
 def parse_episodes(texts: Sequence[str] | None, available: Sequence[int], where: str) -> list[int]:

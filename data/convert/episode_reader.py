@@ -13,14 +13,16 @@ import numpy as np
 import pyarrow as pa
 
 from data.schema import (
+    ACTION,
     FLAGS,
     PROMPT,
-    REQUIRED,
-    VECTORS,
+    STATE,
+    as_list,
     camera_column,
     encoded_frames,
     episode_starts,
     flags,
+    missing_camera,
     prompts,
     require_frames,
     vector_width,
@@ -48,7 +50,7 @@ class Episode:
     index: int
     begin: int  # its first row, counted over all files
     spans: tuple[Span, ...]
-    state: np.ndarray  # (T, state_dim) float32
+    states: dict[str, np.ndarray]  # of each column of the state (T, width) float32
     action: np.ndarray  # (T, per_action_dim) float32
     is_terminal: np.ndarray  # (T,) bool
     prompts: list[str]  # T
@@ -57,24 +59,28 @@ class Episode:
         return len(self.prompts)
 
 
-def read_episodes(files: Sequence[Path]) -> list[Episode]:
+def read_episodes(files: Sequence[Path], state_columns: Sequence[str] = (STATE,)) -> list[Episode]:
     """Everything but the images of a list of files, a hundred bytes or so for each step.
 
     Args:
         files: in order; an episode may go on from one file into the next.
+        state_columns: what makes up the state.
 
     Raises:
         DataError: a file breaks the schema, or widths differ between files.
     """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*VECTORS, *FLAGS)}
+    numeric = (*state_columns, ACTION)
+    required = [*numeric, *FLAGS, PROMPT]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*numeric, *FLAGS)}
     all_prompts: list[str] = []
     file_starts = [0]
     for path in files:
         with open_parquet(path) as file:
-            table = pa.Table.from_batches([batch for _, batch in batches(file, path, list(REQUIRED), ROWS_PER_READ)])
-        for name in VECTORS:
-            width = parts[name][0].shape[1] if parts[name] else vector_width(table[name], name, path)
-            parts[name].append(vectors(table[name], name, width, path, 0, width_from="the first row's width,"))
+            table = pa.Table.from_batches([batch for _, batch in batches(file, path, required, ROWS_PER_READ)])
+        for name in numeric:
+            column = as_list(table[name])
+            width = parts[name][0].shape[1] if parts[name] else vector_width(column, name, path)
+            parts[name].append(vectors(column, name, width, path, 0, width_from="the first row's width,"))
         for name in FLAGS:
             parts[name].append(flags(table[name], name, path, 0))
         all_prompts += map(sys.intern, prompts(table[PROMPT], path, 0))
@@ -86,7 +92,7 @@ def read_episodes(files: Sequence[Path]) -> list[Episode]:
             index=index,
             begin=begin,
             spans=tuple(_spans(files, file_starts, begin, end)),
-            state=columns["state"][begin:end],
+            states={name: columns[name][begin:end] for name in state_columns},
             action=columns["action"][begin:end],
             is_terminal=columns["is_terminal"][begin:end],
             prompts=all_prompts[begin:end],
@@ -109,8 +115,11 @@ def read_images(spans: Sequence[Span], camera: str) -> Iterator[bytes]:
     """
     for span in spans:
         with open_parquet(span.path) as file:
-            column = camera_column(camera, file.schema_arrow.names, span.path)
-            for row, batch in batches(file, span.path, [column or camera], ROWS_PER_BLOCK, first_row=span.begin):
+            present = file.schema_arrow.names
+            column = camera_column(camera, present, span.path)
+            if column is None:
+                raise DataError(f"{span.path}: {missing_camera(camera, present)}; name its cameras with --cameras")
+            for row, batch in batches(file, span.path, [column], ROWS_PER_BLOCK, first_row=span.begin):
                 if row >= span.end:
                     break
                 frames = encoded_frames(batch.column(0), column, span.path).slice(0, span.end - row)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data.schema import PROMPT, TIMESTAMP, written_schema
+from data.schema import ACTION, PROMPT, STATE, TIMESTAMP, written_schema
 from utils.misc import writing
 from utils.parquet_utils import DataError
 
@@ -76,7 +76,7 @@ class Steps:
     """Consecutive steps of one episode. N steps."""
 
     images: dict[str, list[bytes]]  # of each camera N encoded frames
-    state: np.ndarray  # (N, state_dim)
+    state: np.ndarray  # (N, state_dim), the state's columns side by side
     action: np.ndarray  # (N, per_action_dim)
     prompts: list[str]  # N
     extra: dict[str, np.ndarray] = field(default_factory=dict)  # (N,) of each optional column that the file has
@@ -94,7 +94,7 @@ class EpisodeFileWriter:
         path: Path,
         *,
         cameras: Sequence[str],
-        state_dim: int,
+        state_dim: int | Mapping[str, int],
         per_action_dim: int,
         metadata: Mapping[str, Any],
         source: str,
@@ -105,16 +105,18 @@ class EpisodeFileWriter:
         Args:
             path: the file.
             cameras: image columns.
-            state_dim, per_action_dim: widths.
+            state_dim, per_action_dim: widths; of a state in several columns, that of each, in the order in which
+                `Steps.state` holds them.
             metadata: goes into the file's schema, strings as they are and anything else as JSON.
             source: what the steps come from, for error messages.
             extra: optional columns of `data/schema.py`, the last ones of the file.
         """
         self._path, self._temporary = path, path.with_name(f".{path.name}.tmp")
         self._source = source
+        self._widths = dict(state_dim) if isinstance(state_dim, Mapping) else {STATE: state_dim}
         self._schema = written_schema(
             cameras,
-            state_dim,
+            self._widths,
             per_action_dim,
             extra=extra,
             metadata={key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()},
@@ -181,7 +183,7 @@ class EpisodeFileWriter:
         )
 
     def _check(self, steps: Steps, episode_index: int, begin: int) -> None:
-        for name, values in (("state", steps.state), ("action", steps.action)):
+        for name, values in (*self._columns(steps).items(), (ACTION, steps.action)):
             with np.errstate(over="ignore"):
                 finite = np.isfinite(values.astype(np.float32))
             if not finite.all():
@@ -198,6 +200,11 @@ class EpisodeFileWriter:
                     "step needs one, so mend the source, or leave that episode out (--episodes)"
                 )
 
+    def _columns(self, steps: Steps) -> dict[str, np.ndarray]:
+        """The state's columns."""
+        ends = np.cumsum(list(self._widths.values()))
+        return dict(zip(self._widths, np.split(steps.state, ends[:-1], axis=1), strict=True))
+
     def _table(self, steps: Steps, episode_index: int, begin: int, length: int) -> pa.Table:
         frames = np.arange(begin, begin + len(steps.prompts), dtype=np.int64)
         is_last = frames == length - 1
@@ -212,7 +219,7 @@ class EpisodeFileWriter:
             **steps.extra,
         }
         arrays = {name: pa.array(values, self._schema.field(name).type) for name, values in columns.items()}
-        for name, values in (("state", steps.state), ("action", steps.action)):
+        for name, values in (*self._columns(steps).items(), (ACTION, steps.action)):
             flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
             arrays[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
         return pa.table([arrays[name] for name in self._schema.names], schema=self._schema)

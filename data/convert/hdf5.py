@@ -39,12 +39,13 @@ from data.convert.conversion import (
     fingerprint,
     parse_cameras,
     parse_episodes,
+    parse_state_keys,
     plan_files,
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
 from data.convert.foreign_sources import check_array, check_links, file_in, reading
 from data.decoding import upright_rgb
-from data.schema import TIMESTAMP
+from data.schema import STATE, TIMESTAMP
 from utils.parquet_utils import DataError, files_below, one_line
 
 IMAGES = "observations/images"
@@ -57,8 +58,8 @@ class Hdf5Options:
     """What is converted, and how.
 
     Attributes:
-        cameras: group member of observations/images -> image_1 or image_2.
-        state_keys: datasets that make up `state`, in order.
+        cameras: group member of observations/images -> its column.
+        state_columns: columns of the state -> the datasets that make up each, in order.
         action_key: dataset that is `action`.
         encoding: of raw frames, and of compressed ones in `bgr` order.
         fps: control rate, for the time stamps.
@@ -69,7 +70,7 @@ class Hdf5Options:
     """
 
     cameras: dict[str, str]
-    state_keys: tuple[str, ...]
+    state_columns: dict[str, tuple[str, ...]]
     action_key: str
     encoding: ImageEncoding
     fps: float
@@ -77,6 +78,11 @@ class Hdf5Options:
     prompt_attribute: str | None
     channel_order: str
     terminal: bool
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Datasets that make up the state, in order."""
+        return tuple(key for keys in self.state_columns.values() for key in keys)
 
     def __post_init__(self) -> None:
         if self.channel_order not in ("rgb", "bgr"):
@@ -94,7 +100,7 @@ class _Header:
     """What a file holds, without reading it."""
 
     length: int
-    state_dim: int
+    state_widths: dict[str, int]
     per_action_dim: int
 
 
@@ -121,11 +127,12 @@ def convert_hdf5(
     Args:
         hdf5_dir: the folder; episodes are numbered by the natural order of the files' names.
         output_dir: where the files go (see `plan_files`).
-        cameras: `<camera>=image_1` and perhaps `<camera>=image_2`.
+        cameras: `<camera>=<column>` for each, as in `cam_high=image_1`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
         follow_links: read files that are links to others outside of the folder.
-        prompt, prompt_attribute, state_keys, action_key, encoding, fps, channel_order, terminal: see `Hdf5Options`.
+        state_keys: see `parse_state_keys`.
+        prompt, prompt_attribute, action_key, encoding, fps, channel_order, terminal: see `Hdf5Options`.
 
     Raises:
         DataError: a fault in a file or in the options, naming place and remedy.
@@ -136,7 +143,7 @@ def convert_hdf5(
         available = sorted(map(str, _get(file, IMAGES, h5py.Group, paths[0])))
     options = Hdf5Options(
         cameras=parse_cameras(cameras, available, str(paths[0])),
-        state_keys=tuple(state_keys),
+        state_columns=parse_state_keys(state_keys),
         action_key=action_key,
         encoding=encoding or ImageEncoding(),
         fps=fps,
@@ -149,10 +156,10 @@ def convert_hdf5(
     headers = {index: _read_header(paths[index], options) for index in chosen}
     first = headers[chosen[0]]
     for index, header in headers.items():
-        if (header.state_dim, header.per_action_dim) != (first.state_dim, first.per_action_dim):
+        if (header.state_widths, header.per_action_dim) != (first.state_widths, first.per_action_dim):
             raise DataError(
-                f"{paths[index]}: state has {header.state_dim} values and action {header.per_action_dim}, in "
-                f"{paths[chosen[0]]} they have {first.state_dim} and {first.per_action_dim}; convert these files apart"
+                f"{paths[index]}: state has {_widths(header)} values and action {header.per_action_dim}, in "
+                f"{paths[chosen[0]]} they have {_widths(first)} and {first.per_action_dim}; convert these files apart"
             )
     files = plan_files(
         output_dir,
@@ -164,7 +171,7 @@ def convert_hdf5(
             paths[index].relative_to(hdf5_dir).as_posix(): fingerprint(paths[index]) for index in members
         },
     )
-    convert = functools.partial(_convert_file, hdf5_dir, options, (first.state_dim, first.per_action_dim))
+    convert = functools.partial(_convert_file, hdf5_dir, options, (first.state_widths, first.per_action_dim))
     return convert_files(files, convert, num_workers=num_workers, overwrite=overwrite)
 
 
@@ -195,9 +202,11 @@ def _refuse_robomimic(file: h5py.File, path: Path) -> None:
 
 def _settings(options: Hdf5Options) -> dict[str, Any]:
     """The options that files depend on."""
+    keys_by_column = {column: list(keys) for column, keys in options.state_columns.items()}
     return {
         "cameras": options.cameras,
         "state_keys": list(options.state_keys),
+        **({} if list(options.state_columns) == [STATE] else {"state_columns": keys_by_column}),
         "action_key": options.action_key,
         "fps": options.fps,
         "prompt": options.prompt,
@@ -208,7 +217,7 @@ def _settings(options: Hdf5Options) -> dict[str, Any]:
     }
 
 
-def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[int, int], file: OutputFile) -> None:
+def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[dict[str, int], int], file: OutputFile) -> None:
     paths = [folder / name for name in file.sources]
     with _open(paths[0]) as first:
         sim = _flag(first, "sim")
@@ -225,6 +234,7 @@ def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[int, int], f
                 "robot_type": None,
                 "cameras": options.cameras,
                 "state_keys": list(options.state_keys),
+                "state_columns": list(options.state_columns),
                 "state_names": None,
                 "action_names": None,
                 "units": UNITS,
@@ -261,7 +271,13 @@ def _read_header(path: Path, options: Hdf5Options) -> _Header:
         length = lengths[options.action_key]
         if length == 0:
             raise DataError(f"{path}: holds no steps; remove it or record it again")
-    return _Header(length, sum(widths[key] for key in options.state_keys), widths[options.action_key])
+    columns = {column: sum(widths[key] for key in keys) for column, keys in options.state_columns.items()}
+    return _Header(length, columns, widths[options.action_key])
+
+
+def _widths(header: _Header) -> str:
+    """The values of a state for a message."""
+    return " + ".join(map(str, header.state_widths.values()))
 
 
 def _require_written(array: h5py.Dataset, path: Path) -> None:

@@ -21,6 +21,7 @@ from data.convert.conversion import (
     fingerprint,
     parse_cameras,
     parse_episodes,
+    parse_state_keys,
     plan_files,
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
@@ -28,6 +29,7 @@ from data.convert.foreign_sources import reading
 from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset
 from data.convert.lerobot_rows import LeRobotOptions, RowReader, check_span, episode_rows, row_columns, video_times
 from data.convert.video import VideoReader
+from data.schema import STATE
 from utils.parquet_utils import DataError
 
 logger = logging.getLogger(__name__)
@@ -55,11 +57,11 @@ def convert_lerobot(
     Args:
         lerobot_dir: the dataset's folder.
         output_dir: where the files go.
-        cameras: `<feature>=image_1` and perhaps `<feature>=image_2`.
+        cameras: `<feature>=<column>` for each, as in `observation.images.front=image_1`.
         episodes: numbers and ranges such as "3-7"; None: all.
         num_workers, overwrite: see `convert_files`.
-        state_keys, action_keys, encoding, tolerance_s, prompt, empty_prompt, terminal, follow_links: see
-            `LeRobotOptions`.
+        state_keys: see `parse_state_keys`.
+        action_keys, encoding, tolerance_s, prompt, empty_prompt, terminal, follow_links: see `LeRobotOptions`.
 
     Raises:
         DataError: a fault in the dataset or the options, naming place and remedy.
@@ -76,7 +78,7 @@ def convert_lerobot(
             )
     options = LeRobotOptions(
         cameras=parse_cameras(cameras, dataset.cameras, str(lerobot_dir)),
-        state_keys=tuple(state_keys),
+        state_columns=parse_state_keys(state_keys),
         action_keys=tuple(action_keys),
         encoding=encoding or ImageEncoding(),
         tolerance_s=tolerance_s,
@@ -106,11 +108,13 @@ def convert_lerobot(
 
 def _settings(dataset: LeRobotDataset, options: LeRobotOptions) -> dict[str, Any]:
     """The options that files depend on."""
+    keys_by_column = {column: list(keys) for column, keys in options.state_columns.items()}
     from_video = any(dataset.is_video(key) for key in options.cameras)
     return {
         "dataset": dataset.digest(),
         "cameras": options.cameras,
         "state_keys": list(options.state_keys),
+        **({} if list(options.state_columns) == [STATE] else {"state_columns": keys_by_column}),
         "action_key": options.action_keys[0] if len(options.action_keys) == 1 else list(options.action_keys),
         "prompt": options.prompt,
         **({} if options.empty_prompt is None else {"empty_prompt": options.empty_prompt}),
@@ -151,10 +155,11 @@ def _open(root: Path, _digest: str, follow_links: bool) -> LeRobotDataset:
 def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None:
     dataset = _open(root, json.dumps(file.settings["dataset"]), options.follow_links)
     readers: dict[str, VideoReader] = {}
+    widths = {column: sum(map(dataset.width, keys)) for column, keys in options.state_columns.items()}
     with EpisodeFileWriter(
         file.path,
         cameras=list(options.cameras.values()),
-        state_dim=sum(dataset.width(key) for key in options.state_keys),
+        state_dim=widths,
         per_action_dim=sum(dataset.width(key) for key in options.action_keys),
         metadata=file.metadata(
             {
@@ -164,6 +169,7 @@ def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None
                 "robot_type": dataset.robot_type,
                 "cameras": options.cameras,
                 "state_keys": list(options.state_keys),
+                "state_columns": list(widths),
                 "state_names": dataset.names(options.state_keys),
                 "action_names": dataset.names(options.action_keys),
                 "units": UNITS,

@@ -1,6 +1,6 @@
 """The schema of docs/data_format.md into a LeRobot v3.0 dataset that the lerobot library reads.
 
-`image_1`, `image_2`, `state`, `action`, `prompt` and `is_terminal` become camera features, `observation.state`,
+Cameras, `state`, `action`, `prompt` and `is_terminal` become camera features, `observation.state`,
 `action`, tasks and `next.done`; the layout follows lerobot's own writer (datasets/dataset_writer.py). Images go in as
 the bytes they are, or are encoded as video. The dataset is written beside its place and renamed when it is whole.
 """
@@ -41,7 +41,7 @@ EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 EPISODES_PER_GROUP = 10  # row groups of meta/episodes, as lerobot buffers them
 PARTS = ("meta", "data", "videos")  # of a LeRobot dataset
 STATE, ACTION = "observation.state", "action"
-FACTS = ("fps", "robot_type", "cameras", "state_names", "action_names")
+FACTS = ("fps", "robot_type", "cameras", "state_columns", "state_names", "action_names")
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class Layout:
 
     Attributes:
         fps: frames per second; time stamps are frame_index / fps, as lerobot's recorder writes them.
-        cameras: image_1 and perhaps image_2 -> feature.
+        cameras: image column -> feature.
         robot_type: None where it is not known.
-        state_names, action_names: what the values are called; None where it is not known.
+        state_columns: what makes up the state; `state` becomes `observation.state`, others `observation.<column>`.
+        state_names, action_names: what the values of all state columns and of the action are called; None where it is
+            not known.
         video: how to encode frames as video; None: the images as they are.
         data_files_size_in_mb, video_files_size_in_mb: a file that would grow beyond is followed by another.
     """
@@ -60,6 +62,7 @@ class Layout:
     fps: float
     cameras: dict[str, str]
     robot_type: str | None = None
+    state_columns: tuple[str, ...] = ("state",)
     state_names: list[str] | None = None
     action_names: list[str] | None = None
     video: VideoEncoding | None = None
@@ -75,6 +78,11 @@ class _Frames:
     counts: np.ndarray  # see count_pixels
     num_sampled: int
     video: Path | None  # a temporary file; None: stays as images
+
+
+def state_feature(column: str) -> str:
+    """LeRobot's name of a column of the state."""
+    return STATE if column == "state" else f"observation.{column}"
 
 
 def read_facts(files: Sequence[Path]) -> dict[str, Any]:
@@ -106,7 +114,8 @@ def _facts(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path}: its metadata are no JSON ({error}); convert or record it again") from None
     facts = {key: value for key, value in facts.items() if value not in (None, "null")}
-    kinds = {"fps": int | float, "robot_type": str, "cameras": dict, "state_names": list, "action_names": list}
+    kinds = {"fps": int | float, "robot_type": str, "cameras": dict}
+    kinds |= {"state_columns": list, "state_names": list, "action_names": list}
     for key, value in facts.items():
         if not isinstance(value, kinds[key]):
             raise DataError(f"{path}: its metadata say {key} is {value!r}; convert or record it again")
@@ -135,9 +144,9 @@ def export_lerobot(
     """
     _check_output_dir(output_dir, files, overwrite)
     for feature in layout.cameras.values():
-        if "/" in feature or feature in (STATE, ACTION, DONE):
+        if "/" in feature or feature in (*map(state_feature, layout.state_columns), ACTION, DONE):
             raise DataError(f"--cameras: {feature!r} can't be a camera's name in LeRobot; choose another")
-    episodes = read_episodes(files)
+    episodes = read_episodes(files, layout.state_columns)
     with writing(output_dir, "make room, or choose another --output_dir"), _beside(output_dir) as temporary:
         root, scratch = temporary / "dataset", temporary / "scratch"
         scratch.mkdir()
@@ -269,7 +278,7 @@ class _Writer:
         """The numeric features, in the order of info.json."""
         frames = np.arange(len(episode))
         return {
-            STATE: episode.state,
+            **{state_feature(column): values for column, values in episode.states.items()},
             ACTION: episode.action,
             DONE: episode.is_terminal,
             "timestamp": frames / self._layout.fps,
@@ -365,10 +374,13 @@ def _features(layout: Layout, episode: Episode, frames: dict[str, _Frames]) -> d
     for feature, measured in frames.items():
         dtype, names = "video" if layout.video else "image", ["height", "width", "channels"]
         features[feature] = {"dtype": dtype, "shape": list(measured.shape), "names": names}
-    for key, values, names in (
-        (STATE, episode.state, layout.state_names),
-        (ACTION, episode.action, layout.action_names),
-    ):
+    ends = np.cumsum([values.shape[1] for values in episode.states.values()]).tolist()
+    named = layout.state_names if layout.state_names and len(layout.state_names) == ends[-1] else None
+    states = [
+        (state_feature(column), values, named and named[end - values.shape[1] : end])
+        for (column, values), end in zip(episode.states.items(), ends, strict=True)
+    ]
+    for key, values, names in (*states, (ACTION, episode.action, layout.action_names)):
         features[key] = {"dtype": "float32", "shape": [values.shape[1]], "names": names}
     indices = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"}
     for key, dtype in {DONE: "bool", **indices, "task_index": "int64"}.items():
@@ -380,9 +392,9 @@ def _measure_images(scratch: Path, layout: Layout, job: tuple[int, int, tuple[Sp
     """Check, measure and perhaps encode an episode's images; feature -> its images, measured."""
     index, length, spans = job
     measured = {}
-    for camera, feature in layout.cameras.items():
+    for number, (camera, feature) in enumerate(layout.cameras.items()):
         pixels = _Pixels(spans, camera, set(sampled_frames(length)), decode_all=layout.video is not None)
-        video = scratch / f"{index:06d}_{camera}.mp4" if layout.video else None
+        video = scratch / f"{index:06d}_{number}.mp4" if layout.video else None
         if video:
             encode_video(video, pixels, layout.fps, layout.video)
         else:

@@ -33,8 +33,8 @@ class LeRobotOptions:
     """What is converted, and how.
 
     Attributes:
-        cameras: feature -> image_1 or image_2.
-        state_keys: features that make up `state`, in order.
+        cameras: feature -> its column.
+        state_columns: columns of the state -> the features that make up each, in order.
         action_keys: features that make up `action`, in order.
         encoding: of frames that come from video.
         tolerance_s: seconds between a row's time stamp and its video frame's.
@@ -46,7 +46,7 @@ class LeRobotOptions:
     """
 
     cameras: dict[str, str]
-    state_keys: tuple[str, ...]
+    state_columns: dict[str, tuple[str, ...]]
     action_keys: tuple[str, ...]
     encoding: ImageEncoding
     tolerance_s: float
@@ -54,6 +54,11 @@ class LeRobotOptions:
     empty_prompt: str | None
     terminal: str
     follow_links: bool = False
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Features that make up the state, in order."""
+        return tuple(key for keys in self.state_columns.values() for key in keys)
 
     def __post_init__(self) -> None:
         for flag, text in (("--prompt", self.prompt), ("--empty_prompt", self.empty_prompt)):

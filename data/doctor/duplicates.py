@@ -11,7 +11,6 @@ import numpy as np
 from data.doctor.analysis import row_digests
 from data.doctor.findings import Findings
 from data.doctor.rows import Rows
-from data.schema import VECTORS
 from utils.parquet_utils import READ_ERRORS, Source, open_bytes
 
 SHARED = 0.5  # part of an episode's rows that also occur in the other split, from which the splits overlap
@@ -46,7 +45,7 @@ def check_episodes(
         repeated_files: files that are reported already.
         held_out: which of so many training episodes the config holds out for validation, bool; None: none.
     """
-    values = np.concatenate([rows.vectors[name] for name in VECTORS], axis=1)
+    values = np.concatenate(list(rows.vectors.values()), axis=1)
     digests = row_digests(values)
     known = np.isfinite(values).all(axis=1)
     in_val = np.array([split == "val" for split in rows.splits], dtype=bool)[rows.file_of]

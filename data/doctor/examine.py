@@ -16,9 +16,9 @@ from data.doctor.analysis import describe_dimensions, describe_lengths
 from data.doctor.findings import KINDS, Finding, Findings
 from data.doctor.frames import DECODED
 from data.doctor.images import Frames
-from data.doctor.reading import read_rows
+from data.doctor.reading import Wanted, read_rows
 from data.doctor.rows import Rows
-from data.schema import CAMERAS, VECTORS
+from data.schema import STATE
 from utils.parquet_utils import Source
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Requirements:
         widths: per vector column the config key and its value.
         horizon: steps per prediction.
         cameras: image columns that the model reads.
+        state_columns, needs_state: numeric columns that make up the state, and whether something reads it.
         count_tokens: tokens of a prompt, uncut, with `<bos>` and the newline.
         prompt_max_len: tokens that fit.
         held_out: which of so many training episodes are held out for validation, bool; None: none.
@@ -43,6 +44,8 @@ class Requirements:
     widths: dict[str, tuple[str, int]] = field(default_factory=dict)
     horizon: int | None = None
     cameras: tuple[str, ...] = ()
+    state_columns: tuple[str, ...] = (STATE,)
+    needs_state: bool = True
     count_tokens: Callable[[str], int] | None = None
     prompt_max_len: int = 0
     held_out: Callable[[int], np.ndarray] | None = None
@@ -112,7 +115,9 @@ def examine(
     started = time.monotonic()
     requirements = requirements or Requirements()
     findings = Findings()
-    rows = read_rows([(path, "train") for path in train_files] + [(path, "val") for path in val_files], findings)
+    wanted = Wanted(requirements.cameras, requirements.state_columns, requirements.needs_state)
+    files = [(path, "train") for path in train_files] + [(path, "val") for path in val_files]
+    rows = read_rows(files, findings, wanted)
     structure.check_values_present(rows, findings)
     structure.check_widths(rows, findings, requirements.widths)
     structure.check_flags(rows, findings)
@@ -203,14 +208,15 @@ def describe_split(seen: Examination, split: str) -> dict[str, Any]:
             if code >= 0
         ],
         "cameras": _describe_cameras(seen, where, files),
-        **{name: describe_dimensions(rows.vectors[name][where]) for name in VECTORS},
+        "vectors": list(rows.vectors),
+        **{name: describe_dimensions(rows.vectors[name][where]) for name in rows.vectors},
     }
 
 
 def _describe_cameras(seen: Examination, where: np.ndarray, files: list[int]) -> dict[str, Any]:
     rows = seen.rows
     result = {}
-    for camera in CAMERAS:
+    for camera in rows.all_cameras:
         count = sum(camera in rows.cameras[file] for file in files)
         if not count:
             continue

@@ -19,7 +19,7 @@ from data.doctor.findings import Findings
 from data.doctor.frames import ABSENT, BROKEN, DECODED, FRAME, examine_frames
 from data.doctor.reading import open_raw, stream
 from data.doctor.rows import Rows
-from data.schema import CAMERAS, MAIN_CAMERA, encoded_frames
+from data.schema import MAIN_CAMERA, encoded_frames
 
 FRAMES_PER_TASK = 32
 FEW_FRAMES = 4000  # below this, starting processes takes longer than decoding
@@ -52,7 +52,7 @@ def look_at_frames(
         thumbnail_size: pixels of the longer side of a kept picture.
         num_workers: decoding processes; 0: this process; None: one per core, or none for a few thousand frames.
     """
-    cameras = [camera for camera in CAMERAS if any(camera in columns for columns in rows.cameras)]
+    cameras = rows.all_cameras
     facts = {camera: np.zeros(len(rows), dtype=FRAME) for camera in cameras}
     seen = Frames(facts, {camera: {} for camera in cameras}, {camera: {} for camera in cameras})
     is_kept = np.zeros(len(rows), dtype=bool)
@@ -107,8 +107,9 @@ def _encoded(rows: Rows, findings: Findings) -> Iterator[tuple[str, int, list[by
 
 
 def check_presence(rows: Rows, frames: Frames | None, findings: Findings, cameras: tuple[str, ...]) -> None:
-    """`camera_missing` (in some files, or everywhere though the config reads it), `null_value` (the main camera),
-    `camera_gap` (another camera absent at some rows of an episode, or in an episode of a file that has it elsewhere).
+    """`camera_missing` (in some files, or everywhere though the config reads it), `null_value` (the main camera, or all
+    cameras of a policy without it), `camera_gap` (another camera absent at some rows of an episode, or in an episode of
+    a file that has it elsewhere).
 
     Args:
         frames: None where images were not looked at.
@@ -117,7 +118,12 @@ def check_presence(rows: Rows, frames: Frames | None, findings: Findings, camera
     if frames is not None and MAIN_CAMERA in frames.facts:
         absent = np.flatnonzero(frames.facts[MAIN_CAMERA]["status"] == ABSENT)
         findings.add_runs("null_value", rows, absent, lambda _: f"{MAIN_CAMERA} is null")
-    for camera in CAMERAS:
+    elif frames is not None and (
+        read := [frames.facts[camera] for camera in cameras or frames.facts if camera in frames.facts]
+    ):
+        absent = np.flatnonzero(np.logical_and.reduce([facts["status"] == ABSENT for facts in read]))
+        findings.add_runs("null_value", rows, absent, lambda _: "no camera has a frame")
+    for camera in dict.fromkeys([*cameras, *rows.all_cameras]):
         if camera == MAIN_CAMERA:
             continue
         lacking, partly = [], []  # files without the camera, and global rows without it in the others
@@ -211,7 +217,7 @@ def check_repeats(rows: Rows, frames: Frames, findings: Findings) -> np.ndarray:
         bool (N - 1,): whether every image of a row equals the next row's (see `check_idle`).
     """
     inner = rows.same_episode()
-    state = rows.vectors["state"]
+    state = rows.state
     rests = (state[1:] == state[:-1]).all(axis=1)
     all_same = np.full(len(inner), bool(frames.facts))
     for camera, facts in frames.facts.items():

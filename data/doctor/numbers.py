@@ -11,7 +11,7 @@ import numpy as np
 
 from data.doctor.findings import Findings
 from data.doctor.rows import Rows, runs
-from data.schema import VECTORS
+from data.schema import ACTION, STATE
 
 RARE = 0.002  # at most this part of the rows (but always FEW) can be outliers or jumps of a dimension
 FEW = 4
@@ -28,7 +28,7 @@ RESTLESS = 0.9  # part of the steps at which a dimension keeps moving
 
 def check_finite(rows: Rows, findings: Findings) -> None:
     """`nan`, `infinity`, `float32_precision`."""
-    for name in VECTORS:
+    for name in rows.vectors:
         values = rows.vectors[name]
         present = rows.lengths[name] == values.shape[1]
         for kind, wrong, word in (
@@ -50,7 +50,7 @@ def check_finite(rows: Rows, findings: Findings) -> None:
 def check_outliers(rows: Rows, findings: Findings) -> dict[str, np.ndarray]:
     """`state_outlier`, `action_outlier`; returns a bool mask of them (N, width) per column."""
     masks = {}
-    for name in VECTORS:
+    for name in rows.vectors:
         values = rows.vectors[name]
         mask = np.zeros(values.shape, dtype=bool)
         for d in range(values.shape[1]):
@@ -68,7 +68,7 @@ def check_outliers(rows: Rows, findings: Findings) -> dict[str, np.ndarray]:
                 others = "" if mask[first].sum() == 1 else f" (and {mask[first].sum() - 1} more dimensions)"
                 message = f"{name}[{d}] is {values[first, d]:.5g}{others}; everywhere else it lies between "
                 message += f"{low[d]:.5g} and {high[d]:.5g}" + (f"; so in {length} rows" if length > 1 else "")
-                findings.add_at(f"{name}_outlier", rows, first, message)
+                findings.add_at(f"{_kind(name)}_outlier", rows, first, message)
     return masks
 
 
@@ -96,7 +96,7 @@ def check_jumps(rows: Rows, findings: Findings, outliers: dict[str, np.ndarray])
     (controllers do switch from one level to another, but do not come back at once), or is longer still.
     """
     inner = rows.same_episode()
-    for name in VECTORS:
+    for name in rows.vectors:
         values = np.where(outliers[name], np.nan, rows.vectors[name])
         wrong = np.zeros(values.shape, dtype=bool)
         length = np.zeros(values.shape, dtype=np.float32)
@@ -118,13 +118,13 @@ def check_jumps(rows: Rows, findings: Findings, outliers: dict[str, np.ndarray])
             d = int(wrong[first].argmax())
             others = "" if wrong[first].sum() == 1 else f" (and {wrong[first].sum() - 1} more dimensions)"
             message = f"{name}[{d}] changes by {length[first, d]:+.4g} in one step{others}; no other step is longer "
-            findings.add_at(f"{name}_jump", rows, first, message + f"than {usual[d]:.4g}")
+            findings.add_at(f"{_kind(name)}_jump", rows, first, message + f"than {usual[d]:.4g}")
 
 
 def check_angles(rows: Rows, findings: Findings) -> None:
     """`angle_wraps`: a dimension that moves smoothly but for steps of nearly a whole turn, in radians or degrees."""
     inner = rows.same_episode()
-    for name in VECTORS:
+    for name in rows.vectors:
         values = rows.vectors[name]
         for d in range(values.shape[1]):
             steps = np.abs(np.diff(values[:, d]))
@@ -146,7 +146,7 @@ def check_frozen(rows: Rows, findings: Findings, outliers: dict[str, np.ndarray]
     if len(rows) < ENOUGH:
         return
     file_of = rows.file_of[rows.episode_starts[:-1]]
-    for name in VECTORS:
+    for name in rows.vectors:
         values = np.where(outliers[name], np.nan, rows.vectors[name])
         low, high = _episode_ranges(values, rows.episode_starts)
         known = np.isfinite(low)
@@ -199,7 +199,7 @@ def _report_stuck(rows: Rows, findings: Findings, name: str, values: np.ndarray,
 
 def check_units(rows: Rows, findings: Findings) -> None:
     """`unit_mismatch`: most dimensions of a file spread many times wider (or narrower) than in the other files."""
-    for name in VECTORS:
+    for name in rows.vectors:
         values = rows.vectors[name]
         spreads = np.full((len(rows.files), values.shape[1]), np.nan)
         for file in range(len(rows.files)):
@@ -226,7 +226,7 @@ def check_units(rows: Rows, findings: Findings) -> None:
 
 def check_copies(rows: Rows, findings: Findings) -> None:
     """`action_is_state`: in every row of a file the action equals the state."""
-    state, action = rows.vectors["state"], rows.vectors["action"]
+    state, action = rows.state, rows.vectors["action"]
     if state.shape[1] != action.shape[1]:
         return
     for file, path in enumerate(rows.files):
@@ -252,7 +252,7 @@ def check_idle(rows: Rows, findings: Findings, same_images: np.ndarray) -> None:
         if length >= IDLE_STEPS:
             findings.add_at("idle", rows, first, f"all action values are 0 for {length} rows")
     same = inner.copy()
-    for name in VECTORS:
+    for name in rows.vectors:
         same &= (rows.vectors[name][1:] == rows.vectors[name][:-1]).all(axis=1)
     still = np.flatnonzero(same) + 1
     for first, length in runs(still, rows):
@@ -336,6 +336,11 @@ def _episode_ranges(values: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray,
 def _moves(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Whether a range is more than rounding; the same threshold as the normalizer's."""
     return (high - low) / 2 > FLAT * np.maximum(np.maximum(np.abs(low), np.abs(high)), 1.0)
+
+
+def _kind(name: str) -> str:
+    """What a column is part of, `state` or `action`."""
+    return ACTION if name == ACTION else STATE
 
 
 def _dims(name: str, wrong: np.ndarray) -> str:

@@ -16,16 +16,19 @@ import pyarrow.parquet as pq
 from data.doctor.findings import Findings
 from data.doctor.rows import EMPTY, INVALID, NO_INDEX, NULL, UNREAD, Rows, common_width, hard_starts
 from data.schema import (
-    CAMERAS,
+    ACTION,
     FLAGS,
     INDICES,
     MAIN_CAMERA,
     PROMPT,
-    REQUIRED,
+    STATE,
     TIMESTAMP,
-    VECTORS,
+    ColumnType,
+    as_list,
     camera_columns,
     column_type,
+    image_columns,
+    is_state,
     missing_camera,
 )
 from utils.parquet_utils import READ_ERRORS, STREAM_BUFFER, Source, one_line, open_bytes, stream_batches
@@ -42,6 +45,7 @@ class _Vector:
         self.imprecise: list[np.ndarray] = []
 
     def put(self, first: int, array: pa.Array) -> None:
+        array = as_list(array)
         lengths = np.asarray(array.value_lengths().fill_null(0)).astype(np.int32)
         wide = array.flatten()
         values = np.asarray(wide.cast(pa.float32(), safe=False).fill_null(float("nan")), dtype=np.float32)
@@ -68,9 +72,10 @@ class _Vector:
 
 @dataclass
 class _File:
-    """One file's columns."""
+    """One file's columns; `present` are the names of all of them."""
 
     rows: int
+    present: list[str]
     cameras: dict[str, str]
     flags: dict[str, np.ndarray]
     prompt: np.ndarray
@@ -101,26 +106,51 @@ def stream(
         findings.add("corrupt_data", message, file=path, row=first)
 
 
-def read_rows(files: Sequence[tuple[Source, str]], findings: Findings) -> Rows:
+@dataclass(frozen=True)
+class Wanted:
+    """Which columns are looked for.
+
+    Attributes:
+        cameras: that the config reads; without a config every file's own.
+        state_columns: that make up the state.
+        needs_state: whether a file without them is at fault.
+    """
+
+    cameras: tuple[str, ...] = ()
+    state_columns: tuple[str, ...] = (STATE,)
+    needs_state: bool = True
+
+
+def read_rows(files: Sequence[tuple[Source, str]], findings: Findings, wanted: Wanted | None = None) -> Rows:
     """Read every file's columns except images; faults of files and columns become findings.
 
     Args:
         files: (path, split) in order, the training split first.
         findings: receives `unreadable_file`, `empty_file`, `missing_column`, `ambiguous_image_column`,
             `wrong_type` and `corrupt_data`.
+        wanted: columns of the config; None: those that every config has.
     """
+    wanted = wanted or Wanted()
     known: dict[str, int] = {}
     parts, opened = [], []
     for path, _ in files:
-        part, readable = _read_file(path, known, findings)
+        part, readable = _read_file(path, known, findings, wanted)
         parts.append(part)
         opened.append(readable)
+    with_main = [bool(camera_columns(MAIN_CAMERA, part.present)) for part in parts]
+    if any(with_main) and not wanted.cameras:  # a config would say whether it reads that camera
+        for (path, _), part, has_main in zip(files, parts, with_main, strict=True):
+            if part.cameras and not has_main:
+                findings.add("missing_column", missing_camera(MAIN_CAMERA, part.present), file=path)
     sizes = [part.rows for part in parts]
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     file_of = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
-    lengths = {name: np.concatenate([part.vectors[name].lengths for part in parts]) for name in VECTORS}
+    names = [*wanted.state_columns, ACTION]
+    lengths = {name: np.concatenate([part.vectors[name].lengths for part in parts]) for name in names}
+    if not wanted.needs_state:
+        lengths = {name: found for name, found in lengths.items() if name == ACTION or (found != UNREAD).any()}
     vectors, imprecise = {}, {}
-    for name in VECTORS:
+    for name in lengths:
         width = common_width(lengths[name])
         vectors[name] = np.concatenate([part.vectors[name].matrix(width) for part in parts])
         lost = [np.empty(0, dtype=np.int64)]
@@ -165,7 +195,7 @@ def _segment(rows: Rows) -> None:
     rows.episode = np.where(in_val, number - (number[in_val][0] if in_val.any() else 0), number)
 
 
-def _read_file(path: Source, known: dict[str, int], findings: Findings) -> tuple[_File, bool]:
+def _read_file(path: Source, known: dict[str, int], findings: Findings, wanted: Wanted) -> tuple[_File, bool]:
     try:
         file = open_raw(path)
         schema, count = file.schema_arrow, file.metadata.num_rows
@@ -173,14 +203,16 @@ def _read_file(path: Source, known: dict[str, int], findings: Findings) -> tuple
             raise ValueError("the row groups hold another number of rows than the file")
     except READ_ERRORS as error:
         findings.add("unreadable_file", f"not a readable Parquet file ({one_line(error)})", file=path)
-        return _blank(0), False
+        return _blank(0, wanted), False
     if count == 0:
         findings.add("empty_file", "the file holds no rows", file=path)
-        return _blank(0), True
-    part = _blank(count)
-    columns = _check_columns(schema, path, findings)
-    part.cameras = {camera: columns[camera] for camera in CAMERAS if camera in columns}
-    for name in VECTORS:
+        return _blank(0, wanted), True
+    part = _blank(count, wanted)
+    cameras = _cameras(schema, wanted)
+    columns = _check_columns(schema, path, findings, wanted, cameras)
+    part.present = schema.names
+    part.cameras = {camera: columns[camera] for camera in cameras if camera in columns}
+    for name in part.vectors:
         if name in columns:
             for first, array in stream(file, path, name, ROWS_PER_BATCH, findings):
                 part.vectors[name].put(first, array)
@@ -205,29 +237,40 @@ def _read_file(path: Source, known: dict[str, int], findings: Findings) -> tuple
     return part, True
 
 
-def _blank(rows: int) -> _File:
+def _blank(rows: int, wanted: Wanted) -> _File:
     return _File(
         rows=rows,
+        present=[],
         cameras={},
         flags={name: np.full(rows, UNREAD, dtype=np.int8) for name in FLAGS},
         prompt=np.full(rows, UNREAD, dtype=np.int32),
-        vectors={name: _Vector(rows) for name in VECTORS},
+        vectors={name: _Vector(rows) for name in (*wanted.state_columns, ACTION)},
         indices={name: np.full(rows, NO_INDEX, dtype=np.int64) for name in INDICES},
         timestamp=np.full(rows, np.nan),
         has_timestamp=False,
     )
 
 
-def _check_columns(schema: pa.Schema, path: Source, findings: Findings) -> dict[str, str]:
+def _cameras(schema: pa.Schema, wanted: Wanted) -> list[str]:
+    """The cameras to look at: the main one first, then those of the config, then the file's others."""
+    here = image_columns(schema)
+    main = [MAIN_CAMERA] if MAIN_CAMERA in here else []
+    return list(dict.fromkeys([*main, *wanted.cameras, *here]))
+
+
+def _check_columns(
+    schema: pa.Schema, path: Source, findings: Findings, wanted: Wanted, cameras: Sequence[str]
+) -> dict[str, str]:
     """Column or camera of the schema -> the file's column, where that is there once and of a type that can be read."""
     present = schema.names
     columns = {}
-    for name in REQUIRED:
+    states = [name for name in wanted.state_columns if wanted.needs_state or name in present]
+    for name in (*states, ACTION, *FLAGS, PROMPT):
         if name in present:
             columns[name] = name
         else:
             findings.add("missing_column", f"no column {name!r} (found: {', '.join(present)})", file=path)
-    for camera in CAMERAS:
+    for camera in cameras:
         spellings = camera_columns(camera, present)
         if len(spellings) == 2:
             message = f"both {spellings[0]!r} and {spellings[1]!r} are columns"
@@ -235,12 +278,15 @@ def _check_columns(schema: pa.Schema, path: Source, findings: Findings) -> dict[
         elif spellings:
             columns[camera] = spellings[0]
         elif camera == MAIN_CAMERA:
-            findings.add("missing_column", missing_camera(present), file=path)
+            findings.add("missing_column", missing_camera(camera, present), file=path)
+    read = wanted.cameras or cameras
+    if MAIN_CAMERA not in read and not any(camera_columns(camera, present) for camera in read):
+        findings.add("missing_column", missing_camera((*read, MAIN_CAMERA)[0], present), file=path)
     for name in (*INDICES, TIMESTAMP):
         if present.count(name) == 1 and column_type(name).fits(schema.field(name).type):
             columns[name] = name
     for name, column in list(columns.items()):
-        times, expected = present.count(column), column_type(name)
+        times, expected = present.count(column), _expected(name, states)
         if times > 1:
             findings.add("wrong_type", f"column {column!r} is there {times} times; wanted once", file=path)
             del columns[name]
@@ -249,6 +295,11 @@ def _check_columns(schema: pa.Schema, path: Source, findings: Findings) -> dict[
             findings.add("wrong_type", message, file=path)
             del columns[name]
     return columns
+
+
+def _expected(name: str, states: Sequence[str]) -> ColumnType:
+    """The type that a column must have."""
+    return column_type(name)._replace(fits=is_state) if name in states else column_type(name)
 
 
 def _prompt_codes(array: pa.Array, known: dict[str, int]) -> np.ndarray:

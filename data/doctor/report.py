@@ -11,7 +11,6 @@ import pandas as pd
 from data.doctor.examine import Examination, three_rows
 from data.doctor.findings import KINDS
 from data.doctor.plots import Cell, Trace, contact_sheet, plot_vectors
-from data.schema import VECTORS
 
 SUMS = ("errors", "warnings", "seconds")
 SHOWN_FINDINGS = 3  # of each kind, in the printed text
@@ -67,8 +66,8 @@ def write_plots(seen: Examination, folder: Path) -> list[Path]:
         contact_sheet(
             paths[-1], _cells(seen), "First, middle and last frame; captions of episodes with findings in red"
         )
-    for name in VECTORS:
-        paths.append(folder / f"{name}.png")
+    for name in seen.rows.vectors:
+        paths.append(folder / f"{name.replace('/', '_')}.png")
         rows = seen.rows
         in_val = np.array([split == "val" for split in rows.splits])[rows.file_of]
         populations = {"train": rows.vectors[name][~in_val], "val": rows.vectors[name][in_val]}
@@ -93,7 +92,7 @@ def _describe_split(split: str, about: dict[str, Any]) -> str:
         lines.append(f"  {counts}: {_short(prompt['prompt'], 80)!r}")
     if len(about["prompts"]) > SHOWN_PROMPTS:
         lines.append(f"  and {len(about['prompts']) - SHOWN_PROMPTS} more prompts")
-    for name in VECTORS:
+    for name in about["vectors"]:
         if about[name]["rows"]:
             statistics = {key: values for key, values in about[name].items() if key != "rows"}
             frame = pd.DataFrame(statistics, index=[f"{name}[{d}]" for d in range(len(statistics["min"]))])

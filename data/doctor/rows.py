@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.schema import ACTION, MAIN_CAMERA
 from utils.parquet_utils import Source
 
 UNREAD, NULL = -1, -2  # in flags, prompt codes and vector lengths
@@ -29,7 +30,8 @@ class Rows:
         flags: int8 (N,) per flag: 0, 1, `UNREAD` or `NULL`.
         prompt: int32 (N,), index into `prompts`, or `UNREAD`, `NULL`, `EMPTY`, `INVALID`.
         lengths: int32 (N,) per vector column: values in the row, or `UNREAD`, `NULL`.
-        vectors: float32 (N, width) per vector column; NaN in rows that are not read, null or of another width.
+        vectors: float32 (N, width) per vector column (those of the state, in order, and `action`); NaN in rows that are
+            not read, null or of another width.
         imprecise: int64 global rows per vector column where float32 can't hold the value.
         indices: int64 (N,) per index column, `NO_INDEX` where absent.
         timestamp: float64 (N,), seconds, NaN where absent.
@@ -59,6 +61,18 @@ class Rows:
 
     def __len__(self) -> int:
         return int(self.file_starts[-1])
+
+    @property
+    def state(self) -> np.ndarray:
+        """float32 (N, state_dim), joined from its columns; zeros (N, 1) where there are none."""
+        columns = [values for name, values in self.vectors.items() if name != ACTION]
+        return np.concatenate(columns, axis=1) if columns else np.zeros((len(self), 1), np.float32)
+
+    @property
+    def all_cameras(self) -> list[str]:
+        """Every camera of any file, in the order of the first file that has it; the main one first."""
+        names = dict.fromkeys(camera for columns in self.cameras for camera in columns)
+        return sorted(names, key=lambda name: name != MAIN_CAMERA)
 
     @property
     def num_episodes(self) -> int:

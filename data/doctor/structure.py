@@ -20,7 +20,7 @@ from data.doctor.rows import (
     common_width,
     hard_starts,
 )
-from data.schema import FLAGS, VECTORS
+from data.schema import ACTION, FLAGS, STATE
 
 SHORTEST = 3  # steps that an episode needs whatever the config
 LENGTH_RATIO = 3.0  # an episode this many times longer or shorter than every other of its prompt is an outlier,
@@ -34,7 +34,7 @@ STRAY = re.compile(r"^\s|\s$|\s\s|[^\S ]|[\x00-\x1f\x7f\ufffd]")
 
 def check_values_present(rows: Rows, findings: Findings) -> None:
     """`null_value`, `empty_prompt`, `invalid_text`: rows without a value."""
-    for name in VECTORS:
+    for name in rows.vectors:
         absent = np.flatnonzero(rows.lengths[name] == NULL)
         findings.add_runs("null_value", rows, absent, lambda _, name=name: f"{name} is null or an empty list")
     for name in FLAGS:
@@ -52,9 +52,24 @@ def check_widths(rows: Rows, findings: Findings, config_widths: dict[str, tuple[
     """`width_varies`, `width_differs_between_files`, `width_differs_from_config`.
 
     Args:
-        config_widths: per vector column the config key and the width that the config gives; empty without a config.
+        config_widths: for `state` and `action` the config key and the width that the config gives; empty without a
+            config. A state of several columns must have it in all.
     """
-    for name in VECTORS:
+    states = [name for name in rows.vectors if name != ACTION]
+    if len(states) > 1 and STATE in config_widths:
+        key, width = config_widths[STATE]
+        for file, path in enumerate(rows.files):
+            widths = {name: common_width(rows.lengths[name][rows.file_rows(file)]) for name in states}
+            if len(rows.lengths[states[0]][rows.file_rows(file)]) and sum(widths.values()) != width:
+                listed = " + ".join(f"{name} {each}" for name, each in widths.items())
+                message = (
+                    f"data.state_columns have {listed} = {sum(widths.values())} values, config wants {key} {width}"
+                )
+                findings.add("width_differs_from_config", message, file=path)
+        config_widths = {ACTION: config_widths[ACTION]}
+    elif STATE in config_widths and states:
+        config_widths = {states[0]: config_widths[STATE], ACTION: config_widths[ACTION]}
+    for name in rows.vectors:
         lengths = rows.lengths[name]
         usual = common_width(lengths)
         for file, path in enumerate(rows.files):
@@ -130,7 +145,7 @@ def _leaps(rows: Rows) -> np.ndarray:
 
     All NaN where the state does not move smoothly, so that a leap would mean nothing.
     """
-    state = rows.vectors["state"]
+    state = rows.state
     result = np.full(len(rows), np.nan, dtype=np.float32)
     finite = np.isfinite(state).all(axis=1)
     if finite.sum() < 20:
@@ -255,7 +270,7 @@ def check_closed(rows: Rows, findings: Findings) -> None:
     """
     for number in range(rows.num_episodes):
         where = rows.episode_rows(number)
-        steps = np.abs(np.diff(rows.vectors["state"][where], axis=0))
+        steps = np.abs(np.diff(rows.state[where], axis=0))
         if len(steps) < LEAST_LEAPS * LEAST_APART or not np.isfinite(steps).all():
             continue
         usual = np.quantile(steps, 0.9, axis=0)

@@ -215,7 +215,7 @@ def _idle(rows: Rows, episode: int, edits: Edits) -> list[tuple[int, int]]:
     """Stretches of steps at which the state moves slower than asked for, for longer than asked for."""
     speed, seconds = edits.drop_idle
     where = rows.episode_rows(episode)
-    state = rows.vectors["state"][where].astype(np.float64)
+    state = rows.state[where].astype(np.float64)
     if any(d >= state.shape[1] for d in edits.idle_dims):
         raise DataError(f"--idle_dims {max(edits.idle_dims)}: the state has dimensions 0 to {state.shape[1] - 1}")
     state = state[:, list(edits.idle_dims)] if edits.idle_dims else state

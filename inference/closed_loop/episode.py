@@ -1,7 +1,7 @@
 """One episode in a gymnasium environment, step by step, apart from whoever plans the actions.
 
-An environment here gives observations `{"image_1": uint8 (H, W, 3), optionally "image_2", "state": float32}`,
-reports `info["success"]`, and carries `instruction` and `control_hz`; where plans take time, also `hold_action`.
+An environment here gives observations `{"state": float32, and of each camera by its name uint8 (H, W, 3)}`, reports
+`info["success"]`, and carries `instruction` and `control_hz`; where plans take time, also `hold_action`.
 Rendering is most of a simulator's work, and most frames are never looked at. An environment may therefore honour the
 reset option `images_on_request`: its observations then hold no images, and `images()` renders those of the present
 state.
@@ -106,7 +106,7 @@ class Episode:
         seed: of the initial state.
         prompt: instead of the environment's instruction.
         max_seq_len: observations that a plan is made from; 0: the last state, without images.
-        record: keep captioned frames of image_1.
+        record: keep captioned frames of the first camera.
         label: who acts, for the captions.
         keep_steps: keep what is seen, planned and done, as `result.recording`.
     """
@@ -146,7 +146,7 @@ class Episode:
         while not self._ended:
             self._deliver()
             if self._execution.wants_plan():
-                if self._looks and "image_1" not in self._history[-1]:
+                if self._looks and self._history[-1].keys() <= {"state"}:
                     self._history[-1] |= self.env.unwrapped.images()
                 self._asked = time.perf_counter()
                 return PlanRequest(tuple(self._history), self.prompt, self._execution.request())
@@ -207,5 +207,6 @@ class Episode:
             result = self.result
             outcome = "  success" if result.success else "  failure" if self._ended else ""
             state = f"{self.label}  step {result.steps}{outcome}  seed {result.seed}"
-            frame = captioned(self._history[-1]["image_1"], (self.prompt, state), good=result.success)
+            first = next(frame for name, frame in self._history[-1].items() if name != "state")
+            frame = captioned(first, (self.prompt, state), good=result.success)
             result.frames.append(frame)

@@ -113,11 +113,18 @@ class ModelPolicy:
 
     def _sample(self, request: PlanRequest) -> Sample:
         last = request.history[-1]
-        images = [
-            [self._shown(observation[camera]) for observation in request.history] if camera in last else None
-            for camera in ("image_1", "image_2")
-        ]
-        return self.predictor.observation(*images, prompt=request.prompt, state=last["state"])
+        images = {
+            camera: [self._shown(observation[camera]) for observation in request.history]
+            for camera in self.predictor.cameras
+            if camera in last
+        }
+        if not images:
+            raise ValueError(
+                f"the policy reads the cameras {', '.join(self.predictor.cameras)}, the environment has "
+                f"{', '.join(name for name in last if name != 'state')}; give it those names"
+                " (--env_options 'cameras=<name>=<camera of the simulator>,...')"
+            )
+        return self.predictor.observation(images=images, prompt=request.prompt, state=last["state"])
 
     def _shown(self, frame: np.ndarray) -> np.ndarray:
         return np.full_like(frame, GREY) if self.blind else frame

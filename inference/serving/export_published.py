@@ -196,8 +196,14 @@ def lerobot_config(
     low, high = head.time_clamp
     relative = data.action_mode == "delta"
     names, excluded = original.get("action_feature_names"), original.get("relative_exclude_joints", ["gripper"])
-    if relative and original.get("use_relative_actions") is not True:
-        absolute = set(data.absolute_action_dims)
+    if data.action_names:
+        names = list(data.action_names)
+    if data.absolute_joints:
+        excluded = list(data.absolute_joints)
+    absolute = set(data.absolute_action_dims)
+    words = [word.lower() for word in excluded]
+    excludes = {d for d, name in enumerate(names or ()) if any(word in name.lower() for word in words)}
+    if relative and (excludes != absolute or len(names or ()) not in (0, head.per_action_dim)):
         names = [f"{'absolute' if dim in absolute else 'moved'}_{dim}" for dim in range(head.per_action_dim)]
         excluded = ["absolute"]
     own = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from data.processing import Sample, array_fault
 from inference.predictor import VLAPredictor
 from inference.serving.wire import unpack
-from utils.config_utils import ServingConfig
+from utils.config_utils import ConfigError, ServingConfig
 from utils.encoded_images import ImageHeaderError, encoded_size
 from utils.misc import derive_seed
 from utils.text import printable
@@ -21,7 +21,6 @@ from utils.text import printable
 MAX_QUOTED = 1000  # characters of a request that an error quotes; the reply is cut to fewer
 MAX_FRAMES = 256  # of a camera in one request, where the policy does not see more
 MAX_UNREAD_KEYS = 16  # keys that nothing reads and a client is told of
-CAMERAS = ("image_1", "image_2")
 Frame = np.ndarray | bytes
 
 
@@ -35,14 +34,14 @@ class Request:
 
     Attributes:
         images: per camera its frames, None where it is absent.
-        state: (state_dim,) or None.
+        state: (state_dim,), or the values of its columns by name, or None.
         reset: whether an episode begins, so that frames of earlier requests are forgotten.
         encoded_pixels: of all frames that have to be decoded.
         unread: names of keys that nothing reads, a few of them.
     """
 
     prompt: str
-    state: np.ndarray | None
+    state: np.ndarray | dict[str, np.ndarray] | None
     images: dict[str, list[Frame] | None]
     seed: int
     reset: bool
@@ -97,6 +96,8 @@ class RequestReader:
             seed: of the sampling noise of requests that carry none.
         """
         self.predictor, self.config, self.seed = predictor, config, seed
+        self.keys = request_keys(predictor.cameras, config)
+        self.cameras = [name for name in self.keys if name not in ("state", "prompt")]
         self._numbers = itertools.count()
 
     def read(self, message: bytes | str) -> Request:
@@ -111,9 +112,10 @@ class RequestReader:
         if not isinstance(request, dict):
             raise RequestError(f"the message holds a {type(request).__name__}; wanted a dict with {self._wanted()}")
         take = functools.partial(self._take, request)
-        images = {camera: self._frames(take(camera), self.config.keys[camera]) for camera in CAMERAS}
-        if images["image_1"] is None:
-            raise RequestError(f"{self.config.image_1_key!r} is missing; wanted {self._wanted()}")
+        images = {camera: self._frames(take(camera), self.keys[camera]) for camera in self.cameras}
+        first = self.cameras[0]
+        if images[first] is None and (first == "image_1" or not any(images.values())):
+            raise RequestError(f"{self.keys[first]!r} is missing; wanted {self._wanted()}")
         return Request(
             prompt=self._prompt(take("prompt")),
             state=self._state(take("state")),
@@ -155,16 +157,19 @@ class RequestReader:
                 images[camera].append(frame)
         read = {camera: images[camera] for camera in self.predictor.cameras if images.get(camera) is not None}
         read = history.completed(read, request.reset, warnings)
-        images |= read
+        unread = next((frames for camera, frames in images.items() if camera not in self.predictor.cameras), None)
         sample = self.predictor.observation(
-            images["image_1"], images["image_2"], prompt=request.prompt, state=request.state, warnings=warnings
+            None, unread, images=read, prompt=request.prompt, state=request.state, warnings=warnings
         )
         history.keep(read, max_seq_len - 1)
         return sample
 
     def _take(self, request: dict[Any, Any], name: str) -> Any:
-        """A request's value under the configured key, or under the name that the batch contract uses."""
-        return request.get(self.config.keys[name], request.get(name))
+        """A request's value under the configured key, under the name that the batch contract uses, or (a camera's) in
+        `images`, where ALOHA's clients have them."""
+        images = request.get("images") if name in self.cameras else None
+        nested = images.get(name) if isinstance(images, dict) else None
+        return request.get(self.keys[name], request.get(name, nested))
 
     def _prompt(self, prompt: Any) -> str:
         if not isinstance(prompt, str):
@@ -210,7 +215,7 @@ class RequestReader:
         """Check every frame's size, and that of all together; returns the pixels that have to be decoded."""
         config, total, encoded = self.config, 0, 0
         for camera, frames in images.items():
-            key = config.keys[camera]
+            key = self.keys[camera]
             for frame in frames or []:
                 if isinstance(frame, bytes):
                     width, height = _encoded_size(frame, key)
@@ -228,10 +233,16 @@ class RequestReader:
             raise RequestError(f"{found}; at most {config.max_request_pixels} are taken (serving.max_request_pixels)")
         return encoded
 
-    def _state(self, value: Any) -> np.ndarray | None:
+    def _state(self, value: Any) -> np.ndarray | dict[str, np.ndarray] | None:
         if value is None:
             return None
-        key, width = self.config.state_key, self.predictor.state_dim
+        if isinstance(value, dict) and set(value) == set(self.predictor.state_widths):
+            return {name: self._values(value[name], name, width) for name, width in self.predictor.state_widths.items()}
+        return self._values(value, self.config.state_key, self.predictor.state_dim)
+
+    def _values(self, value: Any, key: str, width: int) -> np.ndarray:
+        if width == 1 and type(value) in (int, float):
+            value = [value]
         if isinstance(value, list) and all(type(item) in (int, float) for item in value):
             value = np.array(value, np.float64)
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
@@ -240,14 +251,29 @@ class RequestReader:
         return value
 
     def _unread(self, request: dict[Any, Any]) -> list[str]:
-        known = {*self.config.keys, *self.config.keys.values(), "seed", "reset"}
+        known = {*self.keys, *self.keys.values(), "seed", "reset", "images"}
         unread = (key for key in request if not (isinstance(key, str) and key in known))
+        nested = request.get("images")
+        strangers = [key for key in nested if key not in self.cameras] if isinstance(nested, dict) else []
+        unread = itertools.chain(unread, strangers)
         named = (printable(key[:MAX_QUOTED] if isinstance(key, (str, bytes)) else key, 60) for key in unread)
         return list(itertools.islice(named, MAX_UNREAD_KEYS))
 
     def _wanted(self) -> str:
-        keys = [self.config.keys[name] for name in (*self.predictor.cameras, "state", "prompt")]
+        keys = [self.keys[name] for name in (*self.predictor.cameras, "state", "prompt")]
         return ", ".join(map(repr, keys))
+
+
+def request_keys(cameras: Sequence[str], config: ServingConfig) -> dict[str, str]:
+    """The keys of a policy's requests (see `ServingConfig.keys`); a policy of one camera names a second one unread.
+
+    Raises:
+        ConfigError: `serving.image_keys` names a camera that the policy does not read, or two keys are the same.
+    """
+    for name in config.image_keys:
+        if name not in cameras:
+            raise ConfigError(f"serving.image_keys: the policy has no camera {name!r}; it reads {', '.join(cameras)}")
+    return config.keys((*cameras, *(["image_2"] if len(cameras) == 1 and cameras[0] != "image_2" else [])))
 
 
 def _quoted(value: Any) -> str:

@@ -258,7 +258,8 @@ class PolicyServer:
         return {
             "policy": predictor.config.training.experiment_name,
             "dataset": predictor.dataset.name,
-            "cameras": {camera: config.keys[camera] for camera in predictor.cameras},
+            "cameras": {camera: self.reader.keys[camera] for camera in predictor.cameras},
+            "state_columns": predictor.state_widths,
             "state_key": config.state_key,
             "prompt_key": config.prompt_key,
             "image_size": [predictor.image_processor.height, predictor.image_processor.width],

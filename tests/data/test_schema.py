@@ -6,7 +6,17 @@ import pyarrow as pa
 import pytest
 
 from data.episode_store import EpisodeStore
-from data.schema import COLUMN_TYPES, IMAGE, SEED, TIMESTAMP, camera_column, column_type, written_schema
+from data.schema import (
+    COLUMN_TYPES,
+    IMAGE,
+    LABELS,
+    PLAN,
+    SEED,
+    TIMESTAMP,
+    camera_column,
+    column_type,
+    written_schema,
+)
 from tests.helpers import episode_rows, write_rows
 from utils.parquet_utils import DataError
 
@@ -29,12 +39,16 @@ def test_a_camera_has_one_spelling():
     assert camera_column("wrist", ["image_1"], "a.parquet") is None
     with pytest.raises(DataError, match="a.parquet: both 'wrist' and 'wrist_bytes' are columns; keep one of them"):
         camera_column("wrist", ["wrist", "wrist_bytes"], "a.parquet")
-    with pytest.raises(DataError, match="a.parquet: no column 'image_1' or 'image_1_bytes' .found: wrist.; see docs/"):
+    with pytest.raises(
+        DataError,
+        match="a.parquet: no column 'image_1' or 'image_1_bytes' .found: wrist.; name the cameras that .*see docs/",
+    ):
         camera_column("image_1", ["wrist"], "a.parquet")
 
 
 def test_what_is_written_can_be_read():
-    schema = written_schema(["image_1", "wrist"], 7, 6, extra=(TIMESTAMP, SEED), metadata={"fps": "20"})
+    extra = (TIMESTAMP, SEED, *LABELS, PLAN)
+    schema = written_schema(["image_1", "wrist"], {"state": 7}, 6, extra=extra, metadata={"fps": "20"})
     assert all(column_type(column.name).fits(column.type) for column in schema)
     assert set(schema.names) == {"image_1", "wrist", *COLUMN_TYPES} and schema.metadata == {b"fps": b"20"}
     assert column_type("wrist") is IMAGE and not IMAGE.fits(pa.string())

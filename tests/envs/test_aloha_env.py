@@ -30,10 +30,10 @@ def expert_run(env, seed, steps=300):
 
 
 def test_meets_the_interface():
-    env = make(cameras="top,angle,left_wrist,right_wrist")
+    env = make(cameras="image_1=top,image_2=angle,wrist=left_wrist,right_wrist")
     observation, info = env.reset(seed=0)
     assert info == {"success": False, "seed": 0} and env.observation_space.contains(observation)
-    assert set(observation) == {"image_1", "image_2", "image_3", "image_4", "state"}
+    assert set(observation) == {"image_1", "image_2", "wrist", "right_wrist", "state"}
     assert len({image.tobytes() for key, image in observation.items() if key != "state"}) == 4
     assert (env.state_dim, env.per_action_dim, env.control_hz, env.max_episode_steps) == (14, 14, 50, 300)
     assert env.instructions == TASKS["transfer_cube"] and len(set(env.instructions)) >= 3
@@ -107,7 +107,7 @@ def test_actions_are_absolute_and_clipped_to_the_actuators():
 def test_errors_name_what_was_wanted():
     for options, message in (
         ({"cameras": "topp"}, "aloha has no camera 'topp'; did you mean 'top'?"),
-        ({"cameras": 3}, "cameras is 3; give names, as in cameras="),
+        ({"cameras": "a=b=c,a"}, "cameras: 'a'; wanted <camera> or <name>=<camera>, each name once"),
         ({"image_1": 3}, "camera image_1=3; give an image's name and a camera's"),
         ({"camera": "top"}, "aloha has no option 'camera'; did you mean 'cameras'?"),
         ({"hold_steps": 0}, "hold_steps is 0, must be a whole number of at least 1"),

@@ -49,13 +49,16 @@ def train_tiny(folder: Path, backbone_dir: Path, files: list[Path], *, steps: in
         horizon=head.horizon,
         per_action_dim=head.per_action_dim,
         cameras=config.cameras,
+        reads_state=config.reads_state,
         image_processor=image_processor,
         prompt_tokenizer=tokenizer,
     )
     loader = make_loader(dataset, num_workers=0, batch_sampler=StepBatchSampler(len(dataset), data.batch_size, seed=0))
     torch.manual_seed(0)
     relative = {"action_mode": data.action_mode, "absolute_action_dims": data.absolute_action_dims}
-    statistics = calculate_statistics(files, data.state_dim, head.per_action_dim, horizon=head.horizon, **relative)
+    columns = {"state_columns": data.state_columns, "needs_state": config.reads_state}
+    relative |= {"horizon": head.horizon, **columns}
+    statistics = calculate_statistics(files, data.state_dim, head.per_action_dim, **relative)
     tokenizer.read_states(config, [statistics])
     model = VLAModel.from_pretrained(config, [statistics], image_processor.mean, image_processor.std)
     processors = {"image_processor": image_processor.to_settings(), "tokenizer_files": tokenizer.to_files()}

@@ -268,7 +268,7 @@ def test_bad_observations(predictor):
     ):
         with pytest.raises(ObservationError, match=message):
             predictor.predict(frame(), **{**good, **changed})
-    with pytest.raises(ObservationError, match="image_1 is missing; every policy needs it"):
+    with pytest.raises(ObservationError, match="image_1 is missing; give it, or another camera of image_1"):
         predictor.predict(None, **good)
     with pytest.raises(ObservationError, match="image_1: image: 5 bytes is no readable JPEG or PNG"):
         predictor.predict(b"12345", **good)

@@ -273,3 +273,24 @@ def test_fields_tell_which_settings_are_free():
     with pytest.raises(KeyError):
         is_free(VLMConfig, "lora.ranks")
     assert ActionHeadConfig().dropout_prob == 0.0 and ActionHeadConfig(dropout_prob=0.5).dropout_prob == 0.5
+
+
+def test_actions_stay_absolute_by_the_name_of_their_joint():
+    head = {"model": {"action_head_config": {"per_action_dim": 3}}}
+    names = ["Left_Gripper.pos", "elbow", "gripper_right"]
+    data = {"state_dim": 3, "action_mode": "delta", "action_names": names, "absolute_joints": ["gripper"]}
+    config = config_from_dict({"data": data, **head})
+    assert config.data.absolute_action_dims == (0, 2) and config.action_labels == names
+    again = config_from_dict(config_to_dict(config))
+    assert again == config
+    assert config_from_dict(head).action_labels == ["action[0]", "action[1]", "action[2]"]
+    for change, message in (
+        (
+            {"absolute_joints": ["finger"]},
+            "no action is called 'finger' .names: Left_Gripper.pos, elbow, gripper_right",
+        ),
+        ({"action_names": []}, "no action is called 'gripper' .names: none: set data.action_names"),
+        ({"action_names": ["a"]}, "data.action_names has 1 names, but .*per_action_dim is 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config_from_dict({"data": {**data, **change}, **head})

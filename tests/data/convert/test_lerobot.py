@@ -325,10 +325,10 @@ def test_one_conversion_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("cameras", "options", "message"),
     [
-        ([f"{FRONT}=image_3"], {}, "wanted <camera>=image_1 or <camera>=image_2"),
+        ([FRONT], {}, rf"wanted <camera>=<column>, as in {FRONT}=image_1"),
+        ([f"{FRONT}=prompt"], {}, "a camera's column can't be called so"),
         (["observation.images.frnt=image_1"], {}, rf"no camera '.*frnt' \(found: .*wrist\); did you mean '{FRONT}'"),
-        ([f"{FRONT}=image_2"], {}, "no camera for image_1, .*observation.images.wrist"),
-        ([], {}, "no camera for image_1"),
+        ([], {}, "no camera, and every step needs one; give <camera>=image_1 .*observation.images.wrist"),
         ([f"{FRONT}=image_1", f"{WRIST}=image_1"], {}, "is given twice"),
         (
             CAMERAS,

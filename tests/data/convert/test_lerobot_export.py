@@ -271,3 +271,30 @@ def test_odd_video_is_refused(tmp_path):
         encode_video(tmp_path / "odd.mp4", frames, 10, VideoEncoding.choose(None, None))
     with pytest.raises(DataError, match="this PyAV has no encoder for vp8"):
         VideoEncoding.choose("vp8", None)
+
+
+def test_further_sensors_and_cameras_there_and_back(tmp_path):
+    """A force in a column of its own, three cameras of any names: into LeRobot and back as they were."""
+    cameras = ("front", "wrist.left", "side")
+    rows = [row for seed in range(2) for row in episode_rows(6, seed=seed, cameras=cameras, image_size=16)]
+    for i, row in enumerate(rows):
+        row["force"] = [float(i), -float(i)]
+    path = write_rows(tmp_path / "ours.parquet", rows)
+    features = {camera: f"observation.images.{camera.replace('.', '_')}" for camera in cameras}
+    layout = Layout(fps=10, cameras=features, state_columns=("state", "force"))
+    assert export_lerobot([path], tmp_path / "lerobot", layout) == (2, 12)
+    info = json.loads((tmp_path / "lerobot" / "meta" / "info.json").read_text())["features"]
+    assert info["observation.force"]["shape"] == [2] and info["observation.state"]["shape"] == [4]
+    assert set(features.values()) <= set(info)
+    options = [f"{feature}={camera}" for camera, feature in features.items()]
+    keys = ["observation.state", "observation.force=force"]
+    convert_lerobot(tmp_path / "lerobot", tmp_path / "back", options, state_keys=keys)
+    back = read(tmp_path / "back")
+    for name in (*cameras, "state", "force", "action"):
+        assert back[name].to_pylist() == [row[name] for row in rows], name
+    again = convert_lerobot(tmp_path / "lerobot", tmp_path / "back", options, state_keys=keys)
+    assert again.written == 0
+    facts = read_facts(sorted((tmp_path / "back").glob("*.parquet")))
+    assert facts["state_columns"] == ["state", "force"] and list(facts["cameras"].values()) == list(cameras)
+    with pytest.raises(DataError, match="--state_key 'a=action': wanted <key>, or <key>=<column>"):
+        convert_lerobot(tmp_path / "lerobot", tmp_path / "b", options, state_keys=["a=action"])
