@@ -84,9 +84,11 @@ class HarnessServer(PolicyServer):
             frames = episode.frames.setdefault(camera, deque(maxlen=self.predictor.max_seq_len))
             frames.append(frame)
         if not episode.actions:
-            request = {camera: list(episode.frames[camera]) for camera in images}
-            request["prompt"] = observation.get(PROMPT_KEY)
-            request["state"] = next((observation[key] for key in STATE_KEYS if key in observation), None)
+            request = {self.reader.keys[camera]: list(episode.frames[camera]) for camera in images}
+            request[self.reader.keys["prompt"]] = observation.get(PROMPT_KEY)
+            request[self.reader.keys["state"]] = next(
+                (observation[key] for key in STATE_KEYS if key in observation), None
+            )
             request["seed"] = derive_seed("vla-eval", episode.seed, episode.plans)
             reply = await super()._answer(pack(request), connection, gone)
             if isinstance(reply, str):
@@ -119,12 +121,12 @@ class HarnessServer(PolicyServer):
             raise RequestError(f"an observation has no images; wanted those of {', '.join(self.predictor.cameras)}")
         found = {}
         for position, camera in enumerate(self.predictor.cameras):
-            names = [name for name in (camera, self.config.keys.get(camera)) if name in images]
+            names = [name for name in (camera, self.reader.keys[camera]) if name in images]
             names += list(images)[position : position + 1]
             if not names:
                 raise RequestError(
                     f"an observation has the images {', '.join(map(str, list(images)[:MAX_NAMED]))}, and none for "
-                    f"{camera}; have the benchmark send it (send_wrist_image: true), or name it with serving.*_key"
+                    f"{camera}; have the benchmark send it (send_wrist_image: true), or name it with serving.image_keys"
                 )
             found[camera] = images[names[0]]
         return found
