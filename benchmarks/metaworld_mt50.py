@@ -4,10 +4,11 @@
     python benchmarks/metaworld_mt50.py --cpu [--demos 50]        # two cores, at most 2.5 hours of training
 
 Records demonstrations of the scripted experts, trains configs/metaworld_mt50.yaml from scratch (with --cpu
-configs/metaworld_mt50_cpu.yaml, in two processes), and evaluates in closed loop on seeds from 10000 upwards: the policy, the same policy with grey images (blind), and one recorded
-demonstration played back (replay). A number means something only beside those two. An episode fails at --step_limit
-control steps: experts take 30 to 120, Meta-World itself ends an episode at 500. Each evaluation goes on where it was
-killed; stages that are complete are not repeated unless --fresh.
+configs/metaworld_mt50_cpu.yaml, in two processes), and evaluates in closed loop on seeds from 10000 upwards: the
+policy, the same policy with grey images (blind), and one recorded demonstration played back (replay). A number means
+something only beside those two. An episode fails at --step_limit control steps: experts take 30 to 120, Meta-World
+itself ends an episode at 500. Each evaluation goes on where it was killed; stages that are complete are not repeated
+unless --fresh.
 
 Published tier means in per cent, second-hand (quoted from later papers' tables, not checked against the originals;
 other cameras, step limits, demonstrations and training budgets): Diffusion Policy 10.5, pi0 from PaliGemma 50.5,
