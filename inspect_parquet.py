@@ -2,6 +2,7 @@
 
 python inspect_parquet.py --data_path demos/train --val_data_path demos/val --report report.json --plots_dir plots
 python inspect_parquet.py --config_path configs/vla_config.yaml            # the files and sizes that it names
+python inspect_parquet.py --data_path session --against model_best.pth.tar # what differs from what it was trained on
 
 Exit code: 0 training may start; 1 errors (with --strict also warnings); 2 the command itself is wrong.
 """
@@ -13,22 +14,33 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
+from data.comparison.against import held_against
+from data.comparison.fit import as_table
 from data.doctor.examine import Requirements, examine
 from data.doctor.report import as_text, merge_reports, write_plots
+from inference.policy_files import read_policy
+from utils.checkpoint import CheckpointError
 from utils.config_utils import Config, ConfigError, MixtureEntry, load_config
 from utils.misc import WriteError, atomic_path, user_path, writing
-from utils.parquet_utils import DataError, Source, resolve_parquet_files
+from utils.parquet_utils import DataError
+from utils.recordings import Recording, resolve_recordings
 
 logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", nargs="+", help="Parquet files, folders or globs; default: the config's")
+    parser.add_argument(
+        "--data_path", nargs="+", help="Parquet files, folders, globs or lerobot:/path; default: the config's"
+    )
     parser.add_argument("--val_data_path", nargs="+", help="validation files, checked too, and for overlap")
     parser.add_argument("--config_path", help="YAML config to check widths, horizon, cameras and prompts against")
+    parser.add_argument("--against", type=user_path, help="policy (checkpoint or folder) to hold the data against")
+    parser.add_argument("--dataset", help="with --against a policy of several datasets: which of them")
     parser.add_argument("--report", type=user_path, help="JSON to write")
     parser.add_argument("--plots_dir", type=user_path, help="folder for contact sheet, state and action plots")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors in the exit code")
@@ -37,6 +49,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data_path is None and args.config_path is None:
         parser.error("give --data_path, or --config_path with data.train_parquet_files")
+    if args.against and args.data_path is None:
+        parser.error("--against compares --data_path with a policy; give it")
+    if args.dataset and not args.against:
+        parser.error("--dataset chooses among the training data of an --against policy; give both or neither")
     if args.num_workers is not None and args.num_workers < 0:
         parser.error("--num_workers must be 0 (decode in this process) or more")
     return args
@@ -55,31 +71,52 @@ def main(argv: Sequence[str] | None = None) -> int:
                 paths += write_plots(seen, args.plots_dir / name)
     report = merge_reports(reports)
     print(as_text(report))
+    if args.against:
+        report["against"] = held_against_policy(args)
     if args.report:
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         with writing(args.report, "choose another --report"), atomic_path(args.report) as temporary:
             temporary.write_text(text, encoding="utf-8")
         paths.insert(0, args.report)
     print(*paths, sep="\n", end="\n" if paths else "")
-    return 1 if report["errors"] or (args.strict and report["warnings"]) else 0
+    suspected = report.get("against", {}).get("mismatches", [])
+    return 1 if report["errors"] or (args.strict and (report["warnings"] or suspected)) else 0
+
+
+def held_against_policy(args: argparse.Namespace) -> dict[str, Any]:
+    """Print what differs between the files and a policy's training data; returns the same for the report."""
+    files = resolve_parquet_files(args.data_path, "--data_path")
+    table, found, knows_data = held_against(read_policy(args.against), files, args.dataset)
+    print(f"\nbeside {args.against}:\n{as_table(table)}\n")
+    if not knows_data:
+        print("it does not know what its training data look like (an earlier version): only numbers were compared")
+    print(*found, sep="\n", end="\n" if found else "")
+    print(f"{len(found)} suspected mistake{'' if len(found) == 1 else 's'}")
+    return {
+        "policy": str(args.against),
+        "dimensions": [asdict(dimension) for dimension in table],
+        "mismatches": [asdict(mismatch) for mismatch in found],
+    }
 
 
 def datasets(
     args: argparse.Namespace, config: Config | None
-) -> Iterator[tuple[str, list[Source], list[Source], Requirements]]:
+) -> Iterator[tuple[str, list[Recording], list[Recording], Requirements]]:
     """(name, training files, validation files, requirements): the flags' files, or every dataset of the config."""
-    val = resolve_parquet_files(args.val_data_path, "--val_data_path") if args.val_data_path else []
+    mapping = config.datasets[0].lerobot if config else None
+    val = resolve_recordings(args.val_data_path, "--val_data_path", mapping) if args.val_data_path else []
     if args.data_path:
         entry = config.datasets[0] if config and not config.data.mixture else None
-        train = resolve_parquet_files(args.data_path, "--data_path")
+        train = resolve_recordings(args.data_path, "--data_path", mapping)
         yield "", train, val, requirements_of(config, entry, bool(val)) if config else Requirements()
         return
-    key = "data.val_parquet_files"
-    val = val or (resolve_parquet_files(config.data.val_parquet_files, key) if config.data.val_parquet_files else [])
+    if not val and config.data.val_parquet_files:
+        val = resolve_recordings(config.data.val_parquet_files, "data.val_parquet_files", config.data.lerobot)
     for entry in config.datasets:
         key = f"data.mixture {entry.name}" if config.data.mixture else "data.train_parquet_files"
         name = entry.name if config.data.mixture else ""
-        yield name, resolve_parquet_files(entry.path, key), val, requirements_of(config, entry, bool(val))
+        train = resolve_recordings(entry.path, key, entry.lerobot)
+        yield name, train, val, requirements_of(config, entry, bool(val))
 
 
 def requirements_of(config: Config, entry: MixtureEntry | None, has_val: bool) -> Requirements:
@@ -129,6 +166,6 @@ def token_counter(config: Config) -> Callable[[str], int] | None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ConfigError, DataError, WriteError) as error:
+    except (CheckpointError, ConfigError, DataError, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

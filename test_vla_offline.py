@@ -26,9 +26,10 @@ from inference.evaluate import Predictions, evaluate_offline, measure_latency
 from inference.metrics import NonFiniteError
 from inference.predictor import VLAPredictor
 from inference.report import write_json
+from utils.config_data import is_lerobot
 from utils.config_utils import ConfigError
 from utils.misc import atomic_path, set_up_logging
-from utils.parquet_utils import resolve_parquet_files
+from utils.recordings import Recording, resolve_recordings
 from utils.text_table import text_table
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ RANGE_MARGIN = 0.1  # predictions may leave the training range by this share of 
 RANGE_SHARE = 0.99  # and at least this share of them must stay within
 
 
-def check_file(predictor: VLAPredictor, path: Path, max_samples: int, batch_size: int) -> dict[str, Any]:
-    """Metrics and checks of one Parquet file.
+def check_file(predictor: VLAPredictor, path: Recording, max_samples: int, batch_size: int) -> dict[str, Any]:
+    """Metrics and checks of one Parquet file or LeRobot dataset.
 
     Returns:
         `{"checks": {name: bool}, "samples", "metrics": {predictor: overall metrics}, "share_in_range",
@@ -69,10 +70,10 @@ def check_file(predictor: VLAPredictor, path: Path, max_samples: int, batch_size
     }
 
 
-def recorded(predictor: VLAPredictor, path: Path) -> VLADataset:
-    """A Parquet file as the policy reads it."""
+def recorded(predictor: VLAPredictor, path: Recording) -> VLADataset:
+    """A recording as the policy reads it."""
     processors = predictor.image_processor, predictor.prompt_tokenizer
-    return open_dataset(predictor.config, *processors, str(path), "--test_data_dir", predictor.dataset_index)
+    return open_dataset(predictor.config, *processors, path, "--test_data_dir", predictor.dataset_index)
 
 
 def default_data(predictor: VLAPredictor) -> Sequence[str]:
@@ -82,7 +83,7 @@ def default_data(predictor: VLAPredictor) -> Sequence[str]:
         ConfigError: neither fits the policy.
     """
     held_out = predictor.config.data.val_parquet_files
-    if held_out and all(glob.glob(str(path), recursive=True) for path in held_out):
+    if held_out and all(is_lerobot(path) or glob.glob(str(path), recursive=True) for path in held_out):
         logger.info("no --test_data_dir: the checkpoint's data.val_parquet_files, %s", ", ".join(map(str, held_out)))
         return held_out
     if (predictor.state_dim, predictor.per_action_dim) != SAMPLES_WIDTHS:
@@ -127,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_path", required=True)
     help_text = (
-        "folder with Parquet files; default: the checkpoint's validation data where it is here, else data/samples"
+        "folder with Parquet files, or lerobot:/path; default: the checkpoint's validation data where it is here, else "
+        "data/samples"
     )
     parser.add_argument("--test_data_dir", help=help_text)
     parser.add_argument("--output_file", default="offline_report.json", help="JSON, or the table alone as *.txt")
@@ -140,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, args.device, dataset=args.dataset)
     if predictor.config.training.num_threads is not None:
         torch.set_num_threads(predictor.config.training.num_threads)
-    paths = resolve_parquet_files(args.test_data_dir or default_data(predictor), "--test_data_dir")
+    mapping = predictor.config.datasets[predictor.dataset_index].lerobot
+    paths = resolve_recordings(args.test_data_dir or default_data(predictor), "--test_data_dir", mapping)
     files = {str(path): check_file(predictor, path, args.max_samples, args.batch_size) for path in paths}
     times = measure_latency(predictor, collate_fn([recorded(predictor, paths[0])[0]]), repeats=20)
     passed = all(all(found["checks"].values()) for found in files.values())

@@ -25,11 +25,12 @@ from torch.utils.data import Dataset
 
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, Sample, VLAImageProcessor
-from data.schema import image_columns
+from data.tables import cameras_of
 from data.weighting import left_out_rows
 from utils.batch import Batch
 from utils.config_utils import DataConfig, MixtureEntry
-from utils.parquet_utils import DataError, Source, open_parquet
+from utils.parquet_utils import DataError
+from utils.recordings import Recording
 from utils.splits import used_episodes, validation_episodes
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class VLADataset(Dataset):
 
     def __init__(
         self,
-        files: Sequence[Source],
+        files: Sequence[Recording],
         config: DataConfig,
         *,
         horizon: int,
@@ -59,7 +60,7 @@ class VLADataset(Dataset):
         """Open the files (see `EpisodeStore`) and tokenize their instructions once.
 
         Args:
-            files: Parquet files in order.
+            files: Parquet files and LeRobot datasets in order.
             config: the `data` section: state_dim, state_columns, max_seq_len, cache_dir, sample_weighting.
             horizon: T, actions per sample.
             per_action_dim: A, values per action.
@@ -109,7 +110,7 @@ class VLADataset(Dataset):
             if camera in config.cameras and not config.mixture:
                 raise DataError(
                     f"data.cameras: the policy is to read {camera}, but no file has a column {camera} or "
-                    f"{camera}_bytes (images there: {', '.join(_images_in(files))}); correct the name, or remove it: a "
+                    f"{camera}_bytes (images there: {', '.join(cameras_of(files))}); correct the name, or remove it: a "
                     "slot without a camera needs no name"
                 )
             logger.warning("%s: no file has %s: its slot is masked in every sample", self.name, camera)
@@ -228,7 +229,7 @@ class VLADataset(Dataset):
 
         The rest of `frames` becomes zeros. Returns False, and decodes nothing, where one of the frames is absent.
         """
-        encoded = [self.store.image(camera, r) for r in range(row - count + 1, row + 1)]
+        encoded = self.store.images(camera, range(row - count + 1, row + 1))
         present = all(frame is not None for frame in encoded)
         before = self.max_seq_len - count if present else self.max_seq_len
         frames[:before] = 0
@@ -259,15 +260,6 @@ class VLADataset(Dataset):
     def describe_step(self, dataset_index: int, episode: int, step: int) -> str:
         """The same by the numbers that a batch carries."""
         return self.describe(int(self.store.episode_starts[episode]) + step)
-
-
-def _images_in(files: Sequence[Source]) -> list[str]:
-    """The cameras that files hold, in any of them."""
-    found: dict[str, None] = {}
-    for path in files:
-        with open_parquet(path) as file:
-            found |= dict.fromkeys(image_columns(file.schema_arrow))
-    return list(found)
 
 
 def _warn_of_prompts_cut_to_one(prompts: Sequence[str], tokens: Sequence[list[int]]) -> None:

@@ -31,7 +31,7 @@ def letterbox_float(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarr
     Returns:
         float32 (height, width, 3) in [0, 1]; an odd pixel of the border is below or to the right.
     """
-    image_1HW3 = torch.from_numpy(pixels_HW3)[None].float() / 255
+    image_1HW3 = torch.tensor(pixels_HW3)[None].float() / 255  # a copy: decoders may give memory that is read-only
     if pixels_HW3.shape[:2] == (height, width):
         return image_1HW3[0].numpy()
     inner = letterbox_size(*pixels_HW3.shape[:2], height, width)

@@ -31,13 +31,15 @@ from data.dataset import MixtureDataset, VLADataset
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, VLAImageProcessor, collate_fn
 from data.sampler import PassBatchSampler, StepBatchSampler
-from data.schema import VECTORS, image_columns, vector_width
+from data.schema import VECTORS, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
+from data.tables import cameras_of, open_table
 from data.weighting import check_weighting, sample_probabilities
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
-from utils.parquet_utils import DataError, Source, batches, open_parquet, resolve_parquet_files
+from utils.parquet_utils import DataError
+from utils.recordings import Recording, resolve_recordings
 
 __all__ = [
     "VLADataset",
@@ -171,7 +173,7 @@ def open_dataset(
     config: Config,
     image_processor: VLAImageProcessor,
     prompt_tokenizer: PromptTokenizer,
-    paths: Source | Sequence[Source],
+    paths: Recording | Sequence[Recording],
     key: str,
     dataset_index: int = 0,
     split: Literal["all", "train", "val"] = "all",
@@ -181,7 +183,7 @@ def open_dataset(
     Args:
         config: of the policy.
         image_processor, prompt_tokenizer: the policy's.
-        paths: files, folders or globs.
+        paths: files, folders, globs or lerobot:/path.
         key: the config key or flag that `paths` come from, for errors.
         dataset_index: which of `config.datasets` it is, or is like: decides name, widths and statistics.
         split: see VLADataset.
@@ -189,8 +191,9 @@ def open_dataset(
     Raises:
         DataError: files are missing, or break the schema.
     """
+    entry = config.datasets[dataset_index]
     return VLADataset(
-        resolve_parquet_files(paths, key),
+        resolve_recordings(paths, key, entry.lerobot),
         config.data,
         horizon=config.model.action_head_config.horizon,
         per_action_dim=config.model.action_head_config.per_action_dim,
@@ -198,7 +201,7 @@ def open_dataset(
         reads_state=config.reads_state,
         image_processor=image_processor,
         prompt_tokenizer=prompt_tokenizer,
-        entry=config.datasets[dataset_index],
+        entry=entry,
         dataset_index=dataset_index,
         split=split,
     )
@@ -316,14 +319,16 @@ def build_loaders(
 def main() -> None:
     """Self-test: read every file, decode first and last frame of every episode, print what the files hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", nargs="+", default=["data/samples"], help="Parquet files, folders or globs")
+    parser.add_argument(
+        "--data_path", nargs="+", default=["data/samples"], help="Parquet files, folders, globs or lerobot:/path"
+    )
     parser.add_argument("--model_name_or_path", help="directory with tokenizer and image processor; default: none")
     args = parser.parse_args()
     set_up_logging()
-    files = resolve_parquet_files(args.data_path, "--data_path")
-    with open_parquet(files[0]) as file:
-        cameras = image_columns(file.schema_arrow)
-        _, first = next(batches(file, files[0], list(VECTORS), 1))
+    files = resolve_recordings(args.data_path, "--data_path")
+    with open_table(files[0]) as table:
+        _, first = next(table.batches(list(VECTORS), 1))
+    cameras = cameras_of(files)
     state_dim, per_action_dim = (vector_width(first.column(name), name, files[0]) for name in VECTORS)
     store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=cameras)
     lengths = np.diff(store.episode_starts)

@@ -8,15 +8,15 @@ and remedy. The doctor, which goes on and reports every fault, uses the names an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from utils.parquet_utils import DataError, Source, batches, open_parquet, require_columns
+from utils.parquet_utils import DataError, Source
 from utils.statistics import state_labels
 
 VECTORS = ("state", "action")
@@ -256,6 +256,43 @@ def vectors(
     return matrix
 
 
+class Table(Protocol):
+    """What a recording offers to those who read it."""
+
+    @property
+    def path(self) -> object:
+        """How messages name it."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its columns; of cameras only those whose encoded frames are a column."""
+
+    @property
+    def num_rows(self) -> int:
+        """Time steps of all its episodes."""
+
+    @property
+    def cameras(self) -> Collection[str]:
+        """Names of its cameras."""
+
+    def image_columns(self, cameras: Sequence[str], required: Sequence[str] = ()) -> dict[str, str]:
+        """camera -> its column, of those cameras whose encoded frames are a column; a DataError where none of the
+        cameras is there, or one of the `required` columns is not."""
+
+    def video_cameras(self, cameras: Sequence[str]) -> dict[str, str]:
+        """camera -> what it is called there, of those cameras whose frames are in video files."""
+
+    def batches(self, columns: list[str], batch_size: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(first row, at most `batch_size` rows) of some columns."""
+
+    def bytes_needed(self, columns: Sequence[str]) -> int:
+        """Stored bytes that have to be read for some columns."""
+
+    def __enter__(self) -> Table: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
 @dataclass(frozen=True)
 class StateColumns:
     """Which numeric columns make up the state, in order, and how many values each has.
@@ -272,42 +309,47 @@ class StateColumns:
     width_from: str = "data.state_dim"
 
     @classmethod
-    def of_files(
+    def of_tables(
         cls,
         names: Sequence[str],
         width: int,
-        files: Sequence[Source],
+        tables: Iterable[Table],
         width_from: str = "data.state_dim",
         *,
         needed: bool = True,
     ) -> StateColumns:
-        """Look up the columns in the files' first rows.
+        """Look up the columns in the recordings' first rows.
 
         Args:
             names: `data.state_columns`.
             width: that they must have together.
-            files: all of them; only their schemas are read, and the first row of the first.
+            tables: the recordings, opened as they are asked for; of most only the schema is read, if at all.
             width_from: the config key that sets the width.
             needed: whether something reads the state; if not, files may lack it.
 
         Raises:
             DataError: a column is missing, no numbers, or together they have another width.
         """
-        if not needed:
-            for path in files:
-                with open_parquet(path) as file:
-                    if any(name not in file.schema_arrow.names for name in names):
-                        return cls({}, width, width_from)
+        if needed and len(names) == 1:
+            return cls({names[0]: width}, width, width_from)
+        first = None
+        for table in tables:
+            with table:
+                if first is None and (needed or set(names) <= set(table.schema.names)):
+                    table.image_columns((), names)
+                    first = table.path, next(table.batches(list(names), 1))[1]
+                if needed:
+                    break
+                if not set(names) <= set(table.schema.names):
+                    return cls({}, width, width_from)
         if len(names) == 1:
             return cls({names[0]: width}, width, width_from)
-        with open_parquet(files[0]) as file:
-            require_columns(file, files[0], names)
-            _, first = next(batches(file, files[0], list(names), 1))
-        widths = {name: vector_width(as_list(first.column(name)), name, files[0]) for name in names}
+        path, row = first
+        widths = {name: vector_width(as_list(row.column(name)), name, path) for name in names}
         if sum(widths.values()) != width:
             listed = " + ".join(f"{name} {each}" for name, each in widths.items())
             raise DataError(
-                f"{files[0]}: data.state_columns have {listed} = {sum(widths.values())} values, config wants "
+                f"{path}: data.state_columns have {listed} = {sum(widths.values())} values, config wants "
                 f"{width_from} {width}; correct one of them"
             )
         return cls(widths, width, width_from)

@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data.schema import ACTION, STATE, StateColumns, episode_numbers, flags, vectors
+from data.tables import open_table
 from utils.config_utils import Config
-from utils.parquet_utils import (
-    Source,
-    batches,
-    fingerprint,
-    open_parquet,
-    resolve_parquet_files,
-)
+from utils.recordings import Recording, fingerprint, resolve_recordings
 from utils.splits import used_episodes, validation_episodes
 from utils.statistics import STATISTICS, StatisticsError, statistics_settings, wanted_statistics
 from utils.streaming_statistics import StepStatistics
@@ -40,7 +34,7 @@ Result = TypeVar("Result")
 
 
 def calculate_statistics(
-    files: Sequence[Source],
+    files: Sequence[Recording],
     state_dim: int,
     per_action_dim: int,
     *,
@@ -98,7 +92,7 @@ def calculate_statistics(
         StatisticsError: delta mode without a state dimension for an action dimension that is not absolute.
     """
     delta = action_mode == "delta"
-    columns = StateColumns.of_files(state_columns, state_dim, files, state_key, needed=needs_state)
+    columns = StateColumns.of_tables(state_columns, state_dim, map(open_table, files), state_key, needed=needs_state)
     spec = _Spec(
         columns,
         per_action_dim,
@@ -151,7 +145,7 @@ def calculate_for_config(config: Config, num_workers: int | None = None) -> dict
         key = f"data.mixture {entry.name}: path" if data.mixture else "data.train_parquet_files"
         started = time.perf_counter()
         statistics = calculate_statistics(
-            resolve_parquet_files(entry.path, key),
+            resolve_recordings(entry.path, key, entry.lerobot),
             entry.state_dim,
             entry.per_action_dim,
             name=entry.name,
@@ -221,7 +215,7 @@ def require_statistics_of(train: MixtureDataset, statistics: Sequence[dict[str, 
             )
 
 
-def _listed(files: Sequence[Source]) -> str:
+def _listed(files: Sequence[Recording]) -> str:
     names = [str(path) for path in files]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "unnamed files"
 
@@ -245,7 +239,7 @@ class _Part(NamedTuple):
     bytes_read: int
 
 
-def _tasks(files: Sequence[Source], sizes: list[int]) -> Iterator[list[Source]]:
+def _tasks(files: Sequence[Recording], sizes: list[int]) -> Iterator[list[Recording]]:
     """Consecutive files, so many to a task that reading them outweighs handing them over."""
     task, filled = [], 0
     for path, size in zip(files, sizes, strict=True):
@@ -274,26 +268,26 @@ def _in_order(function: Callable[[Task], Result], tasks: Iterable[Task], num_wor
                 future.cancel()
 
 
-def _count_episodes(paths: list[Source]) -> tuple[int, int]:
+def _count_episodes(paths: list[Recording]) -> tuple[int, int]:
     """(episodes that begin in these files, bytes read)."""
     episodes = bytes_read = 0
     for path in paths:
-        with open_parquet(path) as file:
-            for row, batch in batches(file, path, ["is_first"], ROWS_PER_BATCH, use_threads=False):
+        with open_table(path, use_threads=False) as table:
+            for row, batch in table.batches(["is_first"], ROWS_PER_BATCH):
                 episodes += int(_is_first(batch, path, row).sum())
-            bytes_read += _bytes_needed(file, ["is_first"])
+            bytes_read += table.bytes_needed(["is_first"])
     return episodes, bytes_read
 
 
-def _read(task: tuple[list[Source], int], spec: _Spec, held_out: np.ndarray) -> _Part:
+def _read(task: tuple[list[Recording], int], spec: _Spec, held_out: np.ndarray) -> _Part:
     """The statistics of some files' training steps; a task is the files and how many episodes begin before them."""
     paths, episodes = task
     statistics = StepStatistics(spec.state.width, spec.per_action_dim, spec.delta_dims, spec.horizon, spec.deciles)
     columns = [*spec.state.names, ACTION, *(["is_first"] if spec.needs_episodes else [])]
     rows = bytes_read = 0
     for path in paths:
-        with open_parquet(path) as file:
-            for row, batch in batches(file, path, columns, ROWS_PER_BATCH, use_threads=False):
+        with open_table(path, use_threads=False) as table:
+            for row, batch in table.batches(columns, ROWS_PER_BATCH):
                 state = spec.state.read(batch, path, row).T
                 width, key = spec.per_action_dim, "per_action_dim"
                 action = vectors(batch.column(ACTION), ACTION, width, path, row, width_from=key).T
@@ -305,31 +299,12 @@ def _read(task: tuple[list[Source], int], spec: _Spec, held_out: np.ndarray) -> 
                     state, action, episode = state[:, keep], action[:, keep], episode[keep]
                 statistics.add(np.ascontiguousarray(state), np.ascontiguousarray(action), episode)
                 rows += batch.num_rows
-            bytes_read += _bytes_needed(file, columns)
+            bytes_read += table.bytes_needed(columns)
     return _Part(statistics, rows, bytes_read)
 
 
-def _is_first(batch: pa.RecordBatch, path: Source, row: int) -> np.ndarray:
+def _is_first(batch: pa.RecordBatch, path: Recording, row: int) -> np.ndarray:
     return flags(batch.column("is_first"), "is_first", path, row)
-
-
-def _bytes_needed(file: pq.ParquetFile, columns: list[str]) -> int:
-    """Compressed bytes of the columns' chunks, and of the footer."""
-    metadata, leaves, following = file.metadata, [], 0
-    for field in file.schema_arrow:  # not by the chunks' names: of a damaged column, their metadata end the process
-        first, following = following, following + _num_leaves(field.type)
-        leaves += range(first, following) if field.name in columns else ()
-    chunks = (
-        metadata.row_group(group).column(leaf).total_compressed_size
-        for group in range(metadata.num_row_groups)
-        for leaf in leaves
-    )
-    return metadata.serialized_size + sum(chunks)
-
-
-def _num_leaves(kind: pa.DataType) -> int:
-    """Columns of a Parquet file that a column of this type takes."""
-    return sum(_num_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1
 
 
 def _log_summary(name: str, statistics: dict[str, Any], seconds: float) -> None:

@@ -6,6 +6,7 @@ The exported folder, written by `inference.serving.export`; its files are checke
     model.safetensors         weights, those that evaluation uses
     config.yaml               the resolved configuration
     statistics.json           normalization statistics per dataset
+    training_data.json        what the training data look like (data/profile.py); absent in older exports
     backbone_config.json      architecture of the backbone
     preprocessor_config.json  image processor
     tokenizer/                tokenizer files
@@ -31,11 +32,11 @@ from utils.foreign_files import TOKENIZER_FILES, ForeignFileError, inside, read_
 from utils.policy_folder import is_policy_folder
 from utils.text import printable
 
-MANIFEST, WEIGHTS = "policy.json", "model.safetensors"
+MANIFEST, WEIGHTS, PROFILES = "policy.json", "model.safetensors", "training_data.json"
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
 DESCRIPTIONS = ("statistics.json", "backbone_config.json", "preprocessor_config.json")
 NEEDED = frozenset({WEIGHTS, "config.yaml", *DESCRIPTIONS})
-WRITTEN = NEEDED | {MANIFEST, "README.md"} | {f"tokenizer/{name}" for name in TOKENIZER_FILES}
+WRITTEN = NEEDED | {MANIFEST, PROFILES, "README.md"} | {f"tokenizer/{name}" for name in TOKENIZER_FILES}
 LEFT_ALONE = (".cache", ".git", ".gitattributes", "LICENSE", "LICENSE.md")  # beside a policy on the hub; never read
 CARRIED = ("format", "step", "cameras", "base")  # plain values of a checkpoint that policy.json holds
 
@@ -96,6 +97,7 @@ def load_export(name_or_path: str | Path) -> dict[str, Any]:
         weights = load_file(folder / WEIGHTS)
         config = read_yaml(folder / "config.yaml")
         statistics, backbone_config, image_processor = (read_json(folder / name) for name in DESCRIPTIONS)
+        profiles = read_json(folder / PROFILES) if PROFILES in manifest["sha256"] else None
         tokenizer_files = {
             path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
             for path in sorted((folder / "tokenizer").iterdir())
@@ -112,6 +114,8 @@ def load_export(name_or_path: str | Path) -> dict[str, Any]:
         "image_processor": image_processor,
         "tokenizer_files": tokenizer_files,
     }
+    if profiles is not None:
+        checkpoint["training_data"] = profiles
     check_content(checkpoint, folder)
     return checkpoint
 

@@ -41,7 +41,7 @@ REQUIRED = {
     "image_processor": dict,
     "tokenizer_files": dict,
 }
-OPTIONAL = {"saved_at": float, "ema": dict, "base": dict, "shards": dict, "optimizer": dict}
+OPTIONAL = {"training_data": list, "saved_at": float, "ema": dict, "base": dict, "shards": dict, "optimizer": dict}
 
 
 class CheckpointError(ValueError):

@@ -10,6 +10,7 @@ from utils.config_fields import positive
 from utils.config_reader import ConfigError
 from utils.text import printable
 
+LEROBOT = "lerobot:"  # before the path of a LeRobot dataset that is read as it is
 COLUMN_NAME = re.compile(r"\w[\w .:/-]*")  # of cameras and states; nothing that marks up a page or steers a terminal
 MAX_NAME_CHARS = 200  # of a dataset's name, which goes into logs, tables and file names
 # Names that a sample, or a file's row, uses for something else than a camera; for something else than a state.
@@ -33,16 +34,47 @@ def is_camera_name(name: str) -> bool:
     return is_column_name(name) and name not in NOT_CAMERAS and not name.endswith("_bytes")
 
 
+def is_lerobot(path: object) -> bool:
+    """Whether a data path names a LeRobot dataset."""
+    return str(path).startswith(LEROBOT)
+
+
+@dataclass(frozen=True)
+class LeRobotConfig:
+    """How a LeRobot dataset is read in place; what scripts/convert_lerobot.py takes as flags of the same names."""
+
+    cameras: tuple[str, ...] = ()  # <feature>=<camera>; empty: by name, observation.images.front is front
+    state_key: tuple[str, ...] = ("observation.state",)  # features that make up the state, one after the other
+    action_key: tuple[str, ...] = ("action",)  # features that make up the action
+    task_key: str | None = None  # column that says which task is the instruction; None: task_index
+    prompt: str | None = None  # instruction of every step, instead of the dataset's tasks
+    empty_prompt: str | None = None  # instruction of those steps alone whose task is empty
+    episodes: tuple[str, ...] = ()  # numbers and ranges such as "3-7"; empty: all
+    tolerance_s: float = 1e-4  # seconds between a row's time stamp and its video frame's
+    follow_links: bool = False  # read linked files that lie outside of the folder
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "empty_prompt"):
+            text = getattr(self, name)
+            if text is not None and not text.strip():
+                raise ConfigError(f"lerobot.{name} is {text!r}; give an instruction")
+        if self.prompt is not None and (self.empty_prompt is not None or self.task_key is not None):
+            other = "task_key" if self.task_key is not None else "empty_prompt"
+            raise ConfigError(f"lerobot.prompt is every step's instruction, so lerobot.{other} does nothing; remove it")
+        positive(self, "lerobot", "tolerance_s")
+
+
 @dataclass(frozen=True)
 class MixtureEntry:
     """One dataset of a mixture. Widths may be smaller than the model's: the rest is padding, masked everywhere."""
 
-    path: tuple[str, ...] = ()  # files, folders or globs, as train_parquet_files
+    path: tuple[str, ...] = ()  # files, folders, globs or lerobot:/path, as train_parquet_files
     name: str = ""  # names the dataset in statistics, logs, metrics and at inference
     weight: float = 1.0  # share of the samples, relative to the other weights
     state_dim: int | None = None  # width of its state column; None: data.state_dim
     per_action_dim: int | None = None  # width of its action column; None: the head's
     horizon: int | None = None  # actions that are true targets, for datasets of a lower rate; None: the head's
+    lerobot: LeRobotConfig | None = None  # how its LeRobot datasets are read; None: data.lerobot
 
     def __post_init__(self) -> None:
         if not self.name.isprintable() or len(self.name) > MAX_NAME_CHARS:
@@ -101,12 +133,13 @@ class SampleWeightingConfig:
 class DataConfig:
     """Where the demonstrations are and how samples are cut from them."""
 
-    train_parquet_files: tuple[str, ...] = ()  # each entry a file, a folder or a glob
+    train_parquet_files: tuple[str, ...] = ()  # each entry a file, a folder, a glob, or lerobot:/path
     val_parquet_files: tuple[str, ...] = ()  # held-out episodes; empty: none, or val_fraction of the training files
     val_fraction: float = 0.0  # share of the training files' episodes that is held out instead of trained on
     split_seed: int = 0  # which episodes val_fraction holds out, and which max_episodes leaves
     max_episodes: int | None = None  # per dataset, of the training files, those held out included; None: all
     mixture: tuple[MixtureEntry, ...] = ()  # several datasets at once, instead of train_parquet_files
+    lerobot: LeRobotConfig = field(default_factory=LeRobotConfig)  # how LeRobot datasets (lerobot:/path) are read
     sample_weighting: SampleWeightingConfig = field(default_factory=SampleWeightingConfig)  # which steps are drawn
     tokenizer_name_or_path: str | None = None  # directory or hub id; None: the backbone's own
     image_processor_name_or_path: str | None = None  # directory or hub id; None: siglip_model_name, else backbone
@@ -149,6 +182,7 @@ class DataConfig:
             if getattr(self, name) is not None:
                 positive(self, "data", name)
         self._check_mixture()
+        self._check_lerobot()
         self._check_normalization()
         self._check_columns()
         if self.num_workers < 0:
@@ -205,6 +239,21 @@ class DataConfig:
                         f"data.{name} is {getattr(self, name)!r}, which only data.normalization_arithmetic lerobot or "
                         "openpi reads; set that, or remove it"
                     )
+
+    def _check_lerobot(self) -> None:
+        """A mapping of LeRobot datasets where there are none does nothing."""
+        paths = (*self.train_parquet_files, *self.val_parquet_files)
+        unmapped = any(map(is_lerobot, paths)) or any(
+            entry.lerobot is None and any(map(is_lerobot, entry.path)) for entry in self.mixture
+        )
+        if self.lerobot != LeRobotConfig() and not unmapped:
+            raise ConfigError("data.lerobot says how lerobot:/path is read, but no data path begins so; remove it")
+        for entry in self.mixture:
+            if entry.lerobot is not None and not any(map(is_lerobot, entry.path)):
+                raise ConfigError(
+                    f"data.mixture {entry.name}: lerobot says how lerobot:/path is read, but its path does not begin "
+                    "so; remove it"
+                )
 
     def _check_mixture(self) -> None:
         names = [entry.name for entry in self.mixture]

@@ -284,6 +284,7 @@ class Config:
                 state_dim=entry.state_dim or data.state_dim,
                 per_action_dim=entry.per_action_dim or head.per_action_dim,
                 horizon=entry.horizon or head.horizon,
+                lerobot=entry.lerobot or data.lerobot,
             )
             for entry in entries
         )

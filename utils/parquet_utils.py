@@ -306,3 +306,22 @@ def _rows_from(
         row += batch.num_rows
         if skipped < batch.num_rows:
             yield batch.slice(skipped)
+
+
+def bytes_needed(file: pq.ParquetFile, columns: Sequence[str]) -> int:
+    """Compressed bytes of the columns' chunks, and of the footer."""
+    metadata, leaves, following = file.metadata, [], 0
+    for field in file.schema_arrow:  # not by the chunks' names: of a damaged column, their metadata end the process
+        first, following = following, following + _num_leaves(field.type)
+        leaves += range(first, following) if field.name in columns else ()
+    chunks = (
+        metadata.row_group(group).column(leaf).total_compressed_size
+        for group in range(metadata.num_row_groups)
+        for leaf in leaves
+    )
+    return metadata.serialized_size + sum(chunks)
+
+
+def _num_leaves(kind: pa.DataType) -> int:
+    """Columns of a Parquet file that a column of this type takes."""
+    return sum(_num_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1

@@ -27,7 +27,15 @@ from data.convert.conversion import (
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
 from data.convert.foreign_sources import reading
 from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset
-from data.convert.lerobot_rows import LeRobotOptions, RowReader, check_span, episode_rows, row_columns, video_times
+from data.convert.lerobot_rows import (
+    LeRobotOptions,
+    RowReader,
+    check_span,
+    episode_rows,
+    require_instructions,
+    row_columns,
+    video_times,
+)
 from data.convert.video import VideoReader
 from data.schema import STATE
 from utils.parquet_utils import DataError
@@ -93,7 +101,7 @@ def convert_lerobot(
         raise DataError(f"--tolerance_s is {tolerance_s}; wanted more than 0 and less than half a frame")
     chosen = parse_episodes(episodes, list(dataset.episodes), str(lerobot_dir))
     if prompt is None and empty_prompt is None:
-        _require_instructions(dataset, chosen)
+        require_instructions(dataset, chosen)
     files = plan_files(
         output_dir,
         chosen,
@@ -121,29 +129,6 @@ def _settings(dataset: LeRobotDataset, options: LeRobotOptions) -> dict[str, Any
         "terminal": options.terminal,
         **({**options.encoding.settings(), "tolerance_s": options.tolerance_s} if from_video else {}),
     }
-
-
-def _require_instructions(dataset: LeRobotDataset, episodes: Sequence[int]) -> None:
-    """Raise a DataError that lists the episodes whose metadata say that they have no instruction."""
-    without = [i for i in episodes if any(not (task or "").strip() for task in dataset.episodes[i].tasks or ())]
-    if without:
-        others = [i for i in episodes if i not in set(without)]
-        leave_out = f"leave them out (--episodes {_ranges(others)}), or " if others else ""
-        raise DataError(
-            f"{dataset.root}: {len(without)} of {len(episodes)} episodes have no instruction (their task is empty): "
-            f"{_ranges(without)}; {leave_out}give an instruction for them alone (--empty_prompt)"
-        )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as --episodes takes them: `0-3 7`."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 @functools.lru_cache(maxsize=1)

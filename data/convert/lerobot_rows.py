@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_BLOCK = 64  # of images
 TERMINAL = ("auto", "always", "never")
 DONE = "next.done"
+TASK = "task_index"
 INDICES_PER_BATCH = 65536
 RATE_TOLERANCE = 0.1  # part by which the rows' rate may differ from info.json's
 
@@ -42,6 +43,7 @@ class LeRobotOptions:
         empty_prompt: instruction of those steps whose task is empty.
         terminal: whether episodes ended by themselves: `always`, `never`, or `auto`, which is what `next.done` of the
             last step says, and no where there is no such feature.
+        task_key: the column that says which task is a row's instruction.
         follow_links: read files that are links to others outside of the folder.
     """
 
@@ -53,6 +55,7 @@ class LeRobotOptions:
     prompt: str | None
     empty_prompt: str | None
     terminal: str
+    task_key: str = TASK
     follow_links: bool = False
 
     @property
@@ -70,11 +73,34 @@ class LeRobotOptions:
             raise DataError(f"--terminal is {self.terminal!r}; wanted {', '.join(TERMINAL)}")
 
 
+def require_instructions(dataset: LeRobotDataset, episodes: Sequence[int]) -> None:
+    """Raise a DataError that lists the episodes whose metadata say that they have no instruction."""
+    without = [i for i in episodes if any(not (task or "").strip() for task in dataset.episodes[i].tasks or ())]
+    if without:
+        others = [i for i in episodes if i not in set(without)]
+        leave_out = f"leave them out (--episodes {_ranges(others)}), or " if others else ""
+        raise DataError(
+            f"{dataset.root}: {len(without)} of {len(episodes)} episodes have no instruction (their task is empty): "
+            f"{_ranges(without)}; {leave_out}give an instruction for them alone (--empty_prompt)"
+        )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as --episodes takes them: `0-3 7`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
 def row_columns(dataset: LeRobotDataset, options: LeRobotOptions, cameras: Sequence[str]) -> list[str]:
     """The columns that `episode_rows` reads, those of `cameras` that are no video among them."""
     images = [key for key in cameras if not dataset.is_video(key)]
     done = [DONE] * (options.terminal == "auto" and DONE in dataset.features)
-    names = ("frame_index", "timestamp", "task_index", *options.state_keys, *options.action_keys, *images, *done)
+    names = ("frame_index", "timestamp", options.task_key, *options.state_keys, *options.action_keys, *images, *done)
     return list(dict.fromkeys(names))
 
 
@@ -277,15 +303,15 @@ def _prompts(
     if options.prompt is not None:
         return [options.prompt] * batch.num_rows
     where = f"{dataset.root} episode {episode.index}"
-    indices = _numbers(batch, "task_index", episode).tolist()
+    indices = _numbers(batch, options.task_key, episode).tolist()
     for index in set(indices):
         if index not in dataset.tasks:
             raise DataError(
-                f"{where}: task_index {index} is not in {dataset.tasks_path} ({len(dataset.tasks)} tasks); fetch the "
-                "dataset again, or give --prompt"
+                f"{where}: {options.task_key} {index} is not in {dataset.tasks_path} ({len(dataset.tasks)} tasks); "
+                "fetch the dataset again, or give --prompt"
             )
         task = dataset.tasks[index]
-        if episode.tasks and task not in episode.tasks:
+        if options.task_key == TASK and episode.tasks and task not in episode.tasks:
             others = ", ".join(map(repr, episode.tasks))
             raise DataError(
                 f"{where}: its rows say task {index}, {task!r} in {dataset.tasks_path.name}, but meta/episodes says "

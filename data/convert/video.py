@@ -7,8 +7,9 @@ machine.
 
 from __future__ import annotations
 
+import base64
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,7 @@ from utils.parquet_utils import DataError
 
 ONE_FILE = {"protocol_whitelist": "file"}  # for a demuxer: no network, whatever the file says
 MAX_FORWARD = 2.0  # seconds ahead that are decoded through; beyond, the reader jumps to a key frame
+COLOUR_TAGS = ("colorspace", "color_range", "color_primaries", "color_trc")
 ENCODERS = {"av1": "libsvtav1", "h264": "libx264"}
 DEFAULT_CRF = {"av1": 30, "h264": 23}
 
@@ -64,6 +66,41 @@ class VideoReader:
         """Release the file."""
         self._container.close()
 
+    def packets(self) -> Iterator[av.Packet]:
+        """Every packet in the order of decoding, not decoded; of a file of which nothing was read before.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        try:
+            yield from (packet for packet in self._container.demux(self._stream) if packet.size)
+        except av.FFmpegError as error:
+            raise DataError(f"{self.path}: can't be read to its end ({error.strerror}); fetch it again") from None
+
+    def decoder_settings(self) -> dict[str, Any]:
+        """What a decoder of this file's packets is made with (see `data/video_packets.py`), as JSON-able values.
+
+        Raises:
+            DataError: no frame can be decoded, or frames are turned by something else than quarters.
+        """
+        try:
+            frame = next(self._container.decode(self._stream), None)
+        except av.FFmpegError:
+            frame = None
+        if frame is None:
+            raise DataError(f"{self.path}: its first frame can't be decoded; the file is damaged, so fetch it again")
+        codec = self._stream.codec_context
+        tags = {name: int(getattr(codec, name)) for name in COLOUR_TAGS}
+        return {
+            "codec": codec.codec.name,
+            "extradata": base64.b64encode(codec.extradata or b"").decode(),
+            "width": codec.width,
+            "height": codec.height,
+            "time_base": [self._stream.time_base.numerator, self._stream.time_base.denominator],
+            "quarters": self._quarters(frame),
+            **tags,
+        }
+
     def frame_at(self, seconds: float, tolerance: float, where: str) -> np.ndarray:
         """The frame of a point in time.
 
@@ -87,17 +124,17 @@ class VideoReader:
                 "cut short, so fetch it again"
             ) from None
         if frame is None or frame.time > seconds + tolerance:
-            reason = "it ends before" if frame is None else f"the next one is at {frame.time:.4f} s"
-            raise DataError(
-                f"{where}: {self.path} has no frame within {tolerance:.2g} s of {seconds:.4f} s ({reason}); the video "
-                "does not fit the rows, so fetch it again, or raise --tolerance_s if its clock is only imprecise"
-            )
+            raise no_frame(where, self.path, seconds, tolerance, None if frame is None else frame.time)
         if frame.is_corrupt:
             raise DataError(f"{where}: {self.path} is damaged at {seconds:.4f} s; fetch it again")
+        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), self._quarters(frame)))
+
+    def _quarters(self, frame: av.VideoFrame) -> int:
+        """Quarters of a turn, against the clock, by which a frame is shown turned."""
         quarters, rest = divmod(frame.rotation, 90)
         if rest:
             raise DataError(f"{self.path}: frames are turned by {frame.rotation} degrees; wanted a multiple of 90")
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
+        return int(quarters)
 
     def _find(self, begin: float) -> av.VideoFrame | None:
         """The first frame at or after `begin`; None past the end."""
@@ -120,6 +157,15 @@ class VideoReader:
 
     def _advance(self) -> None:
         self._frame = next((frame for frame in self._frames if frame.pts is not None), None)
+
+
+def no_frame(where: str, path: Path, seconds: float, tolerance: float, following: float | None) -> DataError:
+    """The error for a row without a frame of its time; `following` is the time of the next frame, None past the end."""
+    reason = "it ends before" if following is None else f"the next one is at {following:.4f} s"
+    return DataError(
+        f"{where}: {path} has no frame within {tolerance:.2g} s of {seconds:.4f} s ({reason}); the video does not fit "
+        "the rows, so fetch it again, or raise --tolerance_s if its clock is only imprecise"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from data.doctor.analysis import row_digests
 from data.doctor.findings import Findings
 from data.doctor.rows import Rows
 from utils.parquet_utils import READ_ERRORS, Source, open_bytes
+from utils.recordings import LeRobotFolder, Recording, fingerprint
 
 SHARED = 0.5  # part of an episode's rows that also occur in the other split, from which the splits overlap
 
@@ -21,7 +22,8 @@ def check_files(rows: Rows, findings: Findings) -> set[int]:
     groups: dict[tuple[int, str], list[int]] = defaultdict(list)
     sizes = [size_of(path) for path in rows.files]
     for file, path in enumerate(rows.files):
-        if sizes.count(sizes[file]) > 1 and rows.schema_ok[file]:
+        whole = sizes.count(sizes[file]) > 1 and rows.schema_ok[file]
+        if whole and not isinstance(path, LeRobotFolder):  # a dataset of many files is compared episode by episode
             groups[sizes[file], _digest(path)].append(file)
     repeated = set()
     for group in groups.values():
@@ -77,9 +79,11 @@ def check_episodes(
         earlier.setdefault(key, where.start)
 
 
-def size_of(path: Source) -> int:
-    """Bytes of a file; 0 where it can't be opened."""
+def size_of(path: Recording) -> int:
+    """Bytes of a recording; 0 where it can't be opened."""
     try:
+        if isinstance(path, LeRobotFolder):
+            return int(fingerprint(path)[1])
         with open_bytes(path) as file:
             return file.size()
     except READ_ERRORS:

@@ -50,12 +50,12 @@ SCALED_SIDE = 64  # pixels that are enough to judge a frame; the codec scales la
 
 
 def examine_frames(
-    frames: Sequence[bytes | None], keep: Sequence[int], thumbnail_size: int
+    frames: Sequence[bytes | np.ndarray | None], keep: Sequence[int], thumbnail_size: int
 ) -> tuple[np.ndarray, dict[int, str], dict[int, np.ndarray]]:
     """Decode frames, with the codecs of the training loader, and describe them.
 
     Args:
-        frames: encoded images, None where absent.
+        frames: encoded images, or those of a video decoded, uint8 (H, W, 3); None where absent.
         keep: positions in `frames` whose pictures are kept.
         thumbnail_size: pixels of the longer side of a kept picture.
 
@@ -87,7 +87,10 @@ def examine_frames(
     return facts, errors, pictures
 
 
-def _examine(frame: bytes, fact: np.ndarray, least_side: int) -> Image.Image:
+def _examine(frame: bytes | np.ndarray, fact: np.ndarray, least_side: int) -> Image.Image:
+    if isinstance(frame, np.ndarray):
+        fact["format"], fact["mode"], (fact["height"], fact["width"]) = b"video", b"RGB", frame.shape[:2]
+        return _judge(Image.fromarray(frame), fact)
     if not frame:
         raise ValueError("empty")
     with Image.open(io.BytesIO(frame), formats=RECORDED_FORMATS) as image:
@@ -96,7 +99,10 @@ def _examine(frame: bytes, fact: np.ndarray, least_side: int) -> Image.Image:
         if "exif" in image.info:
             fact["orientation"] = image.getexif().get(ORIENTATION, 0) % 256
         deep = image.convert("RGB") if is_deep(image.mode) else None  # a finding of its own
-    picture = deep or Image.fromarray(decode_frame(frame, least_side, least_side))
+    return _judge(deep or Image.fromarray(decode_frame(frame, least_side, least_side)), fact)
+
+
+def _judge(picture: Image.Image, fact: np.ndarray) -> Image.Image:
     extrema = picture.getextrema()
     fact["blank"] = all(high - low <= BLANK_RANGE for low, high in extrema)
     fact["level"] = np.mean(extrema)

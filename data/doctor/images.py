@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +20,11 @@ from data.doctor.frames import ABSENT, BROKEN, DECODED, FRAME, examine_frames
 from data.doctor.reading import open_raw, stream
 from data.doctor.rows import Rows
 from data.schema import MAIN_CAMERA, encoded_frames
+from utils.parquet_utils import DataError, one_line
+from utils.recordings import LeRobotFolder
+
+if TYPE_CHECKING:
+    from data.lerobot_table import LeRobotTable
 
 FRAMES_PER_TASK = 32
 FEW_FRAMES = 4000  # below this, starting processes takes longer than decoding
@@ -97,13 +102,29 @@ def _take(task: tuple[str, int, Future | _Done], seen: Frames) -> int:
     return len(facts)
 
 
-def _encoded(rows: Rows, findings: Findings) -> Iterator[tuple[str, int, list[bytes | None]]]:
-    """(camera, first global row, encoded frames), streamed."""
+def _encoded(rows: Rows, findings: Findings) -> Iterator[tuple[str, int, list[bytes | np.ndarray | None]]]:
+    """(camera, first global row, encoded frames, or those of a video decoded), streamed."""
     for number, columns in enumerate(rows.cameras):
         path, begin = rows.files[number], int(rows.file_starts[number])
         for camera, column in columns.items():
-            for first, array in stream(open_raw(path), path, column, FRAMES_PER_TASK, findings):
+            table = open_raw(path)
+            if isinstance(path, LeRobotFolder) and column not in table.schema.names:
+                for first, pictures in _decoded(table, column, findings):
+                    yield camera, begin + first, pictures
+                continue
+            for first, array in stream(table, path, column, FRAMES_PER_TASK, findings):
                 yield camera, begin + first, encoded_frames(array, column, path).to_pylist()
+
+
+def _decoded(table: LeRobotTable, camera: str, findings: Findings) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(first row, frames) of a camera that is video; where it can't be read further, `corrupt_data` and the end."""
+    first = 0
+    try:
+        for first, pictures in table.pictures(camera, FRAMES_PER_TASK):
+            yield first, pictures
+            first += len(pictures)
+    except DataError as error:
+        findings.add("corrupt_data", one_line(error), file=table.folder, row=first)
 
 
 def check_presence(rows: Rows, frames: Frames | None, findings: Findings, cameras: tuple[str, ...]) -> None:

@@ -31,7 +31,9 @@ from data.schema import (
     is_state,
     missing_camera,
 )
-from utils.parquet_utils import READ_ERRORS, STREAM_BUFFER, Source, one_line, open_bytes, stream_batches
+from data.tables import Table, open_table
+from utils.parquet_utils import READ_ERRORS, STREAM_BUFFER, DataError, Source, one_line, open_bytes, stream_batches
+from utils.recordings import LeRobotFolder, Recording
 
 ROWS_PER_BATCH = 8192
 
@@ -85,20 +87,23 @@ class _File:
     has_timestamp: bool
 
 
-def open_raw(path: Source) -> pq.ParquetFile:
+def open_raw(path: Recording) -> pq.ParquetFile | Table:
     """Open for streaming: batches are read through a small buffer, not a whole column chunk at a time."""
+    if isinstance(path, LeRobotFolder):
+        return open_table(path)
     return pq.ParquetFile(
         open_bytes(path), buffer_size=STREAM_BUFFER, pre_buffer=False, page_checksum_verification=True
     )
 
 
 def stream(
-    file: pq.ParquetFile, path: Source, column: str, batch_size: int, findings: Findings
+    file: pq.ParquetFile | Table, path: Recording, column: str, batch_size: int, findings: Findings
 ) -> Iterator[tuple[int, pa.Array]]:
     """(first row, values) of one column, batch by batch; where it can't be read further, `corrupt_data` and the end."""
     first = 0
     try:
-        for first, batch in stream_batches(file, [column], batch_size):
+        read = stream_batches if isinstance(file, pq.ParquetFile) else type(file).batches
+        for first, batch in read(file, [column], batch_size):
             yield first, batch.column(0)
             first += batch.num_rows
     except READ_ERRORS as error:
@@ -198,9 +203,10 @@ def _segment(rows: Rows) -> None:
 def _read_file(path: Source, known: dict[str, int], findings: Findings, wanted: Wanted) -> tuple[_File, bool]:
     try:
         file = open_raw(path)
-        schema, count = file.schema_arrow, file.metadata.num_rows
-        if count != sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)):
-            raise ValueError("the row groups hold another number of rows than the file")
+        schema, count = _schema_and_rows(file)
+    except DataError as error:
+        findings.add("unreadable_file", one_line(error), file=path)
+        return _blank(0, wanted), False
     except READ_ERRORS as error:
         findings.add("unreadable_file", f"not a readable Parquet file ({one_line(error)})", file=path)
         return _blank(0, wanted), False
@@ -235,6 +241,16 @@ def _read_file(path: Source, known: dict[str, int], findings: Findings, wanted: 
         if pa.types.is_integer(schema.field(TIMESTAMP).type):
             part.timestamp /= _ticks_per_second(part.timestamp)
     return part, True
+
+
+def _schema_and_rows(file: pq.ParquetFile | Table) -> tuple[pa.Schema, int]:
+    """The columns, those of video cameras among them, and the number of rows; a ValueError where that contradicts."""
+    if not isinstance(file, pq.ParquetFile):
+        return file.schema_with_video, file.num_rows
+    count = file.metadata.num_rows
+    if count != sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)):
+        raise ValueError("the row groups hold another number of rows than the file")
+    return file.schema_arrow, count
 
 
 def _blank(rows: int, wanted: Wanted) -> _File:

@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from inference.policy_files import CARRIED, MANIFEST, WEIGHTS, digest
+from inference.policy_files import CARRIED, MANIFEST, PROFILES, WEIGHTS, digest
 from inference.serving.model_card import model_card
 from utils.checkpoint import CheckpointError, evaluation_weights
 from utils.misc import atomic_path
@@ -64,6 +64,8 @@ def _write(checkpoint: dict[str, Any], card: str, folder: Path) -> None:
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.yaml").write_text(yaml.safe_dump(checkpoint["config"], sort_keys=False), encoding="utf-8")
     _write_json(folder / "statistics.json", checkpoint["statistics"])
+    if checkpoint.get("training_data"):
+        _write_json(folder / PROFILES, checkpoint["training_data"])
     _write_json(folder / "backbone_config.json", checkpoint["backbone_config"])
     _write_json(folder / "preprocessor_config.json", checkpoint["image_processor"])
     for name, content in checkpoint["tokenizer_files"].items():

@@ -201,8 +201,7 @@ def lerobot_config(
     if data.absolute_joints:
         excluded = list(data.absolute_joints)
     absolute = set(data.absolute_action_dims)
-    words = [word.lower() for word in excluded]
-    excludes = {d for d, name in enumerate(names or ()) if any(word in name.lower() for word in words)}
+    excludes = {d for d, name in enumerate(names or ()) if any(word.lower() in name.lower() for word in excluded)}
     if relative and (excludes != absolute or len(names or ()) not in (0, head.per_action_dim)):
         names = [f"{'absolute' if dim in absolute else 'moved'}_{dim}" for dim in range(head.per_action_dim)]
         excluded = ["absolute"]

@@ -95,7 +95,7 @@ def test_a_cache_whose_source_has_changed_is_not_rebuilt_under_its_name(tmp_path
 
 def test_a_cache_that_stays_damaged_is_named(tmp_path, files, monkeypatch):
     open_store(tmp_path, files)
-    monkeypatch.setattr("data.episode_store._meta_checksum", lambda meta: object())
+    monkeypatch.setattr("data.episode_store.meta_checksum", lambda meta: object())
     with pytest.raises((DataError, TypeError), match="damaged again after it was built anew|not JSON serializable"):
         open_store(tmp_path, files)
 

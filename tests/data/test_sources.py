@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-import data.episode_store as module
+import data.episode_cache as module
 from data.episode_store import EpisodeStore
 from tests.helpers import write_episodes
 from utils.calculate_normalization_stats import calculate_statistics

@@ -1,0 +1,1 @@
+"""What training data look like, and what differs from them in what a robot sends."""

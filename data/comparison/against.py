@@ -1,0 +1,74 @@
+"""Recorded episodes held against a policy: against its statistics, and against what its training data look like."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data.comparison.fit import DimensionFit, statistics_fit
+from data.comparison.kinds import Mismatch
+from data.comparison.mismatch import mismatches
+from data.comparison.profile import Profile, is_profile, profile_of
+from data.dataset import MixtureDataset, VLADataset
+from data.processing import processors_from_checkpoint
+from utils.config_utils import ConfigError, config_from_dict
+from utils.parquet_utils import Source
+
+
+def training_profiles(train: MixtureDataset) -> list[Profile]:
+    """The profile of each dataset's training episodes, as checkpoints keep them under `training_data`."""
+    return [
+        profile_of(dataset.store, dataset.cameras, dataset.image_processor, dataset.episodes)
+        for dataset in train.datasets
+    ]
+
+
+def held_against(
+    checkpoint: dict[str, Any], files: Sequence[Source], dataset: str | None = None
+) -> tuple[list[DimensionFit], list[Mismatch], bool]:
+    """Episodes beside a policy.
+
+    Args:
+        checkpoint: as `inference.policy_files.read_policy` gives it.
+        files: Parquet files of our schema, such as a recorded session.
+        dataset: of the policy's training data, for one trained on a mixture; None: the first.
+
+    Returns:
+        (each dimension beside the statistics, suspected mistakes, whether the checkpoint knows its training data).
+
+    Raises:
+        DataError: the files break the schema, or have other widths than the policy.
+        ConfigError: an unknown dataset.
+    """
+    config = config_from_dict(checkpoint["config"], source="checkpoint")
+    names = [entry.name for entry in config.datasets]
+    if dataset is not None and dataset not in names:
+        raise ConfigError(f"this policy was trained on {', '.join(names)}; there is no dataset {dataset!r}")
+    index = 0 if dataset is None else names.index(dataset)
+    image_processor, prompt_tokenizer = processors_from_checkpoint(checkpoint)
+    store = VLADataset(
+        files,
+        dataclasses.replace(config.data, cache=False),
+        horizon=config.model.action_head_config.horizon,
+        per_action_dim=config.model.action_head_config.per_action_dim,
+        cameras=config.cameras,
+        reads_state=config.reads_state,
+        image_processor=image_processor,
+        prompt_tokenizer=prompt_tokenizer,
+        entry=config.datasets[index],
+        dataset_index=index,
+    ).store
+    delta = config.data.action_mode == "delta"
+    columns = {"state": np.asarray(store.state)} | ({} if delta else {"action": np.asarray(store.action)})
+    table, found = statistics_fit(columns, checkpoint["statistics"][index], config.data.normalization_type)
+    profiles = checkpoint.get("training_data") or []
+    if len(profiles) <= index or not is_profile(profiles[index]):
+        return table, found, False
+    training = profiles[index]
+    session = profile_of(store, list(training["cameras"]), image_processor, against=training)
+    named = mismatches(session, training)
+    places = {mismatch.where for mismatch in named}
+    return table, [*named, *(mismatch for mismatch in found if mismatch.where not in places)], True

@@ -1,0 +1,89 @@
+"""What differs between a recorded session and the training data: suspected mistakes, each with evidence and remedy.
+
+Both are profiles (`data/comparison/profile.py`). A session is suspected only of what lies well outside of how training
+episodes differ among themselves, so that new scenes of the same kind raise nothing. For each part that does not fit,
+the mistakes that robots and recorders commonly make are tried on it, and the one that explains it is named.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.comparison.kinds import Mismatch
+from data.comparison.numbers import UNITS, number_mismatches
+from data.comparison.pictures import camera_mismatches
+from data.comparison.profile import LAGS, Profile
+
+LATE = 0.6  # steps from which a delay is one
+
+
+def mismatches(session: Profile, training: Profile) -> list[Mismatch]:
+    """Suspected mistakes of a session, the surest kinds first.
+
+    Args:
+        session: of what a policy saw and did.
+        training: of the data that it was trained on.
+    """
+    scaled = {kind for kind, _ in UNITS.values()}
+    found = list(camera_mismatches(session, training))
+    as_trained = set(training["cameras"]) & set(session["cameras"]) - {mismatch.where for mismatch in found}
+    of_numbers = list(number_mismatches(session, training, as_trained))
+    rate = [] if any(mismatch.kind in scaled for mismatch in of_numbers) else list(_rate(session, training))
+    delays = [] if rate or of_numbers else list(_delays(session, training, as_trained))
+    return [*found, *of_numbers, *rate, *delays, *_prompts(session, training)]
+
+
+def _rate(session: Profile, training: Profile) -> Iterator[Mismatch]:
+    rates = session["control_hz"], training["control_hz"]
+    if all(rates) and not 0.8 < rates[0] / rates[1] < 1.25:
+        evidence = f"{rates[0]:g} steps a second, in training {rates[1]:g}"
+        yield Mismatch("another_rate", "control rate", evidence, "run the control loop at the training data's rate")
+        return
+    new, known = (np.array(profile["state"]["steps"])[:, 1] for profile in (session, training))
+    moving = (known > 0) & (new > 0)
+    ratio = float(np.exp(np.median(np.log(new[moving] / known[moving])))) if moving.any() else 1.0
+    if not 0.6 < ratio < 1.6:
+        evidence = f"states change {ratio:.2f} times as fast from step to step as in training"
+        yield Mismatch("another_rate", "control rate", evidence, "check the rate of the control loop")
+
+
+def _delays(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
+    late = _delay(session["response"]["lag"], training["response"]["lag"])
+    if late > LATE:
+        evidence = f"it answers to actions {late:.1f} steps later than in training"
+        yield Mismatch("state_late", "state", evidence, "read the state when the action is due; look for a slow motor")
+        return
+    for camera in sorted(cameras):
+        views = [profile["cameras"][camera]["view"]["lag"] for profile in (session, training)]
+        late = _delay(*views)
+        if late > LATE:
+            evidence = f"what it shows comes {late:.1f} steps later than in training, beside the state"
+            yield Mismatch("images_late", camera, evidence, "send the frame that was taken with the state")
+
+
+def _delay(session: list[float], training: list[float]) -> float:
+    """By how many steps a session's lag curve has its peak later than the training's; 0 where that can't be told."""
+    peaks = [_peak(np.array(curve)) for curve in (session, training)]
+    return 0.0 if None in peaks else peaks[0] - peaks[1]
+
+
+def _peak(curve: np.ndarray) -> float | None:
+    """Where a curve over lags has its largest value, between the steps; None where it has no clear one."""
+    if curve.max() < 0.25 or np.ptp(curve) < 0.05:
+        return None
+    around = np.arange(2, len(curve) - 2)
+    best = int(around[curve[2:-2].argmax()])
+    bend, slope, _ = np.polyfit(np.arange(-2, 3), curve[best - 2 : best + 3], 2)
+    shift = -slope / (2 * bend) if bend < 0 else 0.0
+    return best - LAGS + float(np.clip(shift, -2, 2))
+
+
+def _prompts(session: Profile, training: Profile) -> Iterator[Mismatch]:
+    for prompt in session["prompts"]:
+        if prompt not in training["prompts"]:
+            near = difflib.get_close_matches(prompt, training["prompts"], n=1, cutoff=0.0)
+            evidence = f"{prompt!r} was never trained on" + (f", the nearest is {near[0]!r}" if near else "")
+            yield Mismatch("instruction_unknown", "prompt", evidence, "word it as in training")

@@ -1,0 +1,162 @@
+"""States and actions of a session beside those of training: other units, order, sign, range, stuck values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from data.comparison.kinds import Mismatch
+from data.comparison.profile import Profile, quantile_distance
+
+FAR = 1.6  # times the distance of training episodes from all of them, from which a session's values lie otherwise
+
+UNITS = {  # what the session's numbers would have to be multiplied with -> what was sent
+    np.pi / 180: ("degrees_for_radians", "send radians"),
+    180 / np.pi: ("radians_for_degrees", "send degrees"),
+    1e-3: ("thousandfold", "send metres, not millimetres (or the other way round)"),
+    1e3: ("a_thousandth", "send millimetres, not metres (or the other way round)"),
+}
+
+
+def number_mismatches(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
+    """Suspected mistakes of states and actions; `cameras` are those that show what they showed in training."""
+    for column in ("state", "action"):
+        if len(session[column]["quantiles"]) != len(training[column]["quantiles"]):
+            widths = [len(profile[column]["quantiles"]) for profile in (session, training)]
+            yield Mismatch("another_width", column, "{} values, in training {}".format(*widths), "send the same joints")
+            continue
+        yield from _column(column, session, training, cameras)
+
+
+def _column(column: str, session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
+    new, known = (np.array(profile[column]["quantiles"]) for profile in (session, training))
+    limit = FAR * np.array(training[column]["spread"]) + 0.05
+    stuck = _stuck(column, session, training)
+    for d in stuck:
+        evidence = f"always {new[d][4]:.4g}, moves in training"
+        yield Mismatch("stuck", f"{column}[{d}]", evidence, "check the sensor and its wiring")
+    turned = list(_turned(session, training, cameras)) if column == "state" else []
+    yield from other_distribution(column, new, known, limit, left_out=stuck, turned=turned)
+
+
+def other_distribution(
+    column: str,
+    new: np.ndarray,
+    known: np.ndarray,
+    limit: np.ndarray,
+    *,
+    left_out: Sequence[int] = (),
+    turned: Sequence[Mismatch] = (),
+) -> Iterator[Mismatch]:
+    """Dimensions whose values lie otherwise than they did, by the mistake that would make them so.
+
+    Args:
+        column: `state` or `action`.
+        new, known: quantiles of the session and of training, (width, 9), at `QUANTILES`.
+        limit: (width,), the `quantile_distance` up to which a dimension is as it was.
+        left_out: dimensions that are not looked at.
+        turned: what is known to move the wrong way; it is yielded unless the order of dimensions explains more.
+    """
+    looked_at = [d for d in range(len(known)) if d not in left_out]
+    order = _permutation(new, known, limit, looked_at)
+    if order:
+        names = ", ".join(f"{column}[{i}] looks like [{j}]" for i, j in order)
+        yield Mismatch("dimensions_exchanged", column, names, "send the values in the training data's order")
+        return
+    yield from turned
+    named = {mismatch.where for mismatch in turned}
+    wrong = []
+    distance, outside = quantile_distance(new, known), _outside(new, known)
+    for d in looked_at:
+        if f"{column}[{d}]" in named:
+            continue
+        inverted = _inverted(new[d], known[d], limit[d])
+        if inverted:
+            yield Mismatch(inverted[0], f"{column}[{d}]", _spans(new[d], known[d]), inverted[1])
+        elif (distance[d] > limit[d] and outside[d] > 0.15) or outside[d] > 0.5:
+            wrong.append(d)
+    if not wrong:
+        return
+    for factor, (kind, remedy) in UNITS.items():
+        scaled = new[wrong] * factor
+        fits = (quantile_distance(scaled, known[wrong]) < limit[wrong]) & (_outside(scaled, known[wrong]) < 0.15)
+        if fits.mean() > 0.6:
+            evidence = f"{column}[{wrong[0]}] {_spans(new[wrong[0]], known[wrong[0]])}"
+            yield Mismatch(kind, column, evidence, remedy)
+            return
+    for d in wrong:
+        remedy = "check its zero, unit and order, or train on such values"
+        yield Mismatch("outside_training", f"{column}[{d}]", _spans(new[d], known[d]), remedy)
+
+
+def _inverted(new: np.ndarray, known: np.ndarray, limit: float) -> tuple[str, str] | None:
+    """The kind and remedy where a dimension's values fit those of training the other way round, and only so."""
+    distance = quantile_distance(new[None], known[None])[0]
+    kinds = (
+        (-new[::-1], "sign_reversed", "send it with the other sign"),
+        (known[0] + known[-1] - new[::-1], "inverted", "open and closed are exchanged: send it the other way round"),
+    )
+    for turned, kind, remedy in kinds:
+        if distance > 1.5 * limit and quantile_distance(turned[None], known[None])[0] < min(limit, 0.4 * distance):
+            return kind, remedy
+    return None
+
+
+def _turned(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
+    """Dimensions that move against what the pictures show, or against what the actions ask for."""
+    new, known = (np.array(profile["state"]["quantiles"]) for profile in (session, training))
+    moving = np.ptp(new[:, 1:-1], axis=1) > 0.1 * np.ptp(known[:, 1:-1], axis=1)
+    for d in np.flatnonzero(moving).tolist():
+        against = []
+        for camera in sorted(cameras):
+            seen, trained = (profile["cameras"][camera]["view"] for profile in (session, training))
+            if trained["correlation"][d][d] > 0.8 and seen["correlation"][d][d] < -0.5:
+                against.append(f"what {camera} shows")
+        usual = np.array(training["response"]["correlation"])[:, d]
+        here = np.array(session["response"]["correlation"])[:, d]
+        for a in np.flatnonzero((np.abs(usual) > 0.6) & (usual * here < -0.25)).tolist():
+            against.append(f"action[{a}]")
+        if not against:
+            continue
+        evidence = f"it moves against {' and '.join(against)}, which it follows in training"
+        low, high = known[d][1], known[d][-2]
+        kind, remedy = "inverted", "open and closed, or both ends, are exchanged: send it the other way round"
+        if low < -0.2 * (high - low) and high > 0.2 * (high - low):
+            kind, remedy = "sign_reversed", "send it with the other sign"
+        yield Mismatch(kind, f"state[{d}]", evidence, remedy)
+
+
+def _spans(new: np.ndarray, known: np.ndarray) -> str:
+    return f"{new[1]:.4g} to {new[-2]:.4g}, in training {known[1]:.4g} to {known[-2]:.4g}"
+
+
+def _outside(new: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """How far the session's middle quantiles lie beyond the training's 0 and 100 %, in ranges, (width,)."""
+    span = known[:, -1] - known[:, 0]
+    scale = np.maximum(span, 1e-3 * max(float(span.max()), 1e-9))
+    return np.maximum(known[:, 0] - new[:, 3], new[:, 5] - known[:, -1]).clip(0) / scale
+
+
+def _stuck(column: str, session: Profile, training: Profile) -> list[int]:
+    new, known = (np.array(profile[column]["steps"]) for profile in (session, training))
+    others_move = (new[:, 2] > 0).any() or column == "state"
+    return [d for d in range(len(known)) if others_move and new[d, 2] == 0 and known[d, 0] > 0]
+
+
+def _permutation(new: np.ndarray, known: np.ndarray, limit: np.ndarray, dims: list[int]) -> list[tuple[int, int]]:
+    """Pairs (session's dimension, training's that it looks like) where another order fits far better; [] else."""
+    if len(dims) < 2:
+        return []
+    cost = np.stack([quantile_distance(np.repeat(new[[i]], len(dims), axis=0), known[dims]) for i in dims])
+    cost = np.minimum(cost, 5.0)
+    here, columns = cost.diagonal(), cost.argmin(axis=1)
+    if len(set(columns.tolist())) < len(dims) or not (here > limit[dims]).any():
+        return []
+    moved = [(dims[i], dims[j]) for i, j in enumerate(columns.tolist()) if i != j]
+    if not moved:
+        return []
+    positions = [dims.index(i) for i, _ in moved]
+    fits = all(cost[dims.index(i), dims.index(j)] < limit[j] for i, j in moved)
+    better = sum(cost[dims.index(i), dims.index(j)] for i, j in moved) < 0.4 * here[positions].sum()
+    return moved if fits and better else []

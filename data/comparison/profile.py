@@ -1,0 +1,368 @@
+"""What demonstrations look like, in a few kB: checkpoints keep it, so that a robot's observations can be compared.
+
+A profile is made of the training episodes once at the start of a run (`profile_of`) and of a recorded session by the
+same function; `mismatch.py` compares the two. Frames are looked at as the model gets them, behind the image
+processor. A profile is plain lists and numbers:
+
+    {"episodes", "steps", "frames_per_camera", "control_hz",
+     "cameras": {name: {"thumbnails": (E, GRID, GRID, 3) mean picture of each episode looked at, 0 to 255,
+                        "picture": (PICTURE, PICTURE, 3) mean over all frames,
+                        "detail", "blocks", "change", "still": one number per episode looked at,
+                        "view": how the state is read off its pictures, and how well that goes (`_view`)}},
+     "state", "action": {"quantiles": (width, 9) at QUANTILES, "steps": (width, 3) median, 99 % and largest change,
+                         "spread": (width,) how far one episode's quantiles lie from those of all, in ranges},
+     "response": {"correlation": (A, S) of actions with the state's change after them, "lag": 2 * LAGS + 1 numbers},
+     "prompts": {instruction: episodes}}
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.episode_store import EpisodeStore
+from data.processing import ObservationError, VLAImageProcessor
+from utils.parquet_utils import DataError, Source, open_parquet
+
+Profile = dict[str, Any]
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+GRID, PICTURE = 6, 24  # fields a side of a thumbnail, and of a camera's mean picture
+EPISODES = 32  # of each dataset, spread evenly, whose frames are looked at
+STEPS = 48  # consecutive steps of each of them
+LAGS = 4  # steps by which pictures or states may be early or late
+RIDGE = 0.02  # of the fit that reads the state off thumbnails, in shares of the fields' variance
+RESPONSE = 2  # steps within which the state answers to an action
+PROMPTS = 200  # the most frequent instructions that are kept
+
+
+class FrameFacts(NamedTuple):
+    """One frame.
+
+    Attributes:
+        thumbnail: float32 (GRID, GRID, 3), mean colours of its fields, 0 to 255.
+        picture: float32 (PICTURE, PICTURE, 3), the same on a finer grid.
+        detail: how much of its contrast lies between neighbouring pixels: high in sharp pictures, low in blurred ones.
+        blocks: how much larger steps at the seams of 8 x 8 blocks are than elsewhere: about 1, more where compression
+            has left its blocks.
+    """
+
+    thumbnail: np.ndarray
+    picture: np.ndarray
+    detail: float
+    blocks: float
+
+
+def frame_facts(image: np.ndarray) -> FrameFacts:
+    """Facts of a frame as the model gets it, (H, W, 3), uint8 or floats from 0 to 1."""
+    pixels = image if image.dtype == np.uint8 else image * np.float32(255)
+    picture = _shrunk(pixels, PICTURE)
+    thumbnail = picture.reshape(GRID, PICTURE // GRID, GRID, PICTURE // GRID, 3).mean(axis=(1, 3))
+    green = pixels[:, :, 1].astype(np.float32)
+    near = np.abs(np.diff(green, axis=1)).mean(axis=0)  # (W - 1,)
+    far = np.abs(green[:, 4:] - green[:, :-4]).mean()
+    seams = near[7::8]
+    beside = [near[6::8][: len(seams)], near[8::8]]
+    mean = float(near.mean())
+    blocks = float(seams.mean()) / (float(np.concatenate(beside).mean()) + 1e-3) if len(near) > 8 else 1.0
+    return FrameFacts(thumbnail, picture, mean / (float(far) + 1e-3), blocks)
+
+
+def _shrunk(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Mean colours of size x size fields, float32 (size, size, 3); fields of smaller pictures repeat."""
+    edges = [np.linspace(0, length, size + 1).astype(int)[:-1] for length in pixels.shape[:2]]
+    counts = [np.diff([*edge, length]).clip(1) for edge, length in zip(edges, pixels.shape[:2], strict=True)]
+    rows = np.add.reduceat(pixels, edges[0], axis=0, dtype=np.float32)
+    sums = np.add.reduceat(rows, edges[1], axis=1)
+    return sums / (counts[0][:, None, None] * counts[1][:, None])
+
+
+def profile_of(
+    store: EpisodeStore,
+    cameras: Sequence[str],
+    image_processor: VLAImageProcessor,
+    episodes: np.ndarray | None = None,
+    *,
+    against: Profile | None = None,
+) -> Profile:
+    """The profile of some episodes of a store.
+
+    Args:
+        store: of the data; its `state` and `action` are in physical units.
+        cameras: those that the policy reads.
+        image_processor: of the policy.
+        episodes: numbers of the episodes; None: all.
+        against: the training's profile, where this is a session to be compared with it: then every frame is looked at,
+            and the state is read off them as the training's pictures show it.
+
+    Raises:
+        DataError: a frame that can't be decoded.
+    """
+    episodes = np.arange(store.num_episodes) if episodes is None else episodes
+    starts, ends = store.episode_starts[:-1][episodes], store.episode_starts[1:][episodes]
+    rows = np.concatenate([np.arange(begin, end) for begin, end in zip(starts, ends, strict=True)])
+    looked_at = list(_looked_at(starts, ends, all_frames=against is not None))
+    trained = {} if against is None else against["cameras"]
+    shown = {}
+    for camera in cameras:
+        frames = _frames(store, camera, image_processor, looked_at)
+        if frames:
+            shown[camera] = _camera_profile(frames, store.state, trained.get(camera, {}).get("view"))
+    prompts = Counter(store.prompts[i] for i in store.prompt_index[starts].tolist())
+    joined = np.isin(rows[1:], starts, invert=True)  # steps from one row to the next of the same episode
+    return {
+        "episodes": len(episodes),
+        "steps": len(rows),
+        "frames_per_camera": sum(len(part) for part in looked_at),
+        "control_hz": control_rate(store.files),
+        "cameras": shown,
+        "state": _column_profile(store.state[rows], joined),
+        "action": _column_profile(store.action[rows], joined),
+        "response": _response(store.state, store.action, list(zip(starts, ends, strict=True))),
+        "prompts": dict(prompts.most_common(PROMPTS)),
+    }
+
+
+def is_profile(value: Any) -> bool:
+    """Whether something read from a file has the form of a profile; what has not is not compared with."""
+    try:
+        state, action = (np.array(value[name]["quantiles"], np.float64) for name in ("state", "action"))
+        shapes = [(np.array(value["response"]["correlation"], np.float64).shape, (len(action), len(state)))]
+        for column, quantiles in (("state", state), ("action", action)):
+            part = value[column]
+            shapes.append((quantiles.shape, (len(quantiles), len(QUANTILES))))
+            shapes.append((np.array(part["steps"], np.float64).shape, (len(quantiles), 3)))
+            shapes.append((np.array(part["spread"], np.float64).shape, (len(quantiles),)))
+        lags = [value["response"]["lag"]]
+        for facts in value["cameras"].values():
+            number, view = len(facts["thumbnails"]), facts["view"]
+            fields = GRID * GRID * 3
+            shapes.append((np.array(facts["thumbnails"], np.float64).shape, (max(1, number), GRID, GRID, 3)))
+            shapes.append((np.array(facts["picture"], np.float64).shape, (PICTURE, PICTURE, 3)))
+            shapes += [
+                (np.array(facts[name], np.float64).shape, (number,)) for name in ("detail", "blocks", "change", "still")
+            ]
+            shapes += [(np.array(view[name], np.float64).shape, (fields,)) for name in ("mean", "scale")]
+            shapes.append((np.array(view["weights"], np.float64).shape, (fields, len(state))))
+            shapes.append((np.array(view["bias"], np.float64).shape, (len(state),)))
+            shapes.append((np.array(view["correlation"], np.float64).shape, (len(state), len(state))))
+            lags.append(view["lag"])
+        shapes += [(np.array(lag, np.float64).shape, (2 * LAGS + 1,)) for lag in lags]
+        rate, prompts = value["control_hz"], value["prompts"]
+        plain = (rate is None or rate > 0) and all(isinstance(prompt, str) for prompt in prompts)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        return False
+    return plain and all(found == wanted for found, wanted in shapes)
+
+
+def control_rate(files: Sequence[Source]) -> float | None:
+    """Control steps a second as the first file's metadata say (recorders and converters write it); None: unknown."""
+    with open_parquet(files[0]) as file:
+        metadata = file.schema_arrow.metadata or {}
+    for key in (b"control_hz", b"fps"):
+        try:
+            rate = json.loads(metadata[key])
+        except (KeyError, ValueError):
+            continue
+        if isinstance(rate, int | float) and not isinstance(rate, bool) and rate > 0:
+            return float(rate)
+    return None
+
+
+def _looked_at(starts: np.ndarray, ends: np.ndarray, all_frames: bool) -> Iterator[range]:
+    """Rows whose frames are looked at, one range per episode; early, middle and late parts of episodes in turn."""
+    number = len(starts) if all_frames else min(EPISODES, len(starts))
+    for i, chosen in enumerate(np.linspace(0, len(starts) - 1, number).round().astype(int).tolist()):
+        begin, end = int(starts[chosen]), int(ends[chosen])
+        if all_frames:
+            yield range(begin, end)
+            continue
+        spare = max(0, end - begin - STEPS)
+        first = begin + spare * (i % 4) // 3
+        yield range(first, min(end, first + STEPS))
+
+
+def _frames(
+    store: EpisodeStore, camera: str, image_processor: VLAImageProcessor, looked_at: Sequence[range]
+) -> list[tuple[list[int], list[FrameFacts]]]:
+    """Per episode looked at the rows that have a frame of this camera, and the frames' facts."""
+    memory = np.empty((image_processor.height, image_processor.width, 3), image_processor.pixel_type)
+    result = []
+    for rows in looked_at if store.has_camera(camera) else ():
+        present, facts = [], []
+        for row in rows:
+            frame = store.image(camera, row)
+            if frame is None:
+                continue
+            try:
+                image_processor.decode_into(frame, memory)
+            except ObservationError as error:
+                raise DataError(f"{store.describe(row)}: {camera}: {error}; drop or mend that episode") from None
+            present.append(row)
+            facts.append(frame_facts(memory))
+        if facts:
+            result.append((present, facts))
+    return result
+
+
+def _camera_profile(
+    frames: Sequence[tuple[list[int], list[FrameFacts]]], state: np.ndarray, trained_view: dict[str, Any] | None
+) -> dict[str, Any]:
+    parts: dict[str, Any] = {name: [] for name in ("thumbnails", "detail", "blocks", "change", "still")}
+    pictures = np.concatenate([[fact.picture for fact in facts] for _, facts in frames])
+    parts["picture"] = np.round(pictures.mean(axis=0)).astype(int).tolist()
+    pairs = []  # per episode (thumbnails (N, fields), states (N, S))
+    for rows, facts in frames:
+        thumbnails = np.stack([fact.thumbnail for fact in facts])
+        change = np.abs(np.diff(thumbnails, axis=0)).mean(axis=(1, 2, 3))
+        parts["thumbnails"].append(np.round(thumbnails.mean(axis=0)).astype(int).tolist())
+        parts["detail"].append(round(float(np.median([fact.detail for fact in facts])), 4))
+        parts["blocks"].append(round(float(np.median([fact.blocks for fact in facts])), 4))
+        parts["change"].append(round(float(np.median(change)) if len(change) else 0.0, 4))
+        parts["still"].append(round(float((change == 0).mean()) if len(change) else 0.0, 4))
+        pairs.append((thumbnails.reshape(len(facts), -1).astype(np.float64), state[rows].astype(np.float64)))
+    parts["view"] = _view(pairs) if trained_view is None else _through(pairs, trained_view)
+    return parts
+
+
+def _view(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """A linear fit that reads the state off thumbnails, and how well it does on episodes that it was not fitted to.
+
+    Returns:
+        `mean` and `scale` (fields,), `weights` (fields, S) and `bias` (S,) of the fit to all episodes; `explained`
+        (S,), `correlation` (S, S) of what is read (first axis) with what is so, and `lag`, of fits to one half of the
+        episodes on the other.
+    """
+    fit = _fit(pairs)
+    # By fours, because the parts of episodes that are looked at take turns so.
+    halves = [[pair for i, pair in enumerate(pairs) if i // 4 % 2 == half] for half in (0, 1)]
+    checked = [(_fit(halves[1 - i]), halves[i]) for i in (0, 1)] if all(halves) else []
+    seen = [_through_fit(part, fitted) for fitted, part in checked]
+    width = pairs[0][1].shape[1]
+    rounded = {name: np.round(values, 5).tolist() for name, values in fit.items()}
+    if not seen:
+        return rounded | {
+            "explained": [0.0] * width,
+            "correlation": np.zeros((width, width)).tolist(),
+            "lag": [0.0] * (2 * LAGS + 1),
+        }
+    return (
+        rounded
+        | {
+            name: np.round(np.minimum(*(part[name] for part in seen)), 3).tolist()
+            for name in ("explained", "correlation")
+        }
+        | {"lag": np.round(np.mean([part["lag"] for part in seen], axis=0), 3).tolist()}
+    )
+
+
+def _through(pairs: Sequence[tuple[np.ndarray, np.ndarray]], view: dict[str, Any]) -> dict[str, Any]:
+    """A session's states beside what the training's view reads off its pictures: see `_view`."""
+    fit = {name: np.array(view[name]) for name in ("mean", "scale", "weights", "bias")}
+    return {name: np.round(values, 3).tolist() for name, values in _through_fit(pairs, fit).items()}
+
+
+def _fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    thumbnails, states = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
+    mean, scale, bias = thumbnails.mean(axis=0), thumbnails.std(axis=0) + 1.0, states.mean(axis=0)
+    x = (thumbnails - mean) / scale
+    gram = x.T @ x + RIDGE * len(x) * np.eye(x.shape[1])
+    return {"mean": mean, "scale": scale, "weights": np.linalg.solve(gram, x.T @ (states - bias)), "bias": bias}
+
+
+def _through_fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]], fit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    width = len(fit["bias"])
+    read = [((thumbnails - fit["mean"]) / fit["scale"]) @ fit["weights"] + fit["bias"] for thumbnails, _ in pairs]
+    states = [states[:, :width] for _, states in pairs]
+    left = np.concatenate(states) - np.concatenate(read)
+    variance = np.concatenate(states).var(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        explained = np.where(variance > 0, 1 - (left**2).mean(axis=0) / variance, 0.0)
+    return {
+        "explained": np.clip(explained, -9.0, 1.0),
+        "correlation": _correlations(np.concatenate(read), np.concatenate(states)),
+        "offset": left.mean(axis=0),
+        "lag": _lag_curve([np.diff(values, axis=0) for values in read], [np.diff(values, axis=0) for values in states]),
+    }
+
+
+def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Correlation of every column of `a` (first axis of the result) with every column of `b`; 0 of a constant one."""
+    if len(a) < 3:
+        return np.zeros((a.shape[1], b.shape[1]))
+    a, b = (x - x.mean(axis=0) for x in (a, b))
+    norm = np.sqrt((a**2).sum(axis=0))[:, None] * np.sqrt((b**2).sum(axis=0))
+    return np.where(norm > 1e-9, (a.T @ b) / np.maximum(norm, 1e-9), 0.0)
+
+
+def _lag_curve(late: Sequence[np.ndarray], early: Sequence[np.ndarray]) -> np.ndarray:
+    """Correlation of late[t + k] with early[t], k from -LAGS to LAGS: mean over columns that change and over episodes.
+
+    Where the first signal comes late, the peak lies at a positive k.
+    """
+    curves = []
+    for a, b in zip(late, early, strict=True):
+        if len(a) < 4 * LAGS:
+            continue
+        parts = [(a[k:], b[: len(b) - k]) if k >= 0 else (a[:k], b[-k:]) for k in range(-LAGS, LAGS + 1)]
+        moving = (a.std(axis=0) > 0) & (b.std(axis=0) > 0)
+        if moving.any():
+            curves.append([_correlations(x, y).diagonal()[moving].mean() for x, y in parts])
+    return np.mean(curves, axis=0) if curves else np.zeros(2 * LAGS + 1)
+
+
+def _column_profile(values: np.ndarray, joined: np.ndarray) -> dict[str, Any]:
+    """Of a numeric column, (N, width); `joined` says which rows belong to the episode of the row before."""
+    values = values.astype(np.float64)
+    steps = np.abs(np.diff(values, axis=0))[joined]
+    steps = steps if len(steps) else np.zeros((1, values.shape[1]))
+    quantiles = np.quantile(values, QUANTILES, axis=0).T
+    episodes = np.split(values, np.flatnonzero(~joined) + 1)
+    some = episodes[:: max(1, len(episodes) // EPISODES)]
+    distances = [quantile_distance(np.quantile(episode, QUANTILES, axis=0).T, quantiles) for episode in some]
+    return {
+        "quantiles": _rounded(quantiles),
+        "steps": _rounded(np.stack([*np.quantile(steps, (0.5, 0.99), axis=0), steps.max(axis=0)]).T),
+        "spread": np.round(np.quantile(distances, 0.9, axis=0), 4).tolist(),
+    }
+
+
+def quantile_distance(some: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """How far distributions lie from others, (width,), in units of the latter's ranges.
+
+    Args:
+        some, reference: (width, 9), at QUANTILES; the two outermost on each side are left out.
+    """
+    inner = slice(2, -2)
+    width = reference[:, -2] - reference[:, 1]
+    scale = np.maximum(width, 1e-3 * max(float(width.max()), 1e-9))
+    return np.abs(some[:, inner] - reference[:, inner]).mean(axis=1) / scale
+
+
+def _rounded(values: np.ndarray) -> list[list[float]]:
+    return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
+
+
+def _response(state: np.ndarray, action: np.ndarray, episodes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """How the state answers to actions: correlation (A, S) of an action with the state's change over the following
+    RESPONSE steps, and the lag between both signals' accelerations over dimensions that go together."""
+    commands, changes, fast, slow = [], [], [], []
+    for begin, end in episodes[:: max(1, len(episodes) // EPISODES)]:
+        if end - begin < 4 * LAGS + 2:
+            continue
+        given, moved = action[begin:end].astype(np.float64), state[begin:end].astype(np.float64)
+        commands.append(given[:-RESPONSE])
+        changes.append(moved[RESPONSE:] - moved[:-RESPONSE])
+        slow.append(np.diff(given, axis=0)[:-1])
+        fast.append(np.diff(moved, n=2, axis=0))
+    if not commands:
+        empty = np.zeros((action.shape[1], state.shape[1]))
+        return {"correlation": empty.tolist(), "lag": [0.0] * (2 * LAGS + 1)}
+    correlation = _correlations(np.concatenate(commands), np.concatenate(changes))
+    width = min(action.shape[1], state.shape[1])
+    lag = _lag_curve([x[:, :width] for x in fast], [x[:, :width] for x in slow])
+    return {"correlation": np.round(correlation, 3).tolist(), "lag": np.round(lag, 3).tolist()}
