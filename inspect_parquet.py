@@ -63,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = load_config(args.config_path) if args.config_path else None
     reports, paths = {}, []
-    for name, train_files, val_files, requirements in datasets(args, config):
-        seen = examine(train_files, val_files, requirements, skip_images=args.skip_images, num_workers=args.num_workers)
+    for name, train_files, val_files, requirements, sources in datasets(args, config):
+        options = {"skip_images": args.skip_images, "num_workers": args.num_workers, "sources": sources}
+        seen = examine(train_files, val_files, requirements, **options)
         reports[name] = seen.to_dict()
         if args.plots_dir:
             with writing(args.plots_dir, "choose another --plots_dir"):
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def held_against_policy(args: argparse.Namespace) -> dict[str, Any]:
     """Print what differs between the files and a policy's training data; returns the same for the report."""
-    files = resolve_parquet_files(args.data_path, "--data_path")
+    files = resolve_recordings(args.data_path, "--data_path", None)
     table, found, knows_data = held_against(read_policy(args.against), files, args.dataset)
     print(f"\nbeside {args.against}:\n{as_table(table)}\n")
     if not knows_data:
@@ -101,14 +102,16 @@ def held_against_policy(args: argparse.Namespace) -> dict[str, Any]:
 
 def datasets(
     args: argparse.Namespace, config: Config | None
-) -> Iterator[tuple[str, list[Recording], list[Recording], Requirements]]:
-    """(name, training files, validation files, requirements): the flags' files, or every dataset of the config."""
+) -> Iterator[tuple[str, list[Recording], list[Recording], Requirements, dict[str, Sequence[str]]]]:
+    """(name, training files, validation files, requirements, how the files of each split were given): the flags' files,
+    or every dataset of the config."""
     mapping = config.datasets[0].lerobot if config else None
     val = resolve_recordings(args.val_data_path, "--val_data_path", mapping) if args.val_data_path else []
     if args.data_path:
         entry = config.datasets[0] if config and not config.data.mixture else None
         train = resolve_recordings(args.data_path, "--data_path", mapping)
-        yield "", train, val, requirements_of(config, entry, bool(val)) if config else Requirements()
+        given = {"train": args.data_path, "val": args.val_data_path or []}
+        yield "", train, val, requirements_of(config, entry, bool(val)) if config else Requirements(), given
         return
     if not val and config.data.val_parquet_files:
         val = resolve_recordings(config.data.val_parquet_files, "data.val_parquet_files", config.data.lerobot)
@@ -116,7 +119,8 @@ def datasets(
         key = f"data.mixture {entry.name}" if config.data.mixture else "data.train_parquet_files"
         name = entry.name if config.data.mixture else ""
         train = resolve_recordings(entry.path, key, entry.lerobot)
-        yield name, train, val, requirements_of(config, entry, bool(val))
+        given = {"train": entry.path, "val": args.val_data_path or config.data.val_parquet_files}
+        yield name, train, val, requirements_of(config, entry, bool(val)), given
 
 
 def requirements_of(config: Config, entry: MixtureEntry | None, has_val: bool) -> Requirements:

@@ -43,7 +43,7 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
         data[name] = dataset, make_loader(dataset, num_workers=workers, batch_size=args.batch_size)
     result, predictions = evaluate_offline(predictor, data, seed=args.seed or 0, num_samples=args.num_samples)
     result = {"checkpoint": args.checkpoint_path, **result}
-    whole = functools.partial(load_predictor, args, quantization="none")
+    whole = functools.partial(load_predictor, args, quantization="none", expert_quantization="none")
     few = (batch for _, batches in data.values() for batch in islice(batches, 4))
     result |= quantization_error(predictor, whole, few, args.seed or 0)
     how = args.save_predictions, args.num_plots, predictor.config.action_labels
@@ -57,7 +57,7 @@ def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     images = args.image1_paths, args.image2_paths
     seen = {"prompt": args.prompt, "state": args.state, "images": args.images}
     action_TA = predictor.predict(*images, **seen, seed=args.seed or 0)
-    whole = functools.partial(load_predictor, args, quantization="none")
+    whole = functools.partial(load_predictor, args, quantization="none", expert_quantization="none")
     quantization_error(predictor, whole, [predictor.observe(*images, **seen)], args.seed or 0)
     inputs = {name: getattr(args, name) for name in ("checkpoint_path", "image1_paths", "image2_paths")}
     inputs |= {**seen, "seed": args.seed or 0, "num_inference_steps": predictor.num_inference_steps}

@@ -102,17 +102,13 @@ class Experiment:
         """Per policy its closed-loop successes."""
         args = self.args
         demos = self.record(self.data / "demos", args.demos, FIRST_SEED["demos"])
-        found = {}
-        checkpoint = self.train("demos", [demos])
-        found["demos"] = self.evaluate("demos", checkpoint)
-        files = [demos]
+        policies = {"demos": self.train("demos", [demos])}
+        files, weighting = [demos], f"data.sample_weighting.leave_out_before={EPISODE_STEPS}"
         for number in range(1, ROUNDS + 1):
-            files.append(self.corrections(number, checkpoint))
-            name = f"corrected_{number}"
-            weighting = f"data.sample_weighting.leave_out_before={EPISODE_STEPS}"
-            checkpoint = self.train(name, files, weighting)
-            found[name] = self.evaluate(name, checkpoint)
-        for number in range(1, ROUNDS + 1):
+            files.append(self.corrections(number, list(policies.values())[-1]))
+            policies[f"corrected_{number}"] = self.train(f"corrected_{number}", files, weighting)
+        found = {name: self.evaluate(name, policies[name]) for name in reversed(policies)}
+        for number in range(ROUNDS, 0, -1):
             name, count = f"demonstrated_{number}", number * args.episodes
             further = self.record(self.data / f"further_{count}", count, FIRST_SEED["further"])
             found[name] = self.evaluate(name, self.train(name, [demos, further]))
@@ -140,11 +136,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
-    parser.add_argument("--task", default="window-open-v3", help="default %(default)s")
+    parser.add_argument("--task", default="button-press-topdown-v3", help="default %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="of training (default %(default)s)")
     parser.add_argument("--demos", type=int, default=10, help="of the first policy (default %(default)s)")
     parser.add_argument("--episodes", type=int, default=10, help="corrections of each round (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="of each training (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of each training (default %(default)s)")
     parser.add_argument("--evaluations", type=int, default=50, help="episodes for each policy (default %(default)s)")
     parser.add_argument("--folder", type=pathlib.Path, help="of everything made (default demos/corrections_<task>)")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has made")

@@ -11,6 +11,8 @@ the larger of 1 and their size. Exits with 1 where one is larger.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -22,11 +24,14 @@ if not __package__:
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.processing import collate_fn
 from data.prompts import state_bins
 from inference.predictor import VLAPredictor
+from model.action_head.action_expert import time_embedding
+from model.action_head.flow_matching import flow_interpolate
 from model.action_head.guidance import guidance_weight, soft_mask
 from model.context import Context
 from model.pi_weights import TABLE_OF_OUTPUT, UNREAD, canonical, our_name
@@ -42,13 +47,14 @@ Row = tuple[str, str, float, float]  # part, array, difference, allowed
 class Reference:
     """A folder of arrays beside the policy that they belong to."""
 
-    def __init__(self, folder: Path, predictor: VLAPredictor) -> None:
-        self.folder, self.predictor, self.model = folder, predictor, predictor.model
+    def __init__(self, folder: Path, policy_dir: Path, predictor: VLAPredictor) -> None:
+        self.folder, self.policy_dir = folder, policy_dir
+        self.predictor, self.model = predictor, predictor.model
         self.head, self.backbone = predictor.model.action_head, predictor.model.backbone
         self.width, self.cameras = predictor.per_action_dim, predictor.cameras
-        # Slots of cameras that no data has (`empty_cameras`) come last.
+        # Slots of cameras that no data has (`empty_cameras`) come last; openpi's three may be more than there are.
         count = sum(key.startswith("image_") and key != "image_mask" for key in self.arrays("model"))
-        self.slots = (*self.cameras, *(f"empty_{i}" for i in range(len(self.cameras), count)))
+        self.slots = (*self.cameras, *(f"empty_{i}" for i in range(len(self.cameras), count)))[:count]
         self.prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
 
     def arrays(self, name: str) -> dict[str, Tensor]:
@@ -94,7 +100,7 @@ class Reference:
         """What the head gets for them; the state is normalized already."""
         context = self.encoded(keys_values=True, tokens=False)
         state = self.arrays("model")["state"][:, : self.predictor.state_dim]
-        return Context(context.tokens_BLE, context.mask_BL, state, keys_values=context.keys_values)
+        return dataclasses.replace(context, state_BS=state)
 
 
 def processors(reference: Reference) -> Iterator[Row]:
@@ -110,6 +116,11 @@ def processors(reference: Reference) -> Iterator[Row]:
     for i, camera in enumerate(reference.cameras):
         images = torch.stack([sample[camera][0] for sample in samples])
         yield "processors", f"image_{i}", largest((images - 0.5) / 0.5, found[f"image_{i}"]), VALUE
+        there = torch.stack([sample["image_mask"][i] for sample in samples])
+        yield "processors", f"image_mask_{i}", largest(there, found[f"image_mask_{i}"]), 0.0
+    for i in range(len(reference.cameras), len(reference.slots)):  # black, as seen by a mask that hides it
+        hidden = largest(torch.full_like(found[f"image_{i}"], -1.0), found[f"image_{i}"])
+        yield "processors", f"image_{i} (no camera)", max(hidden, float(found[f"image_mask_{i}"].any())), 0.0
     state = normalizer.normalize_state(found["raw_state"], index)
     yield "processors", "state_normalized", largest(state, found["state_normalized"]), VALUE
     action = normalizer.normalize_action(found["raw_action"], found["raw_state"], index)
@@ -121,6 +132,8 @@ def processors(reference: Reference) -> Iterator[Row]:
         wanted = [one[mask] for one, mask in zip(ids, masks, strict=True)]
         equal = all(samples[row]["input_ids"].tolist() == wanted[row].tolist() for row in rows)
         yield "processors", f"{prefix}tokens", 0.0 if equal else 1.0, 0.0
+        lengths = torch.tensor([len(samples[row]["input_ids"]) for row in rows])
+        yield "processors", f"{prefix}token_mask", largest(padded_mask(lengths, masks.shape[1]), masks), 0.0
     yield "processors", "single_state_normalized", largest(state[:1], found["single_state_normalized"]), VALUE
     bins = torch.from_numpy(state_bins(found["bins_in"].numpy()))
     yield "processors", "bins_out", largest(bins, found["bins_out"]), 0.0
@@ -141,6 +154,9 @@ def relative(reference: Reference) -> Iterator[Row]:
     normalized = scaling.normalize(raw["raw_action"] - origin)
     yield "relative", "action_normalized", largest(normalized, found["action_normalized"]), VALUE
     yield "relative", "post_out", largest(scaling.denormalize(found["post_in"]) + origin, found["post_out"]), VALUE
+    index = torch.zeros(len(raw["raw_state"]), dtype=torch.int64)
+    state = reference.model.normalizer.normalize_state(raw["raw_state"], index)
+    yield "relative", "state_normalized", largest(state, found["state_normalized"]), VALUE
 
 
 @torch.no_grad()
@@ -149,28 +165,37 @@ def model(reference: Reference) -> Iterator[Row]:
     found, head, backbone = reference.arrays("model"), reference.head, reference.backbone
     if not found:
         return
-    exists, count = found["prefix_pad_mask"], len(reference.slots)
+    exists = found["prefix_pad_mask"]
     vision = backbone.backbone.vision_tower(found["image_0"]).last_hidden_state
     yield "model", "vision_0", largest(vision, found["vision_0"]), VALUE
-    embeds = [backbone.image_features(found[f"image_{i}"]) for i in range(count)]
-    embeds = torch.cat([*embeds, backbone.embed_prompt(found["tokens"])], dim=1)
-    yield "model", "prefix_embs", largest(embeds, found["prefix_embs"]), VALUE
+    yield "model", "prefix_embs", largest(prefix_embeddings(reference), found["prefix_embs"]), VALUE
+    raw = reference.arrays("processors")
+    if raw:
+        index = torch.zeros(len(raw["raw_state"]), dtype=torch.int64)
+        normalizer, wide = reference.model.normalizer, found["state"].shape[1]
+        state = normalizer.normalize_state(raw["raw_state"], index)
+        yield "model", "state", largest(F.pad(state, (0, wide - state.shape[1])), found["state"]), VALUE
+        action = normalizer.normalize_action(raw["raw_action"], raw["raw_state"], index)
+        action = F.pad(action, (0, head.flow_dim - action.shape[2]))
+        yield "model", "actions", largest(action, found["actions"]), VALUE
     whole = reference.encoded()
     yield "model", "prefix_pad_mask", largest(whole.mask_BL, exists), 0.0
     yield "model", "prefix_out", largest(whole.tokens_BLE[exists], found["prefix_out"][exists]), VALUE
     context = reference.context()
-    length = exists.sum(dim=1, keepdim=True)
-    suffix = found["suffix_pad_mask"].shape[1]
-    positions = torch.cat([exists.cumsum(dim=1) - 1, length + torch.arange(suffix)], dim=1)
-    yield "model", "position_ids", largest(positions, found["position_ids"]), 0.0
+    yield from attention(reference)
     for layer, name in ((0, "0"), (-1, "last")):
         keys, values = (one.transpose(1, 2)[context.mask_BL] for one in context.keys_values[layer])
-        wanted_keys = one_position_on(found[f"key_layer_{name}"], backbone.spec.rope_theta).transpose(1, 2)[exists]
+        wanted_keys = found[f"key_layer_{name}"].transpose(1, 2)[exists]
         yield "model", f"key_layer_{name}", largest(keys, wanted_keys), VALUE
         wanted_values = found[f"value_layer_{name}"].transpose(1, 2)[exists]
         yield "model", f"value_layer_{name}", largest(values, wanted_values), VALUE
     time = 1 - found["time"].double()
     moments = head.conditions(time)
+    x, target = flow_interpolate(found["noise"], found["actions"], time)
+    yield "model", "x_t", largest(x, found["x_t"]), VALUE
+    if moments.mixed is None:
+        level = time_embedding(1 - time, head.config.expert.width, head.config.expert.time_periods)
+        yield "model", "adarms_cond", largest(head.time_condition(level), found["adarms_cond"]), VALUE
     tokens = head.embed_actions(found["x_t"], moments)
     if head.sees_state:
         tokens = torch.cat([head.embed_state(context.state_BS)[:, None], tokens], dim=1)
@@ -181,8 +206,7 @@ def model(reference: Reference) -> Iterator[Row]:
         theirs = found["time"] if label == "time" else torch.full_like(found["time"], float(label))
         velocity = -head.velocity(found["x_t"], 1 - theirs.double(), memory)
         yield "model", name, largest(velocity, found[name]), VALUE
-    target = found["noise"] - found["actions"]
-    element = (-head.velocity(found["x_t"], time, memory) - target).square()
+    element = (head.velocity(found["x_t"], time, memory) - target).square()
     yield "model", "loss_per_element", largest(element, found["loss_per_element"]), LOSS
     loss = head.loss_at(context, *loss_arguments(reference)).mean(dim=1)
     yield "model", "loss_per_sample", largest(loss, found["loss_per_sample"]), LOSS
@@ -230,6 +254,11 @@ def policy(reference: Reference) -> Iterator[Row]:
     is_pad = torch.zeros(action.shape[:2], dtype=torch.bool)
     loss = head.loss_at(seen, action, is_pad, found["forward_noise"], 1 - found["forward_time"].double())
     yield "policy", "forward_loss_per_sample", largest(loss.mean(dim=1), found["forward_loss_per_sample"]), LOSS
+    padded = F.pad(action, (0, head.flow_dim - reference.width))
+    x, target = flow_interpolate(found["forward_noise"], padded, 1 - found["forward_time"].double())
+    velocity = head.velocity(x, 1 - found["forward_time"].double(), head.encode_context(seen))
+    per_dim = (velocity - target)[..., : reference.width].square().mean(dim=(0, 1))
+    yield "policy", "forward_loss_per_dim", largest(per_dim, found["forward_loss_per_dim"]), LOSS
 
 
 @torch.no_grad()
@@ -241,8 +270,9 @@ def chunking(reference: Reference) -> Iterator[Row]:
     noise = reference.arrays("model")["noise"]
     previous = found["prev_chunk_left_over"]
     horizon = min(int(found["execution_horizon"]), previous.shape[1])
-    weights = soft_mask(noise.shape[1], min(int(found["inference_delay"]), horizon), horizon)
-    yield "rtc", "weights_EXP", largest(weights, found["weights_EXP"]), VALUE
+    for name in [key.removeprefix("weights_") for key in found if key.startswith("weights_")]:
+        weights = soft_mask(noise.shape[1], min(int(found["inference_delay"]), horizon), horizon, name.lower())
+        yield "rtc", f"weights_{name}", largest(weights, found[f"weights_{name}"]), VALUE
     memory = head.sampling_context(reference.context())
     planned = torch.zeros_like(noise)
     planned[:, : previous.shape[1], : previous.shape[2]] = previous
@@ -287,38 +317,55 @@ def training(reference: Reference) -> Iterator[Row]:
         sign = -1 if name.startswith("action_out_proj") else 1
         difference = largest(sign * gradients[our_name(name)], gradient) / max(1.0, gradient.abs().max().item())
         yield "training", f"gradient: {name.rsplit('.layers.')[-1]}", difference, VALUE
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
+    preset = json.loads((reference.policy_dir / "config.json").read_text(encoding="utf-8"))
+    names = {"betas": "optimizer_betas", "eps": "optimizer_eps", "weight_decay": "optimizer_weight_decay"}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, **{ours: preset[name] for ours, name in names.items()})
     losses, norms = [], []
     for _ in found["losses"]:
         optimizer.zero_grad()
         value = loss()
         value.backward()
         losses.append(value.detach())
-        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), preset["optimizer_grad_clip_norm"]))
         optimizer.step()
-    yield "training", "losses of AdamW steps", largest(torch.stack(losses), found["losses"]), LOSS
+    yield "training", "losses (of AdamW steps)", largest(torch.stack(losses), found["losses"]), LOSS
     wanted = found["grad_norms_before_clipping"]
     yield "training", "grad_norms_before_clipping", largest(torch.stack(norms) / wanted, wanted / wanted), LOSS
 
 
 @torch.no_grad()
 def bfloat16(reference: Reference) -> Iterator[Row]:
-    """Distance of bfloat16 from float32 (root mean square of sampled actions); lerobot's own is allowed."""
+    """Distance of bfloat16 from lerobot's float32 (root mean square); that of lerobot's own bfloat16 is allowed."""
     theirs, found = reference.arrays("bfloat16"), reference.arrays("model")
     if not theirs:
         return
-    wanted = found["sampled_10"][..., : reference.width]
+    head, exists = reference.head, found["prefix_pad_mask"]
+    ours = {}
     with torch.autocast("cpu", torch.bfloat16):
-        ours = reference.head.sample(reference.context(), found["noise"], 10)
-    distance = [
-        (one - wanted).square().mean().sqrt().item() for one in (ours, theirs["sampled_10"][..., : reference.width])
-    ]
-    yield "bfloat16", "sampled_10 (rms)", *distance
+        ours["sampled_10"] = F.pad(
+            head.sample(reference.context(), found["noise"], 10), (0, head.flow_dim - reference.width)
+        )
+        memory = head.encode_context(reference.context())
+        velocity = head.velocity(found["x_t"], 1 - found["time"].double(), memory).float()
+        ours["loss_per_element"] = (velocity - (found["actions"] - found["noise"])).square()
+        ours["prefix_embs"] = prefix_embeddings(reference).float()
+    parts = {
+        "sampled_10": (..., slice(reference.width)),
+        "loss_per_element": ...,
+        "prefix_embs": exists,
+    }
+    for name, part in parts.items():
+        wanted = found[name][part]
+        yield (
+            "bfloat16",
+            f"{name} (rms)",
+            *((one[name][part].float() - wanted).square().mean().sqrt().item() for one in (ours, theirs)),
+        )
 
 
 @torch.no_grad()
 def openpi(reference: Reference) -> Iterator[Row]:
-    """The weights of `openpi/`, read by their own layout."""
+    """The weights of `openpi/`, read by their own layout, which says nothing of the time embedding's periods."""
     found, wanted = reference.arrays("model"), reference.arrays("openpi")
     if not wanted:
         return
@@ -341,14 +388,80 @@ def largest(ours: Tensor, theirs: Tensor) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def one_position_on(keys_BhLD: Tensor, theta: float) -> Tensor:
-    """Keys whose positions count from 0, turned to count from 1 as ours do; attention sees differences alone."""
-    half = keys_BhLD.shape[-1] // 2
-    angles = 1.0 / theta ** (torch.arange(half).float() / half)
-    first, second = keys_BhLD.chunk(2, dim=-1)
-    return torch.cat(
-        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1
+def prefix_embeddings(reference: Reference) -> Tensor:
+    """Tokens of every slot and of the whole padded prompt, as they enter the language model."""
+    found, backbone = reference.arrays("model"), reference.backbone
+    with torch.autocast("cpu", enabled=False) if backbone.vision_dtype else contextlib.nullcontext():
+        images = [backbone.image_features(found[f"image_{i}"]) for i in range(len(reference.slots))]
+    text = backbone.embed_prompt(found["tokens"])
+    return torch.cat([*(image.to(text.dtype) for image in images), text], dim=1)
+
+
+def padded_mask(lengths_B: Tensor, width: int) -> Tensor:
+    """bool (B, width), True for the first tokens of each row."""
+    return torch.arange(width) < lengths_B[:, None]
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Tensor]]:
+    """As a context: the masks of all attention within, as its kernel is given them."""
+    kernel, masks = F.scaled_dot_product_attention, []
+
+    def watch(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if attn_mask is not None:
+            masks.append(attn_mask)
+        return kernel(*args, attn_mask=attn_mask, **kwargs)
+
+    F.scaled_dot_product_attention = watch
+    try:
+        yield masks
+    finally:
+        F.scaled_dot_product_attention = kernel
+
+
+def attention(reference: Reference) -> Iterator[Row]:
+    """Who sees whom, and positions, as attention and rotation are given them; ours leave out what does not exist."""
+    found, head = reference.arrays("model"), reference.head
+    exists, positions = found["prefix_pad_mask"], []
+    rotary = reference.backbone.backbone.language_model.rotary_emb
+    hook = rotary.register_forward_pre_hook(
+        lambda _, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
     )
+    with watched() as masks:
+        context = reference.context()
+    hook.remove()
+    with watched() as of_state:
+        memory = head.encode_context(context)
+    with watched() as of_actions:
+        head.velocity(found["x_t"], 0.5 * torch.ones(len(exists)), memory)
+    length, suffix = exists.shape[1], found["suffix_pad_mask"].shape[1]
+    horizon = found["x_t"].shape[1]
+    seen = torch.zeros_like(found["att_2d"])
+    placed = torch.full_like(found["position_ids"], -1)
+    for row, there in enumerate(exists):
+        where, compact = there.nonzero().flatten(), context.mask_BL[row].nonzero().flatten()
+        places = torch.cat([where, torch.arange(length, length + suffix)])
+        here = torch.cat([compact, torch.arange(context.mask_BL.shape[1], context.mask_BL.shape[1] + suffix)])
+        seen[row, where[:, None], where] = masks[0][row, 0].expand(-1, masks[0].shape[3])[0, compact]
+        placed[row, where] = positions[0][row, compact]
+        first = memory.next_position_B[row] - (suffix - horizon)
+        placed[row, length:] = first + torch.arange(suffix)
+        if of_state:
+            known = here[: len(where) + 1]
+            seen[row, length, places[: len(where) + 1]] = of_state[0][row, 0, 0, known]
+        seen[row, length + suffix - horizon :, places] = of_actions[0][row, 0, 0, here]
+    yield "model", "att_2d", largest(seen, found["att_2d"]), 0.0
+    read = exists.new_ones(len(exists), length + suffix)
+    read[:, :length] = exists  # positions of what does not exist are never read
+    yield "model", "position_ids", largest(placed[read], found["position_ids"][read]), 0.0
+    # Blocks: a token sees those of its own block and of earlier ones.
+    whole = torch.stack([seen[row, :length, :length][there][:, there].all() for row, there in enumerate(exists)])
+    prefix_blocks = (~whole)[:, None].expand_as(found["prefix_att_mask"])
+    yield "model", "prefix_att_mask", largest(prefix_blocks, found["prefix_att_mask"]), 0.0
+    starts = seen[:, length:, length:].diagonal(offset=1, dim1=1, dim2=2).logical_not()
+    blocks = torch.cat([exists.new_ones(len(exists), 1), starts], dim=1)
+    yield "model", "suffix_att_mask", largest(blocks, found["suffix_att_mask"]), 0.0
+    yield "model", "suffix_pad_mask", largest(seen[:, -1, length:], found["suffix_pad_mask"]), 0.0
 
 
 def loss_arguments(reference: Reference) -> tuple[Tensor, ...]:
@@ -389,14 +502,20 @@ def main() -> None:
         settings["vision_num_attention_heads"] = json.loads(sizes.read_text())["vision"]["num_heads"]
 
     def load(folder: Path, use_amp: bool) -> Reference:
-        return Reference(args.reference, VLAPredictor.from_pretrained(folder, "cpu", use_amp=use_amp, **settings))
+        return Reference(
+            args.reference, folder, VLAPredictor.from_pretrained(folder, "cpu", use_amp=use_amp, **settings)
+        )
 
     rows: list[Row] = []
     for part in (processors, relative, model, policy, chunking, bfloat16, training):  # the last one trains
         reference = load(args.policy_dir, use_amp=False)
         rows += part(reference)
     if (args.reference / "openpi").is_dir():
-        rows += openpi(load(args.reference / "openpi", use_amp=False))
+        other = load(args.reference / "openpi", use_amp=False)
+        periods = reference.head.config.expert.time_periods
+        expert = dataclasses.replace(other.head.config.expert, time_periods=periods)
+        other.head.config = dataclasses.replace(other.head.config, expert=expert)
+        rows += openpi(other)
     header = ("part", "array", "largest difference", "allowed", "")
     table = [(*row, "ok" if row[2] <= row[3] else "TOO FAR") for row in rows]
     print(text_table(header, table))

@@ -282,7 +282,7 @@ class LeRobotTable:
         fields = [*kinds.items(), *((name, pa.bool_()) for name in FLAGS), (PROMPT, pa.string())]
         fields += [*((name, pa.int64()) for name in INDICES), (TIMESTAMP, pa.float32())]
         images = [(camera, IMAGE.written) for camera, key in self.cameras.items() if not self.dataset.is_video(key)]
-        return pa.schema([*fields, *images])
+        return pa.schema([*fields, *images], metadata={"fps": f"{self.dataset.fps:g}"})
 
     def _cameras(self) -> dict[str, str]:
         """camera -> feature, as the mapping says, or else by name."""

@@ -181,7 +181,9 @@ def require_statistics_of(train: MixtureDataset, statistics: Sequence[dict[str, 
         StatisticsError: naming the dataset, its files, and what the statistics were made of.
     """
     for dataset, made in zip(train.datasets, statistics, strict=True):
-        rows = dataset.rows(np.arange(len(dataset)))
+        starts = dataset.store.episode_starts
+        mine = np.isin(np.arange(len(starts) - 1), dataset.episodes)
+        rows = np.flatnonzero(np.repeat(mine, np.diff(starts)))  # those that sample_weighting leaves out, too
         columns = {"state": dataset.store.state, "action": dataset.store.action}
         if action_mode == "delta":
             del columns["action"]

@@ -3,7 +3,7 @@
     kept       embedded prompts, and what the head computes from the number of steps alone (its schedule)
     compiled   torch.compile or CUDA graphs, as `inference.compile` says
     stored     weights in the precision of the arithmetic (`inference.weight_dtype`), the backbone's matrices in 8 or
-               4 bits (`inference.quantization`)
+               4 bits (`inference.quantization`), and an action expert's (`inference.expert_quantization`)
 
 How far rounding may move an action is stated in tests/inference/test_engine.py.
 """
@@ -11,7 +11,7 @@ How far rounding may move an action is stated in tests/inference/test_engine.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from model.action_head.action_expert import ActionExpertHead
 from model.adapters import quantize_linears
 from model.context import ActionPrefix
 from model.vla_model import VLAModel
@@ -29,6 +30,9 @@ Tensors = dict[str, Tensor]
 TensorFunction = Callable[[Tensors], Tensor]
 
 OBSERVATION = ("image_mask", "vlm_attention_mask", "state", "dataset_index")  # read beside the images and the prompt
+# What may be quantized, the setting that asks for it, and the setting that it was trained with.
+BACKBONE = "backbone", "inference.quantization", "model.vlm_config.quantization"
+EXPERT = "action expert", "inference.expert_quantization", "model.action_head_config.expert.quantization"
 MAX_EMBEDDED_PROMPTS = 256  # instructions whose embeddings stay on the device
 MAX_FUNCTIONS = 8  # pairs of (draws, integration steps) whose schedules, compiled code and graphs are kept
 MAX_GRAPHS = 8  # CUDA graphs of one function; each keeps its own inputs and shares the pool of intermediate results
@@ -46,7 +50,8 @@ class Engine:
         settings: the `inference` section.
         device: where the model runs.
         prompt_max_len: text tokens of the longest prompt.
-        trained_quantization: `model.vlm_config.quantization`, how the backbone's matrices are stored already.
+        trained_quantization: how the matrices of the backbone (`model.vlm_config.quantization`) and of the action
+            expert (`model.action_head_config.expert.quantization`) are stored already.
 
     Attributes:
         weight_dtype: that the matrices are stored in.
@@ -64,11 +69,19 @@ class Engine:
         device: torch.device,
         *,
         prompt_max_len: int,
-        trained_quantization: str,
+        trained_quantization: tuple[str, str],
     ) -> None:
         self.weight_dtype = choose_weight_dtype(settings.weight_dtype, model.compute_dtype, device)
-        store_weights(model, self.weight_dtype, model.backbone.vision_parts())
-        quantize(model.backbone, settings.quantization, trained_quantization)
+        head = model.action_head
+        store_weights(model, self.weight_dtype, [*model.backbone.vision_parts(), *head.exact_parts()])
+        quantize([model.backbone], settings.quantization, trained_quantization[0])
+        if settings.expert_quantization != "none":
+            if not isinstance(head, ActionExpertHead):
+                raise ValueError(
+                    f"inference.expert_quantization is {settings.expert_quantization}, but the policy's action head is "
+                    "no action expert; give none"
+                )
+            quantize(head.expert.matrices(), settings.expert_quantization, trained_quantization[1], EXPERT)
         self.model, self.device = model.to(device).eval().requires_grad_(False), device
         self.compile = settings.compile
         self._prompt_length = prompt_max_len if self.compile != "none" else None
@@ -227,17 +240,20 @@ def store_weights(model: nn.Module, dtype: torch.dtype, whole: Iterable[nn.Modul
                     parameter.data = parameter.data.to(dtype)
 
 
-def quantize(backbone: nn.Module, mode: str, trained_quantization: str = "none") -> None:
+def quantize(
+    parts: Sequence[nn.Module], mode: str, trained_quantization: str = "none", names: tuple[str, str, str] = BACKBONE
+) -> None:
     """Store the matrices of every linear layer in fewer bits, in place; they are widened where they are used.
 
     `int8`: symmetric, one scale per output (torchao). `int4`: NF4, one scale per 64 weights (Dettmers et al. 2023,
-    "QLoRA", sec. 3; bitsandbytes). Embeddings, convolutions, norms and biases stay as they are, and so does the action
-    head: it is small, and what it rounds is the action itself.
+    "QLoRA", sec. 3; bitsandbytes). Embeddings, convolutions, norms and biases stay as they are. So do action heads but
+    for the layers of an expert: they are small, and what they round is the action itself.
 
     Args:
-        backbone: its matrices in the precision that they are multiplied in.
+        parts: modules, their matrices in the precision that they are multiplied in.
         mode: `int8`, `int4`, or `none`: nothing is done.
-        trained_quantization: `model.vlm_config.quantization`, how the matrices are stored already.
+        trained_quantization: how the matrices are stored already.
+        names: what is quantized, the setting that asks for it, and the setting that it was trained with.
 
     Raises:
         ValueError: they are quantized already.
@@ -245,17 +261,20 @@ def quantize(backbone: nn.Module, mode: str, trained_quantization: str = "none")
     """
     if mode == "none":
         return
+    what, setting, trained_setting = names
     if trained_quantization != "none":
         raise ValueError(
-            f"inference.quantization is {mode}, but the policy was trained with its backbone in {trained_quantization} "
-            "(model.vlm_config.quantization) and keeps it so; give none"
+            f"{setting} is {mode}, but the policy was trained with its {what} in {trained_quantization} "
+            f"({trained_setting}) and keeps it so; give none"
         )
-    setting = f"inference.quantization {mode}"
+    setting = f"{setting} {mode}"
     if mode == "int4":
-        quantize_linears(backbone, "4bit", setting)
+        for part in parts:
+            quantize_linears(part, "4bit", setting)
         return
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
         raise ImportError(f"{setting} needs the torchao package: pip install torchao") from None
-    quantize_(backbone, Int8WeightOnlyConfig())
+    for part in parts:
+        quantize_(part, Int8WeightOnlyConfig())

@@ -23,7 +23,7 @@ MODES = {  # the flag that chooses a mode -> the heading of its flags
 }
 NEGATIVE = re.compile(r"-[.\d]")  # no flag begins so
 SEPARATORS = str.maketrans(",;[]()", "      ")  # of numbers, as Python, NumPy and JSON print them
-SETTINGS = ("num_inference_steps", "compile", "quantization")  # of `inference`, for every mode,
+SETTINGS = ("num_inference_steps", "compile", "quantization", "expert_quantization")  # of `inference`, for every mode,
 LOOP_SETTINGS = ("n_action_steps", "execution", "latency_steps")  # and for the closed loop
 
 

@@ -28,12 +28,14 @@ from data.processing import (
     processors_from_checkpoint,
 )
 from inference.engine import Engine
+from inference.monitor import Monitor
 from inference.observations import State, as_list, checked_seeds, checked_state, outside_training
 from inference.policy_files import read_policy
 from inference.settings import changed_settings
 from model.context import ActionPrefix
 from model.vla_model import VLAModel
 from utils.batch import Batch, example_batch
+from utils.comparison.facts import Profile, is_profile
 from utils.config_utils import Config, MixtureEntry, config_from_dict
 from utils.misc import pick_device
 from utils.statistics import state_widths
@@ -53,6 +55,7 @@ class VLAPredictor:
         state_widths: values of each column that the state is joined from, in order.
         num_inference_steps, n_action_steps, compile, quantization: those of `settings`.
         weight_dtype: that its matrices are stored in.
+        training_data: what its training data look like, for `Monitor`; None where its checkpoint does not say.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class VLAPredictor:
         self.settings = changed_settings(config.inference, self.horizon, inference)
         self.num_inference_steps, self.n_action_steps = self.settings.num_inference_steps, self.settings.n_action_steps
         self.compile, self.quantization = self.settings.compile, self.settings.quantization
+        if self.settings.expert_quantization != "none":
+            self.quantization += f", expert {self.settings.expert_quantization}"
         if use_amp is not None:
             model.compute_dtype = torch.bfloat16 if use_amp else torch.float32
         self.engine = Engine(
@@ -92,9 +97,14 @@ class VLAPredictor:
             self.settings,
             self.device,
             prompt_max_len=config.data.prompt_max_len,
-            trained_quantization=config.model.vlm_config.quantization,
+            trained_quantization=(
+                config.model.vlm_config.quantization,
+                config.model.action_head_config.expert.quantization,
+            ),
         )
         self.model, self.weight_dtype = self.engine.model, self.engine.weight_dtype
+        self.training_data: Profile | None = None
+        self._monitor: Monitor | None = None
         self._warned: set[str] = set()
 
     @classmethod
@@ -175,6 +185,10 @@ class VLAPredictor:
         config = config_from_dict(checkpoint["config"], source=source)
         model, processors = VLAModel.from_checkpoint(checkpoint), processors_from_checkpoint(checkpoint)
         predictor = cls(model, config, *processors, device=device, dataset=dataset, use_amp=use_amp, **inference)
+        profiles = checkpoint.get("training_data") or []
+        if len(profiles) > predictor.dataset_index and is_profile(profiles[predictor.dataset_index]):
+            predictor.training_data = profiles[predictor.dataset_index]
+            predictor._monitor = Monitor(predictor.training_data)
         if predictor.compile != "none" or predictor.device.type == "cuda":
             predictor.warm_up()
         return predictor
@@ -299,7 +313,8 @@ class VLAPredictor:
         images: Mapping[str, Frame | Sequence[Frame] | None] | None = None,
     ) -> Batch:
         """The batch of one that `predict` gives the model; arguments and errors as there."""
-        return collate_fn([self.observation(images_1, images_2, prompt=prompt, state=state, images=images)])
+        given = {"prompt": prompt, "state": state, "images": images, "monitor": self._monitor}
+        return collate_fn([self.observation(images_1, images_2, **given)])
 
     def observation(
         self,
@@ -310,12 +325,14 @@ class VLAPredictor:
         state: State | None = None,
         images: Mapping[str, Frame | Sequence[Frame] | None] | None = None,
         warnings: dict[str, str] | None = None,
+        monitor: Monitor | None = None,
     ) -> Sample:
         """The sample that `observe` makes a batch of; `collate_fn` joins several for `predict_batch`.
 
         Args:
             images_1, images_2, prompt, state, images: as `predict` takes them.
             warnings: takes what speaks against the observation (kind -> text). None: it is logged, once a kind.
+            monitor: of the stream that it belongs to: compares it with the training data.
         """
         told = {} if warnings is None else warnings
         frames = self._frames_by_camera(images_1, images_2, images, told)
@@ -327,9 +344,7 @@ class VLAPredictor:
         padded = np.pad(values, (0, self.config.data.state_dim - self.state_dim))
         if (cut := self.prompt_tokenizer.cut(prompt, padded, self.dataset_index)) is not None:
             told["prompt"] = cut
-        if warnings is None:
-            self._log_once(told)
-        return build_observation(
+        sample = build_observation(
             frames,
             prompt,
             padded,
@@ -339,6 +354,13 @@ class VLAPredictor:
             prompt_tokenizer=self.prompt_tokenizer,
             dataset_index=self.dataset_index,
         )
+        if monitor is not None:
+            present = zip(self.cameras, sample["image_mask"].tolist(), strict=True)
+            newest = {camera: sample[camera][-1] for camera, is_there in present if is_there}
+            told.update(monitor.look(newest, values if takes_state else None, prompt))
+        if warnings is None:
+            self._log_once(told)
+        return sample
 
     def _frames_by_camera(
         self,

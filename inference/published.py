@@ -15,13 +15,12 @@ from model.pi_weights import PiSizes, read_tensors, to_ours
 from model.published_normalizer import build_normalizer
 from utils.checkpoint import FORMAT
 from utils.config_utils import Config, config_from_dict, config_to_dict
-from utils.normalization import needed_statistics
+from utils.normalization import OPENPI_MODES, needed_statistics
 from utils.policy_folder import IMAGES, PolicyFolderError, PublishedPolicy, read_policy_folder, read_weights
 
 TOKENIZER = "google/paligemma-3b-pt-224"
 VISION_HEADS = 16
 PROMPT_LENGTHS = {"pi0": 48, "pi05": 200}  # openpi's, whose folders don't say
-OPENPI_MODES = {"pi0": "mean_std", "pi05": "quantile"}
 
 
 def published_checkpoint(

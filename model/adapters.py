@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import CheckpointError
-from utils.config_utils import ConfigError, LoRAConfig, VLMConfig
+from utils.config_model import AdapterConfig
+from utils.config_utils import ConfigError, VLMConfig
 
 ADAPTER = "default"  # peft's name of the only adapter
 SAMPLES = 1024  # values of each tensor that a fingerprint reads
@@ -53,6 +55,31 @@ def adapt(towers: dict[str, nn.Module], config: VLMConfig) -> None:
                 quantize_linears(tower, config.quantization)
     if lora is not None:
         _add_lora({name: tower for name, tower in towers.items() if getattr(lora, name)}, lora, config.quantization)
+
+
+def adapt_expert(
+    expert: nn.Module, matrices: Iterable[nn.Module], lora: AdapterConfig, quantization: str, dtype: torch.dtype
+) -> None:
+    """Freeze an action expert and add LoRA to its linear layers, in place.
+
+    Args:
+        expert: holding float32 weights.
+        matrices: the parts of it that are stored in `dtype` and, unless `quantization` is none, in 8 or 4 bits; the
+            rest stays float32.
+        lora: what to add.
+        quantization: `8bit`, `4bit` or `none`.
+        dtype: of compute.
+
+    Raises:
+        ConfigError: LoRA targets that are not there.
+        ImportError: peft or bitsandbytes is needed and missing.
+    """
+    freeze(expert, torch.float32)
+    for part in matrices:
+        freeze(part, dtype)
+        if quantization != "none":
+            quantize_linears(part, quantization, "model.action_head_config.expert.quantization")
+    _add_lora({"expert": expert}, lora, quantization)
 
 
 def freeze(module: nn.Module, dtype: torch.dtype) -> None:
@@ -198,19 +225,19 @@ def quantize_linears(module: nn.Module, quantization: str, setting: str = "model
             setattr(parent, name, new.to(device))  # moving is what makes bitsandbytes quantize
 
 
-def _add_lora(towers: dict[str, nn.Module], lora: LoRAConfig, quantization: str) -> None:
+def _add_lora(towers: dict[str, nn.Module], lora: AdapterConfig, quantization: str) -> None:
     """Low-rank adapters (Hu et al. 2021, "LoRA") around the linear layers that `lora.targets` names."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ImportError("model.vlm_config.lora needs the peft package: pip install peft") from None
+        raise ImportError(f"{lora.PLACE} needs the peft package: pip install peft") from None
     holder = nn.ModuleDict(towers)
     holder.is_loaded_in_8bit, holder.is_loaded_in_4bit = quantization == "8bit", quantization == "4bit"
     settings = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=_targets(holder, lora.targets),
+        target_modules=_targets(holder, lora),
     )
     inject_adapter_in_model(settings, holder, ADAPTER)
     for name, parameter in holder.named_parameters():
@@ -218,15 +245,16 @@ def _add_lora(towers: dict[str, nn.Module], lora: LoRAConfig, quantization: str)
             parameter.data = parameter.data.float()
 
 
-def _targets(holder: nn.ModuleDict, targets: tuple[str, ...]) -> list[str]:
-    """Full names of the linear layers whose last part is among `targets`; without any, of all of them."""
+def _targets(holder: nn.ModuleDict, lora: AdapterConfig) -> list[str]:
+    """Full names of the linear layers whose last part is among the `targets`; without any, of all of them."""
+    targets = lora.targets
     linears = [name for name, module in holder.named_modules() if isinstance(module, nn.Linear)]
     kinds = sorted({name.rsplit(".")[-1] for name in linears})
     for target in targets:
         if target not in kinds:
             near = difflib.get_close_matches(target, kinds, n=1)
             raise ConfigError(
-                f"model.vlm_config.lora.targets: no linear layer {target!r} in the {' and '.join(holder)} part; "
+                f"{lora.PLACE}.targets: no linear layer {target!r} in the {' and '.join(holder)} part; "
                 f"{f'did you mean {near[0]}? ' if near else ''}there are {', '.join(kinds)}"
             )
     return [name for name in linears if not targets or name.rsplit(".")[-1] in targets]

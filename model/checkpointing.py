@@ -59,7 +59,9 @@ def policy_from_checkpoint(
     base = checkpoint.get("base")
     base_name = None if base is None else base["name_or_path"]
     without_base = base is not None and not base["included"]
-    adapted_later = is_plain(checkpoint["config"]) and (vlm.lora is not None or vlm.quantization != "none")
+    head = config.model.action_head_config
+    adapts = vlm.lora is not None or vlm.quantization != "none" or head.expert.lora is not None
+    adapted_later = adapts and is_plain(checkpoint["config"])
     if must_be_finite:
         check_finite(weights, "checkpoint")
     given_statistics = checkpoint["statistics"] if statistics is None else statistics
@@ -68,10 +70,12 @@ def policy_from_checkpoint(
         backbone = backbone_class(vlm.type).from_pretrained(vlm, *settings)
         policy = policy_class(config, backbone, given_statistics)
     else:
-        built = dataclasses.replace(vlm, lora=None, quantization="none") if adapted_later else vlm
+        built = without_adapters(config) if adapted_later else config
         with _describes_a_model(), AllocationLimit(weights.values()):
-            backbone = backbone_class(vlm.type).from_config(checkpoint["backbone_config"], built, *settings)
-            policy = policy_class(config, backbone, given_statistics)
+            backbone = backbone_class(vlm.type).from_config(
+                checkpoint["backbone_config"], built.model.vlm_config, *settings
+            )
+            policy = policy_class(built, backbone, given_statistics)
     if without_base:
         weights, base_name = _with_base(policy, weights, base, vlm.type), vlm.pretrained_names
     if statistics is not None:
@@ -80,8 +84,10 @@ def policy_from_checkpoint(
     load_weights(policy, weights)
     if adapted_later:
         policy.backbone.adapt(vlm)
+        policy.action_head.adapt(head, policy.compute_dtype)
         policy.rest_unread()
     policy.base = frozen_base(backbone, base_name, vlm if without_base else None)
+    policy.published = checkpoint.get("published")
     if config.training.save_adapters_only and policy.base is not None and policy.base["name_or_path"] is None:
         raise ConfigError(
             "training.save_adapters_only needs frozen weights that a later run can read again, but these come from "
@@ -153,8 +159,8 @@ def state_to_save(policy: nn.Module, adapters_only: bool = False) -> dict[str, A
             directories again.
 
     Returns:
-        `model` (weights), `base` (`frozen_base`, and whether its weights are `included`), `statistics`, `cameras` and
-        `backbone_config`.
+        `model` (weights), `base` (`frozen_base`, and whether its weights are `included`), `statistics`, `cameras`,
+        `backbone_config` and, of an imported policy, `published`.
     """
     left_out = adapters_only and policy.base is not None
     return {
@@ -163,6 +169,7 @@ def state_to_save(policy: nn.Module, adapters_only: bool = False) -> dict[str, A
         "statistics": policy.statistics,
         "cameras": list(policy.cameras),
         "backbone_config": policy.backbone.backbone_config_dict(),
+        **({} if policy.published is None else {"published": policy.published}),
     }
 
 
@@ -269,10 +276,23 @@ def _settings(section: Any) -> dict[str, Any]:
 
 def _may_be_added(key: str, saved: dict[str, Any]) -> bool:
     """Adapters and quantization go on top of the weights of a plain checkpoint."""
-    return key.split(".")[0] in ("lora", "quantization") and is_plain(saved)
+    return key.removeprefix("expert.").split(".")[0] in ("lora", "quantization") and is_plain(saved)
 
 
 def is_plain(saved: dict[str, Any]) -> bool:
     """Whether a checkpoint's resolved config has neither adapters nor quantized weights."""
-    vlm = saved["model"]["vlm_config"]
-    return vlm.get("lora") is None and vlm.get("quantization", "none") == "none"
+    model = saved["model"]
+    parts = model["vlm_config"], model["action_head_config"].get("expert", {})
+    return all(part.get("lora") is None and part.get("quantization", "none") == "none" for part in parts)
+
+
+def without_adapters(config: Config) -> Config:
+    """The same policy with neither adapters nor quantized weights."""
+    plain, model = {"lora": None, "quantization": "none"}, config.model
+    head = model.action_head_config
+    model = dataclasses.replace(
+        model,
+        vlm_config=dataclasses.replace(model.vlm_config, **plain),
+        action_head_config=dataclasses.replace(head, expert=dataclasses.replace(head.expert, **plain)),
+    )
+    return dataclasses.replace(config, model=model)

@@ -39,8 +39,9 @@ class Context:
         action_dim_mask_BA: bool, True for action dimensions that the sample's dataset has; None: all. A head
             neither sees nor predicts the others.
         keys_values: per layer of the backbone's language model its (keys, values), each (B, num_kv_heads, L, head_dim),
-            the keys after rotary position. Positions count the tokens that exist, from 1, so that what follows the
-            context continues at `mask_BL.sum(dim=1) + 1`. None unless they were asked for.
+            the keys after rotary position. None unless they were asked for.
+        first_position: of those keys. Positions count the tokens that exist, so that what follows the context goes on
+            at `mask_BL.sum(dim=1) + first_position`.
     """
 
     tokens_BLE: Tensor
@@ -48,6 +49,7 @@ class Context:
     state_BS: Tensor | None = None
     action_dim_mask_BA: Tensor | None = None
     keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
+    first_position: int = 1
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class PaliGemmaVLM(Backbone):
             slots = batch.get("image_slots"), self.tokens_per_image, slot_mask_BSV[0].numel()
             embeds_BLE, mask_BL = without_gaps(embeds_BLE, mask_BL, *slots)
             before_last_BLE, layers = keys_values_alone(self.backbone.language_model, embeds_BLE, mask_BL)
-            return Context(before_last_BLE, mask_BL, keys_values=layers)
+            return Context(before_last_BLE, mask_BL, keys_values=layers, first_position=0)
         # Positions count the tokens that exist, from 1: what is masked out moves nothing.
         position_ids_BL = mask_BL.cumsum(dim=1)
         collected = KeysValues() if keys_values else None

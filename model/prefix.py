@@ -1,7 +1,8 @@
 """The prefix pass for heads that read keys and values alone: no token that does not exist, no layer that nothing reads.
 
 Attention is bidirectional over the tokens that exist and positions count those alone, so leaving the others out changes
-no number (tested). Of the last layer only what makes its keys and values is computed.
+no number (tested). They count from 0, as in pi0: attention sees differences alone, but rounding is then pi0's too. Of
+the last layer only what makes its keys and values is computed.
 
 Shape letters: B batch, L context tokens, N images of the batch, n tokens per image, E width of the language model.
 """
@@ -61,7 +62,7 @@ def keys_values_alone(
     Returns:
         What enters the last layer, (B, L, E), and per layer keys and values, each (B, kv_heads, L, head_dim).
     """
-    position_ids_BL = mask_BL.cumsum(dim=1)
+    position_ids_BL = mask_BL.cumsum(dim=1) - 1
     rotary = language_model.rotary_emb(embeds_BLE, position_ids=position_ids_BL)
     seen_B11L = mask_BL[:, None, None]
     if not language_model.config._attn_implementation.startswith("sdpa"):  # eager attention adds its mask

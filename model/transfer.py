@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.checkpointing import require_same_architecture
 from model.vla_model import VLAModel
-from utils.config_utils import Config, config_from_dict
+from utils.config_utils import Config, ConfigError, config_from_dict
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,11 @@ def policy_from_parts(
     require_same_architecture(checkpoint["config"], config, path, backbone_only=parts != "all")
     if parts == "all":
         return VLAModel.from_checkpoint(checkpoint, config, statistics=statistics, use_ema=use_ema)
+    if config.model.action_head_config.expert.lora is not None:
+        raise ConfigError(
+            f"model.action_head_config.expert.lora adapts an expert that has learnt already, but --init_parts {parts} "
+            "makes a new one or parts of it; give --init_parts all, or remove it"
+        )
     before = config_from_dict(checkpoint["config"], source=path)
     vlm = dataclasses.replace(config.model.vlm_config, use_aux_camera=before.model.vlm_config.use_aux_camera)
     model = dataclasses.replace(config.model, vlm_config=vlm, action_head_config=before.model.action_head_config)
@@ -58,7 +63,7 @@ def policy_from_parts(
     if old.cameras != config.cameras:
         told += old.backbone.see_through(config.cameras)
     new = VLAModel(config, old.backbone, statistics)
-    new.base = old.base
+    new.base, new.published = old.base, old.published
     if parts == "backbone":
         told.append("new: the action head")
     else:

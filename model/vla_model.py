@@ -56,6 +56,7 @@ class VLAModel(nn.Module):
             check_statistics(entry, dataset.state_dim, dataset.per_action_dim, place, remedy, needed_statistics(data))
         self.statistics = list(statistics)
         self.base: dict[str, Any] | None = None  # see `model.checkpointing.frozen_base`
+        self.published: dict[str, Any] | None = None  # what it was imported with, to be handed back with
         self.compute_dtype = getattr(torch, config.model.vlm_config.dtype)
         self.normalizer = build_normalizer(config, statistics)
         self.augmentation = ImageAugmentation(data.augmentation)
@@ -63,6 +64,7 @@ class VLAModel(nn.Module):
         self.action_head = build_action_head(
             config.model.action_head_config, backbone.spec, data.state_dim, self.normalizer.action_range
         )
+        self.action_head.adapt(config.model.action_head_config, self.compute_dtype)
         self.rest_unread()
 
     def rest_unread(self) -> None:
@@ -86,6 +88,11 @@ class VLAModel(nn.Module):
             StatisticsError: statistics of another size.
         """
         _check_head_and_backbone(config)  # before the weights are read
+        if config.model.action_head_config.expert.lora is not None:
+            raise ConfigError(
+                "model.action_head_config.expert.lora adapts an expert that has learnt already, but this one is new; "
+                "give --init_checkpoint, or remove it"
+            )
         vlm, resampler = config.model.vlm_config, config.model.vision_resampler_config
         settings = resampler, config.cameras, image_mean, image_std
         policy = cls(config, backbone_class(vlm.type).from_pretrained(vlm, *settings), statistics)

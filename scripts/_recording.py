@@ -51,12 +51,7 @@ ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-# Flags of --takeover: default, type and help of each.
-TAKEOVER_FLAGS: dict[str, tuple[Any, type, str]] = {
-    "corridor": (0.5, float, "mean distance of the policy's actions from the expert's, 0 to 2, that is let pass"),
-    "corridor_steps": (8, int, "steps over which the distance is averaged"),
-    "patience": ("half of the episode's", int, "steps after which the expert takes over in any case"),
-}
+TAKEOVER_DEFAULTS = {"corridor": 0.5, "corridor_steps": 8, "patience": None}  # for flags that are not given
 
 
 @dataclass(frozen=True)
@@ -115,8 +110,13 @@ def _add_takeover_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--takeover", action="store_true", help="the expert finishes where the policy leaves its corridor"
     )
-    for name, (default, kind, text) in TAKEOVER_FLAGS.items():
-        group.add_argument(f"--{name}", type=kind, help=f"{text} (default {default})")
+    group.add_argument(
+        "--corridor", type=float, help="mean distance of its actions from the expert's, 0 to 2, let pass (default 0.5)"
+    )
+    group.add_argument("--corridor_steps", type=int, help="steps over which it is the mean (default 8)")
+    group.add_argument(
+        "--patience", type=int, help="steps until the expert takes over in any case (default: half of the episode's)"
+    )
 
 
 def record(args: argparse.Namespace, on_episode: Callable[[Attempt], None] | None = None) -> list[TaskSummary]:
@@ -200,11 +200,8 @@ def environment_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _corridor(args: argparse.Namespace) -> Corridor:
-    width, steps = (
-        TAKEOVER_FLAGS[name][0] if getattr(args, name) is None else getattr(args, name)
-        for name in ("corridor", "corridor_steps")
-    )
-    return Corridor(width, steps, args.patience)
+    given = {name: getattr(args, name) for name in TAKEOVER_DEFAULTS}
+    return Corridor(*(TAKEOVER_DEFAULTS[name] if value is None else value for name, value in given.items()))
 
 
 def _encoding(args: argparse.Namespace) -> ImageEncoding:
@@ -260,7 +257,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
 def _check_takeover(args: argparse.Namespace) -> None:
     if args.takeover != (args.policy is not None):
         raise ValueError("--policy and --takeover go together: a policy that acts, and the expert that finishes")
-    given = [name for name in TAKEOVER_FLAGS if getattr(args, name) is not None]
+    given = [name for name in TAKEOVER_DEFAULTS if getattr(args, name) is not None]
     if given and not args.takeover:
         raise ValueError(f"--{given[0]} says when the expert takes over from a policy: give --policy and --takeover")
     if args.takeover and args.noise_scale:

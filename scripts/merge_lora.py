@@ -22,6 +22,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from model.adapters import merge_adapters
+from model.checkpointing import is_plain
 from model.vla_model import VLAModel
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import config_from_dict, config_to_dict
@@ -48,8 +49,9 @@ def merge_checkpoint(
     """
     settings = config_to_dict(config_from_dict(checkpoint["config"], source="checkpoint"))
     vlm = settings["model"]["vlm_config"]
+    expert = settings["model"]["action_head_config"]["expert"]
     lora, quantization = vlm["lora"], vlm["quantization"]
-    if lora is None and quantization == "none":
+    if is_plain(settings):
         raise CheckpointError("nothing to merge: the checkpoint has neither LoRA adapters nor quantized weights")
     vlm |= {key: name_or_path for key, name_or_path in (bases or {}).items() if name_or_path is not None}
     policy = VLAModel.from_checkpoint(checkpoint, config_from_dict(settings))
@@ -58,10 +60,13 @@ def merge_checkpoint(
         # Frozen parts are stored in vlm_config.dtype, which would round what float32 was asked for.
         if (lora is not None and lora[part]) or (quantization != "none" and vlm[freeze]):
             vlm[freeze] = dtype == torch.bfloat16
-    vlm["lora"], vlm["quantization"] = None, "none"
+    merged = {"lora": lora, "quantization": quantization}
+    if expert["lora"] is not None:
+        merged["expert"] = {"lora": expert["lora"], "quantization": expert["quantization"]}
+    for part in (vlm, expert):
+        part["lora"], part["quantization"] = None, "none"
     settings["training"]["save_adapters_only"] = False
     kept = {key: value for key, value in checkpoint.items() if key not in DROPPED}
-    merged = {"lora": lora, "quantization": quantization}
     return {**kept, "config": settings, "model": policy.state_dict(), "merged_from": merged}
 
 

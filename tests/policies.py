@@ -17,7 +17,7 @@ HORIZON, ACTION_DIM, STATE_DIM, IMAGE_SIZE = 4, 4, 4, 32
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Nested dicts with some values changed."""
     return base | {
-        key: merged(base.get(key, {}), value) if isinstance(value, dict) else value for key, value in changes.items()
+        key: merged(base.get(key) or {}, value) if isinstance(value, dict) else value for key, value in changes.items()
     }
 
 

@@ -17,6 +17,7 @@ from utils.config_utils import load_config
 
 SMALL = {"horizon": 5, "per_action_dim": 4, "hidden_dim": 32, "num_layers": 1, "num_heads": 4}
 SMALL |= {"mlp_hidden_dims": [32], "num_action_bins": 16, "unet_width": 16, "num_train_timesteps": 20}
+SMALL |= {"expert": {"width": 32, "mlp_dim": 48, "num_heads": 4, "max_state_dim": 6, "max_action_dim": 6}}
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def test_single_item(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--checkpoint_path c", "give one of --eval_data_path, --split val, --image1_paths, --env; found none"),
+        ("--checkpoint_path c", "--image1_paths or --image_paths, --env; found none"),
         ("--checkpoint_path c --eval_data_path d --env metaworld", "found --eval_data_path and --env"),
         ("--eval_data_path d", "--checkpoint_path is missing"),
         ("--checkpoint_path c --eval_data_path d --blind", "--blind belongs to --env, not to --eval_data_path"),

@@ -9,6 +9,7 @@ allocator's fragmentation, and temporary buffers. tests/training/test_fit_estima
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from model.action_head import build_action_head
 from model.action_head.base import ActionHeadBase
 from model.adapters import is_adapted
 from model.backbone import backbone_class
@@ -141,7 +143,7 @@ def _head_activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -
     The loss runs on fake tensors: they have shapes and types but no storage, and record what autograd saves of them.
     Kernels are the CPU's; with attention dropout those of a GPU keep less.
     """
-    head, spec, data = policy.action_head, policy.backbone.spec, config.data
+    head, spec, data = _unquantized_head(policy, config), policy.backbone.spec, config.data
     length = policy.backbone.num_context_tokens(data.max_seq_len * len(config.cameras), data.prompt_max_len)
     half = config.model.vlm_config.dtype != "float32"
     kept: dict[int, Tensor] = {}
@@ -172,6 +174,18 @@ def _head_activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -
             torch.func.functional_call(_Loss(head), state, (context, action_BTA, is_pad_BT))
     size = sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
     return size - (_copied_bytes(head) if half else 0)
+
+
+def _unquantized_head(policy: VLAModel, config: Config) -> ActionHeadBase:
+    """The policy's head; where it is quantized, one that is not, without storage: autograd keeps the same."""
+    settings = config.model.action_head_config
+    if settings.expert.quantization == "none":
+        return policy.action_head
+    settings = dataclasses.replace(settings, expert=dataclasses.replace(settings.expert, quantization="none"))
+    with torch.device("meta"):
+        head = build_action_head(settings, policy.backbone.spec, config.data.state_dim)
+        head.adapt(settings, policy.compute_dtype)
+    return head.train()
 
 
 class _Loss(nn.Module):

@@ -33,6 +33,11 @@ def shard_model(model: VLAModel, config: Config, device: torch.device, world_siz
     for key, value, refused in (
         ("model.vlm_config.dtype", config.model.vlm_config.dtype, ("float16",)),
         ("model.vlm_config.quantization", config.model.vlm_config.quantization, ("4bit", "8bit")),
+        (
+            "model.action_head_config.expert.quantization",
+            config.model.action_head_config.expert.quantization,
+            ("4bit", "8bit"),
+        ),
         ("optimizer.type", config.optimizer.type, ("AdamW8bit",)),
     ):
         if value in refused:

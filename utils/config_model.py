@@ -33,27 +33,41 @@ class FusionConfig:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class AdapterConfig:
+    """Low-rank adapters around the linear layers of the action expert, which is frozen."""
+
+    PLACE = "model.action_head_config.expert.lora"
+
+    rank: int = 16  # columns of the one and rows of the other matrix
+    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    dropout: float = free(0.0)  # of the adapter's input, in training
+    targets: tuple[str, ...] = ()  # last part of the layers' names, as in [q_proj, v_proj]; empty: every linear layer
+
+    def __post_init__(self) -> None:
+        positive(self, self.PLACE, "rank", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{self.PLACE}.dropout is {self.dropout}; give a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LoRAConfig(AdapterConfig):
     """Low-rank adapters around linear layers of frozen pretrained parts.
 
     The adapters train, and whatever is not frozen: action head, resampler, projector (unless `freeze_projector`), and
     a tower that is not adapted (unless `freeze_vision_tower` or `freeze_language_model`), whole.
     """
 
-    rank: int = 16  # columns of the one and rows of the other matrix
-    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
-    dropout: float = free(0.0)  # of the adapter's input, in training
-    targets: tuple[str, ...] = ()  # last part of the layers' names, as in [q_proj, v_proj]; empty: every linear layer
+    PLACE = "model.vlm_config.lora"
+
     language: bool = True  # adapt (and freeze) the language model
     vision: bool = False  # adapt (and freeze) the vision tower; false: it trains whole, or see freeze_vision_tower
 
     def __post_init__(self) -> None:
-        place = "model.vlm_config.lora"
-        positive(self, place, "rank", "alpha")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"{place}.dropout is {self.dropout}; give a number in [0, 1)")
+        super().__post_init__()
         if not (self.language or self.vision):
-            raise ConfigError(f"{place}: neither language nor vision; set one of them, or lora: null for no adapters")
+            raise ConfigError(
+                f"{self.PLACE}: neither language nor vision; set one of them, or lora: null for no adapters"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ class VLMConfig:
     freeze_vision_tower: bool = free(False)
     freeze_language_model: bool = free(False)
     freeze_projector: bool = free(False)  # paligemma: of image tokens, after the vision tower
+    train_expert_only: bool = free(False)  # action_expert: short for all three freeze_*
     dtype: str = free("bfloat16")  # of compute (autocast) and of frozen weights as stored; trained weights are fp32
     vision_dtype: Literal["float32"] | None = free(None)  # float32: the vision tower stays out of dtype; null: as dtype
     num_image_tokens: int | None = free(None)  # per image, before the resampler; derived, checked when given
@@ -89,6 +104,14 @@ class VLMConfig:
         object.__setattr__(self, "dtype", name)
         if self.num_language_layers is not None:
             positive(self, "model.vlm_config", "num_language_layers")
+        if self.train_expert_only:
+            if self.lora is not None:
+                raise ConfigError(
+                    "model.vlm_config.train_expert_only freezes the backbone, whose adapters model.vlm_config.lora "
+                    "trains; remove one of them"
+                )
+            for name in ("freeze_vision_tower", "freeze_language_model", "freeze_projector"):
+                object.__setattr__(self, name, True)
 
     @property
     def pretrained_paths(self) -> tuple[str, ...]:
@@ -128,6 +151,8 @@ class ExpertConfig:
     state_token: bool = True  # the state as a token of its own (pi0); false: it is in the prompt alone (pi0.5)
     time_periods: tuple[float, float] = (4e-3, 4.0)  # shortest and longest of the time embedding
     gradient_checkpointing: bool = free(False)
+    lora: AdapterConfig | None = None  # a section (which may be empty: {}) freezes the expert and adds adapters to it
+    quantization: Literal["none", "8bit", "4bit"] = "none"  # storage of its frozen linear layers, by bitsandbytes
 
     def __post_init__(self) -> None:
         place = "model.action_head_config.expert"
@@ -136,6 +161,11 @@ class ExpertConfig:
             raise ConfigError(f"{place}.width is {self.width}; give an even number (sines and cosines of the time)")
         if not 0 < self.time_periods[0] < self.time_periods[1]:
             raise ConfigError(f"{place}.time_periods is {list(self.time_periods)}; give [shortest, longest], positive")
+        if self.quantization != "none" and self.lora is None:
+            raise ConfigError(
+                f"{place}.quantization is {self.quantization}, but the expert trains, and quantized weights cannot; "
+                f"add {place}.lora"
+            )
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,11 @@ class InferenceConfig:
     latency_steps: int = 0  # control steps from an observation to the arrival of its plan, as execution assumes
     ensemble_decay: float = 0.01  # ensemble: predictions for one step weigh exp(-decay i), i = 0 the oldest
     max_guidance_weight: float = 5.0  # rtc: clip of the guidance weight (beta)
+    guidance_schedule: Literal["exp", "linear", "ones", "zeros"] = "exp"  # rtc: how their weights fall after committed
     guidance_steps: int | None = None  # rtc: steps of a chunk that follow the one before; null: all that it covers
     compile: Literal["none", "default", "max-autotune", "cuda_graph"] = "none"  # torch.compile's modes, or a CUDA graph
-    quantization: Literal["none", "int8", "int4"] = "none"  # storage of the backbone's matrices; the head stays whole
+    quantization: Literal["none", "int8", "int4"] = "none"  # storage of the backbone's matrices; heads stay whole
+    expert_quantization: Literal["none", "int8", "int4"] = "none"  # action_expert: storage of its layers' matrices
     weight_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the compute precision on a GPU, else float32
     accuracy_threshold: float = 0.1  # threshold accuracy: |error| below this, in normalized units
 
@@ -200,6 +202,7 @@ class Config:
                         f"data.mixture {entry.name}: {name} {getattr(entry, name)} exceeds "
                         f"model.action_head_config.{name} {limit}; set that to the largest"
                     )
+        self._refuse_settings_of_the_expert()
         prompt_says_state = data.prompt_format == "pi05"
         if prompt_says_state and not head.use_state_input:
             raise ConfigError(
@@ -225,6 +228,30 @@ class Config:
             raise ConfigError(
                 f"data.absolute_action_dims is {list(data.absolute_action_dims)}; actions have dimensions 0 to "
                 f"{head.per_action_dim - 1}"
+            )
+
+    def _refuse_settings_of_the_expert(self) -> None:
+        """Settings that only an action expert can honour, where there is none."""
+        head, vlm = self.model.action_head_config, self.model.vlm_config
+        resampler = self.model.vision_resampler_config.type
+        asked = {
+            "model.vlm_config.train_expert_only": vlm.train_expert_only,
+            "model.action_head_config.detach_context": head.detach_context,
+            "model.action_head_config.loss_over_padding": head.loss_over_padding,
+            "model.action_head_config.expert.lora": head.expert.lora is not None,
+            "model.action_head_config.expert.gradient_checkpointing": head.expert.gradient_checkpointing,
+            "inference.expert_quantization": self.inference.expert_quantization != "none",
+        }
+        found = next((setting for setting, given in asked.items() if given), None)
+        if head.type != "action_expert" and found is not None:
+            raise ConfigError(
+                f"{found} is set, but model.action_head_config.type is {head.type}, which has no use for it; remove "
+                "it, or take type action_expert"
+            )
+        if vlm.train_expert_only and resampler != "identity":
+            raise ConfigError(
+                f"model.vlm_config.train_expert_only is set, but model.vision_resampler_config.type {resampler} would "
+                "train too; set the freeze_* keys of model.vlm_config instead"
             )
 
     def _name_actions(self) -> DataConfig:

@@ -29,6 +29,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "identity": (),
 }
 EPS = {"lerobot": 1e-8, "openpi": 1e-6}
+OPENPI_MODES = {"pi0": "mean_std", "pi05": "quantile"}
 WIDEST = 50.0  # half the range of a dimension, in units of its scale, from which on min and max are the better scale
 
 

@@ -1,1 +1,1 @@
-"""What training data look like, and what differs from them in what a robot sends."""
+"""What training data look like, and recorded episodes held against a policy."""

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from data.comparison.fit import DimensionFit, statistics_fit
-from data.comparison.kinds import Mismatch
-from data.comparison.mismatch import mismatches
-from data.comparison.profile import Profile, is_profile, profile_of
+from data.comparison.profile import profile_of
 from data.dataset import MixtureDataset, VLADataset
 from data.processing import processors_from_checkpoint
+from utils.comparison.facts import Profile, is_profile
+from utils.comparison.kinds import Mismatch
+from utils.comparison.mismatch import mismatches
 from utils.config_utils import ConfigError, config_from_dict
-from utils.parquet_utils import Source
+from utils.recordings import Recording
 
 
 def training_profiles(train: MixtureDataset) -> list[Profile]:
@@ -27,7 +28,7 @@ def training_profiles(train: MixtureDataset) -> list[Profile]:
 
 
 def held_against(
-    checkpoint: dict[str, Any], files: Sequence[Source], dataset: str | None = None
+    checkpoint: dict[str, Any], files: Sequence[Recording], dataset: str | None = None
 ) -> tuple[list[DimensionFit], list[Mismatch], bool]:
     """Episodes beside a policy.
 

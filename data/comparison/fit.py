@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.comparison.kinds import Mismatch
-from data.comparison.numbers import other_distribution
-from data.comparison.profile import QUANTILES
+from utils.comparison.facts import QUANTILES
+from utils.comparison.kinds import Mismatch
+from utils.comparison.numbers import other_distribution
 from utils.text_table import text_table
 
 BLOWN_UP = 20.0  # normalized values from which a dimension drowns the others
 FLATTENED = 0.05  # share of the range of all values within which 98 % of them lie, from which one wild value rules
-LIMIT = 0.35  # distance of quantiles, in ranges, up to which data are those that statistics were made of
+LIMIT = 0.25  # distance of quantiles, in ranges, up to which data are those that statistics were made of
 
 
 @dataclass(frozen=True)

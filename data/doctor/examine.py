@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,7 @@ def examine(
     *,
     skip_images: bool = False,
     num_workers: int | None = None,
+    sources: Mapping[str, Sequence[Source]] | None = None,
 ) -> Examination:
     """Check files against docs/data_format.md, against each other and against what a config wants.
 
@@ -111,18 +112,23 @@ def examine(
         requirements: what the config asks for.
         skip_images: leave image columns unread.
         num_workers: decoding processes (see `look_at_frames`).
+        sources: what each split (train, val) was given as, for the commands that mend findings; None: its files.
     """
     started = time.monotonic()
     requirements = requirements or Requirements()
-    findings = Findings()
-    wanted = Wanted(requirements.cameras, requirements.state_columns, requirements.needs_state)
     files = [(path, "train") for path in train_files] + [(path, "val") for path in val_files]
+    given = {"train": train_files, "val": val_files} | dict(sources or {})
+    findings = Findings(
+        {split: list(map(str, paths)) for split, paths in given.items()}, {str(path): split for path, split in files}
+    )
+    wanted = Wanted(requirements.cameras, requirements.state_columns, requirements.needs_state)
     rows = read_rows(files, findings, wanted)
     structure.check_values_present(rows, findings)
     structure.check_widths(rows, findings, requirements.widths)
     structure.check_flags(rows, findings)
     structure.check_indices(rows, findings)
     structure.check_prompts(rows, findings, requirements.count_tokens, requirements.prompt_max_len)
+    structure.check_labels(rows, findings)
     structure.check_lengths(rows, findings, requirements.horizon)
     structure.check_closed(rows, findings)
     structure.check_time(rows, findings)

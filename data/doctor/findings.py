@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from data.doctor.remedies import Edit, command, edit_for
 from data.doctor.rows import Rows, runs
+from utils.config_data import is_lerobot
 
 Severity = Literal["error", "warning"]
 MAX_MARKS = 1000  # values that are marked in plots, per check and column
@@ -74,6 +76,8 @@ KINDS = {
     "prompt_whitespace": _warning("write the instruction without stray whitespace, line breaks or control characters"),
     "prompt_variants": _warning("write one instruction in one way, unless the variety is meant"),
     "prompt_too_long": _warning("shorten the instruction or raise data.prompt_max_len: the rest is cut off"),
+    # labels
+    "label_contradicts": _warning("write success alike in all rows of an episode, and labels as true or false"),
     # time
     "timestamp_missing": _warning("write a finite timestamp in every row, or drop the column"),
     "timestamp_not_increasing": _warning("look for reordered or doubled rows"),
@@ -119,6 +123,9 @@ class Finding:
             concerns a whole file or column.
         severity, kind, remedy: see `KINDS`.
         message: what was found there.
+        edit: what makes it go away (`data.doctor.remedies`); () where that takes judgement.
+        data: what is to be edited: of each split concerned its name, and what it was read from.
+        command: the edit as a command line, or "".
     """
 
     file: str
@@ -128,6 +135,9 @@ class Finding:
     kind: str
     message: str
     remedy: str
+    edit: Edit = ()
+    data: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -137,30 +147,64 @@ class Finding:
 class Findings:
     """A growing list of findings; at most `MAX_PER_FILE` of a kind in a file are kept, all are counted.
 
+    Args:
+        sources: per split what its files were read from, for commands; None: commands are not needed.
+        split_of: of each file by its name.
+
     Attributes:
         listed: the findings that are kept.
         counts: all findings by kind.
         marks: vector column -> (global row, dimension) that plots point at.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, sources: Mapping[str, Sequence[str]] | None = None, split_of: Mapping[str, str] | None = None
+    ) -> None:
+        self._sources, self._split_of = sources or {}, split_of or {}
         self.listed: list[Finding] = []
         self.marks: dict[str, list[tuple[int, int]]] = {}
         self.counts: Counter[str] = Counter()
         self._per_file: Counter[tuple[str, str]] = Counter()
 
-    def add(self, kind: str, message: str, *, file: object, row: int | None = None, episode: int | None = None) -> None:
-        """Add one finding; `kind` is a key of `KINDS`."""
+    def add(
+        self,
+        kind: str,
+        message: str,
+        *,
+        file: object,
+        row: int | None = None,
+        episode: int | None = None,
+        edit: Edit | None = None,
+        splits: Sequence[str] = (),
+    ) -> None:
+        """Add one finding; `kind` is a key of `KINDS`, `edit` what mends it where its kind does not tell, and `splits`
+        those that are to be edited where not the file's own alone."""
         self.counts[kind] += 1
         self._per_file[kind, str(file)] += 1
         if self._per_file[kind, str(file)] <= MAX_PER_FILE:
-            about = KINDS[kind]
-            self.listed.append(Finding(str(file), episode, row, about.severity, kind, message, about.remedy))
+            about, mine = KINDS[kind], self._split_of.get(str(file), "")
+            if edit is None:
+                edit = edit_for(kind, file=str(file), episode=episode, step=None)
+            if is_lerobot(file):
+                edit = ()  # read in place; what is edited is a converted copy
+            elif "--without" in edit and list(self._split_of.values()).count(mine) == 1:
+                edit = ()  # nothing would be left
+            data = tuple((split, tuple(self._sources[split])) for split in splits or [mine] if split in self._sources)
+            text = command([(edit, data)])
+            place = (str(file), episode, row)
+            self.listed.append(Finding(*place, about.severity, kind, message, about.remedy, edit, data, text))
 
-    def add_at(self, kind: str, rows: Rows, index: int, message: str) -> None:
-        """Add a finding at a global row."""
+    def add_at(
+        self, kind: str, rows: Rows, index: int, message: str, *, length: int = 1, edit: Edit | None = None
+    ) -> None:
+        """Add a finding at a global row, or at `length` rows from there on."""
         file, row, episode = rows.place(index)
-        self.add(kind, message, file=file, row=row, episode=episode)
+        if edit is None:
+            number = int(np.searchsorted(rows.episode_starts, index, side="right")) - 1
+            where = rows.episode_rows(number)
+            steps = {"step": index - where.start, "length": length, "episode_length": where.stop - where.start}
+            edit = edit_for(kind, file=str(file), episode=episode, **steps)
+        self.add(kind, message, file=file, row=row, episode=episode, edit=edit)
 
     def add_runs(
         self, kind: str, rows: Rows, indices: np.ndarray, describe: Callable[[int], str], unit: str = "row"
@@ -174,7 +218,7 @@ class Findings:
         """
         for first, length in runs(indices, rows):
             more = f", and so in the {length - 1} {unit}{'s' if length > 2 else ''} after it" if length > 1 else ""
-            self.add_at(kind, rows, first, describe(first) + more)
+            self.add_at(kind, rows, first, describe(first) + more, length=length)
 
     def mark(self, column: str, wrong: np.ndarray) -> None:
         """Mark values of a vector column in plots; `wrong` is bool (N, width)."""

@@ -164,8 +164,16 @@ def check_presence(rows: Rows, frames: Frames | None, findings: Findings, camera
                 findings.add("camera_missing", message, file=rows.files[lacking[0]])
             continue
         for file in lacking:
-            findings.add("camera_missing", f"no {camera}, which other files have", file=rows.files[file])
+            columns = dict.fromkeys(of_file[camera] for of_file in rows.cameras if camera in of_file)
+            edit = {"edit": ("--drop_columns", *columns), "splits": _splits_with(rows, camera)}
+            findings.add("camera_missing", f"no {camera}, which other files have", file=rows.files[file], **edit)
         findings.add_runs("camera_gap", rows, np.concatenate(partly), lambda _, camera=camera: f"{camera} is null")
+
+
+def _splits_with(rows: Rows, camera: str) -> list[str]:
+    return list(
+        dict.fromkeys(split for split, of_file in zip(rows.splits, rows.cameras, strict=True) if camera in of_file)
+    )
 
 
 def check_decoding(rows: Rows, frames: Frames, findings: Findings) -> None:
@@ -269,7 +277,8 @@ def check_repeats(rows: Rows, frames: Frames, findings: Findings) -> np.ndarray:
             equal = (first["digest"][where] == second["digest"][where]) & both[where]
             if equal.sum() > USUAL * both[where].sum():
                 message = f"{one} and {other} are the same picture in {equal.sum()} of {both[where].sum()} rows"
-                findings.add("identical_cameras", message, file=path)
+                edit = ("--drop_columns", rows.cameras[file][other])
+                findings.add("identical_cameras", message, file=path, edit=edit)
     return all_same
 
 

@@ -114,11 +114,11 @@ def check_jumps(rows: Rows, findings: Findings, outliers: dict[str, np.ndarray])
                 wrong[far, d] = True
                 length[1:, d], usual[d] = steps, longest
         findings.mark(name, wrong)
-        for first, _ in runs(np.flatnonzero(wrong.any(axis=1)), rows):
+        for first, run in runs(np.flatnonzero(wrong.any(axis=1)), rows):
             d = int(wrong[first].argmax())
             others = "" if wrong[first].sum() == 1 else f" (and {wrong[first].sum() - 1} more dimensions)"
             message = f"{name}[{d}] changes by {length[first, d]:+.4g} in one step{others}; no other step is longer "
-            findings.add_at(f"{_kind(name)}_jump", rows, first, message + f"than {usual[d]:.4g}")
+            findings.add_at(f"{_kind(name)}_jump", rows, first, message + f"than {usual[d]:.4g}", length=run)
 
 
 def check_angles(rows: Rows, findings: Findings) -> None:
@@ -250,7 +250,7 @@ def check_idle(rows: Rows, findings: Findings, same_images: np.ndarray) -> None:
     zero = (action == 0).all(axis=1)
     for first, length in runs(np.flatnonzero(zero), rows):
         if length >= IDLE_STEPS:
-            findings.add_at("idle", rows, first, f"all action values are 0 for {length} rows")
+            findings.add_at("idle", rows, first, f"all action values are 0 for {length} rows", length=length)
     same = inner.copy()
     for name in rows.vectors:
         same &= (rows.vectors[name][1:] == rows.vectors[name][:-1]).all(axis=1)
@@ -259,10 +259,12 @@ def check_idle(rows: Rows, findings: Findings, same_images: np.ndarray) -> None:
         if zero[first - 1] and length + 1 >= IDLE_STEPS:
             continue
         if length + 1 >= IDLE_STEPS:
-            findings.add_at("idle", rows, first, f"state and action stay the same for {length + 1} rows")
+            message = f"state and action stay the same for {length + 1} rows"
+            findings.add_at("idle", rows, first, message, length=length)
         elif same_images[first - 1 : first - 1 + length].all():
             count = f"{length} rows repeat" if length > 1 else "the row repeats"
-            findings.add_at("repeated_row", rows, first, f"{count} the state, action and images of the row before")
+            message = f"{count} the state, action and images of the row before"
+            findings.add_at("repeated_row", rows, first, message, length=length)
 
 
 def _isolated(values: np.ndarray) -> np.ndarray:

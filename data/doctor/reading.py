@@ -19,6 +19,7 @@ from data.schema import (
     ACTION,
     FLAGS,
     INDICES,
+    LABELS,
     MAIN_CAMERA,
     PROMPT,
     STATE,
@@ -79,7 +80,7 @@ class _File:
     rows: int
     present: list[str]
     cameras: dict[str, str]
-    flags: dict[str, np.ndarray]
+    flags: dict[str, np.ndarray]  # and labels
     prompt: np.ndarray
     vectors: dict[str, _Vector]
     indices: dict[str, np.ndarray]
@@ -169,6 +170,7 @@ def read_rows(files: Sequence[tuple[Source, str]], findings: Findings, wanted: W
         file_starts=starts,
         cameras=[part.cameras for part in parts],
         flags={name: np.concatenate([part.flags[name] for part in parts]) for name in FLAGS},
+        labels={name: np.concatenate([part.flags[name] for part in parts]) for name in LABELS},
         prompts=list(known),
         prompt=np.concatenate([part.prompt for part in parts]),
         lengths=lengths,
@@ -222,7 +224,7 @@ def _read_file(path: Source, known: dict[str, int], findings: Findings, wanted: 
         if name in columns:
             for first, array in stream(file, path, name, ROWS_PER_BATCH, findings):
                 part.vectors[name].put(first, array)
-    for name in FLAGS:
+    for name in (*FLAGS, *LABELS):
         if name in columns:
             for first, array in stream(file, path, name, ROWS_PER_BATCH, findings):
                 values = np.asarray(array.cast(pa.int8()).fill_null(NULL))
@@ -258,7 +260,7 @@ def _blank(rows: int, wanted: Wanted) -> _File:
         rows=rows,
         present=[],
         cameras={},
-        flags={name: np.full(rows, UNREAD, dtype=np.int8) for name in FLAGS},
+        flags={name: np.full(rows, UNREAD, dtype=np.int8) for name in (*FLAGS, *LABELS)},
         prompt=np.full(rows, UNREAD, dtype=np.int32),
         vectors={name: _Vector(rows) for name in (*wanted.state_columns, ACTION)},
         indices={name: np.full(rows, NO_INDEX, dtype=np.int64) for name in INDICES},
@@ -290,7 +292,7 @@ def _check_columns(
         spellings = camera_columns(camera, present)
         if len(spellings) == 2:
             message = f"both {spellings[0]!r} and {spellings[1]!r} are columns"
-            findings.add("ambiguous_image_column", message, file=path)
+            findings.add("ambiguous_image_column", message, file=path, edit=("--drop_columns", spellings[1]))
         elif spellings:
             columns[camera] = spellings[0]
         elif camera == MAIN_CAMERA:
@@ -298,9 +300,12 @@ def _check_columns(
     read = wanted.cameras or cameras
     if MAIN_CAMERA not in read and not any(camera_columns(camera, present) for camera in read):
         findings.add("missing_column", missing_camera((*read, MAIN_CAMERA)[0], present), file=path)
-    for name in (*INDICES, TIMESTAMP):
+    for name in (*INDICES, TIMESTAMP, *LABELS):
         if present.count(name) == 1 and column_type(name).fits(schema.field(name).type):
             columns[name] = name
+        elif present.count(name) == 1 and name in LABELS:
+            message = f"column {name!r} is {schema.field(name).type}; data.sample_weighting reads bool"
+            findings.add("label_contradicts", message, file=path, edit=("--drop_columns", name))
     for name, column in list(columns.items()):
         times, expected = present.count(column), _expected(name, states)
         if times > 1:

@@ -11,6 +11,7 @@ import pandas as pd
 from data.doctor.examine import Examination, three_rows
 from data.doctor.findings import KINDS
 from data.doctor.plots import Cell, Trace, contact_sheet, plot_vectors
+from data.doctor.remedies import command
 
 SUMS = ("errors", "warnings", "seconds")
 SHOWN_FINDINGS = 3  # of each kind, in the printed text
@@ -118,7 +119,9 @@ def _first_findings(report: dict[str, Any], kind: str) -> str:
     lines = [f"{KINDS[kind].severity} {kind}: {KINDS[kind].remedy}"]
     lines += [f"  {_place(finding)}: {finding['message']}" for finding in findings[:SHOWN_FINDINGS]]
     rest = report["counts"][kind] - min(len(findings), SHOWN_FINDINGS)
-    return "\n".join(lines + ([f"  and {rest} more"] if rest else []))
+    lines += [f"  and {rest} more"] if rest else []
+    mend = command((finding["edit"], finding["data"]) for finding in findings)
+    return "\n".join(lines + ([f"  mend: {mend}"] if mend else []))
 
 
 def _of_kind(report: dict[str, Any], kind: str) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ class Rows:
         file_starts: int64 (files + 1,), first global row of each file.
         cameras: per file, camera -> name of its column.
         flags: int8 (N,) per flag: 0, 1, `UNREAD` or `NULL`.
+        labels: the same per optional label; `UNREAD` where its column is absent.
         prompt: int32 (N,), index into `prompts`, or `UNREAD`, `NULL`, `EMPTY`, `INVALID`.
         lengths: int32 (N,) per vector column: values in the row, or `UNREAD`, `NULL`.
         vectors: float32 (N, width) per vector column (those of the state, in order, and `action`); NaN in rows that are
@@ -47,6 +48,7 @@ class Rows:
     file_starts: np.ndarray
     cameras: list[dict[str, str]]
     flags: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
     prompts: list[str]
     prompt: np.ndarray
     lengths: dict[str, np.ndarray]

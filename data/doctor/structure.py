@@ -19,8 +19,9 @@ from data.doctor.rows import (
     before_gap,
     common_width,
     hard_starts,
+    runs,
 )
-from data.schema import ACTION, FLAGS, STATE
+from data.schema import ACTION, FLAGS, LABELS, STATE, SUCCESS
 
 SHORTEST = 3  # steps that an episode needs whatever the config
 LENGTH_RATIO = 3.0  # an episode this many times longer or shorter than every other of its prompt is an outlier,
@@ -230,11 +231,28 @@ def check_prompts(rows: Rows, findings: Findings, count_tokens: Callable[[str], 
             if index != usual and plain:
                 here, there = _quoted(rows.prompts[code[index]]), _quoted(rows.prompts[code[usual]])
                 message = f"prompt {here} ({steps} rows) is {there} in other rows"
-                findings.add_at("prompt_variants", rows, index, message)
+                texts = [rows.prompts[code[i]] for i in (index, usual)]
+                edit = () if "=" in texts[0] else ("--rename_prompt", "=".join(texts))
+                findings.add_at("prompt_variants", rows, index, message, edit=edit)
 
 
 def _quoted(prompt: str, length: int = 80) -> str:
     return repr(prompt if len(prompt) <= length else prompt[: length - 1] + "…")
+
+
+def check_labels(rows: Rows, findings: Findings) -> None:
+    """`label_contradicts`: a `success` that changes within an episode, and labels that are null."""
+    inner = rows.same_episode()
+    for name in LABELS:
+        values, edit = rows.labels[name], ("--drop_columns", name)
+        changes = inner & (values[1:] >= 0) & (values[:-1] >= 0) & (values[1:] != values[:-1])
+        for i in np.flatnonzero(changes) + 1 if name == SUCCESS else ():
+            words = [("false", "true")[values[j]] for j in (i - 1, i)]
+            message = f"{name} changes from {words[0]} to {words[1]} within the episode, of which it is the outcome"
+            findings.add_at("label_contradicts", rows, int(i), message, edit=edit)
+        for first, length in runs(np.flatnonzero(values == NULL), rows):
+            message = f"{name} is null" + (f" in {length} rows" if length > 1 else "")
+            findings.add_at("label_contradicts", rows, first, message, edit=edit)
 
 
 def check_lengths(rows: Rows, findings: Findings, horizon: int | None) -> None:
@@ -280,7 +298,9 @@ def check_closed(rows: Rows, findings: Findings) -> None:
         if len(begins) >= LEAST_LEAPS and np.diff(begins).min() >= LEAST_APART:
             listed = ", ".join(map(str, begins[:4])) + (", ..." if len(begins) > 4 else "")
             message = f"the state leaps at {len(begins)} of {where.stop - where.start} steps ({listed}), as where a "
-            findings.add_at("unclosed_episode", rows, where.start, message + "recording begins anew")
+            _, _, episode = rows.place(where.start)
+            edit = ("--split_at", f"{episode}:{','.join(map(str, begins))}")
+            findings.add_at("unclosed_episode", rows, where.start, message + "recording begins anew", edit=edit)
 
 
 def check_time(rows: Rows, findings: Findings) -> None:
@@ -288,6 +308,7 @@ def check_time(rows: Rows, findings: Findings) -> None:
     rates = file_rates(rows)
     known = [rate for rate in rates if rate is not None]
     usual = float(np.median(known)) if known else 0.0
+    resample = ("--resample", f"{min(known, default=0):.6g}")  # pictures between rows can't be made up
     for file, rate in enumerate(rates):
         if not rows.has_timestamp[file]:
             continue
@@ -298,7 +319,8 @@ def check_time(rows: Rows, findings: Findings) -> None:
             continue
         if abs(rate / usual - 1) > RATE_TOLERANCE:
             message = f"the file runs at {rate:.4g} Hz, most files at {usual:.4g} Hz"
-            findings.add("rate_differs", message, file=rows.files[file])
+            splits = _faster_splits(rows, rates)
+            findings.add("rate_differs", message, file=rows.files[file], edit=resample, splits=splits)
         steps, indices = _time_steps(rows, where)
         backwards, gap = steps <= 0, steps > GAP_STEPS / rate
         for i in indices[backwards]:
@@ -311,7 +333,13 @@ def check_time(rows: Rows, findings: Findings) -> None:
         jitter = float(regular.std() * rate) if len(regular) else 0.0
         if jitter > JITTER:
             message = f"steps vary by {100 * jitter:.0f} % (standard deviation) around {1 / rate:.4g} s"
-            findings.add("irregular_rate", message, file=rows.files[file])
+            findings.add("irregular_rate", message, file=rows.files[file], edit=resample)
+
+
+def _faster_splits(rows: Rows, rates: list[float | None]) -> list[str]:
+    """The splits that have files faster than the slowest of all."""
+    known = [(rate, name) for rate, name in zip(rates, rows.splits, strict=True) if rate is not None]
+    return list(dict.fromkeys(name for rate, name in known if rate > min(known)[0] * (1 + RATE_TOLERANCE)))
 
 
 def file_rates(rows: Rows) -> list[float | None]:

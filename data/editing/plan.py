@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,12 @@ import pyarrow.parquet as pq
 
 from data.doctor import structure
 from data.doctor.findings import Findings
-from data.doctor.reading import read_rows
-from data.doctor.rows import Rows, runs
+from data.doctor.reading import Wanted, read_rows
+from data.doctor.rows import Rows
 from data.editing.edits import Edits, Ranges, numbers
+from data.schema import camera_columns
 from utils.misc import derive_seed
-from utils.parquet_utils import DataError, Source
+from utils.parquet_utils import DataError, Source, is_uri
 
 UNREADABLE = ("unreadable_file", "corrupt_data", "empty_file", "missing_column", "wrong_type")
 FLAG_FAULTS = (
@@ -104,9 +106,13 @@ def make_plan(files: Sequence[Source], edits: Edits) -> Plan:
         DataError: a file that can't be read, flags that contradict each other (without `mend_flags`), an episode or
             step that is not there, an episode of which nothing is left, widths that differ, no known rate.
     """
+    if remote := next(filter(is_uri, files), None):
+        raise DataError(f"--data_path {remote}: is not on this machine; copy the files here first")
     findings = Findings()
-    rows = read_rows([(path, "train") for path in _without(files, edits.without)], findings)
+    of_split = [(path, "train") for path in _without(files, edits.without)]
+    rows = read_rows(of_split, findings, Wanted(needs_state=edits.drop_idle is not None))
     _refuse(findings, UNREADABLE, "leave the file out with --without, or record it again")
+    _check_columns(rows.files, edits)
     structure.check_widths(rows, widths := Findings(), {})
     _refuse(widths, ("width_differs_between_files",), "these are of different robots: edit them apart")
     if edits.join:
@@ -153,6 +159,16 @@ def _without(files: Sequence[Source], names: Sequence[str]) -> list[Source]:
     return list(resolved.values())
 
 
+def _check_columns(files: Sequence[Source], edits: Edits) -> None:
+    names = {name for path in files for name in pq.read_schema(path).names}
+    for column in edits.drop_columns:
+        if column not in names:
+            raise DataError(f"--drop_columns {column}: no file has it (found: {', '.join(sorted(names))})")
+    for camera in edits.rename_camera:
+        if not camera_columns(camera, list(names)):
+            raise DataError(f"--rename_camera {camera}: no file has it (found: {', '.join(sorted(names))})")
+
+
 def _refuse(findings: Findings, kinds: Sequence[str], remedy: str) -> None:
     for finding in findings.listed:
         if finding.kind in kinds:
@@ -177,10 +193,10 @@ def _check_episodes(rows: Rows, episodes: Sequence[int], flag: str) -> None:
 
 def _chosen(rows: Rows, edits: Edits) -> list[int]:
     keep = range(rows.num_episodes) if edits.keep is None else numbers(edits.keep)
-    delete = numbers(edits.delete)
+    delete = set(numbers(edits.delete))
     _check_episodes(rows, keep, "--keep")
     _check_episodes(rows, delete, "--delete")
-    return [episode for episode in keep if episode not in set(delete)]
+    return [episode for episode in keep if episode not in delete]
 
 
 def _kept_steps(
@@ -223,10 +239,10 @@ def _idle(rows: Rows, episode: int, edits: Edits) -> list[tuple[int, int]]:
         return []
     rate = rate_of(rows, episode, edits)
     moved = np.linalg.norm(np.diff(state, axis=0), axis=1) * rate
-    slow = where.start + np.flatnonzero(np.append(moved, moved[-1]) < speed)
-    local = replace(rows, episode=np.zeros(len(rows), np.int64), file_of=np.zeros(len(rows), np.int32))
-    stretches = [(first - where.start, length) for first, length in runs(slow, local)]
-    return [(first, first + length - 1) for first, length in stretches if length / rate > seconds]
+    slow = np.append(moved, moved[-1]) < speed
+    changes = np.flatnonzero(np.diff(np.concatenate([[False], slow, [False]])))
+    stretches = zip(changes[::2].tolist(), changes[1::2].tolist(), strict=True)
+    return [(first, after - 1) for first, after in stretches if (after - first) / rate > seconds]
 
 
 def rate_of(rows: Rows, episode: int, edits: Edits) -> float:
@@ -241,7 +257,11 @@ def rate_of(rows: Rows, episode: int, edits: Edits) -> float:
     steps = np.diff(time[np.isfinite(time)])
     if (steps > 0).any():
         return float(1 / np.median(steps[steps > 0]))
-    file = rows.files[rows.file_of[rows.episode_starts[episode]]]
+    return _recorded_rate(rows.files[rows.file_of[rows.episode_starts[episode]]])
+
+
+@functools.lru_cache(maxsize=64)
+def _recorded_rate(file: Source) -> float:
     metadata = pq.read_schema(file).metadata or {}
     for key in RATE_KEYS:
         if key in metadata and metadata[key] not in (b"null", b"None"):

@@ -19,7 +19,7 @@ from data.convert.episode_writer import BYTES_PER_GROUP, RECORD, ROWS_PER_GROUP,
 from data.decoding import decode_frame
 from data.editing.edits import Edits
 from data.editing.plan import RATE_KEYS, Piece, Plan
-from data.schema import IMAGE, INDICES, PLAN, PROMPT, SUCCESS, TIMESTAMP, camera_columns, encoded_frames
+from data.schema import IMAGE, INDICES, PLAN, PROMPT, SUCCESS, TIMESTAMP, camera_columns, encoded_frames, image_columns
 from utils.parquet_utils import DataError, Source, batches, one_line, open_parquet, resolve_parquet_files
 
 HISTORY = "edited_from"  # metadata key: the records of the files that a file was made from, oldest first, as JSON
@@ -140,8 +140,7 @@ def _added(plan: Plan, name: str, spec: str, camera: str) -> list[tuple[Span, ..
 
 def _write_file(edits: Edits, reworded: Mapping[str, str], file: _EditedFile) -> None:
     first = file.parts[0].places[0][0]
-    with open_parquet(first) as source:
-        before = source.schema_arrow
+    before = _source_schema(list(dict.fromkeys(path for part in file.parts for path, _, _ in part.places)))
     schema, column_of = _output_schema(before, edits, first)
     if SUCCESS in schema.names and SUCCESS not in column_of and any(part.piece.success is None for part in file.parts):
         raise DataError(f"{first}: has no column {SUCCESS}, so --set_success must name every episode in it")
@@ -154,7 +153,10 @@ def _write_file(edits: Edits, reworded: Mapping[str, str], file: _EditedFile) ->
             frames = {name: [of_episode[i] for i in picked] for name, of_episode in added.items()}
             for table in _read(part, list(dict.fromkeys(column_of.values()))):
                 steps = np.arange(done, done + len(table))
-                columns: dict[str, Any] = {name: table[origin] for name, origin in column_of.items()}
+                columns: dict[str, Any] = {
+                    name: table[origin] if origin in table.column_names else [None] * len(table)
+                    for name, origin in column_of.items()
+                }
                 columns |= _changed(part.piece, steps, columns, reworded)
                 columns |= {name: frames[name][done : done + len(table)] for name in frames}
                 if edits.encoding is not None:
@@ -168,12 +170,29 @@ def _write_file(edits: Edits, reworded: Mapping[str, str], file: _EditedFile) ->
                 writer.write_table(_table(columns, schema), ends=done == len(part.piece.rows))
 
 
+def _source_schema(paths: Sequence[Source]) -> pa.Schema:
+    """The columns of the files that one is made from, with the first one's metadata: an episode may go on from one file
+    into the next."""
+    schemas = []
+    for path in paths:
+        with open_parquet(path) as source:
+            schemas.append(source.schema_arrow)
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{paths[0]}: an episode goes on from it into {paths[-1]}, whose columns are of other types "
+            f"({one_line(error)}); --delete that episode"
+        ) from None
+
+
 def _read(part: _Part, columns: list[str]) -> Iterator[pa.Table]:
-    """The rows of a piece, a few at a time, as they are in the source."""
+    """The rows of a piece, a few at a time, as they are in the source; null in columns that a file lacks."""
     for path, begin, end in part.places:
         mine = part.piece.rows[(part.piece.rows >= begin) & (part.piece.rows < end)] - begin
         with open_parquet(path) as source:
-            for row, batch in batches(source, path, columns, ROWS_PER_READ, first_row=int(mine[0])):
+            present = [name for name in columns if name in source.schema_arrow.names]
+            for row, batch in batches(source, path, present, ROWS_PER_READ, first_row=int(mine[0])):
                 here = mine[np.searchsorted(mine, row) : np.searchsorted(mine, row + batch.num_rows)]
                 if len(here):
                     yield pa.Table.from_batches([batch]).take(pa.array(here - row))
@@ -232,10 +251,10 @@ def _encoded(column: pa.ChunkedArray, name: str, edits: Edits, where: str, first
 
 def _output_schema(source: pa.Schema, edits: Edits, path: Source) -> tuple[pa.Schema, dict[str, str]]:
     """The columns of an edited file, and of each that the source has the name there."""
-    for name in edits.drop_columns:
-        if name == "image_1" and camera_columns(name, source.names) == [name]:
-            raise DataError(f"--drop_columns {name}: {path} has no other main camera (docs/data_format.md)")
     origin = {name: name for name in source.names if name not in edits.drop_columns}
+    left = [name for name in image_columns(source) if camera_columns(name, list(origin))]
+    if not left and not edits.add_camera:
+        raise DataError(f"--drop_columns {' '.join(edits.drop_columns)}: leaves {path} without a camera")
     for old, new in edits.rename_camera.items():
         for column in camera_columns(old, list(origin)):
             if camera_columns(new, list(origin)):

@@ -50,6 +50,7 @@ class ExecutionSettings:
         ensemble_decay: of `ensemble`: 0 weighs all predictions alike, more favours older ones.
         max_guidance_weight: of `rtc`: the clip beta.
         guidance_steps: of `rtc`: how many steps of a new chunk follow the old one at most; None: all that it covers.
+        guidance_schedule: of `rtc`: how their weights fall (`soft_mask`).
     """
 
     horizon: int
@@ -59,6 +60,7 @@ class ExecutionSettings:
     ensemble_decay: float
     max_guidance_weight: float
     guidance_steps: int | None
+    guidance_schedule: str = "exp"
 
     @classmethod
     def from_config(cls, config: InferenceConfig, horizon: int) -> ExecutionSettings:
@@ -75,6 +77,7 @@ class ExecutionSettings:
             config.ensemble_decay,
             config.max_guidance_weight,
             config.guidance_steps,
+            config.guidance_schedule,
         )
 
     def __post_init__(self) -> None:
@@ -227,7 +230,8 @@ class RealTimeChunking(NaiveAsync):
         from model.action_head.guidance import soft_mask
 
         limit = self.settings.guidance_steps
-        return soft_mask(horizon, delay, overlap if limit is None else min(overlap, max(delay, limit)))
+        end = overlap if limit is None else min(overlap, max(delay, limit))
+        return soft_mask(horizon, delay, end, self.settings.guidance_schedule)
 
 
 class CleanPrefix(RealTimeChunking):

@@ -27,6 +27,7 @@ from model.pi_weights import (
 )
 from utils.checkpoint import CheckpointError, evaluation_weights
 from utils.config_utils import Config, config_from_dict
+from utils.normalization import OPENPI_MODES
 from utils.policy_folder import ACTION, IMAGES, MODES, STATE, WEIGHTS
 
 VARIANTS = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}  # the only names that there are
@@ -54,6 +55,13 @@ def export_published(checkpoint: dict[str, Any], folder: str | Path, layout: str
         raise CheckpointError(f"{folder} exists; give a new folder")
     config = config_from_dict(checkpoint["config"], source="checkpoint")
     variant = check_exportable(config, checkpoint)
+    modes = {config.data.state_mode, config.data.normalization_type}
+    if layout == "openpi" and modes != {OPENPI_MODES[variant]}:
+        raise CheckpointError(
+            f"this policy normalizes by {' and '.join(sorted(modes))}, but openpi's {variant} by "
+            f"{OPENPI_MODES[variant]}; export --format lerobot, or train with data.normalization_type "
+            f"{OPENPI_MODES[variant]}"
+        )
     sizes = sizes_of(checkpoint["backbone_config"], config, variant)
     tensors = to_published(evaluation_weights(checkpoint), published_shapes(sizes))
     folder.mkdir(parents=True)
@@ -78,6 +86,9 @@ def check_exportable(config: Config, checkpoint: Mapping[str, Any]) -> str:
         ),
         "model.vlm_config.lora (merge it first: python scripts/merge_lora.py)": vlm.lora is not None,
         f"model.vlm_config.quantization {vlm.quantization}": vlm.quantization != "none",
+        "model.action_head_config.expert.lora (merge it first: python scripts/merge_lora.py)": (
+            head.expert.lora is not None
+        ),
         f"data.prompt_format {data.prompt_format}": data.prompt_format not in PROMPTS[variant],
         f"data.image_fit {data.image_fit}": data.image_fit == "stretch",
         f"data.normalization_arithmetic {data.normalization_arithmetic}": data.normalization_arithmetic == "own",
@@ -151,11 +162,13 @@ def _write_lerobot(
     named[f"model.{UNREAD[0]}"] = _unread_table(tensors, table)
     save_file(named, folder / WEIGHTS)
     original = checkpoint.get("published") or {}
-    values = lerobot_config(config, variant, original.get("config") or {}, checkpoint["backbone_config"])
+    here = {f"{IMAGES}{name}" for name in config.cameras} | {STATE, ACTION}
+    renamed = {ours: theirs for ours, theirs in (original.get("renamed") or {}).items() if ours in here}
+    values = lerobot_config(config, variant, original.get("config") or {}, renamed, checkpoint["backbone_config"])
     _write_json(folder / "config.json", values)
     features, modes = values["input_features"] | values["output_features"], values["normalization_mapping"]
     eps = 1e-8 if config.data.normalization_eps is None else config.data.normalization_eps
-    before, index = _preprocessor(values, variant, features, modes, eps, original.get("renamed") or {})
+    before, index = _preprocessor(values, variant, features, modes, eps, renamed)
     name = f"policy_preprocessor_step_{index}_normalizer_processor.safetensors"
     before["steps"][index]["state_file"] = name
     after_name = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
@@ -180,41 +193,62 @@ def _write_lerobot(
         if isinstance(numbers, list)
     }
     for file, found in zip((name, after_name), original.get("statistics") or ({}, {}), strict=True):
-        save_file({**found, **own}, folder / file)
+        save_file({**_still_true(found, own), **own}, folder / file)
+
+
+def _still_true(original: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Imported statistics but for those of a state or of actions that other data have now."""
+    differ = [name for name, value in own.items() if name in original and not value.equal(original[name])]
+    renewed = {name.rpartition(".")[0] for name in differ}
+    return {name: value for name, value in original.items() if name.rpartition(".")[0] not in renewed}
 
 
 def lerobot_config(
-    config: Config, variant: str, original: Mapping[str, Any], backbone_config: Mapping[str, Any]
+    config: Config,
+    variant: str,
+    original: Mapping[str, Any],
+    renamed: Mapping[str, str],
+    backbone_config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """LeRobot's config.json: what this policy is, and for the rest what it was imported with, or LeRobot's defaults."""
+    """LeRobot's config.json: what this policy is, and for the rest what it was imported with, or LeRobot's defaults.
+
+    Args:
+        config, variant, backbone_config: of this policy.
+        original: the config.json that it was imported with.
+        renamed: a robot's name of a feature -> the policy's.
+    """
     data, head, expert = config.data, config.model.action_head_config, config.model.action_head_config.expert
     size = backbone_config["vision_config"]["image_size"]
     frames = original.get("input_features", {})
-    cameras = {f"{IMAGES}{name}": {"type": "VISUAL", "shape": [3, size, size]} for name in config.cameras}
-    cameras = {name: frames.get(name, feature) for name, feature in cameras.items()}
+    theirs = [renamed.get(f"{IMAGES}{name}", f"{IMAGES}{name}") for name in config.cameras]
+    cameras = {name: frames.get(name, {"type": "VISUAL", "shape": [3, size, size]}) for name in theirs}
+    empty = {name: feature for name, feature in frames.items() if name.startswith(f"{IMAGES}empty_camera_")}
     words = {ours: theirs for theirs, ours in MODES.items()}
     low, high = head.time_clamp
     relative = data.action_mode == "delta"
     names, excluded = original.get("action_feature_names"), original.get("relative_exclude_joints", ["gripper"])
+    if names is not None and len(names) != head.per_action_dim:
+        names = None  # of another robot
     if data.action_names:
         names = list(data.action_names)
     if data.absolute_joints:
         excluded = list(data.absolute_joints)
     absolute = set(data.absolute_action_dims)
     excludes = {d for d, name in enumerate(names or ()) if any(word.lower() in name.lower() for word in excluded)}
-    if relative and (excludes != absolute or len(names or ()) not in (0, head.per_action_dim)):
+    if relative and excludes != absolute:
         names = [f"{'absolute' if dim in absolute else 'moved'}_{dim}" for dim in range(head.per_action_dim)]
         excluded = ["absolute"]
     own = {
         "type": variant,
         "n_obs_steps": 1,
-        "input_features": {**cameras, STATE: {"type": "STATE", "shape": [data.state_dim]}},
+        "input_features": {**cameras, STATE: {"type": "STATE", "shape": [data.state_dim]}, **empty},
         "output_features": {ACTION: {"type": "ACTION", "shape": [head.per_action_dim]}},
         **VARIANTS,
         "dtype": config.model.vlm_config.dtype,
         "chunk_size": head.horizon,
         "n_action_steps": config.inference.n_action_steps or head.horizon,
-        "max_state_dim": expert.max_state_dim,
+        # Of a pi0.5 nothing has that width.
+        "max_state_dim": expert.max_state_dim if variant == "pi0" else original.get("max_state_dim", 32),
         "max_action_dim": expert.max_action_dim,
         "num_inference_steps": config.inference.num_inference_steps,
         "time_sampling_beta_alpha": head.time_beta[1],

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -25,6 +25,12 @@ class ServerMetrics:
         self.num_clients = 0
         self.recent: deque[float] = deque(maxlen=RECENT)
         self._requests = Counter("vla_requests", "Requests by outcome", ["outcome"], registry=self.registry)
+        self._suspected = Counter(
+            "vla_suspected_mistakes",
+            "What clients send that differs from the training data, once a connection and kind",
+            ["kind"],
+            registry=self.registry,
+        )
         self._seconds = Histogram(
             "vla_request_seconds", "Time from message to reply", registry=self.registry, buckets=_BUCKETS
         )
@@ -54,6 +60,11 @@ class ServerMetrics:
         self._seconds.observe(seconds)
         self._batch.observe(batch_size)
         self.recent.append(seconds)
+
+    def suspected(self, kinds: Iterable[str]) -> None:
+        """A client's observations differ from the training data in these kinds (`inference/monitor.py`)."""
+        for kind in kinds:
+            self._suspected.labels(kind).inc()
 
     def refused(self, reason: str) -> None:
         """A request, or a client, was turned away."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from utils.config_utils import config_from_dict
 from utils.foreign_files import ForeignFileError, read_json
+from utils.statistics import state_widths
 from utils.text import markdown_text
 from utils.text_table import markdown_table
 
@@ -25,6 +26,8 @@ def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -
     config = config_from_dict(checkpoint["config"], source="checkpoint")
     head, data = config.model.action_head_config, config.data
     weights = sum(tensor.numel() for tensor in checkpoint["model"].values())
+    widths = state_widths(checkpoint["statistics"][0], data.state_columns, data.state_dim)
+    joined = f" ({', '.join(f'{name} {width}' for name, width in widths.items())})" if len(widths) > 1 else ""
     rows = [
         ("backbone", f"{config.model.vlm_config.type}, {Path(config.model.vlm_config.pretrained_names).name}"),
         ("action head", head.type),
@@ -33,9 +36,11 @@ def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -
         ("datasets", ", ".join(entry.name for entry in config.datasets)),
         ("cameras", ", ".join(checkpoint["cameras"])),
         ("observation frames", data.max_seq_len),
-        ("state", f"{data.state_dim} values, physical units"),
+        ("state", f"{data.state_dim} values{joined}, physical units"),
         ("actions", f"{head.horizon} steps of {head.per_action_dim} values, physical units ({data.action_mode})"),
     ]
+    named = ", ".join(f'"{camera}": "{i}.png"' for i, camera in enumerate(checkpoint["cameras"]))
+    frames = f"images={{{named}}}" if len(checkpoint["cameras"]) > 1 else '"frame.png"'
     sections = [
         "---\nlibrary_name: paligemma-vla\npipeline_tag: robotics\ntags:\n- robotics\n- vision-language-action\n---",
         f"# {markdown_text(config.training.experiment_name)}",
@@ -47,7 +52,7 @@ def model_card(checkpoint: dict[str, Any], metrics: Sequence[str | Path] = ()) -
         "```python\n"
         "from inference.predictor import VLAPredictor\n\n"
         'policy = VLAPredictor.from_pretrained("this/folder")\n'
-        'actions = policy.predict("frame.png", prompt="...", state=[...])  # (horizon, per_action_dim)\n'
+        f'actions = policy.predict({frames}, prompt="...", state=[...])  # (horizon, per_action_dim)\n'
         "```\n\n"
         "or `python scripts/serve_policy.py --checkpoint_path this/folder`.",
         "The weights inherit the license of the backbone that they were trained from.",

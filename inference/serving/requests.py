@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.processing import Sample, array_fault
+from inference.monitor import Monitor
 from inference.predictor import VLAPredictor
 from inference.serving.wire import unpack
 from utils.config_utils import ConfigError, ServingConfig
@@ -58,6 +59,7 @@ class History:
     def __init__(self) -> None:
         self._kept: dict[str, list[np.ndarray]] = {}
         self._was_reset = False
+        self.monitor: Monitor | None = None  # of what this connection shows the policy
 
     def completed(
         self, images: dict[str, list[np.ndarray]], reset: bool, warnings: dict[str, str]
@@ -159,10 +161,21 @@ class RequestReader:
         read = history.completed(read, request.reset, warnings)
         unread = next((frames for camera, frames in images.items() if camera not in self.predictor.cameras), None)
         sample = self.predictor.observation(
-            None, unread, images=read, prompt=request.prompt, state=request.state, warnings=warnings
+            None,
+            unread,
+            images=read,
+            prompt=request.prompt,
+            state=request.state,
+            warnings=warnings,
+            monitor=self._monitor(history),
         )
         history.keep(read, max_seq_len - 1)
         return sample
+
+    def _monitor(self, history: History) -> Monitor | None:
+        if history.monitor is None and self.predictor.training_data is not None:
+            history.monitor = Monitor(self.predictor.training_data)
+        return history.monitor
 
     def _take(self, request: dict[Any, Any], name: str) -> Any:
         """A request's value under the configured key, under the name that the batch contract uses, or (a camera's) in

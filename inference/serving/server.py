@@ -226,6 +226,8 @@ class PolicyServer:
             for kind in list(warnings.keys() - connection.told)[: MAX_TOLD - len(connection.told)]:
                 self.room.log.warning("%s", printable(warnings[kind], MAX_TEXT))
                 connection.told.add(kind)
+            if connection.history.monitor is not None:
+                self.metrics.suspected(connection.history.monitor.new_kinds())
             prediction = await self.batcher.submit(sample, request.seed)
         finally:
             wanted = False

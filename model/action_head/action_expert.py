@@ -22,6 +22,7 @@ from model.action_head.base import existing_dims
 from model.action_head.flow_matching import FlowMatching
 from model.action_head.gemma_expert import GemmaExpert, Memory
 from model.action_head.layers import required_state, zero_init
+from model.adapters import adapt_expert
 from model.context import Context, ContextSpec
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig, ConfigError
@@ -76,6 +77,16 @@ class ActionExpertHead(FlowMatching):
         else:
             self.time_mlp_in, self.time_mlp_out = nn.Linear(width, width), nn.Linear(width, width)
 
+    def adapt(self, config: ActionHeadConfig, dtype: torch.dtype) -> None:
+        """See `ActionHeadBase.adapt`; the projections around the expert stay as they are and train."""
+        self.config = config
+        if config.expert.lora is not None:
+            adapt_expert(self.expert, self.expert.matrices(), config.expert.lora, config.expert.quantization, dtype)
+
+    def exact_parts(self) -> list[nn.Module]:
+        """See `ActionHeadBase.exact_parts`: the projections around the expert, and its norms."""
+        return [*(part for name, part in self.named_children() if name != "expert"), *self.expert.norms()]
+
     @property
     def sees_state(self) -> bool:
         """Whether the state is a token here, rather than text in the prompt or nowhere."""
@@ -110,7 +121,7 @@ class ActionExpertHead(FlowMatching):
         layers = tuple((keys.to(values.dtype), values) for keys, values in context.keys_values)
         if self.config.detach_context:
             layers = tuple((keys.detach(), values.detach()) for keys, values in layers)
-        memory = Memory(layers, context.mask_BL, context.mask_BL.sum(dim=1) + 1)
+        memory = Memory(layers, context.mask_BL, context.mask_BL.sum(dim=1) + context.first_position)
         if not self.sees_state:
             return memory
         state_BE = self.embed_state(required_state(context))

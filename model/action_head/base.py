@@ -58,6 +58,13 @@ class ActionHeadBase(nn.Module, ABC):
             generator: source of noise; None: torch's global one.
         """
 
+    def adapt(self, config: ActionHeadConfig, dtype: torch.dtype) -> None:
+        """Freeze, quantize and adapt what `config` says, in place; frozen weights are stored in `dtype`."""
+
+    def exact_parts(self) -> list[nn.Module]:
+        """Parts that compute in float32 whatever the rest computes in."""
+        return []
+
     def draw_noise(
         self, generators: Sequence[torch.Generator], device: torch.device, num_inference_steps: int
     ) -> Tensor | None:

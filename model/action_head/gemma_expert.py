@@ -101,10 +101,22 @@ class GemmaExpert(nn.Module):
         self.blocks = nn.ModuleList(ExpertBlock(config, spec) for _ in range(spec.num_layers))
         self.norm = _norm(config)
 
-    def modulations(self, condition: Tensor) -> list[Tensor | None]:
-        """What `condition` (N, 1 or T, E) makes of every norm in turn, (N, 1 or T, 3 E); None for norms without."""
+    def norms(self) -> list[nn.Module]:
+        """Every norm in turn: two a block, and the last."""
         norms = [norm for block in self.blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
-        return [norm.dense(condition) if isinstance(norm, AdaptiveRMSNorm) else None for norm in (*norms, self.norm)]
+        return [*norms, self.norm]
+
+    def matrices(self) -> list[nn.Module]:
+        """The parts whose linear layers may be stored in fewer bits: all but the norms."""
+        return [part for block in self.blocks for part in (block.self_attn, block.mlp)]
+
+    def modulations(self, condition: Tensor) -> list[Tensor | None]:
+        """What `condition` (N, 1 or T, E) makes of each norm in turn, float32 (N, 1 or T, 3 E); None for norms without.
+
+        Autocast or not: what these round would scale every token.
+        """
+        with torch.autocast(condition.device.type, enabled=False):
+            return [norm.dense(condition) if isinstance(norm, AdaptiveRMSNorm) else None for norm in self.norms()]
 
     def forward(
         self,
@@ -243,7 +255,9 @@ class _GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x_NTE: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x_NTE), approximate="tanh") * self.up_proj(x_NTE))
+        # Under autocast the product is rounded once, where down_proj takes it.
+        gate_NTM, up_NTM = self.gate_proj(x_NTE).float(), self.up_proj(x_NTE).float()
+        return self.down_proj(F.gelu(gate_NTM, approximate="tanh") * up_NTM)
 
 
 class RMSNorm(nn.Module):

@@ -37,16 +37,18 @@ def joined(prefixes: Sequence[ActionPrefix]) -> ActionPrefix:
     return dataclasses.replace(first, action_BTA=action_BTA, weight_BT=weight_BT)
 
 
-def soft_mask(horizon: int, delay: int, overlap: int) -> Tensor:
+def soft_mask(horizon: int, delay: int, overlap: int, schedule: str = "exp") -> Tensor:
     """How much each step of a new chunk must follow the old one (arXiv 2506.07339, eq. 5), float32 (T,).
 
-    1 for the `delay` steps that run before the new chunk arrives, decaying about exponentially up to `overlap`,
-    where the old chunk ends, and 0 from there.
+    1 for the `delay` steps that run before the new chunk arrives, decaying up to `overlap`, where the old chunk ends,
+    and 0 from there.
 
     Args:
         horizon: T.
         delay: committed steps d; at most `overlap`.
         overlap: steps that the old chunk covers, H - s.
+        schedule: `exp`, about exponentially, as in the paper; `linear`; `ones`, not at all before `overlap`; `zeros`,
+            at once.
 
     Raises:
         ValueError: not 0 <= delay <= overlap <= horizon.
@@ -59,7 +61,12 @@ def soft_mask(horizon: int, delay: int, overlap: int) -> Tensor:
     weight_T = torch.zeros(horizon)
     weight_T[:delay] = 1.0
     decay = (overlap - torch.arange(delay, overlap)) / (overlap - delay + 1)
-    weight_T[delay:overlap] = decay * torch.expm1(decay) / math.expm1(1.0)
+    weight_T[delay:overlap] = {
+        "exp": decay * torch.expm1(decay) / math.expm1(1.0),
+        "linear": decay,
+        "ones": torch.ones_like(decay),
+        "zeros": torch.zeros_like(decay),
+    }[schedule]
     return weight_T
 
 

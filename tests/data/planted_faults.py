@@ -75,6 +75,15 @@ def episode(length: int, seed: int) -> list[Row]:
     return rows
 
 
+def clean_files() -> Files:
+    """The rows of every file, without a fault."""
+    train = [row for i, length in enumerate(LENGTHS) for row in episode(length, i)]
+    cuts = (0, A_ROWS, sum(LENGTHS[:5]), sum(LENGTHS))
+    files = {name: train[cuts[i] : cuts[i + 1]] for i, name in enumerate(TRAIN)}
+    files["val.parquet"] = [row for i, length in enumerate(VAL_LENGTHS) for row in episode(length, 100 + i)]
+    return files
+
+
 def write(folder: Path, files: Files) -> tuple[list[Path], list[Path]]:
     for name, rows in files.items():
         write_rows(folder / name, rows, row_group_size=16)
@@ -455,6 +464,24 @@ FAULTS = [
         requirements=Requirements(count_tokens=lambda prompt: len(prompt.split()) + 2, prompt_max_len=5),
         episode=1,
     ),
+    # labels
+    Fault(
+        "label_contradicts",
+        "a.parquet",
+        30,
+        put_all("a.parquet", "success", lambda i, r: not 30 <= i < 52),
+        episode=1,
+        name="an outcome that changes",
+    ),
+    Fault(
+        "label_contradicts",
+        "b.parquet",
+        20,
+        put_all("b.parquet", "intervention", lambda i, r: None if i in (20, 21) else True),
+        episode=3,
+        name="null",
+    ),
+    Fault("label_contradicts", "c.parquet", None, put_all("c.parquet", "success", lambda i, r: 1.0), name="numbers"),
     # time
     Fault("timestamp_missing", "a.parquet", 12, put("a.parquet", 12, "timestamp", None), episode=0),
     Fault(

@@ -22,14 +22,13 @@ from data.doctor.report import write_plots
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, VLAImageProcessor
 from tests.data.planted_faults import (
-    A_ROWS,
     FAULTS,
     LENGTHS,
     PROMPTS,
     TRAIN,
     VAL,
-    VAL_LENGTHS,
     Files,
+    clean_files,
     encode,
     episode,
     put,
@@ -47,11 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def clean_rows() -> Files:
-    train = [row for i, length in enumerate(LENGTHS) for row in episode(length, i)]
-    cuts = (0, A_ROWS, sum(LENGTHS[:5]), sum(LENGTHS))
-    files = {name: train[cuts[i] : cuts[i + 1]] for i, name in enumerate(TRAIN)}
-    files["val.parquet"] = [row for i, length in enumerate(VAL_LENGTHS) for row in episode(length, 100 + i)]
-    return files
+    return clean_files()
 
 
 @pytest.fixture
@@ -129,7 +124,8 @@ def test_command(tmp_path, files, capsys):
     assert set(report) >= {"findings", "errors", "warnings", "counts", "datasets", "may_train"}
     assert report["counts"] == {"nan": 1, "state_outlier": 1} and not report["may_train"]
     for finding in report["findings"]:
-        assert set(finding) == {"file", "episode", "row", "severity", "kind", "message", "remedy"}
+        about = {"file", "episode", "row", "severity", "kind", "message", "remedy", "edit", "data", "command"}
+        assert set(finding) == about
     assert [f["severity"] for f in report["findings"]] == ["error", "warning"]
     about = report["datasets"]["train"]
     assert (about["episodes"], about["steps"], about["length"]["max"]) == (8, sum(LENGTHS), 30)
@@ -140,6 +136,11 @@ def test_command(tmp_path, files, capsys):
     assert [file["episodes"] for file in about["files"]] == [3, 2, 3]  # an episode belongs to the file it begins in
     printed = capsys.readouterr().out
     assert f"{train[2]} row 33 (episode 6): state[2] is NaN" in printed
+    files_named = " ".join(map(str, train))
+    assert (
+        f"mend: python scripts/edit_dataset.py --data_path {files_named} --output_dir edited_train --delete 6"
+        in printed
+    )
     assert "1 error, 1 warning: training may not start" in printed and str(out) in printed
     for name in ("contact_sheet.png", "state.png", "action.png"):
         pixels = np.asarray(Image.open(plots / name).convert("RGB"))

@@ -9,6 +9,7 @@ import pytest
 
 from data.loader import build_datasets, build_sampler
 from data.processing import processors_from_config
+from data.statistics import calculate_statistics, require_statistics_of
 from tests.helpers import episode_rows, write_rows
 from tests.policies import model_section
 from utils.config_utils import ConfigError, config_from_dict, config_to_dict
@@ -88,6 +89,13 @@ def test_a_resumed_run_draws_what_the_whole_run_draws(make_config):
     resumed = build_sampler(config, train)
     resumed.start_step = 17
     assert list(itertools.islice(resumed, 23)) == whole[17:]
+
+
+def test_statistics_are_of_all_steps(make_config):
+    config = make_config({"leave_out_failures": True, "leave_out_before": 5})
+    train = training_data(config)
+    statistics = calculate_statistics(train.datasets[0].store.files, 4, 4)
+    require_statistics_of(train, [statistics], "absolute")
 
 
 def test_the_short_spelling_stays(make_config):

@@ -152,6 +152,7 @@ READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "docs/adding_a_simulator.md": (add_simulator,),
     "docs/data_format.md": (own_demonstrations,),
     "docs/deployment.md": (trained_policy,),
+    "docs/editing.md": (),
     "docs/evaluation.md": (camera_frame,),
     "docs/execution.md": (latency_demonstrations,),
     "docs/finetune_paligemma.md": (pretrained_weights, lerobot_dataset, own_configuration),

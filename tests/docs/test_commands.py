@@ -33,7 +33,7 @@ SMALLER = (
     (r"--episodes 0-44", "--episodes 0-4"),  # the dataset has 6 episodes
     (r"--episodes 45-49", "--episodes 5"),
     (r"--epochs 30", "--epochs 3"),  # the config has 2
-    (r"--episodes (20|40)", "--episodes 1"),  # of a simulator
+    (r"--episodes (10|20|40)", "--episodes 1"),  # of a simulator
     (r"--tasks all --num_envs 8", "--tasks button-press-topdown-v3 window-open-v3 --num_envs 2 --episodes 1"),
     (r"(--control replay .*)", r"\1 --episodes 1"),
     (r"--heads flow_matching .* regression", "--heads regression"),  # 24 cells
@@ -55,10 +55,12 @@ RUN = {
     r"python utils/calculate_normalization_stats\.py": r"normalization_stats\.json",
     r"python inspect_parquet\.py": r"training may start|0 errors",
     r"python simple_analysis\.py": r"analysis",
+    r"python scripts/edit_dataset\.py .*--dry_run": r"dry run: nothing was written",
+    r"python scripts/edit_dataset\.py": r"demos/clean: 6 episodes",
     r"python scripts/convert_lerobot\.py --to_lerobot": r"LeRobot v3\.0, 6 episodes",
     r"python scripts/convert_lerobot\.py": r"demos/\w+: .*episodes",
     r"python scripts/convert_hdf5\.py": r"demos/\w+: .*1 ",
-    r"python scripts/record_demos\.py": r"button-press-topdown-v3|left\.parquet|transfer_cube\.parquet",
+    r"python scripts/record_demos\.py": r"(button-press-topdown-v3|window-open-v3|left|transfer_cube)\.parquet",
     r"python main_train\.py .*--dry_run": r"sum \(calculated, not measured\)(.|\n)*one step: loss ",
     r"python main_train\.py .*--resume_checkpoint": r"resumed ",
     r"python main_train\.py": r"checkpoint_epoch_\d",

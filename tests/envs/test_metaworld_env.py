@@ -233,6 +233,24 @@ def test_second_camera():
     assert (observation["image_2"] != observation["image_1"]).any()
 
 
+def test_any_number_of_cameras_under_any_names():
+    env = make("window-open-v3", cameras="corner4,wrist=gripperPOV,corner")
+    observation, _ = env.reset(seed=0)
+    assert list(observation) == ["corner4", "wrist", "corner", "state"] and env.observation_space.contains(observation)
+    assert len({observation[name].tobytes() for name in ("corner4", "wrist", "corner")}) == 3
+    assert env.settings()["cameras"] == "corner4=corner4,wrist=gripperPOV,corner=corner"
+    two = make("window-open-v3", second_camera="gripperPOV").reset(seed=0)[0]
+    assert (two["image_1"] == observation["corner4"]).all() and (two["image_2"] == observation["wrist"]).all()
+    for options, message in (
+        ({"cameras": "front"}, "metaworld has no camera 'front'"),
+        ({"cameras": "corner", "camera": "corner2"}, "cameras and camera or second_camera both name cameras"),
+        ({"cameras": "corner,corner"}, "each name once"),
+        ({"cameras": "a="}, "wanted <camera> or <name>=<camera>"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make("window-open-v3", **options)
+
+
 def test_hidden_goal():
     shown, hidden = (make("push-v3", hide_goal=hide).reset(seed=0)[0]["image_1"].astype(int) for hide in (False, True))
 

@@ -124,8 +124,8 @@ def test_cameras_by_name() -> None:
     with pytest.raises(ObservationError, match="no image: the policy reads base_0_rgb"):
         predictor.predict(**{**seen, "images": {}})
     first, second, _ = seen.pop("images").values()
-    with pytest.raises(ObservationError, match="give frames; give one of them"):
-        predictor.predict(first, images={}, **seen)
+    with pytest.raises(ObservationError, match="images and images_1 or images_2 both give base_0_rgb; give it once"):
+        predictor.predict(first, images={"base_0_rgb": first}, **seen)
     by_place = predictor.predict(first, second, seed=1, **seen)
     by_name = predictor.predict(images={"base_0_rgb": first, "left_wrist_0_rgb": second}, seed=1, **seen)
     np.testing.assert_array_equal(by_place, by_name)

@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import main_train
 from data.loader import VLADataset, make_loader
 from data.processing import collate_fn
 from inference.predictor import VLAPredictor
 from inference.published import published_checkpoint
+from inference.serving.export_published import export_published
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
 from tests.pi_fixtures import folder
 from tests.policies import merged
 from utils.batch import example_batch
 from utils.calculate_normalization_stats import calculate_statistics
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config_utils import ConfigError
 from utils.parquet_utils import DataError
 from utils.statistics import StatisticsError
@@ -149,6 +151,28 @@ def test_what_nothing_reads_does_not_train(
     assert resting and all("language_model.layers.1." in name or "language_model.norm" in name for name in resting)
 
 
+def handed_back(trained: Path, out: Path, kind: str, statistics: dict[str, Any]) -> None:
+    """What training did not change is as it was imported; what it did change is this run's."""
+    export_published(load_checkpoint(trained), out, "lerobot")
+    before, after = (json.loads((place / "config.json").read_text()) for place in (folder(kind) / "policy", out))
+    renewed = {"chunk_size": 6, "n_action_steps": 6, "time_sampling_offset": 0.001}
+    changed = {key for key, value in before.items() if value != after[key]}
+    assert changed == {"input_features", "output_features", "chunk_size", "n_action_steps"}, changed
+    assert all(after[key] == value for key, value in renewed.items())
+    assert set(after["input_features"]) == {"observation.images.image_1", "observation.state"}
+    assert after["input_features"]["observation.state"]["shape"] == after["output_features"]["action"]["shape"] == [4]
+    (file,) = out.glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
+    numbers = load_file(file)
+    assert torch.equal(numbers["action.max"], torch.tensor(statistics["action"]["max"]))
+    assert numbers["observation.state.mean"].shape == (4,) and "observation.state.count" not in numbers
+    assert "observation.images.base_0_rgb.mean" in numbers  # which nothing reads
+    settings = {"tokenizer_name_or_path": str(folder(kind) / "tokenizer"), "vision_num_attention_heads": 2}
+    here, there = VLAPredictor.from_checkpoint(trained, "cpu"), VLAPredictor.from_pretrained(out, "cpu", **settings)
+    seen = {"prompt": "go", "state": np.zeros(4), "seed": 0}
+    frames = {"image_1": np.full((30, 50, 3), 90, np.uint8)}
+    np.testing.assert_allclose(here.predict(images=frames, **seen), there.predict(images=frames, **seen), atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_fine_tuning_from_a_published_policy(kind: str, tmp_path: Path, demos: Path, monkeypatch, capsys) -> None:
     """Another robot, other cameras, another horizon; own statistics or the checkpoint's."""
@@ -193,6 +217,7 @@ def test_fine_tuning_from_a_published_policy(kind: str, tmp_path: Path, demos: P
     assert predictor.model.statistics[0]["action"]["max"] == statistics["action"]["max"]
     frame = np.zeros((30, 50, 3), np.uint8)
     assert predictor.predict(frame, prompt="go", state=np.zeros(4), seed=0).shape == (6, 4)
+    handed_back(trained, tmp_path / "out", kind, statistics)
     with pytest.raises(StatisticsError, match="state.* has 8 values, config wants data.state_dim 4"):
         main_train.main([*command, "--experiment_name", "theirs", "--statistics", "pretrained"])
     with pytest.raises(ConfigError, match="checkpoint of another architecture: .*data.image_fit: checkpoint 'pad'"):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data.comparison.mismatch import mismatches
-from data.comparison.profile import is_profile, profile_of
+from data.comparison.profile import profile_of
 from data.episode_store import EpisodeStore
 from data.processing import VLAImageProcessor
 from tests.data.comparison.synthetic import SIZE, encoded, write_session
+from utils.comparison.facts import is_profile
+from utils.comparison.mismatch import mismatches
 
 CAMERAS = ("image_1", "image_2")
 

@@ -13,6 +13,7 @@ class DriftEnv(gymnasium.Env):
     """The state follows the actions; frames show it; success when its first value passes a limit set by the task."""
 
     instruction, control_hz, state_dim, per_action_dim = "move", 10.0, 4, 4
+    action_space = gymnasium.spaces.Box(-5.0, 5.0, (4,), np.float32)
 
     def __init__(self, task: str) -> None:
         self.task = task
@@ -32,7 +33,7 @@ class DriftEnv(gymnasium.Env):
         return self._observation(), float(self._state[0]), False, self._steps == 12, {"success": done}
 
     def settings(self) -> dict[str, Any]:
-        return {"camera": "none"}
+        return {"camera": "none", "control_hz": self.control_hz}
 
     def hold_action(self, previous: np.ndarray | None) -> np.ndarray:
         return np.zeros(4, np.float32)

@@ -238,3 +238,19 @@ def test_model_policy_settings(predictor):
     env.state_dim = 7
     with pytest.raises(ValueError, match="the policy has state_dim 4, the environment 7"):
         run_episode(env, ModelPolicy(predictor), seed=0)
+
+
+def test_an_environment_shows_its_cameras_by_name(tmp_path, tiny_paligemma_dir):
+    names = ("front", "wrist", "side")
+    demos = write_episodes(tmp_path / "demos.parquet", [6], cameras=names)
+    path = train_tiny(tmp_path, tiny_paligemma_dir, [demos], data={"cameras": list(names)})
+    predictor = VLAPredictor.from_checkpoint(path, "cpu")
+    policy = ModelPolicy(predictor)
+    seen = []
+    observation = predictor.observation
+    predictor.observation = lambda **given: seen.append(given["images"]) or observation(**given)
+    result = run_episode(CountingEnv(limit=4, cameras=("side", "front", "top")), policy, seed=3, record=True)
+    assert result.steps == 4 and len(result.frames) == 5
+    assert [list(images) for images in seen] == [["front", "side"]] * 2  # wrist is absent, nothing reads top
+    with pytest.raises(ValueError, match="policy reads the cameras front, wrist, side, the environment has top"):
+        run_episode(CountingEnv(limit=4, cameras=("top",)), policy, seed=3)

@@ -8,14 +8,14 @@ the mistakes that robots and recorders commonly make are tried on it, and the on
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from data.comparison.kinds import Mismatch
-from data.comparison.numbers import UNITS, number_mismatches
-from data.comparison.pictures import camera_mismatches
-from data.comparison.profile import LAGS, Profile
+from utils.comparison.facts import LAGS, Profile
+from utils.comparison.kinds import Mismatch
+from utils.comparison.numbers import UNITS, number_mismatches
+from utils.comparison.pictures import camera_mismatches
 
 LATE = 0.6  # steps from which a delay is one
 
@@ -33,7 +33,7 @@ def mismatches(session: Profile, training: Profile) -> list[Mismatch]:
     of_numbers = list(number_mismatches(session, training, as_trained))
     rate = [] if any(mismatch.kind in scaled for mismatch in of_numbers) else list(_rate(session, training))
     delays = [] if rate or of_numbers else list(_delays(session, training, as_trained))
-    return [*found, *of_numbers, *rate, *delays, *_prompts(session, training)]
+    return [*found, *of_numbers, *rate, *delays, *prompt_mismatches(session["prompts"], training)]
 
 
 def _rate(session: Profile, training: Profile) -> Iterator[Mismatch]:
@@ -81,8 +81,9 @@ def _peak(curve: np.ndarray) -> float | None:
     return best - LAGS + float(np.clip(shift, -2, 2))
 
 
-def _prompts(session: Profile, training: Profile) -> Iterator[Mismatch]:
-    for prompt in session["prompts"]:
+def prompt_mismatches(prompts: Iterable[str], training: Profile) -> Iterator[Mismatch]:
+    """Instructions that were never trained on."""
+    for prompt in prompts:
         if prompt not in training["prompts"]:
             near = difflib.get_close_matches(prompt, training["prompts"], n=1, cutoff=0.0)
             evidence = f"{prompt!r} was never trained on" + (f", the nearest is {near[0]!r}" if near else "")

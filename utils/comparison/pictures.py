@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data.comparison.kinds import Mismatch
-from data.comparison.profile import Profile
+from utils.comparison.facts import Profile
+from utils.comparison.kinds import Mismatch
 
 NOISE = 2.0  # grey levels by which mean pictures of one scene may differ anyway
 FAR = 1.6  # times the training episodes' own distances, from which a session is unlike all of them

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data.comparison.kinds import Mismatch
-from data.comparison.profile import Profile, quantile_distance
+from utils.comparison.facts import Profile, quantile_distance
+from utils.comparison.kinds import Mismatch
 
 FAR = 1.6  # times the distance of training episodes from all of them, from which a session's values lie otherwise
 
@@ -80,7 +80,8 @@ def other_distribution(
         return
     for factor, (kind, remedy) in UNITS.items():
         scaled = new[wrong] * factor
-        fits = (quantile_distance(scaled, known[wrong]) < limit[wrong]) & (_outside(scaled, known[wrong]) < 0.15)
+        wide = np.ptp(scaled[:, 1:-1], axis=1) > 0.1 * np.ptp(known[wrong][:, 1:-1], axis=1)
+        fits = wide & (quantile_distance(scaled, known[wrong]) < limit[wrong]) & (_outside(scaled, known[wrong]) < 0.15)
         if fits.mean() > 0.6:
             evidence = f"{column}[{wrong[0]}] {_spans(new[wrong[0]], known[wrong[0]])}"
             yield Mismatch(kind, column, evidence, remedy)

@@ -1,0 +1,72 @@
+"""Statistics beside data: shares outside, what values become, and the mistake that explains it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data.comparison.fit import as_table, statistics_fit
+
+
+def statistics_of(values):
+    names = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+    names |= {"q01": np.quantile(values, 0.01, axis=0), "q99": np.quantile(values, 0.99, axis=0)}
+    return {name: value.tolist() for name, value in names.items()}
+
+
+@pytest.fixture
+def arm():
+    """float (4000, 3): two joints in radians and a gripper."""
+    rng = np.random.default_rng(0)
+    return np.stack([rng.uniform(-1.2, 0.4, 4000), rng.uniform(0.5, 2.5, 4000), rng.beta(0.3, 1.2, 4000)], axis=1)
+
+
+def kinds(values, made_of, mode="min_max"):
+    statistics = {name: statistics_of(data) for name, data in made_of.items()}
+    table, found = statistics_fit(values, statistics, mode)
+    return table, {(mismatch.kind, mismatch.where) for mismatch in found}
+
+
+def test_data_fit_their_own_statistics(arm):
+    table, found = kinds({"state": arm[::2]}, {"state": arm})
+    assert not found and [fit.name for fit in table] == ["state[0]", "state[1]", "state[2]"]
+    assert all(abs(fit.outside - 0.02) < 0.01 and -1 <= fit.mapped[0] < fit.mapped[1] <= 1 for fit in table)
+    lines = as_table(table).splitlines()
+    assert lines[0].split()[:4] == ["dimension", "outside", "q01", "to"] and len(lines) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "where"),
+    [
+        (lambda v: v * (180 / np.pi, 180 / np.pi, 1), "degrees_for_radians", "state"),
+        (lambda v: v * (1000, 1000, 1), "thousandfold", "state"),
+        (lambda v: v[:, [1, 0, 2]], "dimensions_exchanged", "state"),
+        (lambda v: v * (1, 1, -1) + (0, 0, 1), "inverted", "state[2]"),
+        (lambda v: v * (1, -1, 1), "sign_reversed", "state[1]"),
+        (lambda v: v + (5, 0, 0), "outside_training", "state[0]"),
+        (lambda v: v[:, [0, 0, 2]], "duplicated", "state[1]"),
+    ],
+)
+def test_a_mistake_is_named(arm, change, kind, where):
+    assert (kind, where) in kinds({"state": change(arm)}, {"state": arm})[1]
+
+
+def test_a_tiny_scale_blows_up_and_a_wild_value_flattens(arm):
+    still = arm.copy()
+    still[:, 0] = 0.3 + 1e-3 * arm[:, 0]
+    table, found = kinds({"state": arm}, {"state": still})
+    assert ("blown_up", "state[0]") in found and abs(table[0].mapped[0]) > 100
+    wild = arm.copy()
+    wild[7, 1] = 4000.0
+    assert ("flattened", "state[1]") in kinds({"state": wild}, {"state": wild})[1]
+    still[:, 0] = 0.3
+    assert ("constant_in_statistics", "state[0]") in kinds({"state": arm}, {"state": still})[1]
+
+
+def test_relative_where_absolute_was_declared(arm):
+    targets = arm[1:]
+    found = kinds({"state": arm[:-1], "action": targets - arm[:-1]}, {"state": arm[:-1], "action": targets})[1]
+    assert ("relative_for_absolute", "action") in found
+    deltas = 0.01 * (targets - arm[:-1])
+    found = kinds({"state": arm[:-1], "action": arm[:-1] + deltas}, {"state": arm[:-1], "action": deltas})[1]
+    assert ("absolute_for_relative", "action") in found

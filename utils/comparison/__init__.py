@@ -1,0 +1,1 @@
+"""What differs between what a robot sends and what a policy was trained on."""
