@@ -69,15 +69,16 @@ def digest(env, observation):
     return [hashlib.sha256(np.ascontiguousarray(part)).hexdigest() for part in (state, *observation.values())]
 
 
+@pytest.fixture(scope="module")
+def plate():
+    env = make_env("libero", PLATE, image_size=64)
+    yield env
+    env.close()
+
+
 @pytest.mark.slow
 class TestTheSimulator:
     pytestmark = needs("libero", "robosuite")
-
-    @pytest.fixture(scope="class")
-    def plate(self):
-        env = make_env("libero", PLATE, image_size=64)
-        yield env
-        env.close()
 
     def test_meets_the_interface(self, plate):
         observation, info = plate.reset(seed=0)
