@@ -19,7 +19,7 @@ import numpy as np
 
 from envs.base import RobotEnv
 from envs.cameras import chosen_cameras, image_options
-from envs.libero_expert import PickAndPlace
+from envs.libero_expert import PickAndPlace, Shapes
 from envs.libero_tasks import STEP_LIMITS, TASKS, instructions_of, suite_of
 from envs.mujoco_rendering import OffscreenRenderer, import_mujoco
 from envs.simulator import suggest
@@ -29,7 +29,8 @@ ACTION_DIM = 7  # of the gripper: displacement x, y, z (1 = 5 cm), rotation x, y
 CONTROL_HZ = 20
 SETTLING = np.array([0, 0, 0, 0, 0, 0, -1.0])  # the gripper opens, the rest waits until things have come to rest
 CAMERAS = {"image_1": "agentview", "image_2": "robot0_eye_in_hand"}
-MAX_PLACINGS = 20  # draws of a scene in which everything finds a place
+MAX_PLACINGS = 300  # draws of a scene in which everything finds a place
+LEAST_GAP_M = 0.012  # between things of the wide layout; LIBERO's own sampler takes a plate for a disc of 2.5 cm
 LOOKS, LAYOUTS, INITIAL_STATES = ("fast", "shipped"), ("standard", "wide"), ("sampled", "official")
 WIDE_M = {"table": (0.09, 0.12), "other": (0.05, 0.05)}  # added to each side of a movable object's region: x, y
 
@@ -105,8 +106,7 @@ class LiberoEnv(RobotEnv):
         self._control, self._retry = _make_control(suite, name)
         self._env = self._control.env
         self._states = _official_states(suite, name) if initial_states == "official" else None
-        if layout == "wide":
-            _widen(self._env)
+        self._shapes, self._moved = Shapes(self._env), _widen(self._env) if layout == "wide" else []
         model = self._env.sim.model._model
         self._renderer = OffscreenRenderer(
             model, image_size, hide_sites=True, hidden_geoms=(0,), plain=look == "shipped"
@@ -243,9 +243,11 @@ class LiberoEnv(RobotEnv):
         """A scene; the sampler gives up where things that it has placed leave no room for the next."""
         for _ in range(MAX_PLACINGS):
             try:
-                return self._env.reset()
+                observation = self._env.reset()
             except self._retry:
                 continue
+            if not self._moved or self._shapes.apart(self._moved, self._env.fixtures_dict, LEAST_GAP_M):
+                return observation
         raise RuntimeError(
             f"{self.task} seed {seed}: no room for everything in {MAX_PLACINGS} draws; take another seed"
         )
@@ -288,14 +290,17 @@ def _official_states(suite: str, name: str) -> np.ndarray:
     return np.asarray(tasks.get_task_init_states(index))
 
 
-def _widen(env: Any) -> None:
-    """Let everything movable lie further from where LIBERO puts it; nothing overlaps, fixtures stay."""
+def _widen(env: Any) -> list[str]:
+    """Let everything movable lie further from where LIBERO puts it, fixtures stay; returns what is moved."""
+    moved = []
     for sampler in env.placement_initializer.samplers.values():
         if not all(thing.name in env.objects_dict for thing in sampler.mujoco_objects):
             continue
         dx, dy = WIDE_M["table" if env.workspace_name == "main_table" else "other"]
         sampler.x_ranges = [[low - dx, high + dx] for low, high in sampler.x_ranges]
         sampler.y_ranges = [[low - dy, high + dy] for low, high in sampler.y_ranges]
+        moved += [thing.name for thing in sampler.mujoco_objects]
+    return moved
 
 
 @contextmanager

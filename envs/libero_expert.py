@@ -7,6 +7,7 @@ Stages advance once a control step, with `advance`; `action` only reads.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -35,6 +36,42 @@ class Grip:
     angle: float
 
 
+class Shapes:
+    """Where the collision shapes of things and furniture are, from the simulation.
+
+    Args:
+        env: LIBERO's environment; only read.
+    """
+
+    def __init__(self, env: Any) -> None:
+        self._model, self._data = env.sim.model._model, env.sim.data._data
+        self._geoms = {name: _shapes(self._model, body) for name, body in env.obj_body_id.items()}
+
+    def corners(self, name: str) -> np.ndarray:
+        """(N, 3): the corners of a thing's collision shapes, world frame."""
+        geoms = self._geoms[name]
+        centre, half = np.split(self._model.geom_aabb[geoms], 2, axis=1)
+        own = centre[:, None] + SIGNS * half[:, None]  # (geoms, 8, 3)
+        turned = np.einsum("gij,gcj->gci", self._data.geom_xmat[geoms].reshape(-1, 3, 3), own)
+        return (self._data.geom_xpos[geoms][:, None] + turned).reshape(-1, 3)
+
+    def box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest x, y, z of a thing."""
+        corners = self.corners(name)
+        return corners.min(axis=0), corners.max(axis=0)
+
+    def apart(self, names: Iterable[str], others: Iterable[str], metres: float) -> bool:
+        """Whether every thing has so much room to every other, seen from above."""
+        boxes = {name: self.box(name) for name in {*names, *others}}
+        for name in names:
+            low, high = boxes[name]
+            for other in boxes.keys() - {name}:
+                beside = np.maximum(boxes[other][0] - high, low - boxes[other][1])[:2]
+                if beside.max() < metres:
+                    return False
+        return True
+
+
 class PickAndPlace:
     """The expert of one episode.
 
@@ -56,7 +93,7 @@ class PickAndPlace:
             )
         self._env, self._model, self._data = env, env.sim.model._model, env.sim.data._data
         _, self._thing, self._place = goals[0]
-        self._shapes = {name: _shapes(self._model, body) for name, body in env.obj_body_id.items()}
+        self._shapes = Shapes(env)
         self._grip = self._best_grip()
         self._stage = self._since = 0
         self._held: np.ndarray | None = None  # the gripper's position minus the thing's, once it is held
@@ -117,17 +154,10 @@ class PickAndPlace:
         return np.arccos(cosine) * axis / max(np.linalg.norm(axis), 1e-9)
 
     def _corners(self, name: str) -> np.ndarray:
-        """(N, 3): the corners of a thing's collision shapes, world frame."""
-        geoms = self._shapes[name]
-        centre, half = np.split(self._model.geom_aabb[geoms], 2, axis=1)
-        own = centre[:, None] + SIGNS * half[:, None]  # (geoms, 8, 3)
-        turned = np.einsum("gij,gcj->gci", self._data.geom_xmat[geoms].reshape(-1, 3, 3), own)
-        return (self._data.geom_xpos[geoms][:, None] + turned).reshape(-1, 3)
+        return self._shapes.corners(name)
 
     def _box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """The lowest and the highest x, y, z of a thing."""
-        corners = self._corners(name)
-        return corners.min(axis=0), corners.max(axis=0)
+        return self._shapes.box(name)
 
     def _centre(self, name: str) -> np.ndarray:
         low, high = self._box(name)
