@@ -10,7 +10,6 @@ Prints a line per check and a verdict; the exit status is 0 when nothing stands 
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from training.launch import is_rank, launch, master_port, member_of_group
+from utils.arguments import CommandParser, at_least, run_command
 from utils.config_utils import ConfigError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -157,11 +157,15 @@ def _finish(tensor: torch.Tensor) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, two without a GPU")
+    parser = CommandParser(__doc__)
+    parser.add_argument("--nproc", type=at_least(1), help="processes; default: one per GPU, two without a GPU")
     parser.add_argument("--size_mb", type=float, default=64.0, help="largest all-reduce, in MiB")
     parser.add_argument("--timeout_s", type=float, default=60.0, help="how long a rank waits for the others")
     args = parser.parse_args()
+    for name, least in (("size_mb", 0.001), ("timeout_s", 1)):
+        value = getattr(args, name)
+        if not least <= value < float("inf"):
+            parser.error(f"--{name} is {value}; give {least} or more")
     if is_rank():
         with member_of_group(args.timeout_s) as place:
             checks = all_reduce(place.device, args.size_mb)
@@ -188,7 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

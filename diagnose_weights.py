@@ -9,13 +9,11 @@ still exists. The exit code is 1 where a weight is NaN or infinite.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor
 from model.adapters import ADAPTER, is_adapted
 from model.backbone import backbone_class
 from model.vla_model import VLAModel
+from utils.arguments import CommandParser, run_command
 from utils.checkpoint import evaluation_weights, load_checkpoint
 from utils.config_utils import Config, config_from_dict
 from utils.misc import atomic_path
@@ -242,7 +241,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--base", help="checkpoint or backbone directory to compare with")
     parser.add_argument("--plot", type=Path, help="PNG to write; default: beside the checkpoint")
@@ -279,7 +278,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

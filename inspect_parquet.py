@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -23,26 +24,25 @@ from data.comparison.fit import as_table
 from data.doctor.examine import Requirements, examine
 from data.doctor.report import as_text, merge_reports, write_plots
 from inference.policy_files import read_policy
-from utils.checkpoint import CheckpointError
-from utils.config_utils import Config, ConfigError, MixtureEntry, load_config
-from utils.misc import WriteError, atomic_path, user_path, writing
-from utils.parquet_utils import DataError
+from utils.arguments import CommandParser
+from utils.config_utils import Config, MixtureEntry, load_config
+from utils.misc import atomic_path, user_message, writing
 from utils.recordings import Recording, resolve_recordings
 
 logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--data_path", nargs="+", help="Parquet files, folders, globs or lerobot:/path; default: the config's"
     )
     parser.add_argument("--val_data_path", nargs="+", help="validation files, checked too, and for overlap")
     parser.add_argument("--config_path", help="YAML config to check widths, horizon, cameras and prompts against")
-    parser.add_argument("--against", type=user_path, help="policy (checkpoint or folder) to hold the data against")
+    parser.add_argument("--against", type=pathlib.Path, help="policy (checkpoint or folder) to hold the data against")
     parser.add_argument("--dataset", help="with --against a policy of several datasets: which of them")
-    parser.add_argument("--report", type=user_path, help="JSON to write")
-    parser.add_argument("--plots_dir", type=user_path, help="folder for contact sheet, state and action plots")
+    parser.add_argument("--report", type=pathlib.Path, help="JSON to write")
+    parser.add_argument("--plots_dir", type=pathlib.Path, help="folder for contact sheet, state and action plots")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors in the exit code")
     parser.add_argument("--skip_images", action="store_true", help="leave image columns unread (no contact sheet)")
     parser.add_argument("--num_workers", type=int, help="decoding processes; default: one per core")
@@ -170,6 +170,6 @@ def token_counter(config: Config) -> Callable[[str], int] | None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (CheckpointError, ConfigError, DataError, WriteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
         sys.exit(2)

@@ -7,20 +7,19 @@ torchrun --nproc_per_node=8 main_train_ddp.py --config_path configs/vla_config_d
 
 from __future__ import annotations
 
-import argparse
 import runpy
 import sys
 from pathlib import Path
 
 from training.launch import is_rank, launch
+from utils.arguments import CommandParser, run_command
 from utils.cli import config_from_args, train_parser
-from utils.config_utils import ConfigError
 
 MAIN_TRAIN = str(Path(__file__).resolve().with_name("main_train.py"))  # what every rank runs
 
 
 def main() -> int:
-    full, launcher = train_parser(__doc__), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    full, launcher = train_parser(__doc__), CommandParser(None, add_help=False, allow_abbrev=False)
     for parser in (full, launcher):
         parser.add_argument("--nproc", type=int, help="processes that this command starts (not under torchrun)")
     args = full.parse_args()
@@ -34,7 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

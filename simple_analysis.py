@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import textwrap
 from collections.abc import Sequence
 from itertools import chain, islice
@@ -37,8 +36,9 @@ from data.statistics import require_statistics_of
 from inference.report import write_json
 from model.normalizer import Normalizer
 from model.vla_model import VLAModel
+from utils.arguments import CommandParser, run_command
 from utils.config_utils import Config, load_config
-from utils.misc import derive_seed, set_up_logging, user_path, writing
+from utils.misc import derive_seed, set_up_logging, writing
 from utils.statistics import load_statistics
 from utils.text import csv_text
 from utils.text_table import text_table
@@ -50,10 +50,10 @@ RANGE = ("min", "q01", "mean", "q99", "max")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config_path", required=True, help="YAML config, as for training")
     parser.add_argument("--num_samples", type=int, default=4, help="samples of the batch (default %(default)s)")
-    parser.add_argument("--output_dir", type=user_path, default=Path("analysis"), help="default %(default)s")
+    parser.add_argument("--output_dir", type=Path, default=Path("analysis"), help="default %(default)s")
     parser.add_argument("--skip_model", action="store_true", help="do not load the backbone: no untrained loss")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="set_args")
     args = parser.parse_args(argv)
@@ -343,8 +343,4 @@ def numbers(ascending: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError) as error:
-        logger.debug("traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -10,10 +10,8 @@ than the training data's mean action. The exit code is 0 when every check passes
 
 from __future__ import annotations
 
-import argparse
 import glob
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.loader import VLADataset, collate_fn, open_dataset
+from data.loader import VLADataset, collate_fn, open_dataset, open_for_evaluation
 from inference.evaluate import Predictions, evaluate_offline, measure_latency
 from inference.metrics import NonFiniteError
 from inference.predictor import VLAPredictor
 from inference.report import write_json
+from utils.arguments import CommandParser, at_least, run_command
 from utils.config_data import is_lerobot
 from utils.config_utils import ConfigError
 from utils.misc import atomic_path, set_up_logging
-from utils.recordings import Recording, resolve_recordings
+from utils.recordings import resolve_recordings
 from utils.text_table import text_table
 
 logger = logging.getLogger(__name__)
@@ -39,23 +38,29 @@ RANGE_MARGIN = 0.1  # predictions may leave the training range by this share of 
 RANGE_SHARE = 0.99  # and at least this share of them must stay within
 
 
-def check_file(predictor: VLAPredictor, path: Recording, max_samples: int, batch_size: int) -> dict[str, Any]:
-    """Metrics and checks of one Parquet file or LeRobot dataset.
+def check(predictor: VLAPredictor, name: str, dataset: VLADataset, max_samples: int, batch_size: int) -> dict[str, Any]:
+    """Metrics and checks over some recorded data.
+
+    Args:
+        predictor: the policy.
+        name: of the data, for errors.
+        dataset: as the policy reads it.
+        max_samples: at most so many, spread evenly.
+        batch_size: samples per prediction.
 
     Returns:
         `{"checks": {name: bool}, "samples", "metrics": {predictor: overall metrics}, "share_in_range",
         "milliseconds_per_sample"}`; with a prediction that is not finite only `checks` and `error`.
     """
-    dataset = recorded(predictor, path)
     rows = np.unique(np.linspace(0, len(dataset) - 1, max_samples).round().astype(int)).tolist()
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     batches = [collate_fn([dataset[row] for row in part]) for part in parts]
     try:
-        result, predictions = evaluate_offline(predictor, {str(path): (dataset, batches)})
+        result, predictions = evaluate_offline(predictor, {name: (dataset, batches)})
     except NonFiniteError as error:
         return {"checks": {"finite": False}, "error": str(error)}
     metrics = {name: summary["overall"] for name, summary in result["predictors"].items()}
-    share = share_in_range(predictor, predictions[str(path)])
+    share = share_in_range(predictor, predictions[name])
     return {
         "checks": {
             "finite": True,
@@ -70,29 +75,43 @@ def check_file(predictor: VLAPredictor, path: Recording, max_samples: int, batch
     }
 
 
-def recorded(predictor: VLAPredictor, path: Recording) -> VLADataset:
-    """A recording as the policy reads it."""
+def files_of(predictor: VLAPredictor, paths: Sequence[str], key: str) -> dict[str, VLADataset]:
+    """Each recording of some paths as the policy reads it; `key` is where the paths come from, for errors."""
     processors = predictor.image_processor, predictor.prompt_tokenizer
-    return open_dataset(predictor.config, *processors, path, "--test_data_dir", predictor.dataset_index)
+    mapping = predictor.config.datasets[predictor.dataset_index].lerobot
+    return {
+        str(path): open_dataset(predictor.config, *processors, path, key, predictor.dataset_index)
+        for path in resolve_recordings(paths, key, mapping)
+    }
 
 
-def default_data(predictor: VLAPredictor) -> Sequence[str]:
-    """The validation data that the policy was trained with, where that is on this machine; else the samples.
+def default_data(predictor: VLAPredictor) -> dict[str, VLADataset]:
+    """What the policy's training held out, where that is on this machine; else the samples.
 
     Raises:
         ConfigError: neither fits the policy.
+        DataError: files break the schema.
     """
-    held_out = predictor.config.data.val_parquet_files
-    if held_out and all(is_lerobot(path) or glob.glob(str(path), recursive=True) for path in held_out):
-        logger.info("no --test_data_dir: the checkpoint's data.val_parquet_files, %s", ", ".join(map(str, held_out)))
-        return held_out
+    config, entry = predictor.config, predictor.config.datasets[predictor.dataset_index]
+    processors, data = (predictor.image_processor, predictor.prompt_tokenizer), config.data
+    if data.val_parquet_files and _are_here(data.val_parquet_files):
+        logger.info("no --test_data_dir: data.val_parquet_files of the checkpoint")
+        return files_of(predictor, data.val_parquet_files, "data.val_parquet_files")
+    if data.val_fraction and _are_here(entry.path):
+        logger.info("no --test_data_dir: the episodes that data.val_fraction of the checkpoint holds out")
+        held_out = open_for_evaluation(config, *processors, None, predictor.dataset_index)
+        return {f"held out of {entry.name}": held_out["val"]}
     if (predictor.state_dim, predictor.per_action_dim) != SAMPLES_WIDTHS:
         raise ConfigError(
-            "--test_data_dir is missing: the checkpoint's validation data are not here, and data/samples are of "
+            "--test_data_dir is missing: what the checkpoint's training held out is not here, and data/samples are of "
             f"another robot ({SAMPLES_WIDTHS[0]} states, {SAMPLES_WIDTHS[1]} actions); give a folder of Parquet files"
         )
     logger.warning("no --test_data_dir: data/samples, which the policy may never have seen the like of")
-    return [str(SAMPLES)]
+    return files_of(predictor, [str(SAMPLES)], "--test_data_dir")
+
+
+def _are_here(paths: Sequence[str]) -> bool:
+    return bool(paths) and all("://" in path or is_lerobot(path) or glob.glob(path, recursive=True) for path in paths)
 
 
 def share_in_range(predictor: VLAPredictor, predictions: Predictions) -> float:
@@ -125,16 +144,13 @@ def report_table(files: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
-    help_text = (
-        "folder with Parquet files, or lerobot:/path; default: the checkpoint's validation data where it is here, else "
-        "data/samples"
-    )
+    help_text = "folder of Parquet files, or lerobot:/path; default: what training held out, else data/samples"
     parser.add_argument("--test_data_dir", help=help_text)
     parser.add_argument("--output_file", default="offline_report.json", help="JSON, or the table alone as *.txt")
-    parser.add_argument("--max_samples", type=int, default=200, help="samples per file")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_samples", type=at_least(1), default=200, help="samples per file")
+    parser.add_argument("--batch_size", type=at_least(1), default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dataset", help="for a policy trained on a mixture: whose statistics and widths apply")
     args = parser.parse_args(argv)
@@ -142,10 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, args.device, dataset=args.dataset)
     if predictor.config.training.num_threads is not None:
         torch.set_num_threads(predictor.config.training.num_threads)
-    mapping = predictor.config.datasets[predictor.dataset_index].lerobot
-    paths = resolve_recordings(args.test_data_dir or default_data(predictor), "--test_data_dir", mapping)
-    files = {str(path): check_file(predictor, path, args.max_samples, args.batch_size) for path in paths}
-    times = measure_latency(predictor, collate_fn([recorded(predictor, paths[0])[0]]), repeats=20)
+    if args.test_data_dir:
+        data = files_of(predictor, [args.test_data_dir], "--test_data_dir")
+    else:
+        data = default_data(predictor)
+    files = {name: check(predictor, name, dataset, args.max_samples, args.batch_size) for name, dataset in data.items()}
+    times = measure_latency(predictor, collate_fn([next(iter(data.values()))[0]]), repeats=20)
     passed = all(all(found["checks"].values()) for found in files.values())
     timing = f"median {times['median_ms']:.1f} ms, 95 % within {times['p95_ms']:.1f} ms"
     verdict = "PASSED" if passed else "FAILED"
@@ -161,7 +179,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -27,6 +27,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from inference.metrics import wilson_interval
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 CONFIG, NAME = "configs/quickstart.yaml", "corrections"
@@ -133,7 +134,7 @@ def table(results: dict[int, dict[str, dict[str, Any]]], args: argparse.Namespac
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--task", default="button-press-topdown-v3", help="default %(default)s")

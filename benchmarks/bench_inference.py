@@ -20,7 +20,6 @@ cached for one view: of processor time on a CPU, of time on a GPU.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -44,6 +43,7 @@ from benchmarks.random_policy import PROMPT, random_policy
 from inference.engine import TensorFunction, Tensors, accelerate
 from inference.predictor import VLAPredictor
 from model.context import Context
+from utils.arguments import CommandParser
 from utils.misc import pick_device
 from utils.text_table import text_table
 
@@ -270,7 +270,7 @@ def print_report(views: int, result: dict[str, Any], wanted: list[str], absent: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--views", type=int, nargs="+", default=[1, 2], choices=(1, 2))
     parser.add_argument("--ways", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="WAY")

@@ -44,6 +44,7 @@ from data.loader import VLADataset, make_loader
 from data.processing import PromptTokenizer, VLAImageProcessor
 from data.sampler import StepBatchSampler
 from model.tiny.paligemma import make_tiny_paligemma
+from utils.arguments import CommandParser
 from utils.config_utils import DataConfig
 from utils.text_table import text_table
 
@@ -186,7 +187,7 @@ def measure_memory(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a few seconds, sizes of 0.02 and 0.1 GB")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--sizes_gb", type=float, nargs="+", default=[1.0, 8.0], help="of the memory measurement")

@@ -11,7 +11,6 @@ of the largest number of processes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ if not __package__:
 from envs import make_env
 from envs.mujoco_rendering import import_mujoco
 from scripts._recording import record, recording_parser
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 CAMERA = "corner4"
@@ -86,7 +86,7 @@ def _in_fresh_process(function: Callable[..., float], *args: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--task", default="window-open-v3")
     parser.add_argument("--image_size", type=int, default=96)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])

@@ -24,6 +24,7 @@ from typing import Any
 if not __package__:
     import _repository  # noqa: F401
 
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 LIMITS = {"speedup": 1.7, "flips": 0}
@@ -44,7 +45,7 @@ def evaluate(args: argparse.Namespace, folder: pathlib.Path, num_envs: int) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True, type=lambda path: str(pathlib.Path(path).resolve()))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--episodes", type=int, default=100, help="per task")

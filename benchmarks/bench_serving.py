@@ -11,7 +11,6 @@ JSON keys: in_process_ms, served_ms, overhead_ms, wrong_answers (wanted 0), memo
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import signal
@@ -30,6 +29,7 @@ if not __package__:
 from benchmarks.memory import resident_mb
 from benchmarks.served import open_client, start_server
 from inference.predictor import VLAPredictor
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 LIMITS = {"wrong_answers": 0, "memory_growth": 1.05}
@@ -98,7 +98,7 @@ def run_clients(port: int, clients: int, asked: list, expected: list, seconds: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--seconds", type=float, default=60.0, help="of the load")
     parser.add_argument("--clients", type=int, default=8)

@@ -36,6 +36,7 @@ if not __package__:
 
 from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset
 from data.statistics import calculate_statistics
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 DIMS, FILES, IMAGE_SIZE, HORIZON = 14, 8, 96, 8
@@ -98,7 +99,7 @@ def _peak_memory_mb() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a twentieth of the rows")
     parser.add_argument("--json", type=pathlib.Path, help="write the numbers to this file")
     parser.add_argument(

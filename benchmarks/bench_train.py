@@ -20,7 +20,6 @@ gradients of frozen weights; QLoRA counts as LoRA. The peak is the dense bfloat1
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import gc
@@ -49,6 +48,7 @@ from data.loader import VLADataset, make_loader
 from data.sampler import StepBatchSampler
 from training.fit_estimate import GB, expected_memory
 from training.trainer import VLATrainer
+from utils.arguments import CommandParser
 from utils.batch import Batch, example_batch, to_device
 from utils.config_utils import Config
 from utils.text_table import text_table
@@ -381,7 +381,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer turns, three switches; two recipes on a GPU")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--size", choices=("quickstart", "paligemma-3b"), help="default: by the device")

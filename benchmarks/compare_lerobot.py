@@ -17,7 +17,6 @@ give the same chunks and losses is checked. Rows:
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import shutil
@@ -41,6 +40,7 @@ from inference.published import image_scale
 from inference.serving.export_published import export_published
 from model.pi_weights import GemmaSizes, PiSizes, our_name, published_shapes
 from model.tiny.paligemma import make_tiny_paligemma
+from utils.arguments import CommandParser
 from utils.config_utils import config_from_dict, config_to_dict
 from utils.text_table import text_table
 
@@ -221,7 +221,7 @@ def row(kind: str, what: str, compiled: bool, unit: str, here: float, there: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--lerobot_python", required=True, help="Python of an environment that has lerobot")
     parser.add_argument("--turns", type=int, default=5, help="measurements of each row, after one that is not counted")
     parser.add_argument("--no_compiled", action="store_true", help="leave out torch.compile")

@@ -20,7 +20,6 @@ hung_rank_seconds; passed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import multiprocessing
@@ -47,6 +46,7 @@ from benchmarks.synthetic import jpeg_frames, write_dataset
 from data.statistics import calculate_for_config
 from model.tiny.paligemma import make_tiny_paligemma
 from training.run_log import read_metrics
+from utils.arguments import CommandParser
 from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
 from utils.config_utils import load_config
 from utils.text_table import text_table
@@ -344,7 +344,7 @@ def lose_rank(config_path: pathlib.Path, number: signal.Signals) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="8 kills of a shorter run")
     parser.add_argument("--kills", type=int, help="default 100, with --quick 8")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -12,7 +12,6 @@ JSON keys: cases, seed, outcomes per kind, uncaught, wrong_rows, too_slow, crash
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import json
@@ -35,6 +34,7 @@ if not __package__:
 
 from benchmarks.odd_data import KINDS, OURS, WrongRowError
 from benchmarks.time_limit import TooSlowError, within
+from utils.arguments import CommandParser
 
 LIMIT_S = 60.0  # of one case, from which it hangs; pyarrow looks for a damaged page header for up to 10 s
 
@@ -82,13 +82,20 @@ def _in_a_process(seed: int, numbers: list[int], kinds: list[str]) -> Iterator[C
         process.start()
         sender.close()
         begun = done = numbers[0] - 1
+        hangs = False
         with contextlib.suppress(EOFError):
             while done != numbers[-1]:
                 begun = receiver.recv()
+                hangs = not receiver.poll(2 * LIMIT_S)  # a library loops, which no signal of Python's interrupts
+                if hangs:
+                    process.kill()
+                    break
                 yield receiver.recv()
                 done = begun
         process.join()
-        if begun != done:
+        if hangs:
+            yield begun, kinds[begun % len(kinds)], "too slow", f"killed after {2 * LIMIT_S} s", 2 * LIMIT_S
+        elif begun != done:
             yield begun, kinds[begun % len(kinds)], "crashed", f"exit code {process.exitcode}", 0.0
         elif begun < numbers[0]:
             raise RuntimeError(f"no case could be begun (exit code {process.exitcode})")
@@ -130,7 +137,7 @@ def fuzz(cases: int, seed: int, kinds: list[str] | None = None, num_workers: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="default: all in turn")

@@ -12,7 +12,6 @@ JSON keys: cases, seed, outcomes per kind, uncaught, wrong_values, code_run, rea
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import logging
@@ -33,6 +32,7 @@ from benchmarks.crafted_files import KINDS, OURS, WrongValueError
 from benchmarks.crafted_folders import LeakError
 from benchmarks.memory import limit_memory, peak_mb
 from benchmarks.time_limit import TooSlowError, within
+from utils.arguments import CommandParser
 
 LIMIT_S = 5.0
 
@@ -108,7 +108,7 @@ def fuzz(cases: int, seed: int, kinds: list[str] | None = None) -> dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="default: all in turn")

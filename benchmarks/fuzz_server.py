@@ -14,7 +14,6 @@ wrong_answers, slowest_good_s, memory_mb), mixed (answers, wrong_answers, refuse
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import json
@@ -45,6 +44,7 @@ from data.processing import ObservationError
 from inference.predictor import VLAPredictor
 from inference.serving.requests import History, RequestError, RequestReader
 from inference.serving.wire import WireError, pack
+from utils.arguments import CommandParser
 from utils.config_utils import ServingConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -285,7 +285,7 @@ def faults(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", default=str(ROOT / "tests/fixtures/policies/flow.pth.tar"))
     parser.add_argument("--messages", type=int, default=200_000, help="in process")
     parser.add_argument("--socket_messages", type=int, default=5000)

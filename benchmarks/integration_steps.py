@@ -10,7 +10,6 @@ mean square. midpoint and heun evaluate the network twice a step, so cells are o
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -32,6 +31,7 @@ from inference.closed_loop.rollout import ModelPolicy, run_episode, summarize_ta
 from inference.evaluate import evaluate_offline
 from inference.predictor import VLAPredictor
 from model.vla_model import VLAModel
+from utils.arguments import CommandParser
 from utils.checkpoint import load_checkpoint
 from utils.config_utils import config_from_dict
 from utils.text_table import markdown_table
@@ -112,7 +112,7 @@ def table(cells: list[dict[str, Any]], tasks: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--eval_data_path", required=True, help="held-out demonstrations")
     parser.add_argument("--tasks", nargs="+", default=["button-press-topdown-v3", "window-open-v3"])

@@ -13,7 +13,6 @@ Limits (of 20 episodes each): at least 15 under the right prompt.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import shutil
@@ -28,6 +27,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from envs import FIRST_EVALUATION_SEED, make_env
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 TASKS = ("faucet-open-v3", "faucet-close-v3")
@@ -78,7 +78,7 @@ def rollouts(checkpoint: str, episodes: int, name: str, *flags: str) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     args = parser.parse_args()

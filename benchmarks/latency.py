@@ -21,7 +21,6 @@ pauses is slow rather than wrong. Both policies (configs/latency.yaml) are train
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import multiprocessing
@@ -44,6 +43,7 @@ from envs import FIRST_EVALUATION_SEED, make_env
 from inference.closed_loop.rollout import ModelPolicy, execution_settings, run_episode
 from inference.metrics import wilson_interval
 from inference.predictor import VLAPredictor
+from utils.arguments import CommandParser
 from utils.misc import atomic_path
 from utils.parquet_utils import resolve_parquet_files
 from utils.text_table import text_table
@@ -311,7 +311,7 @@ def read_published(path: pathlib.Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--episodes", type=int, default=10, help="per task, strategy and delay")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="NAME")

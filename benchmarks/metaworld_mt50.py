@@ -17,7 +17,6 @@ SmolVLA 57.3, Evo-1 80.6.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
@@ -31,6 +30,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from envs import FIRST_EVALUATION_SEED, expand_tasks
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 NAME = "metaworld_mt50"  # of the config too, with "_cpu" behind it where two cores train
@@ -118,7 +118,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="four tasks, one of each tier, at a fraction of the size")
     parser.add_argument("--cpu", action="store_true", help="a recipe for two cores: 50 demonstrations, a small model")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")

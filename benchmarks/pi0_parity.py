@@ -10,7 +10,6 @@ the larger of 1 and their size. Exits with 1 where one is larger.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -35,6 +34,7 @@ from model.action_head.flow_matching import flow_interpolate
 from model.action_head.guidance import guidance_weight, soft_mask
 from model.context import Context
 from model.pi_weights import TABLE_OF_OUTPUT, UNREAD, canonical, our_name
+from utils.arguments import CommandParser
 from utils.batch import Batch
 from utils.normalization import published_scaling
 from utils.policy_folder import read_relative_dims
@@ -484,7 +484,7 @@ def part_of(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--policy_dir", type=Path, required=True, help="the policy, as lerobot wrote it")
     parser.add_argument("--reference", type=Path, required=True, help="the folder of arrays")
     parser.add_argument("--tokenizer_name_or_path", help="default: tokenizer/ of the reference, if it has one")

@@ -5,7 +5,6 @@ python data/loader.py --data_path data/samples     # self-test: prints what the 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import logging
 import math
@@ -35,6 +34,7 @@ from data.schema import VECTORS, vector_width
 from data.shared_memory import ImageBlock, PackedBatch, SlotPool, end_only_for_parent, use_pool
 from data.tables import cameras_of, open_table
 from data.weighting import check_weighting, sample_probabilities
+from utils.arguments import CommandParser, run_command
 from utils.batch import Batch
 from utils.config_utils import Config, DataConfig, MixtureEntry
 from utils.misc import derive_seed, set_up_logging
@@ -318,7 +318,7 @@ def build_loaders(
 
 def main() -> None:
     """Self-test: read every file, decode first and last frame of every episode, print what the files hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--data_path", nargs="+", default=["data/samples"], help="Parquet files, folders, globs or lerobot:/path"
     )
@@ -366,7 +366,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, ObservationError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -406,11 +406,19 @@ def prompts(column: pa.ChunkedArray | pa.Array, path: Source, first_row: int) ->
     """The instruction of every row.
 
     Raises:
-        DataError: another type than string, or a row without an instruction.
+        DataError: another type than string, bytes that are no UTF-8, or a row without an instruction.
     """
     if not _is_text(column.type):
         raise DataError(f"{path}: column {PROMPT!r} is {column.type}; wanted string")
-    texts = column.to_pylist()
+    try:
+        texts = column.to_pylist()
+    except UnicodeDecodeError:
+        for row, value in enumerate(column):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path} row {first_row + row}: prompt is not UTF-8 ({error}); write it anew") from None
+        raise
     for i, text in enumerate(texts):
         if not text or not text.strip():
             raise DataError(f"{path} row {first_row + i}: prompt is {text!r}; every time step needs its instruction")

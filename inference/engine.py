@@ -25,6 +25,7 @@ from model.context import ActionPrefix
 from model.vla_model import VLAModel
 from utils.batch import Batch
 from utils.config_utils import InferenceConfig
+from utils.misc import require_compiler
 
 Tensors = dict[str, Tensor]
 TensorFunction = Callable[[Tensors], Tensor]
@@ -148,11 +149,12 @@ def accelerate(function: TensorFunction, mode: str, device: torch.device) -> Ten
         device: where the tensors are.
 
     Raises:
-        ValueError: a CUDA graph on another device.
+        ValueError: a CUDA graph on another device, or nothing to compile with.
     """
     if mode == "none":
         return function
     if mode != "cuda_graph":
+        require_compiler(f"inference.compile is {mode}", "give --compile none")
         return torch.compile(function, mode=mode, dynamic=False)
     if device.type != "cuda":
         raise ValueError(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.arguments import CommandParser
 from utils.cli import add_setting_flags, key_values
 from utils.config_utils import ConfigError, InferenceConfig
 
@@ -47,8 +48,7 @@ class _EvalParser:
     """The flags and their rules."""
 
     def __init__(self, description: str | None) -> None:
-        style = argparse.RawDescriptionHelpFormatter
-        self.parser = argparse.ArgumentParser(description=description, formatter_class=style)
+        self.parser = CommandParser(description)
         self.groups = {mode: self.parser.add_argument_group(title) for mode, title in MODES.items()}
         self.rules: dict[str, Rule] = {}
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from model.adapters import adapt
@@ -19,6 +20,8 @@ from model.context import Context, ContextSpec
 from utils.backbones import BACKBONE_SPECS
 from utils.batch import Batch
 from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
+
+OLDEST_TRANSFORMERS = (5, 6)  # from which the vision tower's parameters have the names that checkpoints hold
 
 
 class Backbone(nn.Module, ABC):
@@ -244,6 +247,16 @@ class Backbone(nn.Module, ABC):
 
 
 def backbone_class(name: str) -> type[Backbone]:
-    """The class of a backbone, a key of `BACKBONE_SPECS`; only the file of that one is imported."""
+    """The class of a backbone, a key of `BACKBONE_SPECS`; only the file of that one is imported.
+
+    Raises:
+        ConfigError: transformers is too old.
+    """
+    version = transformers.__version__
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRANSFORMERS:
+        raise ConfigError(
+            f"transformers {version} is installed, where SigLIP's parameters have other names than in checkpoints; "
+            f"wanted {'.'.join(map(str, OLDEST_TRANSFORMERS))} or newer: pip install -r requirements.txt"
+        )
     module, _, class_name = BACKBONE_SPECS[name].model_class.rpartition(".")
     return getattr(importlib.import_module(module), class_name)

@@ -25,8 +25,9 @@ from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 from scripts._attempt import Attempt
 from scripts._takeover import Corridor, WatchedEnv, watched_attempt
+from utils.arguments import CommandParser, at_least
 from utils.cli import key_values
-from utils.misc import user_path, writing
+from utils.misc import writing
 from utils.parquet_utils import READ_ERRORS
 from utils.text import file_stem
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 # Shorthands of --env_options, for options that several simulators have or that documents name: what argparse is told of
 # each, and the help. Only those that are given reach the environment.
 ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
-    "image_size": ({"type": int}, "height and width in pixels (default: the simulator's)"),
+    "image_size": ({"type": at_least(1)}, "height and width in pixels (default: the simulator's)"),
     "camera": ({}, "camera of image_1 (default: the simulator's)"),
     "second_camera": ({}, "camera of image_2, e.g. gripperPOV (default: no image_2)"),
     "cameras": (
@@ -47,7 +48,7 @@ ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "hide_goal": ({"action": "store_true", "default": None}, "leave goal markers out of the images"),
     "layout_of": ({}, "draw object positions from this task's range; it must share the scene"),
-    "max_episode_steps": ({"type": int}, "an attempt fails after (default: the simulator's)"),
+    "max_episode_steps": ({"type": at_least(1)}, "an attempt fails after (default: the simulator's)"),
 }
 
 
@@ -68,11 +69,11 @@ class TaskSummary:
 
 def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The command line of recording. A flag of the environment that is not given leaves the simulator's default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description)
     parser.add_argument("--env", default="metaworld", help="simulator (default %(default)s)")
     parser.add_argument("--tasks", nargs="+", required=True, help="names, tiers (easy, ...) or all; one file each")
     parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
-    parser.add_argument("--output_dir", type=user_path, required=True, help="folder of the Parquet files")
+    parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="folder of the Parquet files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     help_text = "of the simulator, e.g. image_size=128 camera=corner2; see its class in envs/"
     parser.add_argument("--env_options", nargs="+", default=[], metavar="KEY=VALUE", help=help_text)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from envs import metaworld_tasks
+from utils.arguments import at_least
 
 
 def add_tiny_flags(parser: argparse.ArgumentParser, *makers: Callable[..., Any], besides: Sequence[str] = ()) -> None:
@@ -24,7 +25,7 @@ def add_tiny_flags(parser: argparse.ArgumentParser, *makers: Callable[..., Any],
     parameters = [parameter for maker in makers for parameter in inspect.signature(maker).parameters.values()]
     sizes = {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, int)}
     for name in [name for name in sizes if name not in besides]:
-        parser.add_argument(f"--{name}", type=int, default=sizes[name])
+        parser.add_argument(f"--{name}", type=at_least(1), default=sizes[name])
 
 
 def take_prompts(args: dict[str, Any]) -> list[str]:

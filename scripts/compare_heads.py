@@ -48,11 +48,11 @@ from inference.report import write_json
 from model.action_head import ACTION_HEADS
 from scripts.compare_heads_report import markdown, plot, summarize
 from training.run_log import read_metrics
+from utils.arguments import CommandParser, run_command
 from utils.backbones import BACKBONE_SPECS
 from utils.checkpoint import newest_checkpoint
 from utils.config_utils import Config, ConfigError, config_to_dict, load_config
-from utils.misc import atomic_path, count_parameters, set_up_logging, user_message
-from utils.parquet_utils import DataError
+from utils.misc import atomic_path, count_parameters, set_up_logging
 from utils.statistics import load_statistics
 
 logger = logging.getLogger("compare_heads")
@@ -355,7 +355,7 @@ def write_report(plan: Plan, cells: Sequence[Cell]) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", required=True, help="YAML that all cells share")
     parser.add_argument("--heads", nargs="+", required=True, choices=sorted(ACTION_HEADS))
     parser.add_argument("--backbones", nargs="+", default=["paligemma"], choices=sorted(BACKBONE_SPECS))
@@ -422,7 +422,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cells end as well
-    try:
-        main()
-    except (ValueError, DataError, CellError, subprocess.CalledProcessError) as error:
-        sys.exit(f"error: {user_message(error)}")
+    run_command(main, CellError, subprocess.CalledProcessError)

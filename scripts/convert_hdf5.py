@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import pathlib
 
 if not __package__:
     import _repository  # noqa: F401
@@ -17,13 +18,12 @@ if not __package__:
 from data.convert.conversion import add_conversion_arguments
 from data.convert.episode_writer import ImageEncoding
 from data.convert.hdf5 import convert_hdf5
-from utils.misc import WriteError, user_path
-from utils.parquet_utils import DataError
+from utils.arguments import CommandParser, run_command
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hdf5_dir", type=user_path, required=True, help="folder of episodes, one file each")
+    parser = CommandParser(__doc__)
+    parser.add_argument("--hdf5_dir", type=pathlib.Path, required=True, help="folder of episodes, one file each")
     parser.add_argument(
         "--cameras", nargs="+", default=[], metavar="CAMERA=COLUMN", help="camera of the files = our column of any name"
     )
@@ -56,30 +56,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args = parse_args()
-    try:
-        summary = convert_hdf5(
-            args.hdf5_dir,
-            args.output_dir,
-            args.cameras,
-            prompt=args.prompt,
-            prompt_attribute=args.prompt_attribute,
-            state_keys=args.state_key,
-            action_key=args.action_key,
-            episodes=args.episodes,
-            encoding=ImageEncoding(args.image_format, args.jpeg_quality),
-            fps=args.fps,
-            channel_order=args.channel_order,
-            terminal=args.terminal,
-            num_workers=args.num_workers,
-            overwrite=args.overwrite,
-            follow_links=args.follow_links,
-        )
-        print(f"{args.output_dir}: {summary}")
-    except (DataError, WriteError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+    summary = convert_hdf5(
+        args.hdf5_dir,
+        args.output_dir,
+        args.cameras,
+        prompt=args.prompt,
+        prompt_attribute=args.prompt_attribute,
+        state_keys=args.state_key,
+        action_key=args.action_key,
+        episodes=args.episodes,
+        encoding=ImageEncoding(args.image_format, args.jpeg_quality),
+        fps=args.fps,
+        channel_order=args.channel_order,
+        terminal=args.terminal,
+        num_workers=args.num_workers,
+        overwrite=args.overwrite,
+        follow_links=args.follow_links,
+    )
+    print(f"{args.output_dir}: {summary}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -25,7 +25,7 @@ from data.convert.lerobot_export import Layout, export_lerobot, read_facts
 from data.convert.lerobot_rows import TERMINAL
 from data.convert.video import ENCODERS, VideoEncoding
 from data.schema import image_columns
-from utils.misc import WriteError, user_path
+from utils.arguments import CommandParser, run_command
 from utils.parquet_utils import DataError, Source, is_uri, open_parquet, resolve_parquet_files
 
 # flags that have a meaning in one direction only
@@ -45,9 +45,9 @@ TO_LEROBOT = ("data_path", "state_columns", "fps", "robot_type", "video", "video
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--lerobot_dir", type=user_path, help="LeRobot dataset to convert")
+    direction.add_argument("--lerobot_dir", type=pathlib.Path, help="LeRobot dataset to convert")
     direction.add_argument("--to_lerobot", action="store_true", help="the way back: --data_path into LeRobot v3.0")
     parser.add_argument(
         "--cameras",
@@ -172,13 +172,8 @@ def default_cameras(path: pathlib.Path) -> dict[str, str]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args = parse_args()
-    try:
-        print(to_lerobot(args) if args.to_lerobot else from_lerobot(args))
-    except (DataError, WriteError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+    print(to_lerobot(args) if args.to_lerobot else from_lerobot(args))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import pathlib
 import sys
 
 if not __package__:
@@ -23,17 +24,17 @@ from data.convert.episode_writer import ImageEncoding
 from data.editing.edits import Edits, numbers, parse_pairs, parse_ranges
 from data.editing.plan import make_plan
 from data.editing.write import write_edited
-from utils.misc import WriteError, user_path
+from utils.arguments import CommandParser, at_least, run_command
 from utils.parquet_utils import DataError, resolve_parquet_files
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add("--data_path", nargs="+", required=True, help="Parquet files, folders or globs; several are merged")
-    add("--output_dir", type=user_path, required=True, help="folder that is written; none of the source's")
+    add("--output_dir", type=pathlib.Path, required=True, help="folder that is written; none of the source's")
     add("--dry_run", action="store_true", help="say what would change, and write nothing")
-    add("--num_workers", type=int, default=1, help="processes (default 1)")
+    add("--num_workers", type=at_least(1), default=1, help="processes (default 1)")
     add("--overwrite", action="store_true", help="make everything again")
     add("--without", nargs="+", action="extend", default=[], metavar="FILE", help="leave these files out, unread")
     episodes = {"nargs": "+", "action": "extend", "metavar": "N"}
@@ -144,21 +145,16 @@ def _episode(text: str, flag: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     args = parse_args(argv)
-    try:
-        edits = edits_of(args)
-        plan = make_plan(resolve_parquet_files(args.data_path, "--data_path"), edits)
-        print(plan.describe())
-        if args.dry_run:
-            print("dry run: nothing was written")
-            return
-        options = {"num_workers": args.num_workers, "overwrite": args.overwrite}
-        for folder, summary in write_edited(plan, edits, args.output_dir, **options).items():
-            print(f"{args.output_dir / folder}: {summary}")
-    except (DataError, WriteError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+    edits = edits_of(args)
+    plan = make_plan(resolve_parquet_files(args.data_path, "--data_path"), edits)
+    print(plan.describe())
+    if args.dry_run:
+        print("dry run: nothing was written")
+        return
+    options = {"num_workers": args.num_workers, "overwrite": args.overwrite}
+    for folder, summary in write_edited(plan, edits, args.output_dir, **options).items():
+        print(f"{args.output_dir / folder}: {summary}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,13 +5,12 @@ python scripts/export_checkpoint.py --checkpoint_path model_best.pth.tar --outpu
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 if not __package__:
     import _repository  # noqa: F401
 
+from utils.arguments import CommandParser, run_command
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
@@ -28,7 +27,7 @@ def export_checkpoint(source: str | Path, output: str | Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--output_path", required=True, help="*.pth.tar")
     args = parser.parse_args()
@@ -37,7 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

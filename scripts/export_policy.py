@@ -9,19 +9,17 @@ openpi writes a pi0 or pi0.5 that those libraries load instead.
 
 from __future__ import annotations
 
-import argparse
-import sys
-
 if not __package__:
     import _repository  # noqa: F401
 
 from inference.serving.export import export_policy
 from inference.serving.export_published import export_published
+from utils.arguments import CommandParser, run_command
 from utils.checkpoint import load_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True, help="*.pth.tar written by training")
     parser.add_argument("--output_dir", required=True, help="a new folder")
     parser.add_argument(
@@ -46,7 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

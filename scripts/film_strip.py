@@ -7,7 +7,6 @@ The README's picture has the first filmed episode of each of the quickstart's ta
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from av.error import FFmpegError
 from PIL import Image
 
 from inference.closed_loop.video import read_video
+from utils.arguments import CommandParser, run_command
 from utils.misc import atomic_path
 
 GAP = 4  # pixels between frames
@@ -48,7 +48,7 @@ def film_strip(videos: Sequence[Sequence[np.ndarray]], num_frames: int, height: 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--videos", nargs="+", required=True, metavar="MP4", help="one row each")
     parser.add_argument("--frames", type=int, default=6, help="columns (default 6)")
     parser.add_argument("--height", type=int, default=160, help="of a frame in pixels (default 160)")
@@ -68,4 +68,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

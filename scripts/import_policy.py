@@ -9,25 +9,25 @@ float32.
 
 from __future__ import annotations
 
-import argparse
-import sys
-
 if not __package__:
     import _repository  # noqa: F401
 
 from inference.policy_files import local_folder
 from inference.published import published_checkpoint
+from utils.arguments import CommandParser, at_least, run_command
 from utils.checkpoint import save_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--policy_dir", required=True, help="a folder or a hub id")
     parser.add_argument("--output", required=True, help="a new *.pth.tar file")
     parser.add_argument("--norm_stats", help="norm_stats.json to take instead of the folder's statistics")
     parser.add_argument("--variant", choices=("pi0", "pi05"), help="what the folder must hold; default: what it says")
     parser.add_argument("--tokenizer_name_or_path", help="default: the folder's own, else google/paligemma-3b-pt-224")
-    parser.add_argument("--vision_num_attention_heads", type=int, default=16, help="of SigLIP, which no file says")
+    parser.add_argument(
+        "--vision_num_attention_heads", type=at_least(1), default=16, help="of SigLIP, which no file says"
+    )
     args = parser.parse_args()
     checkpoint = published_checkpoint(
         local_folder(args.policy_dir),
@@ -47,7 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -11,20 +11,19 @@ on the instructions of Meta-World's 50 tasks.
 
 from __future__ import annotations
 
-import argparse
-
 if not __package__:
     import _repository  # noqa: F401
 
 from model.tiny.paligemma import make_tiny_paligemma
 from scripts._tiny import add_tiny_flags, take_prompts
+from utils.arguments import CommandParser, at_least, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--version", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--sliding_window", type=int, default=4096, help="version 2 only")
+    parser.add_argument("--sliding_window", type=at_least(1), default=4096, help="version 2 only")
     add_tiny_flags(parser, make_tiny_paligemma, besides=("version", "sliding_window"))
     args = vars(parser.parse_args())
     prompts = take_prompts(args)
@@ -37,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,17 +12,16 @@ trained on the instructions of Meta-World's 50 tasks.
 
 from __future__ import annotations
 
-import argparse
-
 if not __package__:
     import _repository  # noqa: F401
 
 from model.tiny.siglip_llm import make_tiny_qwen2, make_tiny_siglip, make_tiny_siglip_llm
 from scripts._tiny import add_tiny_flags, take_prompts
+from utils.arguments import CommandParser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--output_dir", required=True, help="gets the folders siglip and qwen2")
     add_tiny_flags(parser, make_tiny_siglip, make_tiny_qwen2)
     args = vars(parser.parse_args())
@@ -39,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

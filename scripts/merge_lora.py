@@ -11,9 +11,7 @@ everything else that evaluates takes them.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
-import sys
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ if not __package__:
 from model.adapters import merge_adapters
 from model.checkpointing import is_plain
 from model.vla_model import VLAModel
+from utils.arguments import CommandParser, run_command
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import config_from_dict, config_to_dict
 
@@ -71,7 +70,7 @@ def merge_checkpoint(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--output", required=True, type=pathlib.Path, help="file to write, such as merged.pth.tar")
     for key in BASES:
@@ -87,7 +86,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -25,13 +25,14 @@ if not __package__:
 from data.dataset_card import dataset_card
 from data.doctor.examine import examine
 from inference.policy_files import MANIFEST, read_manifest
+from utils.arguments import CommandParser
 from utils.parquet_utils import files_below
 
 CARD = "README.md"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--folder", type=pathlib.Path, help="a policy, written by scripts/export_policy.py")
     what.add_argument("--dataset", type=pathlib.Path, help="a folder of Parquet files")

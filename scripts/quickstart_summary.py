@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 if not __package__:
     import _repository  # noqa: F401
 
+from utils.arguments import CommandParser, run_command
 from utils.text_table import text_table
 
 # name in summary.json -> folder of the rollouts, heading of the column
@@ -45,7 +45,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(__doc__)
     parser.add_argument("--experiment_dir", type=pathlib.Path, required=True)
     parser.add_argument("--seconds", nargs="*", default=[], metavar="STAGE=SECONDS")
     args = parser.parse_args()
@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -31,6 +31,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from scripts._recording import TaskSummary, record, recording_parser
+from utils.arguments import run_command
 from utils.text_table import text_table
 
 
@@ -49,11 +50,8 @@ def format_summaries(summaries: list[TaskSummary]) -> str:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        print(format_summaries(record(parse_args())))
-    except (ValueError, FileExistsError, ModuleNotFoundError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
+    print(format_summaries(record(parse_args())))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, RuntimeError)

@@ -17,7 +17,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 
 import torch
@@ -28,9 +27,10 @@ if not __package__:
 from inference.predictor import VLAPredictor
 from inference.serving.harness import HarnessServer
 from inference.serving.server import PolicyServer
+from utils.arguments import CommandParser, at_least, run_command
 from utils.cli import add_setting_flags
 from utils.config_utils import ConfigError, InferenceConfig, override_config
-from utils.misc import set_up_logging, user_message
+from utils.misc import set_up_logging
 
 logger = logging.getLogger(__name__)
 PROTOCOLS = {"openpi": PolicyServer, "vla-eval": HarnessServer}
@@ -46,7 +46,7 @@ def port_number(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True, help="*.pth.tar, an exported folder, or a hub id of one")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     help_text = "openpi: robots; vla-eval: vla-evaluation-harness, which evaluates the policy in its simulators"
@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as trained")
     add_setting_flags(parser.add_argument_group("instead of the checkpoint's settings"), InferenceConfig, SETTINGS)
-    parser.add_argument("--num_threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--num_threads", type=at_least(1), help="CPU threads of torch")
     parser.add_argument("--seed", type=int, default=0, help="of the noise of requests that carry no seed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="serving.key=value", dest="set_args")
     return parser.parse_args()
@@ -97,8 +97,11 @@ async def serve(server: PolicyServer, host: str, port: int) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    address = host.removeprefix("[").removesuffix("]")
     try:
-        await server.run(host.removeprefix("[").removesuffix("]"), port, stopping)
+        if not address:  # which sockets take for every address of this machine
+            raise OSError("no address")
+        await server.run(address, port, stopping)
     except (OSError, UnicodeError) as error:
         remedy = "give an address of this machine as --host (127.0.0.1, 0.0.0.0, ::), and a --port that nothing uses"
         raise ConfigError(f"can't listen on {host} port {port} ({error}); {remedy}") from None
@@ -134,7 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")
+    run_command(main)

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 import diagnose_ddp
 
 
@@ -52,3 +54,11 @@ def test_little_shared_memory_is_a_warning_with_a_remedy(tmp_path):
     (found,) = diagnose_ddp.shared_memory(tmp_path / "nothing")
     assert found.kind == "warning" and "does not exist" in found.text
     assert diagnose_ddp.shared_memory(tmp_path, enough=1)[0].kind == "ok"
+
+
+@pytest.mark.parametrize("flags", ["--nproc=0", "--size_mb=-1", "--size_mb=nan", "--timeout_s=-1", "--timeout_s=inf"])
+def test_sizes_that_are_none(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diagnose_ddp.py", flags])
+    with pytest.raises(SystemExit):
+        diagnose_ddp.main()
+    assert f"error: {flags.partition('=')[0]}" in capsys.readouterr().err.replace("argument ", "")

@@ -226,6 +226,24 @@ def test_env_options_are_read_as_yaml():
     assert parse_args(flags.split(), "").options == {"camera": "corner2", "hide_goal": True, "image_size": 64}
 
 
+def test_a_device_that_is_not_there(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for main in (main_eval.main, lambda argv: test_vla_offline.main([*argv[:2], *argv[-2:]])):
+        with pytest.raises(ValueError, match="device is 'cuda', but this machine has 0 GPUs"):
+            main(["--checkpoint_path", str(checkpoint), "--eval_data_path", "x", "--device", "cuda"])
+
+
+def test_metrics_do_not_depend_on_how_the_path_is_spelt(checkpoint, demos, tmp_path, monkeypatch):
+    monkeypatch.chdir(demos.parent)
+    found = []
+    for i, path in enumerate([str(demos), f"{demos}/", demos.name, f"./{demos.name}/*.parquet"]):
+        out = ["--device", "cpu", "--num_plots", "0", "--num_workers", "0", "--output_dir", str(tmp_path / str(i))]
+        main_eval.main(["--checkpoint_path", str(checkpoint), "--eval_data_path", path, *out])
+        result = json.loads((tmp_path / str(i) / "metrics.json").read_text())
+        found.append(result["predictors"]["policy"]["overall"])
+    assert found[0]["mse"] > 0 and found[1:] == found[:1] * 3
+
+
 def test_errors_end_the_script_with_one_line(tmp_path):
     command = [sys.executable, "main_eval.py", "--checkpoint_path", str(tmp_path / "none.pth.tar")]
     done = subprocess.run(
@@ -267,6 +285,22 @@ def test_offline_check_without_data_takes_what_the_checkpoint_held_out(checkpoin
         main_eval.main(["--checkpoint_path", str(checkpoint), "--split", "val", *out])
     with pytest.raises(SystemExit):
         main_eval.main(["--checkpoint_path", str(path), "--split", "val", "--eval_data_path", "x", *out])
+
+
+def test_what_val_fraction_held_out(demos, tmp_path, tiny_paligemma_dir, capsys):
+    files = [demos / "a.parquet", demos / "b.parquet"]
+    data = {"val_fraction": 0.4, "train_parquet_files": list(map(str, files))}  # one of the three episodes
+    path = train_tiny(tmp_path, tiny_paligemma_dir, files, data=data)
+    out = ["--device", "cpu", "--output_dir", str(tmp_path / "eval"), "--num_plots", "0"]
+    main_eval.main(["--checkpoint_path", str(path), "--split", "val", *out])
+    evaluated = json.loads((tmp_path / "eval/metrics.json").read_text())["predictors"]["policy"]["samples"]
+    check = ["--checkpoint_path", str(path), "--device", "cpu", "--output_file", str(tmp_path / "report.json")]
+    test_vla_offline.main(check)
+    found = json.loads((tmp_path / "report.json").read_text())["files"]
+    assert list(found) == ["held out of default"] and found["held out of default"]["samples"] == evaluated in (5, 6, 7)
+    with pytest.raises(SystemExit):
+        test_vla_offline.main([*check, "--max_samples", "0"])
+    assert "--max_samples: 0 is less than 1; give 1 or more" in capsys.readouterr().err
 
 
 def test_offline_check_of_relative_actions(tmp_path, tiny_paligemma_dir):

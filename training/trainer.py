@@ -32,7 +32,7 @@ from training.validation import ValidationStopped, validate
 from utils.batch import Batch, steps_with_loss, to_device
 from utils.checkpoint import link_checkpoint, prune_checkpoints, save_checkpoint
 from utils.config_utils import Config, ConfigError
-from utils.misc import count_parameters, derive_seed, remove_leftovers, user_message
+from utils.misc import count_parameters, derive_seed, remove_leftovers, require_compiler, user_message
 from utils.parquet_utils import DataError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class VLATrainer:
             remove_leftovers(config.experiment_dir)  # of a killed run; no rank writes before `wrap`
         self.policy = model
         if training.compile:
+            require_compiler("training.compile is true", "set it to false")
             model.compile_layers(training.compile_mode)
         self.model = self.wrap(model)
         optimizer = build_optimizer(model, config.optimizer)
@@ -396,6 +397,9 @@ class VLATrainer:
         logger.info("%s parameters, %s train: %s", f"{total:,}", f"{trained:,}", what_trains(self.policy))
         span = f"steps {self.step} to {length.total_steps}"
         logger.info("%s, %d samples, %.1f steps per epoch", span, length.num_samples, length.epoch_steps)
+        if self.val_loader is None:
+            nothing = "nothing is held out (data.val_parquet_files, data.val_fraction)"
+            logger.info("%s: no model_best is chosen, the last checkpoint_* is the policy", nothing)
         schedule = self.config.optimizer.lr, self.config.lr_scheduler, length.total_steps, length.epoch_steps
         for warning in schedule_warnings(*schedule):
             logger.warning(warning)

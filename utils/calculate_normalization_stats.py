@@ -7,7 +7,6 @@ python utils/calculate_normalization_stats.py --config_path configs/vla_config.y
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,30 +17,27 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.statistics import calculate_for_config, calculate_statistics
-from utils.config_utils import ConfigError, load_config
-from utils.misc import WriteError, atomic_path, set_up_logging, user_message, user_path, writing
-from utils.parquet_utils import DataError
-from utils.statistics import StatisticsError
+from utils.arguments import CommandParser, at_least, run_command
+from utils.config_utils import load_config
+from utils.misc import WriteError, atomic_path, set_up_logging, writing
 
 __all__ = ["calculate_for_config", "calculate_statistics"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config_path", required=True, help="YAML config; gives the files and the dimensions")
     parser.add_argument("--output_path", help="JSON to write; default: data.normalization_stats_path")
     parser.add_argument("--train_data_override", nargs="+", help="instead of data.train_parquet_files")
-    parser.add_argument("--num_workers", type=int, help="threads; default: one per core")
+    parser.add_argument("--num_workers", type=at_least(1), help="threads; default: one per core")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="set_args")
     args = parser.parse_args()
-    if args.num_workers is not None and args.num_workers < 1:
-        parser.error(f"--num_workers is {args.num_workers}; give 1 or more")
     set_up_logging()
     config = load_config(args.config_path, {"data.train_parquet_files": args.train_data_override}, args.set_args)
     output = args.output_path or config.data.normalization_stats_path
     if output is None:
         parser.error("no --output_path, and the config sets no data.normalization_stats_path")
-    output = user_path(output)
+    output = Path(output)
     if output.is_dir():
         raise WriteError(f"{output} is a folder; give the path of a JSON file (--output_path)")
     text = json.dumps(calculate_for_config(config, args.num_workers), indent=1)
@@ -51,7 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, StatisticsError, ConfigError, WriteError, OSError) as error:
-        sys.exit(f"error: {user_message(error)}")
+    run_command(main)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from utils.arguments import CommandParser
 from utils.checkpoint import SUFFIX, newest_checkpoint
 from utils.config_utils import Config, ConfigError, load_config
 
@@ -100,7 +101,7 @@ def key_values(items: Iterable[str], flag: str) -> dict[str, Any]:
 
 def train_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line of training; a flag that is not given leaves the config as it is."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description)
     parser.add_argument("--config_path", required=True, help="YAML file of differences from the defaults")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch_size", type=int, help="samples per optimizer step, over all ranks")

@@ -57,16 +57,31 @@ def parse_json(text: str | bytes) -> Any:
         raise ForeignFileError(f"not valid JSON ({printable(error) if str(error) else 'nested too deeply'})") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which no key is given twice: all but the last would be ignored without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        known = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in known and key.value != "<<":
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                known.add(key.value)
+        return node
+
+
 def parse_yaml(text: str) -> Any:
     """YAML of plain values, of bounded size and depth however often its aliases repeat a part.
 
     Raises:
-        ForeignFileError: not YAML, a tag that makes objects, aliases that multiply or contain themselves.
+        ForeignFileError: not YAML, a key that is given twice, a tag that makes objects, aliases that multiply or
+            contain themselves.
     """
     try:
-        return _checked(yaml.safe_load(text))
+        return _checked(yaml.load(text, _Loader))
     except yaml.YAMLError as error:
-        raise ForeignFileError(f"not valid YAML: {error}") from None
+        raise ForeignFileError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except (RecursionError, ValueError, TypeError) as error:
         if isinstance(error, ForeignFileError):
             raise

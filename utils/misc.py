@@ -176,11 +176,6 @@ def writing(path: str | Path, remedy: str = "make room there, or choose another 
         raise WriteError(f"{path}: not written ({reason}); {remedy}") from None
 
 
-def user_path(text: str) -> Path:
-    """A path as a user writes it: `~` is the home folder, also where no shell has seen it (`--flag=~/x`)."""
-    return Path(text).expanduser()
-
-
 @contextlib.contextmanager
 def disk_full_named(path: Path, needed: int) -> Iterator[None]:
     """Turn the system's word for a full disk, quota or file size limit into one that says what to do.
@@ -232,6 +227,16 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def require_compiler(setting: str, remedy: str) -> None:
+    """Raise a ValueError naming the setting that asks for torch.compile where no compiler is installed."""
+    compilers = [os.environ.get(name) for name in ("CXX", "CC")] + ["g++", "gcc", "clang++", "clang", "cc"]
+    if not any(shutil.which(name) for name in compilers if name):
+        raise ValueError(
+            f"{setting}: torch.compile builds its code with a C++ compiler, and this machine has none (g++, clang++, "
+            f"$CXX); install one, or {remedy}"
+        )
+
+
 def count_parameters(module: torch.nn.Module) -> tuple[int, int]:
     """(all parameters, those that train)."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
@@ -245,7 +250,8 @@ def user_message(error: BaseException) -> str:
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; name another place, or see to its room and permissions"
+        path = error.filename2 or error.filename
+        return f"{path}: {error.strerror}; name another place, or see to its room and permissions"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{text.splitlines()[0]} Raise training.gradient_accumulation_steps or lower data.batch_size; "

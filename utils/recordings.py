@@ -18,7 +18,6 @@ from urllib.parse import unquote
 
 from utils.config_data import LEROBOT, LeRobotConfig, is_lerobot
 from utils.config_reader import ConfigError, build
-from utils.misc import user_path
 from utils.parquet_utils import DataError, Source, one_line, resolve_parquet_files
 from utils.parquet_utils import fingerprint as file_fingerprint
 from utils.text import printable
@@ -104,7 +103,7 @@ def _lerobot_folder(entry: str, key: str, mapping: LeRobotConfig) -> LeRobotFold
     name, question, settings = entry.removeprefix(LEROBOT).partition("?")
     if question:
         mapping = _with_settings(mapping, settings, f"{key}: {printable(entry)}")
-    root = user_path(name)
+    root = Path(name).expanduser()
     if root.is_dir():
         return LeRobotFolder(root, mapping)
     repository, _, revision = name.partition("@")

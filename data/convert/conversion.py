@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from data.convert.episode_writer import RECORD, OutputFile
 from data.schema import MAIN_CAMERA, STATE
+from utils.arguments import at_least
 from utils.config_data import NOT_STATES, is_camera_name, is_column_name
-from utils.misc import user_path, writing
+from utils.misc import writing
 from utils.parquet_utils import READ_ERRORS, DataError
 
 logger = logging.getLogger(__name__)
@@ -363,17 +364,12 @@ def parse_episodes(texts: Sequence[str] | None, available: Sequence[int], where:
 
 def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all converters share."""
-    parser.add_argument("--output_dir", type=user_path, required=True, help="folder that is written")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder that is written")
     parser.add_argument("--episodes", nargs="+", metavar="N", help="numbers and ranges such as 3-7 (default: all)")
-    parser.add_argument("--num_workers", type=_positive, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument(
+        "--num_workers", type=at_least(1), default=os.cpu_count(), help="processes (default: all cores)"
+    )
     parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="of frames that are encoded")
     parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95, 4:4:4 (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="make everything again")
     parser.add_argument("--follow_links", action="store_true", help="read linked files that lie outside of the folder")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value

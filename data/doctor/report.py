@@ -64,9 +64,9 @@ def write_plots(seen: Examination, folder: Path) -> list[Path]:
     paths = []
     if seen.frames is not None and seen.frames.facts:
         paths.append(folder / "contact_sheet.png")
-        contact_sheet(
-            paths[-1], _cells(seen), "First, middle and last frame; captions of episodes with findings in red"
-        )
+        lines = f"one line per camera ({', '.join(seen.frames.facts)})" if len(seen.frames.facts) > 1 else ""
+        title = f"First, middle and last frame{', ' * bool(lines)}{lines}; captions of episodes with findings in red"
+        contact_sheet(paths[-1], _cells(seen), title)
     for name in seen.rows.vectors:
         paths.append(folder / f"{name.replace('/', '_')}.png")
         rows = seen.rows

@@ -192,8 +192,10 @@ def check_indices(rows: Rows, findings: Findings) -> None:
     known = (frame[1:] != NO_INDEX) & (frame[:-1] != NO_INDEX)
     steps = np.diff(frame)
     usual = Counter(steps[known & inner].tolist()).most_common(1)
-    for i in np.flatnonzero(known & inner & (steps != (usual[0][0] if usual else 0))) + 1:
+    for i in np.flatnonzero(known & inner & ((steps != (usual[0][0] if usual else 0)) | (steps < 1))) + 1:
         message = f"frame_index goes from {frame[i - 1]} to {frame[i]}, elsewhere by steps of {usual[0][0]}"
+        if usual[0][0] < 1:
+            message = f"frame_index goes from {frame[i - 1]} to {frame[i]}; it counts the steps of an episode"
         findings.add_at("frame_index_contradicts", rows, int(i), message)
 
 
@@ -315,17 +317,18 @@ def check_time(rows: Rows, findings: Findings) -> None:
         where = rows.file_rows(file)
         absent = where.start + np.flatnonzero(~np.isfinite(rows.timestamp[where]))
         findings.add_runs("timestamp_missing", rows, absent, lambda _: "timestamp is null, NaN or infinite")
+        steps, indices = _time_steps(rows, where)
+        backwards = steps <= 0
+        for i in indices[backwards]:
+            message = f"timestamp goes from {rows.timestamp[i - 1]:.6g} to {rows.timestamp[i]:.6g} s"
+            findings.add_at("timestamp_not_increasing", rows, int(i), message)
         if rate is None:
             continue
         if abs(rate / usual - 1) > RATE_TOLERANCE:
             message = f"the file runs at {rate:.4g} Hz, most files at {usual:.4g} Hz"
             splits = _faster_splits(rows, rates)
             findings.add("rate_differs", message, file=rows.files[file], edit=resample, splits=splits)
-        steps, indices = _time_steps(rows, where)
-        backwards, gap = steps <= 0, steps > GAP_STEPS / rate
-        for i in indices[backwards]:
-            message = f"timestamp goes from {rows.timestamp[i - 1]:.6g} to {rows.timestamp[i]:.6g} s"
-            findings.add_at("timestamp_not_increasing", rows, int(i), message)
+        gap = steps > GAP_STEPS / rate
         for i, step in zip(indices[gap], steps[gap], strict=True):
             message = f"{step:.4g} s since the row before, usually {1 / rate:.4g} s"
             findings.add_at("timestamp_gap", rows, int(i), message)

@@ -91,8 +91,8 @@ class Plan:
             mine = [piece for piece in self.pieces if piece.folder == folder]
             count = sum(len(piece.rows) for piece in mine)
             lines.append(f"{folder + ': ' if folder else ''}{len(mine)} episodes, {count} steps")
-        before = f"of {self.rows.num_episodes} episodes, {len(self.rows)} steps"
-        return "\n".join([*lines, before])
+        lines.append(f"before: {self.rows.num_episodes} episodes, {len(self.rows)} steps")
+        return "\n".join(lines)
 
 
 def make_plan(files: Sequence[Source], edits: Edits) -> Plan:

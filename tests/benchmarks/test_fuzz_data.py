@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 
+import benchmarks.fuzz_data as fuzz_data
 import benchmarks.odd_data as odd_data
 from benchmarks.fuzz_data import fuzz_case
 from benchmarks.odd_data import KINDS
@@ -47,6 +48,13 @@ def test_an_uncaught_error_would_be_noticed(monkeypatch):
     assert (kind, outcome) == ("lerobot_metadata", "uncaught") and fault.startswith(
         "KeyError: 'task' (test_fuzz_data.py"
     )
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_killed_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(fuzz_data, "LIMIT_S", 0.0)  # of this process, which waits; a case takes a little longer
+    cases = list(fuzz_data._in_a_process(1, [0, 1], ["lerobot_metadata"]))
+    assert [(case[0], case[2]) for case in cases] == [(0, "too slow"), (1, "too slow")]
 
 
 @pytest.mark.parametrize(

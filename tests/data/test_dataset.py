@@ -103,3 +103,28 @@ def test_a_mixtures_batch_keeps_the_order_of_its_samples(open_dataset):
     for key, value in expected.items():
         got = images[CAMERAS.index(key)].transpose(0, 1, 4, 2, 3) if key in CAMERAS else arrays[key]
         assert got == value if isinstance(value, list) else np.array_equal(got, value.numpy()), key
+
+
+def test_two_instructions_that_are_equal_after_cutting(tmp_path, tiny_paligemma_dir, caplog):
+    prompts = ["press the button", "press the window", "press  the button\n", "open the window"]
+    rows = [{**row, "prompt": text} for i, text in enumerate(prompts) for row in episode_rows(2, seed=i)]
+    path = write_rows(tmp_path / "a.parquet", rows)
+
+    def warnings(max_len: int) -> list[str]:
+        caplog.clear()
+        VLADataset(
+            [path],
+            DataConfig(state_dim=4, cache_dir=str(tmp_path / "cache")),
+            horizon=2,
+            per_action_dim=4,
+            cameras=("image_1",),
+            image_processor=VLAImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3, 3),
+            prompt_tokenizer=PromptTokenizer.from_pretrained(str(tiny_paligemma_dir), max_len),
+        )
+        return [record.getMessage() for record in caplog.records if "the same" in record.getMessage()]
+
+    assert warnings(48) == [], "which differ by spaces alone mean the same"
+    assert warnings(4) == [
+        "instructions 'press the button' and 'press the window' are the same 4 tokens to the model: raise "
+        "data.prompt_max_len, or word them differently"
+    ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data.episode_store import EpisodeStore
@@ -15,6 +17,7 @@ from data.schema import (
     TIMESTAMP,
     camera_column,
     column_type,
+    prompts,
     written_schema,
 )
 from tests.helpers import episode_rows, write_rows
@@ -52,3 +55,13 @@ def test_what_is_written_can_be_read():
     assert all(column_type(column.name).fits(column.type) for column in schema)
     assert set(schema.names) == {"image_1", "wrist", *COLUMN_TYPES} and schema.metadata == {b"fps": b"20"}
     assert column_type("wrist") is IMAGE and not IMAGE.fits(pa.string())
+
+
+def test_a_prompt_that_is_no_utf8_is_named(tmp_path):
+    rows = episode_rows(4)
+    table = pa.Table.from_pylist(rows)
+    offsets = pa.py_buffer(np.arange(0, 25, 6, dtype=np.int32).tobytes())
+    text = pa.Array.from_buffers(pa.string(), 4, [None, offsets, pa.py_buffer(b"press!" * 2 + b"dr\xfccke" * 2)])
+    pq.write_table(table.set_column(table.column_names.index("prompt"), "prompt", text), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet row 2: prompt is not UTF-8 \(.*0xfc.*\); write it anew"):
+        prompts(pq.read_table(tmp_path / "a.parquet")["prompt"], "a.parquet", 0)

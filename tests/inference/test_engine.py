@@ -273,3 +273,12 @@ def test_settings_that_cannot_be(checkpoint, monkeypatch):
     config, model = config_from_dict(content["config"]), VLAModel.from_checkpoint(load_checkpoint(checkpoint))
     with pytest.raises(ValueError, match="quantization is int8, but the policy was trained with its backbone in 4bit"):
         VLAPredictor(model, config, *processors_from_checkpoint(content), device="cpu", quantization="int8")
+
+
+def test_without_a_compiler_torch_compile_is_refused_by_name(monkeypatch, tmp_path):
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="inference.compile is default: .* install one, or give --compile none"):
+        engine.accelerate(torch.sin, "default", torch.device("cpu"))
+    assert engine.accelerate(torch.sin, "none", torch.device("cpu")) is torch.sin

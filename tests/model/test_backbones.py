@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from model.backbone import Backbone, backbone_class
 from utils.backbones import BACKBONE_SPECS
 from utils.batch import Batch
-from utils.config_utils import VisionResamplerConfig, VLMConfig
+from utils.config_utils import ConfigError, VisionResamplerConfig, VLMConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CAMERAS, TEXT, FRAMES = ("image_1", "image_2"), 6, 2
@@ -135,3 +136,16 @@ def test_from_config_and_a_state_dict(made):
     again.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(tokens(again, batch_of(model)), tokens(model, batch_of(model)))
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.5.4"])
+def test_an_older_transformers_is_refused(monkeypatch, version):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ConfigError, match=rf"transformers {version} is installed, .* wanted 5.6 or newer: pip install"):
+        backbone_class("paligemma")
+
+
+@pytest.mark.parametrize("version", ["5.6.0", "5.24.0.dev0", "6.0.0"])
+def test_a_newer_one_is_not(monkeypatch, version):
+    monkeypatch.setattr(transformers, "__version__", version)
+    assert backbone_class("paligemma").__name__ == "PaliGemmaVLM"

@@ -50,6 +50,22 @@ def test_fit_writes_what_it_promises(make_config, caplog):
     assert "steps 0 to 12, 22 samples" in caplog.text
 
 
+def test_without_held_out_data_the_log_says_which_checkpoint_is_the_policy(make_config, caplog):
+    config = make_config(data={"val_parquet_files": []}, training={"max_steps": 1})
+    with caplog.at_level("INFO"):
+        make_trainer(config).fit()
+    assert [path.name for path in (config.experiment_dir / "checkpoints").iterdir()] == ["checkpoint_epoch_1.pth.tar"]
+    assert "no model_best is chosen, the last checkpoint_* is the policy" in caplog.text
+
+
+def test_compiling_without_a_compiler(make_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="training.compile is true: torch.compile builds .* or set it to false"):
+        make_trainer(make_config(training={"compile": True}))
+
+
 def test_one_batch_overfits(make_config):
     config = make_config(
         model={"action_head_config": {"dropout_prob": 0.0, "num_layers": 2, "noise_draws_per_sample": 8}},

@@ -42,6 +42,17 @@ def test_yaml_that_explodes_or_runs(text, message):
         parse_yaml(text)
 
 
+def test_yaml_with_a_key_that_is_given_twice():
+    with pytest.raises(ForeignFileError, match=r"^not valid YAML: lr is given twice in .*, line 3, column 3: .*$"):
+        parse_yaml("optimizer:\n  lr: 1\n  lr: 2\n")
+    with pytest.raises(ForeignFileError, match=r"^not valid YAML: while scanning .* line 2, column 1: .*$"):
+        parse_yaml("a:\n\tb: 1\n")  # in one line
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {x: 1}\nd: [{x: 1}, {x: 2}]\n")["b"] == {
+        "x": 3,
+        "y": 2,
+    }
+
+
 def test_yaml_as_people_write_it():
     assert parse_yaml("a: &a {x: 1}\nb: *a\nc: [1, 2]") == {"a": {"x": 1}, "b": {"x": 1}, "c": [1, 2]}
 

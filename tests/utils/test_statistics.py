@@ -629,4 +629,4 @@ def test_script(tmp_path):
     result = run("--train_data_override", str(tmp_path / "no"))
     assert result.returncode == 1 and result.stderr.startswith("error: data.train_parquet_files")
     result = run("--train_data_override", str(data), "--num_workers", "0")
-    assert result.returncode == 2 and "--num_workers is 0; give 1 or more" in result.stderr
+    assert result.returncode == 2 and "--num_workers: 0 is less than 1; give 1 or more" in result.stderr

@@ -1,0 +1,58 @@
+"""What every command of this repository shares: its parser, and how it ends where a user has to mend something."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from utils.misc import errors_in_one_line
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that reads `~` as the home folder, also where no shell has done so (`--output=~/x`, a quoted `~/x`).
+
+    Args:
+        description: printed by `--help` as it stands; a module's docstring.
+        options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, description: str | None, **options: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(  # parse_args calls it too
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_at_home(word) for word in words], namespace)
+
+
+def _at_home(word: str) -> str:
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + (os.path.expanduser(value) if value == "~" or value.startswith("~/") else value)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}; give {least} or more")
+        return value
+
+    number.__name__ = "whole number"  # argparse names it where the text is no number
+    return number
+
+
+def run_command(main: Callable[[], int | None], *also: type[Exception]) -> NoReturn:
+    """Run a command and end the program; what a user can mend ends it with one line.
+
+    Args:
+        main: returns the exit code; None is 0.
+        also: errors besides those of values, imports, files and networks.
+    """
+    with errors_in_one_line(ValueError, ImportError, OSError, *also):
+        sys.exit(main())
