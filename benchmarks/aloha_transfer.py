@@ -10,7 +10,6 @@ lifted cube.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from benchmarks._recipe import Recipe, counted
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 CONFIG, TASK = "configs/aloha_transfer.yaml", "transfer_cube"
@@ -30,7 +30,7 @@ HEADS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--demos", type=int, default=100)

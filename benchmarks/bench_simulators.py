@@ -9,7 +9,6 @@ installed is left out, and said to be.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from envs import make_env
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 IMAGE_SIZE = 224
@@ -47,7 +47,7 @@ def measure(env_name: str, task: str, frames: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="few frames: does it run?")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--env", nargs="+", choices=SCENES, default=list(SCENES))

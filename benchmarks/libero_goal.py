@@ -16,7 +16,6 @@ LIBERO's own layouts vary by about a centimetre, so that replay succeeds there: 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
@@ -31,6 +30,7 @@ if not __package__:
 from benchmarks._recipe import Recipe, counted
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 from envs.libero_tasks import instructions_of
+from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 GOAL = [
@@ -111,7 +111,7 @@ def print_tables(matrix: dict[str, Any], paraphrased: dict[str, Any], results: d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--demos", type=int, default=50, help="per task")
