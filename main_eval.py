@@ -26,6 +26,7 @@ from envs import FIRST_EVALUATION_SEED, SIMULATORS, env_maker, expand_tasks
 from inference.closed_loop.evaluation import evaluate_closed_loop
 from inference.eval_args import parse_args
 from inference.evaluate import evaluate_offline, quantization_error
+from inference.policy_files import policy_stamp
 from inference.predictor import VLAPredictor
 from inference.report import action_table, finish, metrics_table, rollout_table, write_actions, write_evaluation
 from utils.misc import errors_in_one_line, set_up_logging
@@ -42,12 +43,11 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
         logger.info("%s: %d episodes, %d samples", name, len(dataset.episodes), len(dataset))
         data[name] = dataset, make_loader(dataset, num_workers=workers, batch_size=args.batch_size)
     result, predictions = evaluate_offline(predictor, data, seed=args.seed or 0, num_samples=args.num_samples)
-    result = {"checkpoint": args.checkpoint_path, **result}
+    result = {"checkpoint": args.checkpoint_path, "checkpoint_stamp": policy_stamp(args.checkpoint_path), **result}
     whole = functools.partial(load_predictor, args, quantization="none", expert_quantization="none")
     few = (batch for _, batches in data.values() for batch in islice(batches, 4))
     result |= quantization_error(predictor, whole, few, args.seed or 0)
-    how = args.save_predictions, args.num_plots, predictor.config.action_labels
-    paths = write_evaluation(Path(args.output_dir), result, predictions, *how)
+    paths = write_evaluation(Path(args.output_dir), result, predictions, args.save_predictions, args.num_plots)
     logger.info("%.1f ms per sample", 1000 * result["seconds_per_sample"])
     finish(metrics_table(result), paths, args.log_file)
 

@@ -241,7 +241,9 @@ def write_plots(
             populations = {
                 name: np.asarray(getattr(part.store, column))[split_rows(part)] for name, part in parts.items()
             }
-            plot_vectors(paths[-1], column, traces, populations, f"{column} of {dataset.name}, physical units")
+            plot_vectors(
+                paths[-1], dataset.names[column], traces, populations, f"{column} of {dataset.name}, physical units"
+            )
     return paths
 
 

@@ -22,8 +22,9 @@ import torch
 from data.loader import VLADataset, collate_fn, open_dataset, open_for_evaluation
 from inference.evaluate import Predictions, evaluate_offline, measure_latency
 from inference.metrics import NonFiniteError
+from inference.policy_files import policy_stamp
 from inference.predictor import VLAPredictor
-from inference.report import write_json
+from inference.report import keep_earlier, write_json
 from utils.arguments import CommandParser, at_least, run_command
 from utils.config_data import is_lerobot
 from utils.config_utils import ConfigError
@@ -172,7 +173,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with atomic_path(args.output_file) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     else:
-        report = {"checkpoint": args.checkpoint_path, "passed": passed, "latency": times, "files": files}
+        report = {
+            "checkpoint": args.checkpoint_path,
+            "checkpoint_stamp": policy_stamp(args.checkpoint_path),
+            "data": list(files),
+            "passed": passed,
+            "latency": times,
+            "files": files,
+        }
+        keep_earlier([Path(args.output_file)], report, ("checkpoint", "checkpoint_stamp", "data"))
         write_json(args.output_file, report)
     print(f"\n{text}\nwrote {args.output_file}")
     return 0 if passed else 1

@@ -1,6 +1,7 @@
 """How close loading comes to the limit that decoding sets, and what it costs in memory.
 
     python benchmarks/bench_loader.py [--quick] [--json loader.json] [--sizes_gb 1 8]
+    python benchmarks/bench_loader.py --video [--quick] [--lerobot_python PATH]
 
 Rate: frames/s of the full path to a collated batch (random order, 224 px JPEG frames, horizon 8, 2 workers). The
 limit is the raw decode rate of the same bytes by the same decoder in as many processes, the baseline a dataset that
@@ -9,7 +10,12 @@ keeps a pandas frame in memory and decodes with PIL. The three are measured in t
 Memory: anonymous (not file-backed) memory of a loader worker on datasets of two sizes, which should not differ, and
 the time from opening a dataset whose cache exists to the first batch.
 
-JSON keys: frames_per_second, decode_frames_per_second, ratio_to_decode_limit (at least 0.85), memory.
+`--video`: a LeRobot dataset of 224 px AV1 that is read in place, with decoding the same packets as its limit, and
+beside it LeRobot's own dataset and DataLoader, where an interpreter with lerobot is given; disk, and time to the first
+batch.
+
+JSON keys: frames_per_second, decode_frames_per_second, ratio_to_decode_limit (at least 0.85), memory;
+with --video also ratio_to_lerobot (at least 2), first_batch_seconds, bytes.
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 if not __package__:
     import _repository  # noqa: F401
 
+from benchmarks import video_loading
 from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset
 from data.loader import VLADataset, make_loader
 from data.processing import PromptTokenizer, VLAImageProcessor
@@ -191,12 +198,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few seconds, sizes of 0.02 and 0.1 GB")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--sizes_gb", type=float, nargs="+", default=[1.0, 8.0], help="of the memory measurement")
+    parser.add_argument("--video", action="store_true", help="a LeRobot dataset of videos instead, read in place")
+    parser.add_argument("--lerobot_python", help="interpreter with lerobot, to measure its loader beside (--video)")
     parser.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.probe:
         path, folder, batches = args.probe
         print(json.dumps(probe(pathlib.Path(path), pathlib.Path(folder), int(batches))))
+        return
+    if args.lerobot_python and not args.video:
+        parser.error("--lerobot_python belongs to --video")
+    if args.video:
+        with tempfile.TemporaryDirectory() as name:
+            make_tiny_paligemma(pathlib.Path(name) / "tokenizer", prompts=["pick up the red block"])
+            result = video_loading.measure(pathlib.Path(name), args.quick, args.lerobot_python)
+        print(video_loading.report(result))
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
         return
     sizes = [0.02, 0.1] if args.quick else args.sizes_gb
     rows, count, rounds, batches = (2000, 1920, 1, 20) if args.quick else (6000, 9600, 9, 200)

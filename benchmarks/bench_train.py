@@ -42,7 +42,7 @@ import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.random_policy import PROMPT, random_policy
+from benchmarks.random_policy import PEAK_FLOPS, PROMPT, random_policy
 from benchmarks.synthetic import jpeg_frames, write_dataset
 from data.loader import VLADataset, make_loader
 from data.sampler import StepBatchSampler
@@ -54,7 +54,6 @@ from utils.config_utils import Config
 from utils.text_table import text_table
 
 LIMIT = 0.95
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 CHECKPOINTING = "model.vlm_config.gradient_checkpointing"
 LORA = {"model.vlm_config.lora": {"rank": 16, "vision": True}}
 SWITCHES = {  # name -> settings changed; the first three matter most where time is short

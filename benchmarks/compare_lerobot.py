@@ -34,24 +34,16 @@ if not __package__:
 import numpy as np
 import torch
 
+from benchmarks.random_pi import ACTION_DIM, CAMERAS, MAX_DIM, SIZES, STATE_DIM, pi_sizes, random_checkpoint
 from benchmarks.sides import MARK
-from data.processing import VLAImageProcessor
-from inference.published import image_scale
 from inference.serving.export_published import export_published
-from model.pi_weights import GemmaSizes, PiSizes, our_name, published_shapes
 from model.tiny.paligemma import make_tiny_paligemma
 from utils.arguments import CommandParser
-from utils.config_utils import config_from_dict, config_to_dict
 from utils.text_table import text_table
 
 HERE = Path(__file__).resolve().parent
-CAMERAS, ABSENT = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), "left_wrist_0_rgb"
-STATE_DIM, ACTION_DIM, MAX_DIM, SAMPLES, VOCAB = 8, 7, 32, 2, 1024
+ABSENT, SAMPLES = "left_wrist_0_rgb", 2
 PROMPTS = ("pick up the red block and place it in the bowl", "open the upper drawer and put the cup into it")
-SIZES = {  # language model, expert, vision tower, layers of the three, image, horizon
-    "mid": (GemmaSizes(768, 3072, 8, 96), GemmaSizes(384, 1536, 8, 96), (384, 6, 1536), (10, 8), 224, 50),
-    "tiny": (GemmaSizes(64, 128, 8, 16), GemmaSizes(32, 64, 8, 16), (48, 4, 64), (3, 2), 56, 10),
-}
 # kind, what, compiled -> lerobot's time over ours that is wanted at least
 WANTED = {("pi0", "chunk"): 1.17, ("pi05", "chunk"): 1.47, ("pi05", "chunk, 2 of 3 cameras"): 2.08}
 WANTED |= {("pi0", "training"): 1.1, ("pi05", "training"): 1.4}
@@ -114,64 +106,17 @@ def make_folder(folder: Path, size: str) -> int:
 
 def write_policy(folder: Path, kind: str, size: str) -> int:
     """A policy with random weights as LeRobot writes it, and the sizes that its loader must be told."""
-    language, expert, (width, heads, mlp), (layers, vision_layers), image_size, horizon = SIZES[size]
-    state = MAX_DIM if kind == "pi0" else 0
-    sizes = PiSizes(kind, language, expert, layers, VOCAB, width, vision_layers, mlp, 14, image_size, state, MAX_DIM)
-    generator, weights = torch.Generator().manual_seed(0), {}
-    for name, shape in published_shapes(sizes).items():
-        scale = np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.05
-        shift = float("layer_norm" in name and name.endswith("weight"))  # SigLIP's multiply by the weight itself
-        weights[our_name(name)] = torch.randn(shape, generator=generator) * float(scale) + shift
-    spread = {"mean": 0.0, "std": 1.0, "min": -3.0, "max": 3.0, "q01": -2.3, "q99": 2.3}
-    statistics = {
-        part: {name: [value] * width for name, value in spread.items()}
-        for part, width in (("state", STATE_DIM), ("action", ACTION_DIM))
-    }
-    config = config_from_dict(
-        {
-            "data": {
-                "cameras": list(CAMERAS),
-                "image_fit": "pad",
-                "prompt_format": kind,
-                "prompt_max_len": {"pi0": 48, "pi05": 200}[kind],
-                "state_dim": STATE_DIM,
-                "normalization_arithmetic": "lerobot",
-                "normalization_type": {"pi0": "mean_std", "pi05": "quantile"}[kind],
-            },
-            "model": {
-                "vlm_config": {"dtype": "float32"},
-                "action_head_config": {
-                    "type": "action_expert",
-                    "horizon": horizon,
-                    "per_action_dim": ACTION_DIM,
-                    "expert": {
-                        "width": expert.width,
-                        "mlp_dim": expert.mlp_dim,
-                        "num_heads": expert.num_heads,
-                        "time": "token" if kind == "pi0" else "adaptive_norm",
-                        "state_token": kind == "pi0",
-                    },
-                },
-            },
-        }
-    )
-    scale = image_scale(VLAImageProcessor(image_size, image_size, (0.5,) * 3, (0.5,) * 3, 3, "pad"))
-    checkpoint = {
-        "config": config_to_dict(config),
-        "statistics": [statistics],
-        "backbone_config": sizes.backbone_config(heads),
-        "model": weights | scale,
-    }
+    checkpoint, sizes, heads = random_checkpoint(kind, size), pi_sizes(kind, size), SIZES[size][2][1]
     export_published(checkpoint, folder / kind, "lerobot")
     towers = {
-        part: {"width": own.width, "depth": layers, "mlp_dim": own.mlp_dim, "num_heads": own.num_heads}
+        part: {"width": own.width, "depth": sizes.num_layers, "mlp_dim": own.mlp_dim, "num_heads": own.num_heads}
         | {"head_dim": own.head_dim}
-        for part, own in (("language", language), ("expert", expert))
+        for part, own in (("language", sizes.language), ("expert", sizes.expert))
     }
-    vision = {"hidden_size": width, "num_hidden_layers": vision_layers, "num_attention_heads": heads}
-    vision |= {"intermediate_size": mlp, "patch_size": 14, "projection_dim": language.width}
-    (folder / "sizes.json").write_text(json.dumps({**towers, "vision": vision, "vocab_size": VOCAB}))
-    return sum(value.numel() for value in weights.values())
+    vision = {"hidden_size": sizes.vision_width, "num_hidden_layers": sizes.vision_layers, "num_attention_heads": heads}
+    vision |= {"intermediate_size": sizes.vision_mlp_dim, "patch_size": 14, "projection_dim": sizes.language.width}
+    (folder / "sizes.json").write_text(json.dumps({**towers, "vision": vision, "vocab_size": sizes.vocab_size}))
+    return sum(value.numel() for value in checkpoint["model"].values())
 
 
 def in_turns(sides: tuple[Process, Process], turns: int, question: str, **arguments: Any) -> list[float]:

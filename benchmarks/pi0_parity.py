@@ -119,8 +119,10 @@ def processors(reference: Reference) -> Iterator[Row]:
         there = torch.stack([sample["image_mask"][i] for sample in samples])
         yield "processors", f"image_mask_{i}", largest(there, found[f"image_mask_{i}"]), 0.0
     for i in range(len(reference.cameras), len(reference.slots)):  # black, as seen by a mask that hides it
-        hidden = largest(torch.full_like(found[f"image_{i}"], -1.0), found[f"image_{i}"])
-        yield "processors", f"image_{i} (no camera)", max(hidden, float(found[f"image_mask_{i}"].any())), 0.0
+        hidden = torch.full_like(found[f"image_{i}"], -1.0)
+        yield "processors", f"image_{i} (no camera)", largest(hidden, found[f"image_{i}"]), 0.0
+        there = torch.zeros_like(found[f"image_mask_{i}"])
+        yield "processors", f"image_mask_{i} (no camera)", largest(there, found[f"image_mask_{i}"]), 0.0
     state = normalizer.normalize_state(found["raw_state"], index)
     yield "processors", "state_normalized", largest(state, found["state_normalized"]), VALUE
     action = normalizer.normalize_action(found["raw_action"], found["raw_state"], index)

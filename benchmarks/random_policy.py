@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"quickstart": ROOT / "configs/quickstart.yaml", "paligemma-3b": ROOT / "configs/vla_config.yaml"}
 PALIGEMMA_3B = ROOT / "configs/paligemma-3b-pt-224"  # the config.json of google/paligemma-3b-pt-224
 PROMPT = "press the button from the top"
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
 def random_policy(

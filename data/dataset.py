@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, PromptTokenizer, Sample, VLAImageProcessor
-from data.tables import cameras_of
+from data.schema import ACTION, STATE, vector_names
+from data.tables import cameras_of, open_table
 from data.weighting import left_out_rows
 from utils.batch import Batch
 from utils.config_utils import DataConfig, MixtureEntry
@@ -57,7 +58,7 @@ class VLADataset(Dataset):
         dataset_index: int = 0,
         split: Literal["all", "train", "val"] = "all",
     ) -> None:
-        """Open the files (see `EpisodeStore`) and tokenize their instructions once.
+        """Open the files (see `EpisodeStore`), read how they name their values, and tokenize their instructions once.
 
         Args:
             files: Parquet files and LeRobot datasets in order.
@@ -94,6 +95,11 @@ class VLADataset(Dataset):
         used = used_episodes(*counted, seed, limit)
         held_out = validation_episodes(*counted, config.val_fraction, seed, limit)
         chosen = {"all": np.ones_like(used), "train": used & ~held_out, "val": held_out}[split]
+        with open_table(self.store.files[0]) as table:
+            metadata = table.schema.metadata
+        state = [vector_names(metadata, *column) for column in self.store.state_columns.widths.items()]
+        action = list(config.action_names) or vector_names(metadata, ACTION, per_action_dim)
+        self.names = {STATE: [name for names in state for name in names], ACTION: action}  # of each of their values
         self.episodes = np.flatnonzero(chosen)  # numbers of the store's episodes, in order
         self._rows: np.ndarray | None = None  # the store's row of each sample; None: sample i is row i
         self._left_out = np.zeros(0, np.int64)  # rows of the store that training leaves out (data/weighting.py)
@@ -284,6 +290,12 @@ class MixtureDataset(Dataset):
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def action_names(self) -> list[str]:
+        """What the values of an action are called where all datasets agree, else their numbers."""
+        names = [dataset.names[ACTION] for dataset in self.datasets]
+        return names[0] if all(other == names[0] for other in names) else [f"action[{a}]" for a in range(len(names[0]))]
 
     def __getitem__(self, index: int) -> Sample:
         dataset, local = self._locate(index)

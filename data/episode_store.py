@@ -274,11 +274,19 @@ class EpisodeStore:
         self._video_rows: dict[str, np.ndarray] = {}
         if facts is None:
             return
-        from data.video_packets import PacketReader  # imports the decoder, which Parquet files do without
+        from data.video_packets import MANY_PACKETS, PacketReader  # imports the decoder, which Parquet files do without
 
         self._packets = PacketReader(self.folder, facts)
         rows = np.asarray(np.load(self.folder / f"{VIDEO_ROWS}.npy", mmap_mode="r"))
         self._video_rows = dict(zip(facts["cameras"], rows, strict=True))
+        for camera, packets in self._video_rows.items():
+            decoded = self._packets.packets_per_frame(packets[packets >= 0])
+            if decoded > MANY_PACKETS:
+                logger.warning(
+                    "%s: %.0f packets are decoded for each frame, since key frames are far apart, so loading is slow: "
+                    "convert the dataset to JPEG (scripts/convert_lerobot.py), or encode it with denser key frames",
+                    *(camera, decoded),
+                )
 
     def prompt(self, row: int) -> str:
         """The instruction at a global row."""

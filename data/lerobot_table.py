@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from data.convert.lerobot_rows import (
     row_columns,
     video_times,
 )
+from data.convert.modality import MODALITY
 from data.convert.video import VideoReader
 from data.schema import ACTION, FLAGS, IMAGE, INDICES, MAIN_CAMERA, PROMPT, TIMESTAMP
 from data.video_packets import PacketWriter
@@ -39,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_BLOCK = 8192  # of numbers
 PREFIXES = ("observation.images.", "observation.")  # of features; what follows is a camera's name
-GROOT = "meta/modality.json"
 CONVERT_GROOT = "python scripts/convert.py --from lerobot {root} --preset groot --output_dir demos/train"
 
 
@@ -274,15 +275,16 @@ class LeRobotTable:
 
     def _schema(self) -> pa.Schema:
         wide = {"float64", "int64", "uint64"}
-        kinds = {}
+        kinds, called = {}, {}
         for name, keys in {**self._options.state_columns, ACTION: self._options.action_keys}.items():
             stored = {str(self.dataset.features[key]["dtype"]) for key in keys}
             value = pa.float64() if stored & wide else pa.float32()
             kinds[name] = pa.list_(value, sum(self.dataset.width(key) for key in keys))
+            called[f"{name}_names"] = json.dumps(self.dataset.names(keys))
         fields = [*kinds.items(), *((name, pa.bool_()) for name in FLAGS), (PROMPT, pa.string())]
         fields += [*((name, pa.int64()) for name in INDICES), (TIMESTAMP, pa.float32())]
         images = [(camera, IMAGE.written) for camera, key in self.cameras.items() if not self.dataset.is_video(key)]
-        return pa.schema([*fields, *images], metadata={"fps": f"{self.dataset.fps:g}"})
+        return pa.schema([*fields, *images], metadata={"fps": f"{self.dataset.fps:g}", **called})
 
     def _cameras(self) -> dict[str, str]:
         """camera -> feature, as the mapping says, or else by name."""
@@ -303,10 +305,10 @@ class LeRobotTable:
 
     def _require_mapping_of_groot(self) -> None:
         mapping, root = self.folder.mapping, self.folder.root
-        if not (root / GROOT).exists() or (mapping.cameras and (mapping.task_key or mapping.prompt)):
+        if not (root / MODALITY).exists() or (mapping.cameras and (mapping.task_key or mapping.prompt)):
             return
         raise DataError(
-            f"{self.folder}: {root / GROOT} says that this is a GR00T dataset, whose instructions and slices of state "
+            f"{self.folder}: {root / MODALITY} says that this is a GR00T dataset, whose instructions and slices of state "
             f"and action are not where LeRobot has them; convert it ({CONVERT_GROOT.format(root=root)}), or say what "
             "to read: data.lerobot with cameras, state_key, action_key, and task_key or prompt"
         )

@@ -8,6 +8,7 @@ and remedy. The doctor, which goes on and reports every fault, uses the names an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 
 from utils.parquet_utils import DataError, Source
 from utils.statistics import state_labels
+from utils.text import printable
 
 VECTORS = ("state", "action")
 FLAGS = ("is_first", "is_last", "is_terminal")
@@ -208,6 +210,24 @@ def vector_width(column: pa.Array | pa.ChunkedArray, name: str, path: Source) ->
             f"{path} row 0: {name} is {'null' if first is None else 'an empty list'}; every time step needs its values"
         )
     return len(first)
+
+
+def vector_names(metadata: Mapping[bytes, bytes] | None, name: str, width: int) -> list[str]:
+    """What the values of a list column are called: as the metadata say (`state_names`, `action_names`, JSON lists),
+    else `action[0]` and so on.
+
+    Args:
+        metadata: of a recording's schema.
+        name: of the column.
+        width: how many names to return; values that the metadata do not name are called by their number.
+    """
+    text = (metadata or {}).get(f"{name}_names".encode(), b"null")
+    try:
+        known = json.loads(text)
+    except ValueError:
+        known = None
+    known = [printable(value) for value in known] if isinstance(known, list) else []
+    return [known[d] if d < len(known) else f"{name}[{d}]" for d in range(width)]
 
 
 def vectors(

@@ -36,8 +36,8 @@ def set_default_gl() -> None:
 
     ``MUJOCO_GL`` becomes "egl" where an NVIDIA device and an EGL library are present, else "osmesa" where
     that library is present, else "egl" where Mesa's software EGL may do. Outside Linux it is left alone.
-    ``LP_NUM_THREADS=0`` (Mesa rasterises in the calling thread) keeps recording processes from competing for
-    cores; the time goes to vertices, which Mesa handles in one thread anyway.
+    ``LP_NUM_THREADS=0`` makes Mesa rasterise in the calling thread, so that recording processes do not compete for
+    cores. It costs little: most of the time goes to vertices, which Mesa handles in one thread anyway.
 
     MuJoCo reads the variable when it is imported, so this must run before ``import mujoco``.
     """
@@ -70,12 +70,12 @@ def import_mujoco() -> ModuleType:
 
 
 def simplify_meshes(model: Any, tolerance: float) -> None:
-    """Thins out the faces that are drawn of large meshes, in place, by vertex clustering.
+    """Draws large meshes with fewer faces: changes the model's faces in place, by vertex clustering.
 
-    Vertices are snapped to a grid of ``tolerance`` and each cell keeps one of them; faces that collapse or
-    coincide are dropped. Vertices, normals and collision geometry stay: only drawing (and ray casting)
-    reads the faces. Method: Rossignac and Borrel 1993, "Multi-resolution 3D approximations for rendering
-    complex scenes".
+    Vertices are snapped to a grid of ``tolerance``, and each cell of the grid keeps one of them. Faces that
+    collapse or coincide are dropped. Vertices, normals and collision geometry stay as they are, for only drawing
+    (and ray casting) reads the faces. Method: Rossignac and Borrel 1993, "Multi-resolution 3D approximations for
+    rendering complex scenes".
 
     Args:
         model: a ``mujoco.MjModel``; must not yet be used by a renderer, which copies the faces.
@@ -101,10 +101,11 @@ def simplify_meshes(model: Any, tolerance: float) -> None:
 class OffscreenRenderer:
     """Draws a MuJoCo model from its own cameras into square RGB images.
 
-    One renderer at a time holds GL resources in a process. When another renders, the first gives its
-    resources up and gets them again (about 0.3 s) when its turn comes. The reason: dropping a GL context
-    that is not current frees objects *of the context that is*, and silently corrupts its images. So nothing
-    is left to the garbage collector here: the live renderer is held by the class and closed explicitly.
+    Only one renderer of a process holds GL resources at a time. When another one draws, the first frees its
+    resources, and creates them again (about 0.3 s) for its next image. This avoids a trap: destroying a GL context
+    that is not current frees objects *of the context that is current*, and silently corrupts its images. For the
+    same reason the garbage collector must never destroy a context: the class holds the renderer that is live, and
+    closes it explicitly.
     """
 
     _live: OffscreenRenderer | None = None
@@ -188,7 +189,7 @@ class OffscreenRenderer:
         return np.ascontiguousarray(bottom_up[:, ::-1] if upside_down else bottom_up[::-1])
 
     def close(self) -> None:
-        """Frees the GL resources, if this renderer holds them; a later `render` makes them again."""
+        """Frees the GL resources, if this renderer holds them; a later `render` creates them again."""
         if OffscreenRenderer._live is not self:
             return
         OffscreenRenderer._live = None

@@ -148,7 +148,7 @@ def _add_flags(flags: _EvalParser) -> None:
     add("device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("use_amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; default: as trained")
     flags.add_settings(SETTINGS)
-    add("seed", type=int, help="of the noise (default 0), or of the first episode (default 10000)")
+    add("seed", least=0, help="of the noise (default 0), or of the first episode (default 10000)")
     add("dataset", help="for a policy trained on a mixture: the dataset whose statistics and widths apply")
     add("num_threads", least=1, help="CPU threads of torch; default: the checkpoint's training.num_threads")
 
@@ -157,10 +157,10 @@ def _add_flags(flags: _EvalParser) -> None:
     help_text = "instead of --eval_data_path: the validation data of the checkpoint's config, held-out episodes alone"
     add("split", data, choices=("val",), help=help_text)
     add("batch_size", data, least=1, default=16, help="default 16")
-    add("num_workers", data, type=int, help="loader processes; default: the checkpoint's data.num_workers")
+    add("num_workers", data, least=0, help="loader processes; default: the checkpoint's data.num_workers")
     help_text = "draws per observation, for spread and best-of-k; default 1: neither"
     add("num_samples", data, least=1, default=1, help=help_text)
-    add("num_plots", data, type=int, default=3, help="episodes per dataset to plot; default 3")
+    add("num_plots", data, least=0, default=3, help="episodes per dataset to plot; default 3")
 
     single = "image1_paths"
     add("image1_paths", single, nargs="+", metavar="IMAGE", help="frames of camera 1, oldest first")
@@ -185,7 +185,7 @@ def _add_flags(flags: _EvalParser) -> None:
     add("demos_path", loop, nargs="+", metavar="P", help="training demonstrations for --control replay")
     flags.add_settings(LOOP_SETTINGS, loop)
     add("image_size", loop, least=1, help="pixels; default: what the policy was trained on")
-    add("num_videos", loop, type=int, default=3, help="episodes per task to film; default 3")
+    add("num_videos", loop, least=0, default=3, help="episodes per task to film; default 3")
     help_text = "keep what was seen, planned and done: one Parquet file an episode, to train on"
     add("record", loop, metavar="DIR", help=help_text)
     add("prompt_override", loop, policy=True, metavar="TEXT", help="give every task this instruction")

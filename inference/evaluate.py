@@ -38,6 +38,7 @@ class Predictions:
         state_NS: float32, physical units, in the model's width.
         episode_N, frame_N: int64, where each sample comes from.
         file_N: the Parquet file of each sample.
+        action_names: what the A values of an action are called.
     """
 
     predicted_KNTA: np.ndarray
@@ -47,6 +48,7 @@ class Predictions:
     episode_N: np.ndarray
     frame_N: np.ndarray
     file_N: list[str]
+    action_names: list[str]
 
 
 def evaluate_offline(
@@ -109,7 +111,10 @@ def evaluate_offline(
         *arrays, rows = map(np.concatenate, zip(*seen, strict=True))
         files = np.searchsorted(dataset.store.file_starts, rows, side="right") - 1
         predictions[name] = Predictions(
-            np.concatenate(drawn, axis=1), *arrays, file_N=[str(dataset.store.files[i]) for i in files]
+            np.concatenate(drawn, axis=1),
+            *arrays,
+            file_N=[str(dataset.store.files[i]) for i in files],
+            action_names=dataset.names["action"][:width],
         )
     samples = sum(len(p.true_NTA) for p in predictions.values())
     result = {

@@ -1,7 +1,7 @@
-"""What an evaluation measures: errors of predicted chunks, trivial predictors to compare with, success intervals.
+"""The numbers of an evaluation: errors of predicted chunks, trivial predictors to compare with, success intervals.
 
-The errors themselves are in utils/metrics.py, which validation during training uses too; here is what only an
-evaluation needs. Plain numpy, no model needed.
+utils/metrics.py computes the errors, for validation during training needs them too. This file adds the trivial
+predictors and the intervals. Both are plain numpy and need no model.
 
 Shape letters: N samples, T horizon, A per_action_dim.
 """
@@ -27,18 +27,18 @@ __all__ = [
 
 
 def mean_action_prediction(mean_action_NA: np.ndarray, horizon: int) -> np.ndarray:
-    """The first trivial predictor: the training data's mean action at every step, (N, A) -> (N, T, A)."""
+    """A trivial predictor: the mean action of the training data at every step of the chunk, (N, A) -> (N, T, A)."""
     return np.repeat(np.asarray(mean_action_NA)[:, None], horizon, axis=1)
 
 
 def repeat_last_action_prediction(
     previous_action_N: Sequence[np.ndarray | None], mean_action_NA: np.ndarray, horizon: int
 ) -> np.ndarray:
-    """The second trivial predictor: the action executed just before, at every step.
+    """A trivial predictor: the action that was executed just before, repeated at every step of the chunk.
 
     Args:
-        previous_action_N: per sample the (A,) action of the step before, or None at an episode's first step,
-            where no action has been executed yet: the mean action stands in.
+        previous_action_N: for each sample the action (A,) of the step before. None at an episode's first step, where
+            nothing was executed yet; the mean action is predicted there.
         mean_action_NA: (N, A), physical units.
 
     Returns:
@@ -55,7 +55,7 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """The 95 % score interval of a success rate (Wilson 1927), as (low, high) in [0, 1].
 
     Raises:
-        ValueError: no episodes, or a count of successes that they cannot have.
+        ValueError: there are no episodes, or fewer than 0 or more than `episodes` successes.
     """
     if episodes <= 0 or not 0 <= successes <= episodes:
         raise ValueError(f"{successes} successes of {episodes} episodes: no interval; give 0 <= successes <= episodes")

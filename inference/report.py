@@ -1,10 +1,12 @@
-"""What an evaluation leaves behind: tables, CSV, plots."""
+"""The output of an evaluation: printed tables, JSON and CSV files, plots."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inference.evaluate import Predictions
+from utils.figure_text import axis_label, drawable, save_figure
 from utils.metrics import METRICS
 from utils.misc import atomic_path
 from utils.text import csv_text, file_stem
 from utils.text_table import text_table
 from utils.trajectory_plot import draw_trajectory
+
+logger = logging.getLogger(__name__)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -25,8 +30,40 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def keep_earlier(paths: Sequence[Path], report: dict[str, Any], keys: Iterable[str]) -> None:
+    """Before a report is written: move one of something else aside, from `metrics.json` to `metrics_1.json` and so on.
+
+    Args:
+        paths: files and folders of the report; the first is its JSON file.
+        report: the content that the JSON file is to have.
+        keys: entries of it that say what was evaluated; where they are as before, the earlier report is replaced.
+    """
+    if not paths[0].is_file():
+        return
+    try:
+        earlier = json.loads(paths[0].read_text(encoding="utf-8"))
+    except ValueError:
+        earlier = {}
+    differing = [key for key in keys if earlier.get(key) != report[key]] if isinstance(earlier, dict) else list(keys)
+    if not differing:
+        return
+    number = next(n for n in itertools.count(1) if not any(_numbered(path, n).exists() for path in paths))
+    for path in paths:
+        if path.exists():
+            path.rename(_numbered(path, number))
+    reason = f"another evaluation ({', '.join(differing)} differ{'s' if len(differing) == 1 else ''})"
+    logger.info("%s was of %s: kept as %s", paths[0], reason, _numbered(paths[0], number).name)
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}_{number}{path.suffix}")
+
+
 def metrics_table(result: dict[str, Any]) -> str:
-    """The result of `evaluate_offline`: a line per metric, a column per predictor; several datasets one by one too."""
+    """The result of `evaluate_offline` as tables: one line per metric, one column per predictor.
+
+    The first table is over all data. Where there are several datasets, one table for each follows.
+    """
     predictors = result["predictors"]
     datasets = list(next(iter(predictors.values()))["per_dataset"])
     tables = [_metrics_table("all data", predictors)]
@@ -38,7 +75,7 @@ def metrics_table(result: dict[str, Any]) -> str:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """What the metrics of `evaluate_offline` say, in words: is the policy better than the trivial predictors?"""
+    """The result of `evaluate_offline` in a sentence: is the policy better than the two trivial predictors?"""
     errors = {name: summary["overall"]["mse_normalized"] for name, summary in result["predictors"].items()}
     policy, sentences = errors["policy"], []
     for name, words in (("mean_action", "the mean action"), ("repeat_last_action", "repeating the last action")):
@@ -56,7 +93,7 @@ def _metrics_table(title: str, parts: dict[str, dict[str, Any]]) -> str:
 
 
 def rollout_table(result: dict[str, Any]) -> str:
-    """The content of rollouts.json: one line per task, per tier where there are several, and one for all."""
+    """The content of rollouts.json as a table: one line per task, one per tier if there are several, one for all."""
     rows, tiers = [], result["summary"].get("tiers", {})
     parts = [*result["tasks"].items(), *(tiers.items() if len(tiers) > 1 else ()), ("all", result["summary"])]
     for name, task in parts:
@@ -83,29 +120,30 @@ def write_evaluation(
     predictions: dict[str, Predictions],
     save_predictions: bool,
     num_plots: int,
-    labels: Sequence[str],
 ) -> list[Path]:
-    """Write what `evaluate_offline` found: metrics.json, plots/, and predictions.csv when asked for; returns the paths.
+    """Write the result of `evaluate_offline`: metrics.json, plots/, and predictions.csv if asked for.
 
     Args:
         folder: of the output.
         result, predictions: from `evaluate_offline`; the result may hold more.
         save_predictions: write predictions.csv, see `write_predictions`.
         num_plots: episodes per dataset to plot.
-        labels: of the action's dimensions.
     """
-    paths = [folder / "metrics.json"]
-    write_json(paths[0], result)
+    report, table, plots = folder / "metrics.json", folder / "predictions.csv", folder / "plots"
+    result = result | {"data": list(predictions)}
+    keep_earlier([report, table, plots], result, ("checkpoint", "checkpoint_stamp", "data", "settings"))
+    write_json(report, result)
     if save_predictions:
-        paths.append(folder / "predictions.csv")
-        write_predictions(paths[-1], predictions)
-    return [*paths, *plot_trajectories(folder / "plots", predictions, labels, num_plots)]
+        write_predictions(table, predictions)
+    return [report, *([table] if save_predictions else []), *plot_trajectories(plots, predictions, num_plots)]
 
 
 def write_actions(output_dir: Path, action_TA: np.ndarray, inputs: dict[str, Any]) -> list[Path]:
     """Write one prediction as actions.json (with the inputs that led to it) and actions.csv; returns the paths."""
     paths = [output_dir / "actions.json", output_dir / "actions.csv"]
-    write_json(paths[0], {**inputs, "actions": action_TA.tolist()})
+    report = {**json.loads(json.dumps(inputs)), "actions": action_TA.tolist()}
+    keep_earlier(paths, report, inputs)
+    write_json(paths[0], report)
     with atomic_path(paths[1]) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *(f"action_{a}" for a in range(action_TA.shape[1]))])
@@ -132,9 +170,7 @@ def write_predictions(path: str | Path, predictions: dict[str, Predictions]) -> 
                     writer.writerow([*place, t, *map(_digits, predicted_TA[t]), *truth, int(is_pad)])
 
 
-def plot_trajectories(
-    output_dir: str | Path, predictions: dict[str, Predictions], labels: Sequence[str], episodes: int = 3
-) -> list[Path]:
+def plot_trajectories(output_dir: str | Path, predictions: dict[str, Predictions], episodes: int = 3) -> list[Path]:
     """Predicted against true actions over an episode, one panel per dimension, as PNG; returns the paths.
 
     At every step of the episode the first action of the prediction made there is drawn, with a band where there
@@ -146,13 +182,13 @@ def plot_trajectories(
         for episode in found[np.unique(np.linspace(0, len(found) - 1, episodes).round().astype(int))]:
             path = Path(output_dir) / f"trajectory_{file_stem(name)}_episode_{episode:06d}.png"
             rows = np.flatnonzero(part.episode_N == episode)
-            _plot_episode(path, part, rows, f"{name}, episode {episode}", labels)
+            _plot_episode(path, part, rows, f"{name}, episode {episode}")
             paths.append(path)
     return paths
 
 
 def finish(text: str, paths: Sequence[str | Path], log_file: Path | None) -> None:
-    """Print what an evaluation found and which files it wrote; what it found is added to the log file as well."""
+    """Print the results of an evaluation and the files that it wrote. The results are added to the log file, too."""
     print("\n" + text)
     if log_file is not None:
         with log_file.open("a", encoding="utf-8") as file:
@@ -162,7 +198,7 @@ def finish(text: str, paths: Sequence[str | Path], log_file: Path | None) -> Non
         print(f"wrote {path}")
 
 
-def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str, labels: Sequence[str]) -> None:
+def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str) -> None:
     dims = part.true_NTA.shape[2]
     columns = 1 if dims < 5 else 2
     lines = -(-dims // columns)
@@ -174,15 +210,14 @@ def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str, l
             axis.axis("off")
             continue
         draw_trajectory(axis, steps, part.predicted_KNTA[:, rows, 0, a], part.true_NTA[rows, 0, a])
-        axis.set_ylabel(labels[a])
+        axis.set_ylabel(axis_label(part.action_names[a]), fontsize=9)
     lowest = [axes[min(lines, dims - column * lines) - 1, column] for column in range(columns)]
     for axis in lowest:  # of a column that ends earlier than the first, too
         axis.set_xlabel("step")
         axis.tick_params(labelbottom=True)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
-    figure.suptitle(f"First action of each prediction: {title}", fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    figure.suptitle(drawable(f"First action of each prediction: {title}"), fontsize=10)
+    save_figure(figure, path)
 
 
 def _digits(value: float) -> str:

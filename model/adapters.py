@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import logging
 from collections.abc import Iterable
 
 import torch
@@ -202,8 +201,6 @@ def quantize_linears(module: nn.Module, quantization: str, setting: str = "model
         from bitsandbytes import nn as bnb
     except ImportError:
         raise ImportError(f"{setting} needs the bitsandbytes package: pip install bitsandbytes") from None
-    # It warns at every call that 8-bit layers read their inputs as float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear):

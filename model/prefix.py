@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from model.keys_values import KeysValues
@@ -69,10 +68,8 @@ def keys_values_alone(
         lowest = torch.finfo(embeds_BLE.dtype).min
         seen_B11L = torch.where(seen_B11L, 0.0, lowest).to(embeds_BLE.dtype)
     *layers, last = language_model.layers
-    whole = isinstance(last.self_attn.k_proj.weight, DTensor)  # FSDP gathers a layer for its forward alone
     collected, hidden_BLE = KeysValues(), embeds_BLE
-    for layer in language_model.layers if whole else layers:
-        before_BLE = hidden_BLE
+    for layer in layers:
         hidden_BLE = layer(
             hidden_BLE,
             attention_mask=seen_B11L,
@@ -81,8 +78,6 @@ def keys_values_alone(
             keys_values=collected,
         )
     pairs = collected.close()
-    if whole:
-        return before_BLE, pairs
     attention = last.self_attn
     normed_BLE = last.input_layernorm(hidden_BLE)
     key, value = (

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding
+from data.convert.conversion import add_encoding_arguments, encoding_of
+from data.convert.episode_writer import EpisodeFileWriter
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 from scripts._attempt import Attempt
 from scripts._takeover import Corridor, WatchedEnv, watched_attempt
@@ -82,8 +83,7 @@ def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--steps_after_success", type=int, default=3, help="then stop (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="reset seed of the first attempt (default 0)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="default %(default)s")
-    parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95 (default %(default)s)")
+    add_encoding_arguments(parser)
     parser.add_argument(
         "--noise_scale",
         type=float,
@@ -160,7 +160,7 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
     """
     env = _worker_env(args.env, task, json.dumps(environment_options(args)))
     if args.takeover:
-        watched = WatchedEnv(env, _corridor(args), _encoding(args), args.steps_after_success)
+        watched = WatchedEnv(env, _corridor(args), encoding_of(args), args.steps_after_success)
         return watched_attempt(watched, args.policy, seed)
     noise = np.random.default_rng((seed, 1))
     observation, _ = env.reset(seed=seed)
@@ -168,7 +168,7 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
     prompts = env.instructions if args.paraphrase else (env.instruction,)
     prompt = prompts[np.random.default_rng((seed, 2)).integers(len(prompts))]
     attempt = Attempt(seed, prompt, {"instruction": env.instruction, **env.settings()}, images)
-    encode = _encoding(args)
+    encode = encoding_of(args)
     truncated, steps_left = False, args.steps_after_success
     while not truncated and steps_left >= 0:
         action = env.expert_action()
@@ -205,10 +205,6 @@ def _corridor(args: argparse.Namespace) -> Corridor:
     return Corridor(*(TAKEOVER_DEFAULTS[name] if value is None else value for name, value in given.items()))
 
 
-def _encoding(args: argparse.Namespace) -> ImageEncoding:
-    return ImageEncoding(args.image_format, args.jpeg_quality)
-
-
 @functools.lru_cache(maxsize=1)
 def _worker_env(env: str, task: str, options: str) -> RobotEnv:
     """The environment that this process works in, its options as JSON, since lists are no keys of a cache."""
@@ -229,7 +225,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     ):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be at least {least}")
-    _encoding(args)
+    encoding_of(args)
     environment_options(args)
     if len({_path_of(args, task) for task in args.tasks}) < len(args.tasks):
         raise ValueError(f"--tasks {' '.join(args.tasks)}: two of them have the same file name; record them apart")

@@ -15,8 +15,7 @@ import pathlib
 if not __package__:
     import _repository  # noqa: F401
 
-from data.convert.conversion import add_conversion_arguments
-from data.convert.episode_writer import ImageEncoding
+from data.convert.conversion import add_conversion_arguments, encoding_of
 from data.convert.hdf5 import convert_hdf5
 from utils.arguments import CommandParser, run_command
 
@@ -65,7 +64,7 @@ def main() -> None:
         state_keys=args.state_key,
         action_key=args.action_key,
         episodes=args.episodes,
-        encoding=ImageEncoding(args.image_format, args.jpeg_quality),
+        encoding=encoding_of(args),
         fps=args.fps,
         channel_order=args.channel_order,
         terminal=args.terminal,

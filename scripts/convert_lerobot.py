@@ -18,8 +18,7 @@ import pathlib
 if not __package__:
     import _repository  # noqa: F401
 
-from data.convert.conversion import add_conversion_arguments, parse_cameras
-from data.convert.episode_writer import ImageEncoding
+from data.convert.conversion import add_conversion_arguments, encoding_of, parse_cameras
 from data.convert.lerobot import convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
 from data.convert.lerobot_rows import TERMINAL
@@ -33,6 +32,8 @@ FROM_LEROBOT = (
     "episodes",
     "image_format",
     "jpeg_quality",
+    "subsampling",
+    "short_side",
     "state_key",
     "action_key",
     "tolerance_s",
@@ -41,7 +42,7 @@ FROM_LEROBOT = (
     "terminal",
     "follow_links",
 )
-TO_LEROBOT = ("data_path", "state_columns", "fps", "robot_type", "video", "video_codec", "crf")
+TO_LEROBOT = ("data_path", "state_columns", "fps", "robot_type", "next_done", "video", "video_codec", "crf")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -90,6 +91,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     back.add_argument("--state_columns", nargs="+", metavar="COLUMN", help=help_text)
     back.add_argument("--fps", type=float, help="frames per second; default: what the files' metadata say")
     back.add_argument("--robot_type", help="default: what the files' metadata say")
+    back.add_argument(
+        "--next_done",
+        action="store_true",
+        help="write is_terminal as next.done; lerobot then can't merge the dataset with its own recordings",
+    )
     back.add_argument("--video", action="store_true", help="encode the frames as video instead of keeping the images")
     back.add_argument("--video_codec", choices=list(ENCODERS), help="default: the first that PyAV can encode")
     back.add_argument("--crf", type=int, help="video quality, lower is better (default: av1 30, h264 23)")
@@ -114,7 +120,7 @@ def from_lerobot(args: argparse.Namespace) -> str:
         state_keys=args.state_key,
         action_keys=args.action_key,
         episodes=args.episodes,
-        encoding=ImageEncoding(args.image_format, args.jpeg_quality),
+        encoding=encoding_of(args),
         tolerance_s=args.tolerance_s,
         prompt=args.prompt,
         empty_prompt=args.empty_prompt,
@@ -148,6 +154,7 @@ def to_lerobot(args: argparse.Namespace) -> str:
         state_columns=tuple(args.state_columns or facts.get("state_columns") or ("state",)),
         state_names=facts.get("state_names"),
         action_names=facts.get("action_names"),
+        next_done=args.next_done,
         video=VideoEncoding.choose(args.video_codec, args.crf) if args.video else None,
     )
     episodes, steps = export_lerobot(

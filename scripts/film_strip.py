@@ -2,7 +2,8 @@
 
     python scripts/film_strip.py --videos a.mp4 b.mp4 --frames 6 --height 120 --output strip.png
 
-The README's picture has the first filmed episode of each of the quickstart's tasks.
+A grid of several episodes, which main_eval.py writes beside them, is left out where they are given too
+(`--videos results/videos/*.mp4`). The README's picture has the first filmed episode of each of the quickstart's tasks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,20 @@ from utils.arguments import CommandParser, run_command
 from utils.misc import atomic_path
 
 GAP = 4  # pixels between frames
+
+
+def without_grids(videos: Sequence[pathlib.Path]) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """The videos of one episode, and those that show several of the given ones side by side.
+
+    main_eval.py writes `{task}_seed{seed}.mp4`, of several of a task `{task}.mp4`, and of several tasks `grid.mp4`.
+    """
+
+    def shows_others(video: pathlib.Path) -> bool:
+        siblings = [other for other in videos if other.parent == video.parent and other != video]
+        return any(other.name.startswith(f"{video.stem}_seed") or video.stem == "grid" for other in siblings)
+
+    grids = [video for video in videos if shows_others(video)]
+    return [video for video in videos if video not in grids], grids
 
 
 def film_strip(videos: Sequence[Sequence[np.ndarray]], num_frames: int, height: int) -> Image.Image:
@@ -49,7 +64,7 @@ def film_strip(videos: Sequence[Sequence[np.ndarray]], num_frames: int, height: 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--videos", nargs="+", required=True, metavar="MP4", help="one row each")
+    parser.add_argument("--videos", nargs="+", type=pathlib.Path, required=True, metavar="MP4", help="one row each")
     parser.add_argument("--frames", type=int, default=6, help="columns (default 6)")
     parser.add_argument("--height", type=int, default=160, help="of a frame in pixels (default 160)")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="*.png")
@@ -57,14 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
     if args.frames < 2 or args.height < 8:
         parser.error(f"--frames {args.frames} --height {args.height}: give at least 2 frames of 8 pixels")
     videos = []
-    for path in args.videos:
+    episodes, grids = without_grids(args.videos)
+    for path in episodes:
         try:
             videos.append(read_video(path))
         except (OSError, FFmpegError) as error:
             sys.exit(f"error: --videos {path}: no readable video ({error}); give an MP4 such as main_eval.py writes")
     with atomic_path(args.output) as temporary:
         film_strip(videos, args.frames, args.height).save(temporary, format="PNG")
-    print(f"wrote {args.output}")
+    left_out = f" without {', '.join(grid.name for grid in grids)}, of several episodes" if grids else ""
+    print(f"wrote {args.output}{left_out}")
 
 
 if __name__ == "__main__":

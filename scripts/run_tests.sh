@@ -6,7 +6,7 @@ source scripts/environment.sh
 simulators=(requirements-sim.txt requirements-gym.txt requirements-aloha.txt)
 # LIBERO is 1.7 GB on disk, so its tests are among the slow ones.
 if [[ " $* " = *" --all "* ]]; then simulators+=(requirements-libero.txt); fi
-make_environment requirements.txt "${simulators[@]}" requirements-dev.txt
+make_environment requirements.txt requirements-convert.txt "${simulators[@]}" requirements-dev.txt
 export ALL_SIMULATORS=1 # a simulator's tests fail where its packages are missing, instead of being skipped
 # openpi's client asks for numpy 1 but runs on 2, trackio for Pillow 12 but runs on 13, and vla-eval for more than its
 # client uses: taken alone, since what they need is installed already.

@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as trained")
     add_setting_flags(parser.add_argument_group("instead of the checkpoint's settings"), InferenceConfig, SETTINGS)
     parser.add_argument("--num_threads", type=at_least(1), help="CPU threads of torch")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise of requests that carry no seed")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise of requests that carry no seed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="serving.key=value", dest="set_args")
     return parser.parse_args()
 

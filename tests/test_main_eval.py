@@ -181,6 +181,8 @@ def test_single_item(checkpoint, tmp_path, capsys):
         ("--checkpoint_path c --env metaworld --tasks t --batch_size 4", "--batch_size belongs to --eval_data_path"),
         ("--checkpoint_path c --eval_data_path d --num_samples 0", "--num_samples is 0; give 1 or more"),
         ("--checkpoint_path c --env e --tasks t --num_samples 2", "--num_samples belongs to --eval_data_path"),
+        ("--checkpoint_path c --eval_data_path d --seed -1", "--seed is -1; give 0 or more"),
+        ("--checkpoint_path c --eval_data_path d --num_plots -1", "--num_plots is -1; give 0 or more"),
         ("--checkpoint_path c --eval_data_path d d", "--eval_data_path names a path twice"),
         ("--checkpoint_path c --image1_paths i", "--prompt is missing"),
         ("--checkpoint_path c --env metaworld", "--tasks is missing"),

@@ -25,6 +25,7 @@ from model.context import Context
 from model.pretrained import num_image_tokens
 from model.vla_model import VLAModel
 from utils.config_utils import Config
+from utils.text_table import text_table
 
 GB = 1e9
 MOMENTS = {"AdamW": 8, "SGD": 4}  # bytes per trained value; AdamW8bit: see `_moment_bytes`
@@ -32,30 +33,29 @@ MOMENTS = {"AdamW": 8, "SGD": 4}  # bytes per trained value; AdamW8bit: see `_mo
 
 def estimate_report(policy: VLAModel, config: Config, world_size: int = 1) -> str:
     """Tables of parameters and expected memory, and the tokens of a sample."""
-    rows = [f"{'component':<18}{'parameters':>16}{'train':>16}{'stored GB':>11}"]
-    for name, module in policy.components().items():
-        parameters = list(module.parameters())
-        if parameters:
-            trained = sum(p.numel() for p in parameters if p.requires_grad)
-            count = sum(_values(p) for p in parameters)
-            rows.append(f"{name:<18}{count:>16,}{trained:>16,}{sum(map(_stored_bytes, parameters)) / GB:>11.3f}")
-    everything = list(policy.parameters())
-    count, trained = sum(map(_values, everything)), sum(p.numel() for p in everything if p.requires_grad)
-    rows.append(f"{'total':<18}{count:>16,}{trained:>16,}{sum(map(_stored_bytes, everything)) / GB:>11.3f}")
-
-    micro_batch = micro_batch_size(config, world_size)
-    rows += ["", f"{'expected memory per process':<50}{'GB':>8}"]
+    parts = {name: list(module.parameters()) for name, module in policy.components().items()}
+    parts = {name: parameters for name, parameters in parts.items() if parameters}
+    parts["total"] = list(policy.parameters())
+    components = [[name, *_counts(parameters)] for name, parameters in parts.items()]
     memory = expected_memory(policy, config, world_size)
-    rows += [f"{name:<50}{size / GB:>8.2f}" for name, size in memory.items()]
-    rows.append(f"{'sum (calculated, not measured)':<50}{sum(memory.values()) / GB:>8.2f}")
-    tokens = tokens_per_sample(policy, config)
-    rows += [
-        "",
-        f"micro-batch {micro_batch} of batch {config.data.batch_size}; tokens per sample: {tokens['vision']} in the "
-        f"vision tower, {tokens['language']} in the language model, {tokens['context']} of context, "
-        f"{tokens['action']} of actions",
-    ]
-    return "\n".join(rows)
+    memory["sum (calculated, not measured)"] = sum(memory.values())
+    tokens, micro_batch = tokens_per_sample(policy, config), micro_batch_size(config, world_size)
+    return "\n\n".join(
+        [
+            text_table(["component", "parameters", "train", "stored GB"], components),
+            text_table(["expected memory per process", "GB"], [[n, f"{b / GB:.2f}"] for n, b in memory.items()]),
+            f"micro-batch {micro_batch} of batch {config.data.batch_size}; tokens per sample: {tokens['vision']} in "
+            f"the vision tower, {tokens['language']} in the language model, {tokens['context']} of context, "
+            f"{tokens['action']} of actions",
+        ]
+    )
+
+
+def _counts(parameters: list[nn.Parameter]) -> tuple[str, str, str]:
+    """Of a component: all values, those that train, and the gigabytes in which they are stored."""
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    stored = sum(map(_stored_bytes, parameters)) / GB
+    return f"{sum(map(_values, parameters)):,}", f"{trained:,}", f"{stored:.3f}"
 
 
 def micro_batch_size(config: Config, world_size: int = 1) -> int:

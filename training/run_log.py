@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class RunLog:
     """Metrics and pictures of one run; ranks other than the first write only which samples they took."""
 
     def __init__(self, config: Config, *, is_main: bool, rank: int = 0) -> None:
-        self.directory, self.labels = config.experiment_dir, config.action_labels
+        self.directory = config.experiment_dir
         self.metrics_path = self.directory / "logs" / "metrics.jsonl"
         self.validation_path = self.directory / "logs" / "validation.jsonl"
         self.samples_path = self.directory / "logs" / f"samples_rank_{rank}.jsonl"
@@ -69,10 +70,10 @@ class RunLog:
         """Tell the trackers of a checkpoint; W&B keeps it as an artifact with `wandb.log_checkpoints`."""
         self.trackers.checkpoint(step, path)
 
-    def write_validation(self, step: int, validation: Validation) -> None:
+    def write_validation(self, step: int, validation: Validation, action_names: Sequence[str]) -> None:
         """Append metrics per horizon step, dimension and dataset to validation.jsonl; draw `validation.plotted`.
 
-        The picture goes to plots/validation_step_{step}.png and to the trackers.
+        The picture goes to plots/validation_step_{step}.png and to the trackers; `action_names` are its labels.
         """
         if not self.is_main:
             return
@@ -83,7 +84,8 @@ class RunLog:
         chunks = validation.plotted
         title = f"Action chunks of held-out samples after {step} steps, physical units"
         with disk_full_named(path, PICTURE_BYTES):
-            plot_chunks(path, chunks.drawn_KNTA, chunks.true_NTA, chunks.is_pad_NT, chunks.captions, title, self.labels)
+            drawn = chunks.drawn_KNTA, chunks.true_NTA, chunks.is_pad_NT
+            plot_chunks(path, *drawn, chunks.captions, action_names, title)
         self.trackers.picture(step, "val/trajectories", path)
 
     def plot(self) -> None:

@@ -23,7 +23,8 @@ def shard_model(model: VLAModel, config: Config, device: torch.device, world_siz
     """Shard a policy in place over all ranks and move it to the device.
 
     Every transformer block of the backbone is a unit. The rest (embeddings, projector, resampler, action head) is the
-    last unit: a head encodes its context once and calls its blocks many times, also by other methods than forward.
+    last unit: a head encodes its context once and calls its blocks many times, also by other methods than forward. So
+    is a block of which only a part is computed (`Backbone.unread_parameters`): FSDP gathers a unit for its forward.
     The weights of blocks are gathered in the compute precision, in which autocast would use their matrices anyway.
     Master weights, the reduction of gradients and everything outside of the blocks stay float32.
 
@@ -45,8 +46,10 @@ def shard_model(model: VLAModel, config: Config, device: torch.device, world_siz
     mesh = init_device_mesh(device.type, (world_size,))
     compute = model.compute_dtype if model.compute_dtype != torch.float32 else None
     blocks = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    unread = set() if model.action_head.wants_tokens else {id(p) for p in model.backbone.unread_parameters()}
     for block in transformer_blocks(model.backbone):
-        fully_shard(block, mesh=mesh, mp_policy=blocks)
+        if not any(id(parameter) in unread for parameter in block.parameters()):
+            fully_shard(block, mesh=mesh, mp_policy=blocks)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     register_fsdp_forward_method(model, "act")  # the other way into the model, besides its forward
     return model.to(device)

@@ -128,6 +128,7 @@ class VLATrainer:
     def fit(self) -> None:
         """Train from the current step to the end, or until asked to stop; then a checkpoint holds the last step."""
         training, window, total_steps = self.config.training, self.state.window, self.length.total_steps
+        first_step, log_interval = self.step + 1, training.log_interval
         self._announce()
         self.run_log.rewind(self.step)
         self.train_loader.batch_sampler.start_step = self.step
@@ -141,10 +142,14 @@ class VLATrainer:
             while self.step < total_steps and not self.stopping and not self.state.best.exhausted:
                 micro_batches = next_batches(batches, training.gradient_accumulation_steps)
                 window.waited()
-                window.add(self.train_step(micro_batches))
+                values = self.train_step(micro_batches)
+                window.add(values)
                 self.run_log.samples(self.step, micro_batches)
+                due = self.step % log_interval == 0 or self.step == total_steps
+                if self.step == first_step and not due:  # a sign of life
+                    logger.info("step %d: loss %.4g; a line every %d steps", self.step, values["loss"], log_interval)
                 progress.update()
-                if self.step % training.log_interval == 0 or self.step == total_steps:
+                if due:
                     self.log(window.summary(self.config.data.batch_size))
                 self.finish_step()
                 window.restart_clock()
@@ -293,7 +298,7 @@ class VLATrainer:
         except ValidationStopped:
             self.stopping = True
             return None
-        self.run_log.write_validation(self.step, validation)
+        self.run_log.write_validation(self.step, validation, self.val_loader.dataset.action_names)
         self.log(validation.values)
         self.run_log.plot()
         return validation.values

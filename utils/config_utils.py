@@ -275,12 +275,6 @@ class Config:
             object.__setattr__(self, "data", data)
         return data
 
-    @property
-    def action_labels(self) -> list[str]:
-        """What each dimension of an action is called: its name, or `action[2]`."""
-        width = self.model.action_head_config.per_action_dim
-        return list(self.data.action_names) or [f"action[{d}]" for d in range(width)]
-
     def _take_older_inference_steps(self) -> None:
         """`action_head_config.inference_steps` says the same as `inference.num_inference_steps`; the latter is read."""
         head, default = self.model.action_head_config, InferenceConfig().num_inference_steps

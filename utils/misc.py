@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from utils.library_noise import drop_library_noise
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a file is full
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
@@ -46,8 +48,7 @@ def set_up_logging(log_file: str | Path | None = None, *, is_main: bool = True) 
     )
     for handler in handlers:
         handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-    for noisy in ("httpx", "matplotlib", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    drop_library_noise()
 
 
 class _Formatter(logging.Formatter):

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from utils.config_data import is_lerobot
+
 logger = logging.getLogger(__name__)
 
 STREAM_BUFFER = 1 << 20  # bytes read at a time of each column
@@ -181,6 +183,11 @@ def _identity(path: str, key: str) -> tuple[int, int]:
 
 def _expand_path(entry: str, key: str) -> list[tuple[Source, object]]:
     """(file, what all names of that file have in common)."""
+    if is_lerobot(entry):
+        raise DataError(
+            f"{key}: {entry} is a LeRobot dataset, and Parquet files are wanted here; convert it first "
+            "(scripts/convert_lerobot.py)"
+        )
     entry = os.path.expanduser(entry)
     if os.path.isdir(entry):
         return list(_files_below(entry, (".parquet",), key))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import unicodedata
 from typing import Any
 
 MAX_QUOTED = 200  # characters of foreign text that a message quotes
@@ -23,6 +25,15 @@ def printable(value: Any, limit: int = MAX_QUOTED) -> str:
         cut = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
         cut, text = cut[:limit], text if len(cut) <= limit else text + cut[limit:]
     return cut if len(text) <= limit else f"{cut} ..."
+
+
+def shortened(text: str, columns: int) -> str:
+    """A text in one line, or its beginning and "…", at most `columns` wide; Chinese and Japanese characters are two."""
+    text = " ".join(text.split())
+    widths = [2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text]
+    if sum(widths) <= columns:
+        return text
+    return text[: sum(end < columns for end in itertools.accumulate(widths))] + "…"
 
 
 def markdown_text(value: Any, limit: int = MAX_QUOTED) -> str:

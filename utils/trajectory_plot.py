@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils.misc import atomic_path
+from utils.figure_text import axis_label, drawable, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +40,7 @@ def draw_trajectory(axis: Axes, steps_T: np.ndarray, drawn_KT: np.ndarray, true_
     axis.plot(steps_T, drawn_KT.mean(0), color=PREDICTED_COLOUR, label=label, **style)
     axis.plot(steps_T, true_T, color=TRUE_COLOUR, label="true", **style)
     axis.grid(alpha=0.3)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.tick_params(labelsize=8)
 
 
@@ -49,8 +50,8 @@ def plot_chunks(
     true_NTA: np.ndarray,
     is_pad_NT: np.ndarray,
     captions: Sequence[str],
+    names: Sequence[str],
     title: str,
-    labels: Sequence[str],
 ) -> None:
     """Write predicted and true action chunks as a PNG: one column per sample, one line per action dimension.
 
@@ -58,8 +59,8 @@ def plot_chunks(
         drawn_KNTA: draws in physical units.
         true_NTA: physical units; nothing is drawn where `is_pad_NT`.
         captions: one per sample, above its column.
+        names: of the A action dimensions.
         title: of the whole figure.
-        labels: of the action's dimensions.
     """
     samples, horizon, total = true_NTA.shape
     dims = min(total, MAX_DIMENSIONS)
@@ -67,16 +68,15 @@ def plot_chunks(
     figure = Figure(figsize=(2.8 * samples + 0.6, 1.3 * dims + 1.1), layout="constrained")
     axes = figure.subplots(dims, samples, sharex=True, sharey="row", squeeze=False)
     for n, caption in enumerate(captions):
-        axes[0, n].set_title(caption, fontsize=8)
+        axes[0, n].set_title(drawable(caption), fontsize=8)
         axes[-1, n].set_xlabel("step of the chunk", fontsize=8)
         for a in range(dims):
             draw_trajectory(axes[a, n], np.arange(horizon), drawn_KNTA[:, n, :, a], true_NTA[n, :, a])
     for a in range(dims):
-        axes[a, 0].set_ylabel(labels[a], fontsize=8)
+        axes[a, 0].set_ylabel(axis_label(names[a]), fontsize=8)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
     )
     more = f" (the first {dims} of {total} dimensions)" if total > dims else ""
-    figure.suptitle(f"{title}{more}", fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    figure.suptitle(drawable(f"{title}{more}"), fontsize=10)
+    save_figure(figure, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,30 @@ def held_against(
     if len(profiles) <= index or not is_profile(profiles[index]):
         return table, found, False
     training = profiles[index]
+    if not delta:
+        found = [*_other_statistics(checkpoint["statistics"][index], training), *found]
     session = profile_of(store, list(training["cameras"]), image_processor, against=training)
     named = mismatches(session, training)
     places = {mismatch.where for mismatch in named}
     return table, [*named, *(mismatch for mismatch in found if mismatch.where not in places)], True
+
+
+def _other_statistics(statistics: dict[str, Any], training: Profile) -> Iterator[Mismatch]:
+    """Statistics whose extremes are not those of the data that the policy was trained on."""
+    for column in ("state", "action"):
+        if not {"min", "max"} <= statistics[column].keys():
+            continue
+        made_of = np.array([statistics[column]["min"], statistics[column]["max"]], np.float64)
+        trained = np.array(training[column]["quantiles"])[:, [0, -1]].T
+        if made_of.shape != trained.shape:
+            continue
+        tolerance = 0.05 * np.maximum(np.ptp(trained, axis=0), 1e-3)
+        differing = np.flatnonzero((np.abs(made_of - trained) > tolerance).any(axis=0))
+        if len(differing):
+            d = int(differing[0])
+            evidence = (
+                f"{len(differing)} dimensions: {column}[{d}] from {made_of[0, d]:.4g} to {made_of[1, d]:.4g}, in the "
+                f"training data {trained[0, d]:.4g} to {trained[1, d]:.4g}"
+            )
+            remedy = "serve the policy with the statistics of its own data, unless it keeps a base policy's on purpose"
+            yield Mismatch("statistics_of_other_data", f"statistics of {column}", evidence, remedy)

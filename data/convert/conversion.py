@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data.convert.episode_writer import RECORD, OutputFile
+from data.convert.episode_writer import RECORD, SUBSAMPLING, ImageEncoding, OutputFile
 from data.schema import MAIN_CAMERA, STATE
 from utils.arguments import at_least
 from utils.config_data import NOT_STATES, is_camera_name, is_column_name
@@ -69,7 +69,8 @@ def plan_files(
     episodes: Sequence[int],
     *,
     total: int,
-    lengths: Mapping[int, int],
+    lengths: Mapping[int, int] | None = None,
+    places: Mapping[int, Any] | None = None,
     settings: dict[str, Any],
     sources: Callable[[tuple[int, ...]], dict[str, Any]],
 ) -> list[OutputFile]:
@@ -79,7 +80,8 @@ def plan_files(
         output_dir: folder of the files.
         episodes: those to convert, ascending.
         total: episodes of the whole source; the grouping depends on it and not on the selection.
-        lengths: steps of each episode.
+        lengths: steps of each episode; None where that is known only once they are read.
+        places: of each episode what its reader needs to find it.
         settings, sources: see `OutputFile`; `sources` is called with the episodes of each file.
     """
     per_file = -(-total // MAX_FILES)
@@ -90,9 +92,10 @@ def plan_files(
         OutputFile(
             path=output_dir / f"episode_{group * per_file:06d}.parquet",
             episodes=tuple(members),
-            rows=sum(lengths[episode] for episode in members),
+            rows=None if lengths is None else sum(lengths[episode] for episode in members),
             settings={**settings, "episodes_per_file": per_file},
             sources=sources(tuple(members)),
+            places=() if places is None else tuple(places[episode] for episode in members),
         )
         for group, members in sorted(groups.items())
     ]
@@ -132,7 +135,7 @@ def convert_files(
         written=len(missing),
         skipped=len(files) - len(missing),
         episodes=episodes,
-        rows=sum(file.rows for file in files),
+        rows=sum((read_record(file.path)[1] or 0) if file.rows is None else file.rows for file in files),
         seconds=time.perf_counter() - started,
     )
 
@@ -154,7 +157,7 @@ def is_complete(file: OutputFile) -> bool:
             f"{file.path} was made from something else or otherwise ({_difference(record, file.record)}); choose "
             "another --output_dir, or make it again with --overwrite"
         )
-    return rows == file.rows
+    return file.rows is None or rows == file.rows
 
 
 def read_record(path: Path) -> tuple[dict[str, Any] | None, int | None]:
@@ -362,14 +365,33 @@ def parse_episodes(texts: Sequence[str] | None, available: Sequence[int], where:
     return sorted(chosen)
 
 
-def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that all converters share."""
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder that is written")
+def add_conversion_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """The options that all converters share; --output_dir is `required`, or may be left out."""
+    parser.add_argument("--output_dir", type=Path, required=required, help="folder that is written")
     parser.add_argument("--episodes", nargs="+", metavar="N", help="numbers and ranges such as 3-7 (default: all)")
     parser.add_argument(
         "--num_workers", type=at_least(1), default=os.cpu_count(), help="processes (default: all cores)"
     )
-    parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="of frames that are encoded")
-    parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95, 4:4:4 (default %(default)s)")
+    add_encoding_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="make everything again")
     parser.add_argument("--follow_links", action="store_true", help="read linked files that lie outside of the folder")
+
+
+def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ImageEncoding`, for converters and the recorder."""
+    parser.add_argument("--image_format", choices=("jpeg", "png"), default="jpeg", help="of frames that are encoded")
+    parser.add_argument("--jpeg_quality", type=int, default=95, help="1 to 95 (default %(default)s)")
+    parser.add_argument(
+        "--subsampling",
+        choices=tuple(SUBSAMPLING),
+        default="444",
+        help="colour resolution of a JPEG: full, or 420, half in both directions (default %(default)s)",
+    )
+    parser.add_argument(
+        "--short_side", type=int, help="pixels to which larger frames are scaled down (default: as they are)"
+    )
+
+
+def encoding_of(args: argparse.Namespace) -> ImageEncoding:
+    """What `add_encoding_arguments` read."""
+    return ImageEncoding(args.image_format, args.jpeg_quality, args.subsampling, args.short_side)

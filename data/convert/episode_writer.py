@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,39 +17,71 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data.schema import ACTION, PROMPT, STATE, TIMESTAMP, written_schema
+from utils.encoded_images import encoded_size
 from utils.misc import writing
 from utils.parquet_utils import DataError
 
 RECORD = "conversion"  # metadata key: what a file was made from and how, as JSON
 ROWS_PER_GROUP = 512  # a row group ends with its episode, at so many rows, or at so many bytes of images
 BYTES_PER_GROUP = 64 * 2**20
+SUBSAMPLING = {"444": 0, "420": 2}  # of a JPEG's colours, as Pillow counts them
+MIN_SIDE = 16
+# What Python shows of bytes, arrays and objects: text that a recorder wrote by mistake.
+_NO_INSTRUCTION = re.compile(r"""\s*(\[?(np\.bytes_\()?b(['"]).*\3\)?\]?|<[\w. ]+ at 0x[0-9a-f]+>)\s*""", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ImageEncoding:
-    """How decoded frames are stored: `jpeg` (full colour resolution, 4:4:4) or `png` (without loss)."""
+    """How decoded frames are stored: `jpeg` or `png` (without loss), and in what size."""
 
     image_format: str = "jpeg"
     jpeg_quality: int = 95  # 1 to 95; without meaning for png
+    subsampling: str = "444"  # full colour resolution, or 420: half of it in both directions; without meaning for png
+    short_side: int | None = None  # pixels; larger frames are scaled down to it. None: the source's size
 
     def __post_init__(self) -> None:
         if self.image_format not in ("jpeg", "png"):
             raise DataError(f"--image_format is {self.image_format!r}; wanted jpeg or png")
         if not 1 <= self.jpeg_quality <= 95:
             raise DataError(f"--jpeg_quality is {self.jpeg_quality}; wanted 1 to 95")
+        if self.subsampling not in SUBSAMPLING:
+            raise DataError(f"--subsampling is {self.subsampling!r}; wanted {' or '.join(SUBSAMPLING)}")
+        if self.image_format == "png" and self.subsampling != "444":
+            raise DataError("--subsampling has no meaning with --image_format png, which keeps every colour")
+        if self.short_side is not None and self.short_side < MIN_SIDE:
+            raise DataError(f"--short_side is {self.short_side}; wanted {MIN_SIDE} pixels or more")
 
     def __call__(self, image: np.ndarray) -> bytes:
-        """Encode uint8 (H, W, 3) RGB."""
+        """Encode uint8 (H, W, 3) RGB, scaled down first where it is larger than `short_side`."""
         buffer = io.BytesIO()
         is_jpeg = self.image_format == "jpeg"
-        options = {"quality": self.jpeg_quality, "subsampling": 0} if is_jpeg else {"compress_level": 1}
-        Image.fromarray(image).save(buffer, self.image_format, **options)
+        options: dict[str, int] = {"compress_level": 1}
+        if is_jpeg:
+            options = {"quality": self.jpeg_quality, "subsampling": SUBSAMPLING[self.subsampling]}
+        self._scaled(Image.fromarray(image)).save(buffer, self.image_format, **options)
         return buffer.getvalue()
+
+    def fits(self, encoded: bytes) -> bool:
+        """Whether an encoded frame may stay as it is: `short_side` does not ask for a smaller one."""
+        return self.short_side is None or min(encoded_size(encoded)) <= self.short_side
+
+    def _scaled(self, image: Image.Image) -> Image.Image:
+        shorter = min(image.size)
+        if self.short_side is None or shorter <= self.short_side:
+            return image
+        size = [round(side * self.short_side / shorter) for side in image.size]
+        return image.resize(tuple(size), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
     def settings(self) -> dict[str, Any]:
         """What the bytes depend on, for the record of a conversion."""
-        quality = {"jpeg_quality": self.jpeg_quality} if self.image_format == "jpeg" else {}
-        return {"image_format": self.image_format, **quality}
+        settings: dict[str, Any] = {"image_format": self.image_format}
+        settings |= {"jpeg_quality": self.jpeg_quality} if self.image_format == "jpeg" else {}
+        settings |= {} if self.subsampling == "444" else {"subsampling": self.subsampling}
+        return settings | self.size_settings()
+
+    def size_settings(self) -> dict[str, Any]:
+        """What frames depend on that are encoded already."""
+        return {} if self.short_side is None else {"short_side": self.short_side}
 
 
 @dataclass(frozen=True)
@@ -57,9 +90,10 @@ class OutputFile:
 
     path: Path
     episodes: tuple[int, ...]
-    rows: int
+    rows: int | None  # None: not known before they are read
     settings: dict[str, Any]  # the same for all files of a conversion: source dataset and options
     sources: dict[str, Any]  # what this file alone is made from
+    places: tuple[Any, ...] = ()  # of each episode what its reader needs to find it; no part of the record
 
     @property
     def record(self) -> dict[str, Any]:
@@ -85,6 +119,8 @@ class Steps:
 
 class EpisodeFileWriter:
     """One Parquet file of whole episodes; a context manager that leaves either the whole file or none.
+
+    Without a single step, it leaves none.
 
     Memory is bounded by one row group, however long an episode is.
     """
@@ -140,7 +176,7 @@ class EpisodeFileWriter:
         try:
             with self._writing() if error is None else contextlib.suppress(OSError):
                 self._writer.close()
-                if error is None:
+                if error is None and self._bytes:
                     self._temporary.replace(self._path)
         finally:
             self._temporary.unlink(missing_ok=True)
@@ -149,32 +185,35 @@ class EpisodeFileWriter:
         remedy = "what is complete is kept: make room, or choose another --output_dir, and start again"
         return writing(self._path, f"it needs more than {self._bytes:,} bytes; {remedy}")
 
-    def write_episode(self, episode_index: int, length: int, blocks: Iterable[Steps]) -> None:
-        """Append one episode.
+    def write_episode(self, episode_index: int, length: int | None, blocks: Iterable[Steps]) -> int:
+        """Append one episode, and say how many steps it has.
 
         Args:
             episode_index: its number in the source.
-            length: its number of steps, which the blocks must add up to.
-            blocks: its steps in order.
+            length: its number of steps, which the blocks must add up to; None: as many as the blocks have.
+            blocks: its steps in order, none of them empty.
 
         Raises:
             DataError: a number that is not finite (in float32), an empty prompt, another number of steps.
             WriteError: the disk is full.
         """
         begin, size = 0, 0
-        for steps in blocks:
-            if begin + len(steps.prompts) > length:
+        for steps, is_last in _with_last(blocks):
+            end = begin + len(steps.prompts)
+            if length is not None and end > length:
                 raise self._wrong_length(episode_index, f"more than {length}", length)
             self._check(steps, episode_index, begin)
-            self._pending.append(self._table(steps, episode_index, begin, length))
+            ends = is_last if length is None else end == length
+            self._pending.append(self._table(steps, episode_index, begin, ends))
             begin += len(steps.prompts)
             size += sum(len(image) for images in steps.images.values() for image in images)
             if size >= BYTES_PER_GROUP or sum(map(len, self._pending)) >= ROWS_PER_GROUP:
                 self._flush()
                 size = 0
-        if begin != length:
+        if length is not None and begin != length:
             raise self._wrong_length(episode_index, str(begin), length)
         self._flush()
+        return begin
 
     def _wrong_length(self, episode_index: int, found: str, announced: int) -> DataError:
         return DataError(
@@ -199,15 +238,21 @@ class EpisodeFileWriter:
                     f"{self._source} episode {episode_index} frame {begin + i}: the instruction is {prompt!r}; every "
                     "step needs one, so mend the source, or leave that episode out (--episodes)"
                 )
+            if prompt[:1] in "[bn<" and _NO_INSTRUCTION.fullmatch(prompt):
+                raise DataError(
+                    f"{self._source} episode {episode_index} frame {begin + i}: the instruction is {prompt!r}, what "
+                    "Python shows of an object and no instruction; mend the source, or give one yourself"
+                )
 
     def _columns(self, steps: Steps) -> dict[str, np.ndarray]:
         """The state's columns."""
         ends = np.cumsum(list(self._widths.values()))
         return dict(zip(self._widths, np.split(steps.state, ends[:-1], axis=1), strict=True))
 
-    def _table(self, steps: Steps, episode_index: int, begin: int, length: int) -> pa.Table:
+    def _table(self, steps: Steps, episode_index: int, begin: int, ends: bool) -> pa.Table:
         frames = np.arange(begin, begin + len(steps.prompts), dtype=np.int64)
-        is_last = frames == length - 1
+        is_last = np.zeros(len(frames), dtype=bool)
+        is_last[-1] = ends
         columns: dict[str, Any] = {
             **steps.images,
             "is_first": frames == 0,
@@ -231,3 +276,14 @@ class EpisodeFileWriter:
             with self._writing():
                 self._writer.write_table(table, row_group_size=len(table))
             self._pending.clear()
+
+
+def _with_last(blocks: Iterable[Steps]) -> Iterator[tuple[Steps, bool]]:
+    """Each block, and whether it is the last one."""
+    waiting = None
+    for block in blocks:
+        if waiting is not None:
+            yield waiting, False
+        waiting = block
+    if waiting is not None:
+        yield waiting, True

@@ -14,7 +14,6 @@ order of colour channels, so these are options.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import math
@@ -28,9 +27,6 @@ import h5py
 import numpy as np
 from PIL import Image
 
-with contextlib.suppress(ImportError):
-    import hdf5plugin  # noqa: F401  (compression filters such as blosc, where it is installed)
-
 from data.convert.conversion import (
     UNITS,
     ConversionSummary,
@@ -43,13 +39,20 @@ from data.convert.conversion import (
     plan_files,
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
-from data.convert.foreign_sources import check_array, check_links, file_in, reading
+from data.convert.foreign_sources import check_links, file_in, reading
+from data.convert.hdf5_files import (
+    ROWS_PER_BLOCK,
+    attribute_text,
+    get_item,
+    open_hdf5,
+    read_rows,
+    require_written,
+)
 from data.decoding import upright_rgb
 from data.schema import STATE, TIMESTAMP
-from utils.parquet_utils import DataError, files_below, one_line
+from utils.parquet_utils import DataError, files_below
 
 IMAGES = "observations/images"
-ROWS_PER_BLOCK = 64
 SUFFIXES = (".hdf5", ".h5")
 
 
@@ -138,9 +141,9 @@ def convert_hdf5(
         DataError: a fault in a file or in the options, naming place and remedy.
     """
     paths = find_episodes(hdf5_dir, follow_links)
-    with _open(paths[0]) as file, reading(paths[0]):
+    with open_hdf5(paths[0]) as file, reading(paths[0]):
         _refuse_robomimic(file, paths[0])
-        available = sorted(map(str, _get(file, IMAGES, h5py.Group, paths[0])))
+        available = sorted(map(str, get_item(file, IMAGES, h5py.Group, paths[0])))
     options = Hdf5Options(
         cameras=parse_cameras(cameras, available, str(paths[0])),
         state_columns=parse_state_keys(state_keys),
@@ -219,7 +222,7 @@ def _settings(options: Hdf5Options) -> dict[str, Any]:
 
 def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[dict[str, int], int], file: OutputFile) -> None:
     paths = [folder / name for name in file.sources]
-    with _open(paths[0]) as first:
+    with open_hdf5(paths[0]) as first:
         sim = _flag(first, "sim")
     with EpisodeFileWriter(
         file.path,
@@ -245,26 +248,26 @@ def _convert_file(folder: Path, options: Hdf5Options, widths: tuple[dict[str, in
     ) as writer:
         for index, path in zip(file.episodes, paths, strict=True):
             length = _read_header(path, options).length
-            with _open(path) as episode, reading(path):
+            with open_hdf5(path) as episode, reading(path):
                 writer.write_episode(index, length, _read_episode(episode, path, length, options))
 
 
 def _read_header(path: Path, options: Hdf5Options) -> _Header:
     """Check that a file has every array that the options name, and all of one length."""
-    with _open(path) as file, reading(path):
-        check_names(options.cameras, sorted(map(str, _get(file, IMAGES, h5py.Group, path))), "camera", str(path))
+    with open_hdf5(path) as file, reading(path):
+        check_names(options.cameras, sorted(map(str, get_item(file, IMAGES, h5py.Group, path))), "camera", str(path))
         lengths, widths = {}, {}
         for key in (*options.state_keys, options.action_key):
-            array = _get(file, key, h5py.Dataset, path)
+            array = get_item(file, key, h5py.Dataset, path)
             if array.shape is None or array.ndim != 2 or array.dtype.kind not in "fiu":
                 raise DataError(f"{path}: {key} is {array.dtype} {array.shape}; wanted numbers (steps, values)")
             lengths[key], widths[key] = array.shape
-            _require_written(array, path)
+            require_written(array, path)
         for camera in options.cameras:
-            array = _get(file, f"{IMAGES}/{camera}", h5py.Dataset, path)
+            array = get_item(file, f"{IMAGES}/{camera}", h5py.Dataset, path)
             _is_compressed(array, path, camera)
             lengths[f"{IMAGES}/{camera}"] = len(array)
-            _require_written(array, path)
+            require_written(array, path)
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{key} {length}" for key, length in lengths.items())
             raise DataError(f"{path}: steps differ ({counts}); the file is damaged or incomplete, so record it again")
@@ -280,16 +283,6 @@ def _widths(header: _Header) -> str:
     return " + ".join(map(str, header.state_widths.values()))
 
 
-def _require_written(array: h5py.Dataset, path: Path) -> None:
-    """Raise a DataError where parts of an array were never written: HDF5 would read them as zeros."""
-    whole = array.id.get_storage_size() >= array.nbytes
-    if array.chunks:
-        wanted = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True))
-        whole = array.id.get_num_chunks() >= wanted
-    if not whole:
-        raise DataError(f"{path}: parts of {array.name} were never written; the file is incomplete, so record it again")
-
-
 def _read_episode(file: h5py.File, path: Path, length: int, options: Hdf5Options) -> Iterator[Steps]:
     prompt = _prompt(file, path, options)
     frames = {column: _frames(file, path, camera, options) for camera, column in options.cameras.items()}
@@ -297,8 +290,8 @@ def _read_episode(file: h5py.File, path: Path, length: int, options: Hdf5Options
         end = min(begin + ROWS_PER_BLOCK, length)
         yield Steps(
             images={column: [next(images) for _ in range(begin, end)] for column, images in frames.items()},
-            state=np.concatenate([_read(file[key], begin, end, path) for key in options.state_keys], axis=1),
-            action=_read(file[options.action_key], begin, end, path),
+            state=np.concatenate([read_rows(file[key], begin, end, path) for key in options.state_keys], axis=1),
+            action=read_rows(file[options.action_key], begin, end, path),
             prompts=[prompt] * (end - begin),
             extra={TIMESTAMP: (np.arange(begin, end) / options.fps).astype(np.float32)},
             terminal=options.terminal,
@@ -313,7 +306,7 @@ def _frames(file: h5py.File, path: Path, camera: str, options: Hdf5Options) -> I
     if compressed and "compress_len" in file.keys():
         lengths = _compressed_lengths(file, path, len(array))
     for begin in range(0, len(array), ROWS_PER_BLOCK):
-        block = _read(array, begin, begin + ROWS_PER_BLOCK, path)
+        block = read_rows(array, begin, begin + ROWS_PER_BLOCK, path)
         if not compressed:
             for image in block:
                 yield options.encoding(image if options.channel_order == "rgb" else image[..., ::-1])
@@ -330,47 +323,26 @@ def _frames(file: h5py.File, path: Path, camera: str, options: Hdf5Options) -> I
         for i, frame in enumerate(encoded, start=begin):
             if not (frame.startswith(b"\xff\xd8\xff") and frame.endswith(b"\xff\xd9")):
                 raise DataError(f"{path}: {camera} frame {i} is not a whole JPEG image; record that episode again")
-            yield frame if options.channel_order == "rgb" else options.encoding(_swapped(frame, path, camera, i))
+            is_rgb = options.channel_order == "rgb"
+            if is_rgb and options.encoding.fits(frame):
+                yield frame
+            else:
+                yield options.encoding(_decoded(frame, path, camera, i)[..., :: 1 if is_rgb else -1])
 
 
 def _compressed_lengths(file: h5py.File, path: Path, steps: int) -> np.ndarray:
     """compress_len as (cameras, steps); one dimension is the only camera's."""
-    array = _get(file, "compress_len", h5py.Dataset, path)
+    array = get_item(file, "compress_len", h5py.Dataset, path)
     if array.shape is None or array.ndim not in (1, 2) or array.dtype.kind not in "fiu" or array.shape[-1] != steps:
         raise DataError(f"{path}: compress_len is {array.dtype} {array.shape}; wanted numbers (cameras, {steps})")
-    return np.atleast_2d(_read(array, 0, len(array), path))
+    return np.atleast_2d(read_rows(array, 0, len(array), path))
 
 
-def _read(array: h5py.Dataset, begin: int, end: int, path: Path) -> np.ndarray:
-    """Rows of a dataset; a DataError that names the first which can't be read, or the filter that is not there."""
-    try:
-        return array[begin:end]
-    except OSError:
-        pass
-    filters = array.id.get_create_plist()
-    for i in range(filters.get_nfilters()):
-        code, _, _, name = filters.get_filter(i)
-        if not h5py.h5z.filter_avail(code):
-            shown = name.decode(errors="replace") or str(code)
-            raise DataError(
-                f"{path}: {array.name} is compressed with {shown!r} (filter {code}), which h5py alone can't read; pip "
-                "install hdf5plugin and start again"
-            )
-    for row in range(begin, min(end, len(array))):
-        try:
-            array[row]
-        except OSError as error:
-            raise DataError(
-                f"{path}: {array.name} is damaged at step {row} ({one_line(error)}); record or fetch that file again"
-            ) from None
-    raise DataError(f"{path}: {array.name} can't be read; record or fetch that file again")
-
-
-def _swapped(frame: bytes, path: Path, camera: str, index: int) -> np.ndarray:
-    """A JPEG image with red and blue exchanged."""
+def _decoded(frame: bytes, path: Path, camera: str, index: int) -> np.ndarray:
+    """The pixels of a JPEG image."""
     try:
         with Image.open(io.BytesIO(frame), formats=("JPEG",)) as image:
-            return np.asarray(upright_rgb(image))[..., ::-1]
+            return np.asarray(upright_rgb(image))
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: {camera} frame {index} can't be decoded ({error}); record it again") from None
 
@@ -395,31 +367,13 @@ def _prompt(file: h5py.File, path: Path, options: Hdf5Options) -> str:
     """The instruction of a file: its attribute, or --prompt where it has none or an empty one."""
     name = options.prompt_attribute
     if name is not None and name in file.attrs:
-        text = _attribute_text(file, name, path)
+        text = attribute_text(file, name, path)
         if text.strip():
             return text
     if options.prompt:
         return options.prompt
     fault = "is empty" if name in file.attrs else f"is not there (found: {', '.join(map(str, file.attrs)) or 'none'})"
     raise DataError(f"{path}: attribute {name!r} {fault}; give --prompt as well, for files that have none")
-
-
-def _attribute_text(file: h5py.File, name: str, path: Path) -> str:
-    """The text of an attribute, which may also be a list or an array of one text."""
-    try:
-        value = file.attrs[name]
-    except (OSError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: attribute {name!r} can't be read ({one_line(error)}); mend the file") from None
-    if isinstance(value, np.ndarray) and value.size == 1:
-        value = value.item()
-    if isinstance(value, bytes):
-        value = value.rstrip(b"\0").decode("utf-8", errors="surrogateescape")
-    if not isinstance(value, str):
-        count = f"{value.size} values" if isinstance(value, np.ndarray) else repr(value)
-        raise DataError(f"{path}: attribute {name!r} is {count}; wanted one text, the instruction: mend the file")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # what can't be decoded
-        raise DataError(f"{path}: attribute {name!r} is {value!r}, not UTF-8; write it as UTF-8")
-    return value
 
 
 def _flag(file: h5py.File, name: str) -> bool | None:
@@ -429,24 +383,3 @@ def _flag(file: h5py.File, name: str) -> bool | None:
     except (KeyError, OSError, TypeError, ValueError):
         return None
     return bool(value.item()) if value.size == 1 and value.dtype.kind in "biu" else None
-
-
-def _open(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"{path}: not a readable HDF5 file ({error}); record or fetch it again") from None
-
-
-def _get(file: h5py.File, key: str, kind: type, path: Path) -> Any:
-    """A group or a dataset of a file, or a DataError that lists what there is, or says that it lies elsewhere."""
-    check_links(file, key, path)
-    with reading(path):
-        item = file.get(key)
-        if isinstance(item, h5py.Dataset) and kind is h5py.Dataset:
-            check_array(item, key, path, ROWS_PER_BLOCK)
-    if not isinstance(item, kind):
-        names: list[str] = []
-        file.visititems(lambda name, item: names.append(str(name)) if isinstance(item, kind) else None)
-        check_names([key], [name for name in names if name != key], kind.__name__.lower(), str(path))
-    return item

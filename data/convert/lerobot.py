@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.convert.columns import Place, encoded_images
 from data.convert.conversion import (
     UNITS,
     ConversionSummary,
@@ -36,6 +37,8 @@ from data.convert.lerobot_rows import (
     row_columns,
     video_times,
 )
+from data.convert.mapping import Camera
+from data.convert.modality import MODALITY
 from data.convert.video import VideoReader
 from data.schema import STATE
 from utils.parquet_utils import DataError
@@ -75,6 +78,11 @@ def convert_lerobot(
         DataError: a fault in the dataset or the options, naming place and remedy.
     """
     dataset = LeRobotDataset(lerobot_dir, follow_links)
+    if (modality := lerobot_dir / MODALITY).exists():
+        raise DataError(
+            f"{modality}: says which column holds the instructions and what the values are, which this command does "
+            f"not read; run: python scripts/convert.py --from lerobot {lerobot_dir} --preset groot --output_dir ..."
+        )
     for index in dataset.empty_episodes:
         logger.warning("%s: episode %d has no steps: left out", lerobot_dir, index)
     for key in (text.partition("=")[0] for text in cameras):
@@ -118,6 +126,7 @@ def _settings(dataset: LeRobotDataset, options: LeRobotOptions) -> dict[str, Any
     """The options that files depend on."""
     keys_by_column = {column: list(keys) for column, keys in options.state_columns.items()}
     from_video = any(dataset.is_video(key) for key in options.cameras)
+    encodes = from_video or options.encoding.short_side is not None
     return {
         "dataset": dataset.digest(),
         "cameras": options.cameras,
@@ -127,7 +136,8 @@ def _settings(dataset: LeRobotDataset, options: LeRobotOptions) -> dict[str, Any
         "prompt": options.prompt,
         **({} if options.empty_prompt is None else {"empty_prompt": options.empty_prompt}),
         "terminal": options.terminal,
-        **({**options.encoding.settings(), "tolerance_s": options.tolerance_s} if from_video else {}),
+        **(options.encoding.settings() if encodes else {}),
+        **({"tolerance_s": options.tolerance_s} if from_video else {}),
     }
 
 
@@ -191,6 +201,10 @@ def _read_episode(
                 options.encoding(readers[key].frame_at(*time, f"{where} frame {begin + i}"))
                 for i, time in enumerate(times)
             ]
+        for key, column in options.cameras.items():
+            if key not in videos and options.encoding.short_side is not None:
+                place = Place(where, begin)
+                steps.images[column] = encoded_images(steps.images[column], Camera(key), options.encoding, key, place)
         yield steps
         begin += len(timestamp)
 

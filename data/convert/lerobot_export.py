@@ -1,8 +1,8 @@
 """The schema of docs/data_format.md into a LeRobot v3.0 dataset that the lerobot library reads.
 
-Cameras, `state`, `action`, `prompt` and `is_terminal` become camera features, `observation.state`,
-`action`, tasks and `next.done`; the layout follows lerobot's own writer (datasets/dataset_writer.py). Images go in as
-the bytes they are, or are encoded as video. The dataset is written beside its place and renamed when it is whole.
+Cameras, `state`, `action`, `prompt` and `is_terminal` become camera features, `observation.state`, `action`, tasks and,
+where asked for, `next.done`; the layout follows lerobot's own writer (datasets/dataset_writer.py). Images go in as the
+bytes they are, or are encoded as video. The dataset is written beside its place and renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Layout:
         state_names, action_names: what the values of all state columns and of the action are called; None where it is
             not known.
         video: how to encode frames as video; None: the images as they are.
+        next_done: whether `is_terminal` goes over as the feature `next.done`. lerobot's recorder writes none, and
+            lerobot merges only datasets of equal features.
         data_files_size_in_mb, video_files_size_in_mb: a file that would grow beyond is followed by another.
     """
 
@@ -66,6 +68,7 @@ class Layout:
     state_names: list[str] | None = None
     action_names: list[str] | None = None
     video: VideoEncoding | None = None
+    next_done: bool = False
     data_files_size_in_mb: float = 100
     video_files_size_in_mb: float = 200
 
@@ -280,7 +283,7 @@ class _Writer:
         return {
             **{state_feature(column): values for column, values in episode.states.items()},
             ACTION: episode.action,
-            DONE: episode.is_terminal,
+            **({DONE: episode.is_terminal} if self._layout.next_done else {}),
             "timestamp": frames / self._layout.fps,
             "frame_index": frames,
             "episode_index": np.full(len(episode), episode.index),
@@ -383,7 +386,8 @@ def _features(layout: Layout, episode: Episode, frames: dict[str, _Frames]) -> d
     for key, values, names in (*states, (ACTION, episode.action, layout.action_names)):
         features[key] = {"dtype": "float32", "shape": [values.shape[1]], "names": names}
     indices = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"}
-    for key, dtype in {DONE: "bool", **indices, "task_index": "int64"}.items():
+    done = {DONE: "bool"} if layout.next_done else {}
+    for key, dtype in {**done, **indices, "task_index": "int64"}.items():
         features[key] = {"dtype": dtype, "shape": [1], "names": None}
     return features
 

@@ -8,6 +8,8 @@ v3.0   meta/{info.json, tasks.parquet, episodes/**.parquet}; files of many episo
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from data.convert.conversion import fingerprint
 from data.convert.foreign_sources import MAX_STEPS, file_in, fill_template
 from utils.foreign_files import ForeignFileError, parse_json
 from utils.parquet_utils import DataError, batches, one_line, open_parquet
+
+logger = logging.getLogger(__name__)
 
 MAX_FPS = 10_000
 MAX_WIDTH = 1_000_000  # values of a numeric feature
@@ -101,6 +105,11 @@ class LeRobotDataset:
         self.empty_episodes = sorted(episodes.keys() - self.episodes.keys())
         if not self.episodes:
             raise DataError(f"{root / 'meta'}: no episodes; record some, or fetch the dataset again")
+        total = self.info.get("total_episodes")
+        if total is not None and total != len(episodes):
+            told = f"{self.info_path} says total_episodes {_shown(total)}, but meta/episodes lists {len(episodes)}"
+            logger.warning("%s: those alone are read; fetch the dataset again if others are missing", told)
+        self._require_own_frames()
 
     @property
     def cameras(self) -> list[str]:
@@ -110,12 +119,13 @@ class LeRobotDataset:
     def is_depth(self, key: str) -> bool:
         """Whether a feature is a depth map: it says so, or its images have one channel."""
         feature = self.features[key]
-        info = feature["info"] if isinstance(feature.get("info"), dict) else {}
+        parts = [feature[name] for name in ("info", "video_info") if isinstance(feature.get(name), dict)]
         shape, names = feature.get("shape"), feature.get("names")
         channels = shape[-1:] if isinstance(shape, list) and len(shape) == 3 else []
         if channels and isinstance(names, list) and len(names) == 3 and str(names[0]).startswith("channel"):
             channels = shape[:1]
-        return bool(info.get("is_depth_map") or info.get("video.is_depth_map")) or channels == [1]
+        says = any(part.get("is_depth_map") or part.get("video.is_depth_map") for part in parts)
+        return says or channels == [1]
 
     def is_camera(self, key: str) -> bool:
         """Whether a feature is images or video."""
@@ -126,15 +136,16 @@ class LeRobotDataset:
         return self.features[key]["dtype"] == "video"
 
     def width(self, key: str) -> int:
-        """Values of a numeric feature at one step.
+        """Values of a numeric feature at one step, those of all its axes.
 
         Raises:
-            DataError: it is not a vector.
+            DataError: its shape is none.
         """
         shape = self.features[key].get("shape")
-        if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] <= MAX_WIDTH:
-            raise DataError(f"{self.info_path}: {key!r} has shape {shape}; wanted a vector, one number in shape")
-        return shape[0]
+        whole = isinstance(shape, list) and shape and all(type(size) is int and size > 0 for size in shape)
+        if not whole or len(shape) > 8 or math.prod(shape) > MAX_WIDTH:
+            raise DataError(f"{self.info_path}: {key!r} has shape {shape}; wanted the sizes of its axes, at least one")
+        return math.prod(shape)
 
     def names(self, keys: Sequence[str]) -> list[str] | None:
         """What the values of some numeric features are called, one after the other; None where one does not say."""
@@ -162,6 +173,21 @@ class LeRobotDataset:
         files = {episode.data_file for episode in chosen}
         files |= {episode.videos[key].path for episode in chosen for key in cameras if self.is_video(key)}
         return {path.relative_to(self.root).as_posix(): fingerprint(path) for path in sorted(files)}
+
+    def _require_own_frames(self) -> None:
+        """Raise a DataError where two episodes claim the same frames of a video."""
+        spans = sorted(
+            (span.path, span.start, span.stop, index)
+            for index, episode in self.episodes.items()
+            for span in episode.videos.values()
+            if span.stop is not None
+        )
+        for (path, _, stop, index), (other_path, start, _, other) in itertools.pairwise(spans):
+            if path == other_path and start < stop - 0.5 / self.fps:
+                raise DataError(
+                    f"{path}: its frames from {start:g} to {stop:g} s are those of episodes {index} and {other} at "
+                    f"once in meta/episodes; {AGAIN}"
+                )
 
     def _episodes_v2(self) -> Iterator[EpisodeSource]:
         chunks_size = _whole(self.info, "chunks_size", self.info_path)

@@ -123,34 +123,57 @@ def episode_rows(
     has_done = options.terminal == "auto" and DONE in dataset.features
     begin, last = 0, -np.inf
     for batch in rows.episode(episode.index):
-        frames = _numbers(batch, "frame_index", episode)
-        wrong = np.flatnonzero(frames != np.arange(begin, begin + len(frames)))
-        if len(wrong):
-            raise DataError(
-                f"{where}: frame_index is {frames[wrong[0]]} where {begin + wrong[0]} is due ({episode.data_file}); "
-                "rows are missing or out of order, so fetch or record the dataset again"
-            )
-        timestamp = _numbers(batch, "timestamp", episode)
-        if begin == 0:
-            _check_rate(dataset, timestamp, where)
+        timestamp = row_times(dataset, batch, episode, begin)
         steps = Steps(
-            images={options.cameras[key]: _embedded(batch.column(key), key, f"{where} frame", begin) for key in images},
-            state=np.concatenate([_matrix(dataset, batch, key, episode) for key in options.state_keys], axis=1),
-            action=np.concatenate([_matrix(dataset, batch, key, episode) for key in options.action_keys], axis=1),
-            prompts=_prompts(dataset, options, batch, episode),
+            images={
+                options.cameras[key]: embedded_frames(batch.column(key), key, f"{where} frame", begin) for key in images
+            },
+            state=np.concatenate([matrix(dataset, batch, key, episode) for key in options.state_keys], axis=1),
+            action=np.concatenate([matrix(dataset, batch, key, episode) for key in options.action_keys], axis=1),
+            prompts=(
+                [options.prompt] * batch.num_rows
+                if options.prompt is not None
+                else task_texts(dataset, batch, episode, options.empty_prompt, options.task_key)
+            ),
             extra={TIMESTAMP: timestamp.astype(np.float32)},
             terminal=bool(batch.column(DONE)[-1].as_py()) if has_done else options.terminal == "always",
         )
-        late = np.diff(timestamp, prepend=last) > 0  # false for NaN
-        if len(images) < len(cameras) and not late.all():
-            row = int(np.flatnonzero(~late)[0])
-            raise DataError(
-                f"{where} frame {begin + row}: timestamp {timestamp[row]} does not come after the one before, so "
-                f"no video frame belongs to it ({episode.data_file}); fetch or record the dataset again"
-            )
+        if len(images) < len(cameras):
+            require_ascending(timestamp, last, f"{where} frame", begin, episode)
         last = timestamp[-1]
         yield steps, timestamp
-        begin += len(frames)
+        begin += len(timestamp)
+
+
+def row_times(dataset: LeRobotDataset, batch: pa.RecordBatch, episode: EpisodeSource, begin: int) -> np.ndarray:
+    """The time stamps of an episode's rows from step `begin` on, as they are stored.
+
+    Raises:
+        DataError: rows are missing or out of order, or contradict the rate of info.json.
+    """
+    where = f"{dataset.root} episode {episode.index}"
+    frames = numbers(batch, "frame_index", episode)
+    wrong = np.flatnonzero(frames != np.arange(begin, begin + len(frames)))
+    if len(wrong):
+        raise DataError(
+            f"{where}: frame_index is {frames[wrong[0]]} where {begin + wrong[0]} is due ({episode.data_file}); "
+            "rows are missing or out of order, so fetch or record the dataset again"
+        )
+    timestamp = numbers(batch, "timestamp", episode)
+    if begin == 0:
+        _check_rate(dataset, timestamp, where)
+    return timestamp
+
+
+def require_ascending(timestamp: np.ndarray, last: float, where: str, begin: int, episode: EpisodeSource) -> None:
+    """Raise a DataError where time stamps do not ascend from `last` on, as video frames need."""
+    late = np.diff(timestamp, prepend=last) > 0  # false for NaN
+    if not late.all():
+        row = int(np.flatnonzero(~late)[0])
+        raise DataError(
+            f"{where} {begin + row}: timestamp {timestamp[row]} does not come after the one before, so "
+            f"no video frame belongs to it ({episode.data_file}); fetch or record the dataset again"
+        )
 
 
 class RowReader:
@@ -260,7 +283,7 @@ def video_times(
     return list(zip(seconds.tolist(), tolerances.tolist(), strict=True))
 
 
-def _numbers(batch: pa.RecordBatch, name: str, episode: EpisodeSource) -> np.ndarray:
+def numbers(batch: pa.RecordBatch, name: str, episode: EpisodeSource) -> np.ndarray:
     """A column of plain numbers, (rows,)."""
     column = batch.column(name)
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)) or column.null_count:
@@ -282,11 +305,12 @@ def _check_rate(dataset: LeRobotDataset, timestamp: np.ndarray, where: str) -> N
         )
 
 
-def _matrix(dataset: LeRobotDataset, batch: pa.RecordBatch, key: str, episode: EpisodeSource) -> np.ndarray:
-    """A numeric feature as (rows, width), in the type it is stored in."""
+def matrix(dataset: LeRobotDataset, batch: pa.RecordBatch, key: str, episode: EpisodeSource) -> np.ndarray:
+    """A numeric feature as (rows, width), in the type it is stored in; more than one axis becomes one, row by row."""
     width, column = dataset.width(key), batch.column(key)
-    is_list = isinstance(column, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray))
-    values = column.flatten() if is_list else column
+    values = column
+    while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):  # a shape such as [2, 3]
+        values = values.flatten()
     numeric = pa.types.is_floating(values.type) or pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)
     if not numeric or len(values) != len(column) * width or values.null_count:
         raise DataError(
@@ -297,36 +321,43 @@ def _matrix(dataset: LeRobotDataset, batch: pa.RecordBatch, key: str, episode: E
     return values.to_numpy(zero_copy_only=False).reshape(len(column), width)
 
 
-def _prompts(
-    dataset: LeRobotDataset, options: LeRobotOptions, batch: pa.RecordBatch, episode: EpisodeSource
+def task_texts(
+    dataset: LeRobotDataset,
+    batch: pa.RecordBatch,
+    episode: EpisodeSource,
+    empty_prompt: str | None,
+    task_key: str = TASK,
 ) -> list[str]:
-    if options.prompt is not None:
-        return [options.prompt] * batch.num_rows
+    """The task of each row, `empty_prompt` where it is empty.
+
+    Raises:
+        DataError: there is no such task, it contradicts meta/episodes, or it is empty and `empty_prompt` is None.
+    """
     where = f"{dataset.root} episode {episode.index}"
-    indices = _numbers(batch, options.task_key, episode).tolist()
+    indices = numbers(batch, task_key, episode).tolist()
     for index in set(indices):
         if index not in dataset.tasks:
             raise DataError(
-                f"{where}: {options.task_key} {index} is not in {dataset.tasks_path} ({len(dataset.tasks)} tasks); "
+                f"{where}: {task_key} {index} is not in {dataset.tasks_path} ({len(dataset.tasks)} tasks); "
                 "fetch the dataset again, or give --prompt"
             )
         task = dataset.tasks[index]
-        if options.task_key == TASK and episode.tasks and task not in episode.tasks:
+        if task_key == TASK and episode.tasks and task not in episode.tasks:
             others = ", ".join(map(repr, episode.tasks))
             raise DataError(
                 f"{where}: its rows say task {index}, {task!r} in {dataset.tasks_path.name}, but meta/episodes says "
                 f"{others}; one of them is wrong (a merge that did not renumber?): mend the dataset, or give --prompt"
             )
-        if not (task or "").strip() and options.empty_prompt is None:
+        if not (task or "").strip() and empty_prompt is None:
             raise DataError(
                 f"{where}: task {index} is {'null' if task is None else repr(task)}, no instruction; leave that "
                 "episode out (--episodes), or give one for such steps alone (--empty_prompt) or for all (--prompt)"
             )
     tasks = [dataset.tasks[index] or "" for index in indices]
-    return [task if task.strip() else options.empty_prompt for task in tasks]
+    return [task if task.strip() else empty_prompt for task in tasks]
 
 
-def _embedded(column: pa.Array, key: str, where: str, begin: int) -> list[bytes]:
+def embedded_frames(column: pa.Array, key: str, where: str, begin: int) -> list[bytes]:
     """Encoded frames of an image feature, untouched."""
     frames: list[bytes | None] = encoded_frames(column, key, where).to_pylist()
     for i, frame in enumerate(frames):

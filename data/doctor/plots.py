@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
+
+from utils.figure_text import axis_label, drawable, save_figure
+from utils.text import shortened
 
 MAX_DIMENSIONS = 24  # per figure
 FLAGGED = "#c1121f"
@@ -59,13 +61,13 @@ def contact_sheet(path: str | Path, cells: Sequence[Cell], title: str, columns: 
     caption_height = 0.05 + 0.16 * max(cell.caption.count("\n") + 1 for cell in cells)
     height = 0.35 + lines * (caption_height + picture_height)
     figure = Figure(figsize=(WIDTH, height))
-    figure.text(0.5, 1 - 0.08 / height, title, ha="center", va="top", fontsize=11)
+    figure.text(0.5, 1 - 0.08 / height, drawable(title), ha="center", va="top", fontsize=11)
     for i, (cell, mosaic) in enumerate(zip(cells, mosaics, strict=True)):
         line, column = divmod(i, columns)
         top = height - 0.35 - line * (caption_height + picture_height)
         left = (column * cell_width + 0.08) / WIDTH
         colour = FLAGGED if cell.flagged else "black"
-        figure.text(left, (top - 0.02) / height, cell.caption, va="top", fontsize=9, color=colour)
+        figure.text(left, (top - 0.02) / height, drawable(cell.caption), va="top", fontsize=9, color=colour)
         bottom = (top - caption_height - picture_height + 0.05) / height
         axis = figure.add_axes((left, bottom, (cell_width - 0.15) / WIDTH, (picture_height - 0.05) / height))
         axis.imshow(mosaic, interpolation="bilinear")
@@ -91,19 +93,19 @@ def image_grid(path: str | Path, pictures: np.ndarray, row_labels: Sequence[str]
             axis.set_xticks([])
             axis.set_yticks([])
             if i == 0:
-                axis.set_title(column_labels[j], fontsize=9)
+                axis.set_title(drawable(column_labels[j]), fontsize=9)
             if j == 0:
-                axis.set_ylabel(row_labels[i], fontsize=8)
+                axis.set_ylabel(drawable(row_labels[i]), fontsize=8)
     _save(figure, path)
 
 
 def plot_vectors(
-    path: str | Path, name: str, traces: Sequence[Trace], populations: dict[str, np.ndarray], title: str
+    path: str | Path, names: Sequence[str], traces: Sequence[Trace], populations: dict[str, np.ndarray], title: str
 ) -> None:
     """One line per dimension: traces over the steps of some episodes, and the distribution over all rows.
 
     Args:
-        name: of the column, for labels.
+        names: of the D dimensions.
         traces: some episodes; marks are drawn in red.
         populations: split -> float (N, D), all rows of it; values that are not finite are left out.
     """
@@ -121,7 +123,7 @@ def plot_vectors(
     for d, (left, right) in enumerate(axes):
         _draw_traces(left, traces, colours, d)
         _draw_distribution(right, {split: values[:, d] for split, values in populations.items()})
-        left.set_ylabel(f"{name}[{d}]", fontsize=9)
+        left.set_ylabel(axis_label(names[d]), fontsize=9)
         for axis in (left, right):
             axis.grid(alpha=0.25)
             axis.tick_params(labelsize=8)
@@ -129,13 +131,13 @@ def plot_vectors(
     axes[0, 1].set_title("all rows, % (log scale)", fontsize=9)
     axes[-1, 0].set_xlabel("step of the episode", fontsize=9)
     axes[-1, 1].set_xlabel("value", fontsize=9)
-    handles = [Line2D([], [], color=colours[group], label=group) for group in groups[:MAX_LEGEND]]
+    handles = [Line2D([], [], color=colours[group], label=drawable(group)) for group in groups[:MAX_LEGEND]]
     figure.legend(handles=handles, loc="lower left", fontsize=8, frameon=False, ncols=2)
     if len(populations) > 1:
         patches = [Patch(color=SPLIT_COLOURS[split], label=split) for split in populations]
         figure.legend(handles=patches, loc="lower right", fontsize=8, frameon=False, ncols=2)
     title += f" (the first {dims} of {total} dimensions)" if total > dims else ""
-    figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", fontsize=11)
+    figure.text(0.5, 1 - 0.1 / height, drawable(title), ha="center", va="top", fontsize=11)
     _save(figure, path)
 
 
@@ -157,7 +159,7 @@ def plot_episodes(path: str | Path, episodes: Sequence[dict[str, Any]], title: s
         axis.yaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, fontsize=8)
     figure.supylabel("episodes", fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(drawable(title), fontsize=11)
     _save(figure, path)
 
 
@@ -183,7 +185,7 @@ def plot_split(path: str | Path, episodes: Sequence[dict[str, Any]], title: str)
         counts = np.array([sum(episode["split"] == split for episode in of_group) for _, of_group in bars])
         lower.barh(range(len(bars)), counts, left=left, color=SPLIT_COLOURS[split], height=0.7)
         left += counts
-    _label_lines(lower, [textwrap.shorten(prompt, 60, placeholder=" …") for prompt, _ in bars])
+    _label_lines(lower, [shortened(prompt, 60) for prompt, _ in bars])
     lower.set_xlabel("episodes", fontsize=9)
     lower.xaxis.get_major_locator().set_params(integer=True)
     total = {split: [e["steps"] for e in episodes if e["split"] == split] for split in splits}
@@ -195,7 +197,7 @@ def plot_split(path: str | Path, episodes: Sequence[dict[str, Any]], title: str)
         for name, groups, limit in (("files", files, MAX_STRIPS), ("prompts", prompts, MAX_BARS))
         if len(groups) > limit
     ]
-    figure.suptitle(title + (f" ({' and '.join(hidden)} not drawn)" if hidden else ""), fontsize=11)
+    figure.suptitle(drawable(title + (f" ({' and '.join(hidden)} not drawn)" if hidden else "")), fontsize=11)
     _save(figure, path)
 
 
@@ -219,7 +221,7 @@ def _draw_strips(axis: Axes, strips: Sequence[Sequence[dict[str, Any]]]) -> None
 
 
 def _label_lines(axis: Axes, labels: Sequence[str]) -> None:
-    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_yticks(range(len(labels)), [drawable(label) for label in labels], fontsize=8)
     axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.tick_params(axis="x", labelsize=8)
     for side in ("top", "right"):
@@ -275,5 +277,4 @@ def _draw_distribution(axis: Axes, columns: dict[str, np.ndarray]) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from data.doctor.examine import Examination, three_rows
 from data.doctor.findings import KINDS
 from data.doctor.plots import Cell, Trace, contact_sheet, plot_vectors
 from data.doctor.remedies import command
+from data.schema import vector_names
+from data.tables import open_table
+from utils.text import shortened
+from utils.text_table import text_table
 
 SUMS = ("errors", "warnings", "seconds")
 SHOWN_FINDINGS = 3  # of each kind, in the printed text
@@ -67,6 +70,8 @@ def write_plots(seen: Examination, folder: Path) -> list[Path]:
         lines = f"one line per camera ({', '.join(seen.frames.facts)})" if len(seen.frames.facts) > 1 else ""
         title = f"First, middle and last frame{', ' * bool(lines)}{lines}; captions of episodes with findings in red"
         contact_sheet(paths[-1], _cells(seen), title)
+    with open_table(seen.rows.files[seen.rows.file_of[0]]) as table:
+        metadata = table.schema.metadata
     for name in seen.rows.vectors:
         paths.append(folder / f"{name.replace('/', '_')}.png")
         rows = seen.rows
@@ -74,7 +79,8 @@ def write_plots(seen: Examination, folder: Path) -> list[Path]:
         populations = {"train": rows.vectors[name][~in_val], "val": rows.vectors[name][in_val]}
         populations = {split: values for split, values in populations.items() if len(values)}
         title = f"{name}, physical units; red: outliers and jumps"
-        plot_vectors(paths[-1], name, _traces(seen, name), populations, title)
+        names = vector_names(metadata, name, next(iter(populations.values())).shape[1])
+        plot_vectors(paths[-1], names, _traces(seen, name), populations, title)
     return paths
 
 
@@ -90,24 +96,23 @@ def _describe_split(split: str, about: dict[str, Any]) -> str:
         lines.append(f"  {camera}: in {facts['files']} of {len(about['files'])} files{', ' + sizes if sizes else ''}")
     for prompt in about["prompts"][:SHOWN_PROMPTS]:
         counts = f"{_plural(prompt['episodes'], 'episode')}, {_plural(prompt['steps'], 'step')}"
-        lines.append(f"  {counts}: {_short(prompt['prompt'], 80)!r}")
+        lines.append(f"  {counts}: {shortened(prompt['prompt'], 80)!r}")
     if len(about["prompts"]) > SHOWN_PROMPTS:
         lines.append(f"  and {len(about['prompts']) - SHOWN_PROMPTS} more prompts")
     for name in about["vectors"]:
         if about[name]["rows"]:
             statistics = {key: values for key, values in about[name].items() if key != "rows"}
-            frame = pd.DataFrame(statistics, index=[f"{name}[{d}]" for d in range(len(statistics["min"]))])
-            lines.append(frame.to_string(float_format=lambda value: f"{value:.4g}"))
+            rows = zip(*statistics.values(), strict=True)
+            lines.append(text_table([name, *statistics], [[f"{name}[{d}]", *row] for d, row in enumerate(rows)]))
     return "\n".join(lines)
 
 
 def _kinds_table(report: dict[str, Any]) -> str:
-    width = max(map(len, report["counts"]))
-    lines = [f"{'severity':<10}{'kind':<{width + 2}}{'count':>5}  first"]
-    for kind in _by_severity(report):
-        first = _place(_of_kind(report, kind)[0])
-        lines.append(f"{KINDS[kind].severity:<10}{kind:<{width + 2}}{report['counts'][kind]:>5}  {first}")
-    return "\n".join(lines)
+    rows = [
+        [KINDS[kind].severity, kind, report["counts"][kind], _place(_of_kind(report, kind)[0])]
+        for kind in _by_severity(report)
+    ]
+    return text_table(["severity", "kind", "count", "first"], rows)
 
 
 def _by_severity(report: dict[str, Any]) -> list[str]:
@@ -152,7 +157,7 @@ def _cells(seen: Examination) -> list[Cell]:
         kinds = list(dict.fromkeys(flagged.get((str(path), episode), [])))
         prompt = rows.prompts[rows.prompt[where.start]] if rows.prompt[where.start] >= 0 else "no prompt"
         caption = f"{split} episode {episode}, {where.stop - where.start} steps · {Path(str(path)).name} row {row}\n"
-        caption += _short(", ".join(kinds), 80) if kinds else _short(prompt, 80)
+        caption += shortened(", ".join(kinds), 80) if kinds else shortened(prompt, 80)
         pictures = [[frames.pictures[camera].get(i) for i in three_rows(rows, number)] for camera in frames.facts]
         cells.append(Cell(caption, pictures, bool(kinds)))
     return cells
@@ -167,9 +172,5 @@ def _traces(seen: Examination, name: str) -> list[Trace]:
         here = [(i - where.start, d) for i, d in marks if where.start <= i < where.stop]
         prompt = rows.prompt[where.start]
         group = rows.prompts[prompt] if prompt >= 0 else "no prompt"
-        traces.append(Trace(_short(group, 60), rows.vectors[name][where], here))
+        traces.append(Trace(shortened(group, 60), rows.vectors[name][where], here))
     return traces
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"

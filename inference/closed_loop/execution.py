@@ -44,13 +44,15 @@ class ExecutionSettings:
 
     Attributes:
         horizon: actions of each plan.
-        n_action_steps: actions executed before planning again (at least; a plan that takes longer is waited for).
+        n_action_steps: how many actions are executed before the next plan is requested; more, if the plan before
+            has not arrived by then.
         strategy: a key of EXECUTION_STRATEGIES.
         latency_steps: control steps between an observation and the arrival of the plan made from it.
-        ensemble_decay: of `ensemble`: 0 weighs all predictions alike, more favours older ones.
-        max_guidance_weight: of `rtc`: the clip beta.
-        guidance_steps: of `rtc`: how many steps of a new chunk follow the old one at most; None: all that it covers.
-        guidance_schedule: of `rtc`: how their weights fall (`soft_mask`).
+        ensemble_decay: for `ensemble`: with 0 all predictions weigh the same, with more the older ones weigh more.
+        max_guidance_weight: for `rtc`: the largest guidance weight (beta in the paper).
+        guidance_steps: for `rtc`: how many steps at the start of a new chunk are guided towards the old one; None: all
+            that the old one covers.
+        guidance_schedule: for `rtc`: how their weights fall (`soft_mask`).
     """
 
     horizon: int
@@ -93,12 +95,14 @@ class ExecutionSettings:
             )
 
     def start(self) -> Execution:
-        """The strategy at the start of an episode."""
+        """A fresh execution for one episode."""
         return EXECUTION_STRATEGIES[self.strategy](self)
 
 
 class Execution(ABC):
-    """One episode's control steps. It knows neither policy nor environment nor time.
+    """Executes the plans of one episode, one action for each control step.
+
+    It knows nothing of the policy, the environment or the clock: the caller says when a plan has arrived.
 
     Every control step:
 
@@ -109,7 +113,7 @@ class Execution(ABC):
 
     Attributes:
         step: control steps begun so far.
-        delay: how many control steps a plan is expected to take; settings.latency_steps until somebody measures.
+        delay: how many control steps a plan is expected to take: `settings.latency_steps`, or what the caller measured.
     """
 
     def __init__(self, settings: ExecutionSettings) -> None:
@@ -119,7 +123,7 @@ class Execution(ABC):
 
     @staticmethod
     def interval(settings: ExecutionSettings) -> int:
-        """Control steps between two requests, when plans take `latency_steps`: one is made at a time."""
+        """Control steps from one request to the next if plans take `latency_steps`; only one is made at a time."""
         return max(settings.n_action_steps, settings.latency_steps)
 
     def wants_plan(self) -> bool:
@@ -127,13 +131,17 @@ class Execution(ABC):
         return self._requested_at is None and self._is_due()
 
     def request(self) -> ActionPrefix | None:
-        """Note that a plan is under way; returns what it should continue (B = 1, physical units), if anything."""
+        """Remember that a plan was requested at this step.
+
+        Returns:
+            The actions that the plan has to continue (B = 1, physical units); None if it is free to begin anyhow.
+        """
         assert self._requested_at is None, "one plan at a time"
         self._requested_at = self.step
         return self._prefix()
 
     def deliver(self, action_TA: np.ndarray) -> None:
-        """The requested plan: row 0 is for the step at which it was requested.
+        """Take the plan that was requested. Its row 0 is the action of the step at which it was requested.
 
         Raises:
             ValueError: fewer rows than the horizon, or values that are not finite.
@@ -149,11 +157,11 @@ class Execution(ABC):
         self._accept(requested_at, action_TA)
 
     def abandon(self) -> None:
-        """The requested plan will not arrive: another may be requested."""
+        """Give up waiting for the requested plan, so that another one may be requested."""
         self._requested_at = None
 
     def act(self) -> np.ndarray | None:
-        """This control step's action (A,), or None where no plan covers it; the next step begins."""
+        """Return the action of this control step, (A,), or None if no plan covers it; then the next step begins."""
         action = self._action()
         self.step += 1
         return action

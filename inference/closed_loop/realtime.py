@@ -5,9 +5,10 @@
         while not done:                     # 20 times a second
             send(controller.act(observe()))
 
-How long plans take is measured; chunks continue each other over that many control steps
-(`inference.closed_loop.execution`). Every `start` begins an episode of its own. A plan that fails raises its error from
-the `act` that finds out, and another one is made at the next: a loop that catches the error goes on.
+The controller measures how long each plan takes. With the strategies that join chunks
+(`inference.closed_loop.execution`), a new chunk continues the old one for that many control steps. Every `start` begins
+a new episode. When planning fails, the next `act` raises the planner's error. A control loop may catch it and go on,
+for the `act` after that asks for another plan.
 """
 
 from __future__ import annotations
@@ -38,22 +39,25 @@ class UnderrunError(RuntimeError):
 class RealTimeController:
     """Episodes on a robot, one after another.
 
-    All methods are for the control loop's thread; only `policy.plan` runs in another.
+    Call every method from the control loop's thread. Only `policy.plan` runs in another thread.
 
     Args:
-        policy: plans; its `execution` says how plans are executed. Nothing else may use it meanwhile.
+        policy: makes the plans; its `execution` settings say how they are executed. Nothing else may use the policy
+            while the controller runs.
         prompt: the instruction.
-        control_hz: calls of `act` per second: the unit in which latency counts.
-        hold: from the last action (None before the first) the one that keeps the robot still, for control steps
-            that no plan covers. None: `act` raises instead.
-        clock: seconds, monotonic.
+        control_hz: how often per second the control loop calls `act`. Latency is counted in these control steps.
+        hold: gets the last action (None before the first one) and returns an action that keeps the robot still. It is
+            used at control steps that no plan covers. Without it, `act` raises UnderrunError there.
+        clock: returns seconds and never runs backwards.
 
     Attributes:
-        latencies: seconds that the last plans took, from the observation to the finished plan, over all episodes.
-        underruns: control steps of this episode so far that no plan covered.
+        latencies: how many seconds each of the last plans took, from its observation to its actions. They are kept
+            from one episode to the next.
+        underruns: how many control steps of this episode no plan covered.
 
     Raises:
-        ValueError: control_hz is not positive, or synchronous execution without `hold`: it stands still to plan.
+        ValueError: control_hz is not positive; or execution is synchronous, in which the robot stands still while the
+            policy plans, and `hold` is missing.
     """
 
     def __init__(
@@ -81,17 +85,17 @@ class RealTimeController:
 
     @property
     def delay(self) -> int:
-        """Control steps that the next plan is expected to take: the slowest of the last, rounded up."""
+        """How many control steps the next plan will probably take: as many as the slowest of the last, rounded up."""
         return math.ceil(max(self.latencies) * self.control_hz) if self.latencies else self._execution.delay
 
     def start(self, observation: Observation) -> None:
-        """Begin an episode: make its first plan, while the robot stands still, and wait for it.
+        """Begin an episode: make its first plan and wait for it. The robot must stand still meanwhile.
 
-        Nothing of an earlier episode is kept but the measured latencies: a plan still under way for it is waited for
-        and thrown away.
+        Of an earlier episode, only the measured latencies are kept. A plan of it that is still being made is waited for
+        and discarded.
 
         Raises:
-            Exception: whatever `policy.plan` raises; call `start` again.
+            Exception: an error of `policy.plan`; call `start` again.
         """
         if self._plan is not None:
             futures.wait([self._plan])
@@ -111,7 +115,7 @@ class RealTimeController:
         """The action of this control step; never waits for a plan.
 
         Args:
-            observation: of now; becomes part of the history.
+            observation: what the robot sees now. Plans are made from this and the observations before.
 
         Returns:
             float32 (A,), physical units.
@@ -119,8 +123,8 @@ class RealTimeController:
         Raises:
             UnderrunError: no plan covers this step and `hold` is None.
             RuntimeError: `start` was not called, or failed.
-            Exception: what `policy.plan` raised in its thread. The control step counts as begun; the next `act` asks
-                for another plan and executes what the plans so far cover.
+            Exception: an error that `policy.plan` raised in its thread. The control step counts all the same. The next
+                `act` asks for another plan, and executes what is left of the last one.
         """
         if not self._history:
             raise RuntimeError("act before start: call start(observation) once, while the robot stands still")
@@ -142,13 +146,13 @@ class RealTimeController:
         return action
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for the plan under way, if there is one, and take it in; `timeout` in seconds."""
+        """If a plan is being made, wait for it, at most `timeout` seconds, and use it from the next `act` on."""
         if self._plan is not None:
             self._plan.exception(timeout)  # waits; the plan's own error is raised below
             self._receive()
 
     def close(self) -> None:
-        """End the planning thread, once its current plan is finished."""
+        """Wait for the plan that is being made, then end the planning thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> RealTimeController:
@@ -161,9 +165,10 @@ class RealTimeController:
 
     def _request(self) -> None:
         self._execution.delay = self.delay
-        self._plan = self._thread.submit(self._think, tuple(self._history), self._execution.request(), self._clock())
+        history = tuple(self._history)
+        self._plan = self._thread.submit(self._timed_plan, history, self._execution.request(), self._clock())
 
-    def _think(
+    def _timed_plan(
         self, history: tuple[Observation, ...], prefix: ActionPrefix | None, started: float
     ) -> tuple[np.ndarray, float]:
         action_TA = self.policy.plan(history, self.prompt, prefix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CAPTION_HEIGHT = 34  # pixels, two lines
+CAPTION_HEIGHT, CAPTION_SIZE = 34, 12  # pixels; two lines
 VIDEO_FPS = 20  # at most, so that an episode of a fast simulator can be followed
 MIN_HEIGHT = 240  # smaller frames are enlarged by a whole factor
 
@@ -30,10 +31,22 @@ def captioned(frame: np.ndarray, lines: Sequence[str], good: bool = False) -> np
     height, width = (side - side % 2 for side in large.shape[:2])
     canvas = Image.new("RGB", (width, height + CAPTION_HEIGHT), (24, 110, 48) if good else (20, 20, 20))
     canvas.paste(Image.fromarray(np.ascontiguousarray(large[:height, :width])), (0, 0))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(canvas)
     for row, line in enumerate(lines[:2]):
-        draw.text((4, height + 2 + 15 * row), line, fill=(255, 255, 255), font=font)
+        text, font = _in_a_font(line)
+        draw.text((4, height + 2 + 15 * row), text, fill=(255, 255, 255), font=font)
     return np.asarray(canvas)
+
+
+@functools.lru_cache(maxsize=16)
+def _in_a_font(line: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A line and a font that has its characters, or words in their place."""
+    if line.isascii():
+        return line, ImageFont.load_default(CAPTION_SIZE)
+    from utils.figure_text import font_beside, in_words, usual_font_file  # matplotlib, which few captions need
+
+    font = font_beside(line)
+    return in_words(line), ImageFont.truetype(usual_font_file() if font is None else font.fname, CAPTION_SIZE)
 
 
 def tiled(videos: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:

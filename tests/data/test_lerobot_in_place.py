@@ -12,13 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data.convert.lerobot_export import Layout, export_lerobot
+from data.convert.video import VideoEncoding
 from data.dataset import VLADataset
 from data.episode_store import EpisodeStore
 from data.lerobot_table import LeRobotTable
 from data.loader import make_loader
 from data.processing import PromptTokenizer, VLAImageProcessor
 from data.sampler import StepBatchSampler
+from data.schema import vector_names
 from data.statistics import calculate_statistics
+from data.tables import open_table
 from model.tiny.paligemma import make_tiny_paligemma
 from tests.data.convert.lerobot_fixtures import (
     CAMERAS,
@@ -138,6 +142,17 @@ def test_the_cache_holds_packets_and_no_frames(tmp_path):
     assert not any(path.endswith(".mp4") for path in opened), "no video stays open"
 
 
+def test_key_frames_far_apart_are_named(converted, tmp_path, caplog):
+    """Of 44 frames with one key frame, a random one takes decoding of 22; a key frame every second frame takes 1.5."""
+    files = sorted(converted["v30", "video"].glob("*.parquet"))
+    for gop in (2, 60):
+        root, encoding = tmp_path / str(gop), VideoEncoding("h264", 23, gop=gop, preset="veryfast")
+        export_lerobot(files, root, Layout(20, {"image_1": FRONT}, video=encoding))
+        caplog.clear()
+        open_store(LeRobotFolder(root, LeRobotConfig()), tmp_path, ("image_1",))
+        assert ("packets are decoded for each frame" in caplog.text) == (gop == 60)
+
+
 def test_a_cache_is_shared_and_a_changed_video_is_noticed(dataset, tmp_path):
     root = dataset("v30", "video")
     first, again = open_store(folder(root), tmp_path), open_store(folder(root), tmp_path)
@@ -181,6 +196,11 @@ def test_one_list_may_mix_both(converted, tmp_path, tokenizer):
     video = open_dataset([folder(source("v30", "video"))], tmp_path, tokenizer)
     assert torch.equal(both.batch([189 + 70])["image_2"], video.batch([70])["image_2"])
     assert both.describe(189 + 50) == f"lerobot:{source('v30', 'video')} row 50 (episode 8, step 2)"
+
+
+def test_values_are_called_as_the_dataset_says():
+    with open_table(folder(source("v30", "image"))) as table:
+        assert vector_names(table.schema.metadata, "action", 7) == [f"a{d}" for d in range(7)]
 
 
 def test_names_of_cameras(tmp_path, dataset):
@@ -228,6 +248,13 @@ def test_paths(tmp_path, monkeypatch):
         LeRobotTable(*resolve_recordings(f"lerobot:{tmp_path}", "--x"))
     monkeypatch.chdir(root.parent)
     assert resolve_recordings(f"lerobot:{root.name}", "--x")[0].root.is_dir()
+
+
+def test_commands_that_take_parquet_files_alone():
+    with pytest.raises(
+        DataError, match="--data_path: lerobot:x is a LeRobot dataset, and Parquet files are wanted here"
+    ):
+        resolve_parquet_files("lerobot:x", "--data_path")
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch, caplog):

@@ -18,6 +18,7 @@ from data.schema import (
     camera_column,
     column_type,
     prompts,
+    vector_names,
     written_schema,
 )
 from tests.helpers import episode_rows, write_rows
@@ -35,6 +36,23 @@ def test_cameras_of_any_name(tmp_path):
     assert [store.has_camera(camera) for camera in cameras] == [True, True, True, False]
     assert bytes(store.image("wrist_left", 2)) == rows[2]["image_1"]
     assert store.image("front", 1) is None and bytes(store.image("front", 2)) == rows[2]["image_1"]
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        (b'["x", "y", "z", "grip"]', ["x", "y", "z", "grip", "action[4]"]),
+        (b'["x", "y"]', ["x", "y", "action[2]", "action[3]", "action[4]"]),
+        (b'["x\\u001b[2J"]', ["x\\x1b[2J", "action[1]", "action[2]", "action[3]", "action[4]"]),
+        *((text, [f"action[{d}]" for d in range(5)]) for text in (b"null", b"{}", b"x,y,z", b"\xff", b"3")),
+    ],
+)
+def test_names_of_dimensions(said, names, tmp_path):
+    path = write_rows(tmp_path / "a.parquet", episode_rows(3))
+    assert vector_names(pq.read_schema(path).metadata, "action", 2) == ["action[0]", "action[1]"]
+    table = pq.read_table(path).replace_schema_metadata({b"action_names": said})
+    pq.write_table(table, path)
+    assert vector_names(pq.read_schema(path).metadata, "action", 5) == names
 
 
 def test_a_camera_has_one_spelling():

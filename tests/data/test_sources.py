@@ -164,6 +164,6 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     assert "can't be locked (Function not implemented)" in caplog.text and "-o flock" in caplog.text
     # another process was faster: its cache is kept
     inode = (store.folder / "meta.json").stat().st_ino
-    module._build([path], {"cameras": ["image_1"], "state_dim": 4, "per_action_dim": 4}, store.folder, alone=False)
+    module._build([path], store._spec, store.folder, alone=False)
     assert (store.folder / "meta.json").stat().st_ino == inode
     assert {p.name for p in (tmp_path / "cache").iterdir()} == {"locks", store.folder.name}

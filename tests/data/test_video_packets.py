@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import struct
 
 import av
 import numpy as np
@@ -91,6 +92,36 @@ def test_colours_are_converted_as_the_stream_says(tmp_path, name, tags):
     path = encode(tmp_path, name, 2, **tags)
     reader, (packets,) = copied(tmp_path / "cache", path)
     assert all(np.array_equal(reader.frames([p])[0], frame) for p, frame in zip(packets, decoded(path), strict=True))
+
+
+def test_frames_are_turned_as_the_display_matrix_says(tmp_path):
+    path = encode(tmp_path, "h264", 2)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4
+    matrix = at + 4 + (32 if data[at] else 20) + 16
+    plain = decoded(path)
+    for number, (numbers, quarters) in enumerate((((0, 1, -1, 0), -1), ((0, -1, 1, 0), 1), ((-1, 0, 0, -1), 2))):
+        a, b, c, d = (65536 * n for n in numbers)
+        data[matrix : matrix + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        path.write_bytes(data)
+        reader, (packets,) = copied(tmp_path / f"cache_{number}", path)
+        assert np.array_equal(reader.frames([packets[7]])[0], np.rot90(plain[7], quarters))
+        assert np.array_equal(decoded(path)[7], np.rot90(plain[7], quarters))
+    data[matrix : matrix + 36] = struct.pack(">9i", 56756, 32768, 0, -32768, 56756, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"frames are turned by -?\d+ degrees; wanted a multiple of 90"):
+        copied(tmp_path / "odd", path)
+
+
+def test_deep_grey_frames_are_no_colour(tmp_path):
+    path = tmp_path / "depth.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", FPS)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "gray16le"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32), 3000, np.uint16), format="gray16le")))
+        container.mux(stream.encode())
+    with pytest.raises(DataError, match="frames are gray16le, depth and not colour; choose another camera"):
+        copied(tmp_path / "cache", path)
 
 
 def _decode_in(reader, packets, queue):

@@ -90,6 +90,12 @@ def lerobot_dataset(folder: Path) -> None:
     shutil.copytree(ROOT / "tests/fixtures/lerobot_v30_video", folder / "lerobot_dataset")
 
 
+def foreign_recordings(folder: Path) -> None:
+    """A folder of LIBERO's files, and an RLDS dataset."""
+    for name, source in (("libero_hdf5", "libero_hdf5"), ("rlds_dataset", "rlds/tiny_pick/1.0.0")):
+        shutil.copytree(ROOT / "tests/fixtures/formats" / source, folder / name)
+
+
 def hdf5_episodes(folder: Path) -> None:
     """A recording in ALOHA's layout."""
     rng = np.random.default_rng(0)
@@ -150,6 +156,7 @@ READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "docs/adding_a_backbone.md": (add_backbone,),
     "docs/adding_a_head.md": (add_head,),
     "docs/adding_a_simulator.md": (add_simulator,),
+    "docs/convert.md": (foreign_recordings,),
     "docs/data_format.md": (own_demonstrations,),
     "docs/deployment.md": (trained_policy,),
     "docs/editing.md": (),

@@ -55,6 +55,9 @@ RUN = {
     r"python utils/calculate_normalization_stats\.py": r"normalization_stats\.json",
     r"python inspect_parquet\.py": r"training may start|0 errors",
     r"python simple_analysis\.py": r"analysis",
+    r"python scripts/convert\.py .*--inspect": r"a mapping to edit",
+    r"python scripts/convert\.py .*--strip": r"strip\.png: first, middle and last frames",
+    r"python scripts/convert\.py": r"demos/\w+: [23] episodes, 2\d steps",
     r"python scripts/edit_dataset\.py .*--dry_run": r"dry run: nothing was written",
     r"python scripts/edit_dataset\.py": r"demos/clean: 6 episodes",
     r"python scripts/convert_lerobot\.py --to_lerobot": r"LeRobot v3\.0, 6 episodes",
@@ -103,7 +106,8 @@ def only_pins(command: str) -> None:
     """Its file names one version of each package."""
     path = command.split()[-1]
     lines = [line.split("#")[0].strip() for line in (ROOT / path).read_text().splitlines()]
-    assert path == "requirements.txt" and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines if line)
+    assert path in ("requirements.txt", "requirements-convert.txt")
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines if line)
 
 
 def only_exact_versions(command: str) -> None:
@@ -180,7 +184,7 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"bash scripts/run_tests\.sh": ("it runs this test", exists),
     r"python3\.11 -m venv \.venv$": ("the tests have their environment", lambda command: None),
     r"source \.venv/bin/activate$": ("the same", lambda command: None),
-    r"pip install -r requirements\.txt$": ("the same", only_pins),
+    r"pip install -r requirements(-convert)?\.txt$": ("the same", only_pins),
     r"pip install -r requirements-(aloha|libero|gym)\.txt$": ("the same", only_exact_versions),
     r"python .*--env libero": ("loads 1.7 GB of packages; tests/envs/test_libero_env.py", has_flags),
     r"python .*--env gym": ("needs a policy of that environment; tests/envs/test_gym_env.py", has_flags),

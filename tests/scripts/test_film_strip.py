@@ -33,6 +33,19 @@ def test_writes_a_picture_of_a_video(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert np.abs(middle.astype(int) - [20, 120, 220]).max() < 12  # lossy codec
 
 
+def test_a_grid_is_left_out_where_its_episodes_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["grid", "open-v3", "open-v3_seed1", "open-v3_seed2", "close-v3_seed1"]
+    for name in names:
+        write_video(tmp_path / f"{name}.mp4", gray_video([20, 220]), fps=10)
+    videos, output = [str(tmp_path / f"{name}.mp4") for name in names], str(tmp_path / "s.png")
+    size = ["--frames", "2", "--height", "16", "--output", output]
+    main(["--videos", *videos, *size])
+    assert Image.open(output).size[1] == 3 * 16 + 2 * 4
+    assert "without grid.mp4, open-v3.mp4, of several episodes" in capsys.readouterr().out
+    main(["--videos", videos[0], *size])  # asked for alone
+    assert Image.open(output).size[1] == 16
+
+
 def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video")
     with pytest.raises(SystemExit, match=r"a\.mp4: no readable video .*main_eval\.py"):

@@ -38,6 +38,13 @@ def test_a_port_out_of_range(serve, port, capsys):
     assert f"--port: '{port}' is no port; give a whole number from 0 to 65535" in capsys.readouterr().err
 
 
+def test_numbers_that_are_too_small(serve, capsys):
+    for flag, least in (("--seed", 0), ("--num_threads", 1)):
+        with pytest.raises(SystemExit):
+            serve(f"{flag}={least - 1}")
+        assert f"{flag}: {least - 1} is less than {least}" in capsys.readouterr().err
+
+
 def test_a_port_in_use(serve):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -87,7 +87,7 @@ def test_a_full_disk_is_named_wherever_a_log_is_written(make_config):
     with pytest.raises(DiskFullError, match=full):
         log.write({"step": 1})
     with pytest.raises(DiskFullError, match=full):
-        log.write_validation(1, Validation({}, {"overall": {}}, None))
+        log.write_validation(1, Validation({}, {"overall": {}}, None), [])
 
 
 @pytest.mark.parametrize("key", [None, "0" * 40])

@@ -50,6 +50,14 @@ def test_fit_writes_what_it_promises(make_config, caplog):
     assert "steps 0 to 12, 22 samples" in caplog.text
 
 
+def test_the_first_loss_is_shown_at_once(make_config, caplog):
+    trainer = make_trainer(make_config(training={"max_steps": 6, "log_interval": 4, "val_every_n_epochs": 9}))
+    with caplog.at_level("INFO"):
+        trainer.fit()
+    assert re.search(r"step 1: loss \d\S+; a line every 4 steps", caplog.text) and "step 2: loss" not in caplog.text
+    assert [line["step"] for line in metrics_of(trainer) if "loss" in line] == [4, 6]
+
+
 def test_without_held_out_data_the_log_says_which_checkpoint_is_the_policy(make_config, caplog):
     config = make_config(data={"val_parquet_files": []}, training={"max_steps": 1})
     with caplog.at_level("INFO"):

@@ -120,7 +120,7 @@ def test_pictures_show_the_same_samples_every_time(setting):
     assert len(set(crowded.captions)) == 4
 
     log = RunLog(config, is_main=True)
-    log.write_validation(7, run(setting, batches_of(dataset, 3)))
+    log.write_validation(7, run(setting, batches_of(dataset, 3)), dataset.names["action"])
     picture = config.experiment_dir / "plots" / "validation_step_000007.png"
     assert np.asarray(Image.open(picture).convert("L")).std() > 10
     line = json.loads((config.experiment_dir / "logs/validation.jsonl").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.text import csv_text, markdown_text, printable
+from utils.text import csv_text, markdown_text, printable, shortened
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,14 @@ from utils.text import csv_text, markdown_text, printable
 )
 def test_printable(text, shown):
     assert printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("open it", "open it"), ("open  the\nwindow", "open the…"), ("打开窗户", "打开窗户"), ("打开窗户吧", "打开窗…")],
+)
+def test_shortened(text, shown):
+    assert shortened(text, 9 if text.isascii() else 8) == shown
 
 
 def test_markup_is_shown_as_written():

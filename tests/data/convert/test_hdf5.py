@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import data.convert.hdf5 as module
+import data.convert.hdf5_files as hdf5_files
 from data.convert.episode_writer import ImageEncoding
 from data.convert.hdf5 import convert_hdf5, find_episodes
 from data.episode_store import EpisodeStore
@@ -344,7 +344,7 @@ def test_a_filter_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(h5py.Dataset, "__getitem__", refuse)
     message = r"a.hdf5: \S+ is compressed with 'lzf' \(filter 32000\), .*; pip install hdf5plugin"
     with h5py.File(tmp_path / "in/a.hdf5") as file, pytest.raises(DataError, match=message):
-        module._read(file["observations/images/cam_high"], 0, 3, tmp_path / "in/a.hdf5")
+        hdf5_files.read_rows(file["observations/images/cam_high"], 0, 3, tmp_path / "in/a.hdf5")
 
 
 def test_compressed_frames_of_one_camera(tmp_path):

@@ -44,11 +44,6 @@ def exported(converted, tmp_path_factory):
     }
 
 
-def without_done(features: dict) -> dict:
-    """`features` without next.done, which lerobot's recorder does not write and our schema has."""
-    return {key: value for key, value in features.items() if key != "next.done"}
-
-
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_structure_is_that_of_lerobot(exported, kind):
     ours, theirs = exported[kind], FIXTURES / f"lerobot_v30_{kind}"
@@ -60,12 +55,11 @@ def test_structure_is_that_of_lerobot(exported, kind):
     for feature in infos[1]["features"].values() if kind == "video" else ():
         if feature["dtype"] == "video":
             feature["info"]["video.preset"] = 8  # lerobot's is 12
-    assert infos[0]["features"].pop("next.done") == {"dtype": "bool", "shape": [1], "names": None}
     assert list(infos[0]["features"]) == list(infos[1]["features"])
     assert infos[0] == infos[1]
 
     stats = [json.loads((root / "meta" / "stats.json").read_text()) for root in (ours, theirs)]
-    assert without_done(stats[0]).keys() == stats[1].keys()
+    assert stats[0].keys() == stats[1].keys()
     for key, wanted in stats[1].items():
         assert list(stats[0][key]) == list(wanted)
         for name, value in wanted.items():
@@ -80,21 +74,18 @@ def test_structure_is_that_of_lerobot(exported, kind):
     assert tasks[0].to_pandas().index.name == "task"
 
     episodes = [pq.read_table(root / "meta" / "episodes" / "chunk-000" / "file-000.parquet") for root in (ours, theirs)]
-    extra = [name for name in episodes[0].column_names if name.startswith("stats/next.done/")]
-    assert len(extra) == 10
-    assert episodes[0].drop_columns(extra).schema.equals(episodes[1].schema)
+    assert episodes[0].schema.equals(episodes[1].schema)
     for name in episodes[1].column_names:
         if not name.startswith("stats/"):
             assert episodes[0][name].to_pylist() == episodes[1][name].to_pylist()
 
     data = [pq.ParquetFile(root / "data" / "chunk-000" / "file-000.parquet") for root in (ours, theirs)]
     tables = [file.read() for file in data]
-    assert tables[0].drop_columns(["next.done"]).schema.equals(tables[1].schema)
-    assert tables[0].drop_columns(["next.done"]).equals(tables[1])  # for images: bytes and paths too
+    assert tables[0].schema.equals(tables[1].schema)
+    assert tables[0].equals(tables[1])  # for images: bytes and paths too
     assert [[file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] for file in data] == [LENGTHS] * 2
     features = [json.loads(table.schema.metadata[b"huggingface"])["info"]["features"] for table in tables]
-    assert features[0]["next.done"] == {"dtype": "bool", "_type": "Value"}
-    assert without_done(features[0]) == features[1]
+    assert features[0] == features[1]
 
 
 def test_statistics_are_those_of_lerobot(exported):
@@ -149,7 +140,7 @@ def test_round_trip_of_our_own_recordings(tmp_path):
     write_rows(tmp_path / "ours" / "b.parquet", rows[40:])
     files = [tmp_path / "ours" / "a.parquet", tmp_path / "ours" / "b.parquet"]
     camera = "observation.images.image_1"
-    layout = Layout(fps=12.5, cameras={"image_1": camera}, data_files_size_in_mb=0.02)
+    layout = Layout(fps=12.5, cameras={"image_1": camera}, next_done=True, data_files_size_in_mb=0.02)
     assert export_lerobot(files, tmp_path / "lerobot", layout, num_workers=2) == (4, 139)
     assert len(list((tmp_path / "lerobot" / "data").rglob("*.parquet"))) == 3
     convert_lerobot(tmp_path / "lerobot", tmp_path / "back", [f"{camera}=image_1"])

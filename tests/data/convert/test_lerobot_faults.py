@@ -80,6 +80,27 @@ def test_no_frame_outside_of_the_episodes_part_of_a_video(dataset):
     )
 
 
+def test_no_frame_of_two_episodes(dataset):
+    root = dataset("v30", "video")
+
+    def shifted(row):
+        if row["episode_index"] == 1:
+            row[f"videos/{FRONT}/from_timestamp"] += 0.1
+            row[f"videos/{FRONT}/to_timestamp"] += 0.1
+
+    edit_rows(root / EPISODES, shifted)
+    fails(root, r"file-000.mp4: its frames from [\d.]+ to [\d.]+ s are those of episodes 1 and 2 at once in meta/epis")
+
+
+def test_an_episode_that_the_metadata_lack_is_missed(dataset, caplog):
+    root = dataset("v30", "image")
+
+    path = root / "meta/info.json"
+    path.write_text(path.read_text().replace('"total_episodes": 6', '"total_episodes": 7'))
+    convert_lerobot(root, root.with_name("out"), CAMERAS)
+    assert "info.json says total_episodes 7, but meta/episodes lists 6: those alone are read" in caplog.text
+
+
 @pytest.mark.parametrize("version", ["v21", "v30"])
 def test_tasks_that_contradict_each_other(dataset, version):
     root = dataset(version, "image")

@@ -23,6 +23,7 @@ from inference.predictor import VLAPredictor
 from inference.serving import connections
 from inference.serving import server as server_module
 from inference.serving.metrics import LOG_LINES
+from inference.serving.requests import History
 from inference.serving.wire import pack, unpack
 from tests.inference.serving.servers import running
 from utils.config_utils import ConfigError, ServingConfig
@@ -249,6 +250,16 @@ def test_what_is_remembered_of_a_client_is_little_and_goes_with_it(predictor, ob
         assert len(held.told) <= 60 and max(map(len, held.told)) < 80
     until(lambda: not server.room.connections)
     assert len(caplog.text) < 20_000
+
+
+def test_the_kept_frames_of_a_client_are_few():
+    history, frame = History(), np.zeros((8, 8, 3), np.uint8)
+    for _ in range(50):
+        shown = history.completed({"image_1": [frame], "image_2": [frame]}, False, {})
+        history.keep(shown, 2)
+        assert max(map(len, shown.values())) <= 3
+    history.keep({"image_1": [frame] * 200}, 2)
+    assert {camera: len(frames) for camera, frames in history._kept.items()} == {"image_1": 2}
 
 
 # --- text

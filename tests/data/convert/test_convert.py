@@ -1,0 +1,541 @@
+"""What a mapping does, what is refused and how, and that an interrupted conversion ends in the same bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import data.convert.readers.base as base
+from data.convert.convert import convert, open_source
+from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, Steps
+from data.convert.inspection import describe, film_strip
+from data.convert.mapping import parse_mapping, presets, read_entries
+from data.convert.readers import open_reader, reader_options
+from tests.data.convert.test_formats import FORMATS, decode_frame, read, step_of, wrong_corner
+from utils.parquet_utils import DataError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PNG = ImageEncoding("png")
+BASE = ["image_1=rgb", "state=state", "action=action", "prompt=text:go", "fps=10"]
+
+
+def jpeg(image: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "jpeg", **{"quality": 90, **options})
+    return buffer.getvalue()
+
+
+def pictures(count: int, height: int = 24, width: int = 32) -> np.ndarray:
+    coarse = np.random.default_rng(0).integers(0, 256, (count, height // 8, width // 8, 3), dtype=np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Path:
+    """An HDF5 file of one episode of 10 steps with whatever a test may want to map."""
+    path = tmp_path / "in" / "SCENE3_open_the_drawer_demo.hdf5"
+    path.parent.mkdir()
+    rgb = pictures(10)
+    with h5py.File(path, "w") as file:
+        file["rgb"], file["bgr"], file["chw"] = rgb, rgb[..., ::-1], rgb.transpose(0, 3, 1, 2)
+        file["unit"] = rgb.astype(np.float32) / 255
+        file["upside_down"] = rgb[:, ::-1]
+        file["jpegs"] = np.array([jpeg(image) for image in rgb], dtype="S")
+        file["state"] = np.arange(40.0).reshape(10, 4)
+        file["action"] = np.arange(10.0).repeat(2).reshape(10, 2) / 10
+        file["valid"] = np.arange(10) % 5 != 2
+        file["done"] = np.arange(10) == 9
+        file["text"] = np.array([b"first"] * 5 + ["zweiter, für alle".encode()] * 5, dtype="S")
+        file["codes"] = np.array([[ord(c) for c in "gö"] + [0, 0]] * 10, dtype=np.int32)
+        file.attrs["info"] = json.dumps({"lang": '"lift it"', "letters": list("push")})
+        file.attrs["task"] = b"press the button"
+    return path
+
+
+def run(path: Path, output_dir: Path, *items: str, name: str = "hdf5", encoding: ImageEncoding = PNG) -> pa.Table:
+    source = open_source(name, path, read_entries(None, [*BASE, *items]))
+    convert(source, output_dir, encoding=encoding)
+    return read(output_dir)
+
+
+def column(table: pa.Table, name: str) -> np.ndarray:
+    return np.array(table[name].to_pylist())
+
+
+# --- mapping ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("item", "wanted"),
+    [
+        ("state=state[1:3]", lambda s: s[:, 1:3]),
+        ("state=state[3,0]", lambda s: s[:, [3, 0]]),
+        ("state=state[0],done,state", lambda s: np.hstack([s[:, :1], (np.arange(10) == 9)[:, None], s])),
+        ("state=state,scale=2,offset=1", lambda s: 2 * s + 1),
+        ("state=state[0],scale=0.1,invert=true,clip=[-1,0.5]", lambda s: np.clip(1 - 0.1 * s[:, :1], -1, 0.5)),
+        ("state=codes", lambda s: np.array([[103, 246, 0, 0]] * 10)),
+    ],
+)
+def test_parts_of_a_vector(recording, tmp_path, item, wanted):
+    table = run(recording, tmp_path / "out", item)
+    np.testing.assert_allclose(column(table, "state"), wanted(np.arange(40.0).reshape(10, 4)), rtol=1e-6)
+
+
+def test_a_constant_where_there_is_no_state(recording, tmp_path):
+    entries = read_entries(None, BASE) | {"state": {"constant": [0.0, 1.0]}}
+    convert(open_source("hdf5", recording, entries), tmp_path / "out", encoding=PNG)
+    assert column(read(tmp_path / "out"), "state").tolist() == [[0, 1]] * 10
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "image_1=bgr,channels=bgr",
+        "image_1=chw,layout=chw",
+        "image_1=unit,scale=255",
+        "image_1=upside_down,flip=vertical",
+    ],
+)
+def test_pixels_of_any_order(recording, tmp_path, item):
+    table = run(recording, tmp_path / "out", item)
+    frames = [decode_frame(frame) for frame in table["image_1"].to_pylist()]
+    assert np.array_equal(frames, pictures(10))
+
+
+def test_encoded_frames_pass_untouched_unless_pixels_change(recording, tmp_path):
+    encoded = [jpeg(image) for image in pictures(10)]
+    assert run(recording, tmp_path / "out", "image_1=jpegs")["image_1"].to_pylist() == encoded
+    swapped = run(recording, tmp_path / "bgr", "image_1=jpegs,channels=bgr,flip=both")["image_1"].to_pylist()
+    wanted = [decode_frame(frame)[::-1, ::-1, ::-1] for frame in encoded]
+    assert np.array_equal([decode_frame(frame) for frame in swapped], wanted)
+
+
+@pytest.mark.parametrize(
+    ("item", "prompts"),
+    [
+        ("prompt=text", ["first"] * 5 + ["zweiter, für alle"] * 5),
+        ("prompt=codes", ["gö"] * 10),
+        ("prompt=@task", ["press the button"] * 10),
+        ("prompt=@info:lang", ["lift it"] * 10),
+        ("prompt=@info:letters", ["push"] * 10),
+        (r"prompt=file:SCENE\d+_(.*)_demo", ["open the drawer"] * 10),
+        ("prompt=text:pick, then place", ["pick, then place"] * 10),
+    ],
+)
+def test_instructions(recording, tmp_path, item, prompts):
+    assert run(recording, tmp_path / "out", item)["prompt"].to_pylist() == prompts
+
+
+def test_rows_that_are_left_out(recording, tmp_path):
+    """Every combination gives what slicing the whole episode gives; flags and time stamps follow."""
+    steps = np.arange(10)
+    for shift, first, last, keep in ((1, 0, 0, 0), (0, 2, 3, 0), (2, 1, 1, 1), (0, 0, 0, 1), (3, 0, 2, 0)):
+        items = [f"action_shift={shift}", f"drop_first={first}", f"drop_last={last}", "terminal=done"]
+        table = run(recording, tmp_path / f"{shift}{first}{last}{keep}", *items, *(["keep=valid"] if keep else []))
+        rows = steps[: 10 - last][: 10 - last - shift][first:]
+        rows = rows[rows % 5 != 2] if keep else rows
+        assert column(table, "state")[:, 0].tolist() == (4 * rows).tolist()
+        np.testing.assert_allclose(column(table, "action")[:, 0], (rows + shift) / 10, rtol=1e-6)
+        assert np.flatnonzero(table["is_last"]).tolist() == [len(rows) - 1]
+        assert np.array_equal(table["is_terminal"], table["is_last"])  # of the last step stored, left out or not
+        np.testing.assert_allclose(table["timestamp"], np.arange(len(rows)) / 10, rtol=1e-6)
+
+
+def test_blocks_do_not_matter(recording, tmp_path, monkeypatch):
+    items = ["action_shift=2", "drop_first=3", "drop_last=1", "keep=valid", "terminal=done", "image_1=jpegs"]
+    whole = run(recording, tmp_path / "whole", *items)
+    monkeypatch.setattr("data.convert.readers.hdf5.ROWS_PER_BLOCK", 1)
+    assert run(recording, tmp_path / "single", *items).equals(whole)
+
+
+def test_cameras_of_any_name(recording, tmp_path):
+    table = run(recording, tmp_path / "out", "cameras.wrist=jpegs")
+    assert {"image_1", "wrist"} <= set(table.column_names)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["stat=state"], "no entry 'stat' .*did you mean 'state'"),
+        (["state=stat"], r"drawer_demo.hdf5: no key 'stat' \(found: action, .*did you mean 'state'"),
+        (["state=state[4]"], "state takes value 4 of 'state', which has 4; correct the mapping"),
+        (["state=state[3:1]"], r"state has \[3:1\]; wanted numbers and ranges"),
+        (["state=text"], "step 0: state is made from 'text', which is no array of numbers; choose another key"),
+        (["image_1=state"], r"image_1 is made from 'state', which is float64 \(4,\); wanted images"),
+        (["image_1=chw"], r"image_1 is uint8 \(3, 24, 32\); wanted \(height, width, 3\); is it `layout: chw`"),
+        (["image_1=unit"], "image_1 is float32 from 0 to 1, where 0 to 255 was expected; say `scale: 255`"),
+        (["image_1=rgb,flip=up"], "flip of image_1 is 'up'; wanted none, vertical"),
+        (["image_1=rgb,flip=auto"], "no attribute macros_image_convention says whether frames are upside down"),
+        (["image_1=rgb,turn=1"], "mapping: image_1: no option 'turn'"),
+        (["prompt=@tusk"], "no attribute 'tusk' .*did you mean 'task'"),
+        (["prompt=@info:language"], r"attribute 'info' has no 'language' \(found: lang, letters\)"),
+        (["prompt=@task:lang"], "attribute 'task' is no JSON; leave out :lang"),
+        (["prompt=file:(x)"], r"prompt '\(x\)' does not fit the name 'SCENE3_open_the_drawer_demo.hdf5'"),
+        (["terminal=state"], r"'state' is float64 \(10, 4\); wanted true or false a step"),
+        (["drop_last=10"], "the mapping keeps no step; correct keep"),
+        (["action_shift=-1"], "action_shift is -1; wanted a number of steps, 0 or more"),
+        (["fps=0"], "fps is 0; wanted steps a second"),
+        (["episodes=data/demo_*"], "no group fits 'data/demo_\\*' .*groups at the top"),
+        (["split=train"], "no entry 'split'"),
+        (["clip=1"], "no entry 'clip'"),
+        (["state=state,clip=3"], r"clip of state is 3; wanted \[least, most\]"),
+        (["cameras.action=rgb"], "a camera can't be called 'action'"),
+    ],
+)
+def test_faulty_mappings(recording, tmp_path, items, message):
+    with pytest.raises(DataError, match=message):
+        run(recording, tmp_path / "out", *items)
+
+
+def test_what_is_missing_is_said(recording):
+    for name in ("state", "action", "prompt"):
+        entries = {key: value for key, value in read_entries(None, BASE).items() if key != name}
+        with pytest.raises(DataError, match=f"mapping: '{name}' is missing"):
+            open_source("hdf5", recording, entries)
+    entries = {key: value for key, value in read_entries(None, BASE).items() if key != "fps"}
+    with pytest.raises(DataError, match="does not say how many steps a second it has; give fps"):
+        open_source("hdf5", recording, entries)
+    with pytest.raises(DataError, match="--from is zarr, and the mapping is for hdf5"):
+        open_source("zarr", recording, read_entries("libero", ()))
+    with pytest.raises(DataError, match="no preset 'liberty' .*did you mean 'libero'"):
+        read_entries("liberty", ())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_mappings(name):
+    entries = read_entries(name, ["prompt=text:go"])
+    format_name = entries.pop("format")
+    if entries.pop("from_modality", False):
+        entries |= {"image_1": "video.x", "state": "state.x", "action": "action.x"}
+    mapping = parse_mapping(entries, reader_options(format_name))
+    assert mapping.cameras and mapping.state and mapping.action
+
+
+def test_the_preset_of_libero_pairs_a_frame_with_the_next_action(tmp_path):
+    convert(open_source(None, FORMATS / "libero_hdf5", read_entries("libero", ())), tmp_path / "out", encoding=PNG)
+    table, expected = read(tmp_path / "out"), np.load(FORMATS / "libero_hdf5" / "expected.npz")
+    lengths = expected["episode_lengths"]
+    starts = np.cumsum(lengths) - lengths
+    wanted = np.concatenate(
+        [expected["actions"][s + 1 : s + n] for s, n in zip(starts, lengths, strict=True)]  # row t, action t + 1
+    )
+    assert np.array_equal(column(table, "action").astype(np.float32), wanted)
+    assert all(wrong_corner(decode_frame(frame)) is None for frame in table["image_1"].to_pylist())
+
+
+# --- size ---------------------------------------------------------------------------------------------------------
+
+
+def test_smaller_pictures(recording, tmp_path):
+    small = ImageEncoding(short_side=16, subsampling="420")
+    for item in ("image_1=rgb", "image_1=jpegs"):
+        table = run(recording, tmp_path / item, item, encoding=small)
+        with Image.open(io.BytesIO(table["image_1"][0].as_py())) as image:
+            assert image.size == (21, 16) and image.layer[0][1:3] == (2, 2)  # the luma's sampling: 4:2:0
+    untouched = run(recording, tmp_path / "fits", "image_1=jpegs", encoding=ImageEncoding(short_side=24))
+    assert untouched["image_1"].to_pylist() == [jpeg(image) for image in pictures(10)]
+    with pytest.raises(DataError, match="made from something else or otherwise .*short_side"):
+        run(recording, tmp_path / "fits", "image_1=jpegs", encoding=ImageEncoding(short_side=16))
+    for options, message in (({"short_side": 4}, "--short_side is 4"), ({"subsampling": "411"}, "--subsampling is")):
+        with pytest.raises(DataError, match=message):
+            ImageEncoding(**options)
+    with pytest.raises(DataError, match="--subsampling has no meaning with --image_format png"):
+        ImageEncoding("png", subsampling="420")
+
+
+# --- looking ------------------------------------------------------------------------------------------------------
+
+
+def test_inspection_lists_keys_and_a_mapping_that_converts(tmp_path):
+    text = describe(open_reader("rlds", FORMATS / "rlds", {}))
+    assert "steps/observation/wrist_image  png" in text and "split: train" in text
+    (tmp_path / "map.yaml").write_text(text.partition("map.yaml)")[2].partition("\n")[2].replace("fps: '?'", "fps: 10"))
+    source = open_source(None, FORMATS / "rlds", read_entries(None, [str(tmp_path / "map.yaml")]))
+    assert convert(source, tmp_path / "out").rows == 23
+    text = describe(open_reader("hdf5", FORMATS / "libero_hdf5", {}))
+    assert "episodes: data/demo_*" in text and "problem_info" in text
+
+
+def test_strip_shows_first_middle_and_last(recording, tmp_path):
+    source = open_source(None, FORMATS / "libero_hdf5", read_entries("libero", ()))
+    film_strip(source, tmp_path / "strip.png", episodes=["1"])
+    with Image.open(tmp_path / "strip.png") as image:
+        pixels = np.asarray(image)
+    assert pixels.shape == (2 * 178, 3 * 164, 3)
+    frames = [np.asarray(Image.fromarray(pixels[16:176, x : x + 160]).resize((64, 64))) for x in (0, 164, 328)]
+    assert [step_of(frame) for frame in frames] == [0, 3, 6] and wrong_corner(frames[0]) is None
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def copy(name: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FORMATS / name, tmp_path / name))
+
+
+def fails(folder: Path, path: Path, tmp_path: Path, message: str, mapping: str = "map", *items: str) -> None:
+    with pytest.raises(DataError, match=message):
+        source = open_source(None, path, read_entries(None, [str(folder / f"{mapping}.yaml"), *items]))
+        convert(source, tmp_path / "out", encoding=PNG)
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def shard(folder: Path) -> Path:
+    return folder / "tiny_pick/1.0.0/tiny_pick-train.tfrecord-00001-of-00002"
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (3, r"tfrecord-00001-of-00002: the header of record 0 is damaged \(checksum\)"),
+        (5000, r"tfrecord-00001-of-00002: record 0 is damaged \(its checksum does not fit\); fetch that file again"),
+        (-2, r"tfrecord-00001-of-00002: record 0 is damaged"),
+    ],
+)
+def test_a_flipped_bit_in_a_shard(tmp_path, where, message):
+    folder = copy("rlds", tmp_path)
+    data = bytearray(shard(folder).read_bytes())
+    data[where] ^= 1
+    shard(folder).write_bytes(data)
+    fails(folder, folder, tmp_path, message, "map_train")
+
+
+def test_shards_that_are_cut_short_or_missing(tmp_path):
+    folder = copy("rlds", tmp_path)
+    whole = shard(folder).read_bytes()
+    shard(folder).write_bytes(whole[:-100])
+    fails(folder, folder, tmp_path, r"00001-of-00002: record 0 has [\d,]+ bytes, of which .*cut short", "map_train")
+    shard(folder).write_bytes(whole[:6])
+    fails(folder, folder, tmp_path, "ends within the header of record 0", "map_train")
+    shard(folder).write_bytes(b"")
+    fails(folder, folder, tmp_path, "holds 0 records, dataset_info.json says 1", "map_train")
+    shard(folder).unlink()
+    fails(folder, folder, tmp_path, "shard 1 of 2 of split 'train' is missing", "map_train")
+    fails(folder, folder, tmp_path, "no split 'test' .*found: train, val", "map_val", "split=test")
+    entries = {k: v for k, v in read_entries(None, [str(folder / "map_val.yaml")]).items() if k != "split"}
+    with pytest.raises(DataError, match=r"has the splits train, val; say which in the mapping"):
+        open_source(None, folder, entries)
+    (folder / "tiny_pick/1.0.0/features.json").write_text("{")
+    fails(folder, folder / "tiny_pick/1.0.0", tmp_path, "features.json: not valid JSON", "map_val")
+
+
+def test_a_last_action_of_zeros_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("data.convert.columns._told", set())
+    entries = read_entries(None, [str(FORMATS / "rlds" / "map_train.yaml")])
+    convert(open_source(None, FORMATS / "rlds", entries), tmp_path / "sound")
+    assert "all zero" not in caplog.text
+    zero = entries | {"action": {"from": "steps/action", "scale": 0}}
+    convert(open_source(None, FORMATS / "rlds", zero), tmp_path / "zero")
+    assert "record 0: the last step's action is all zero" in caplog.text and "drop_last: 1" in caplog.text
+    caplog.clear()
+    convert(open_source(None, FORMATS / "rlds", zero | {"drop_last": 1}), tmp_path / "dropped")
+    assert "all zero" not in caplog.text
+
+
+def test_episodes_of_other_shapes(tmp_path):
+    folder = copy("robomimic_hdf5", tmp_path)
+    with h5py.File(folder / "image.hdf5", "a") as file:
+        del file["data/demo_2/actions"]
+        file["data/demo_2/actions"] = np.zeros((9, 8))
+    message = r"image.hdf5 data/demo_2: state has 9 values and action 8, in the first episode they have 9 and 7"
+    fails(folder, folder, tmp_path, message)
+    with h5py.File(folder / "image.hdf5", "a") as file:
+        del file["data/demo_2/actions"]
+        file["data/demo_2/actions"] = np.zeros((5, 7))
+    fails(folder, folder, tmp_path, r"data/demo_2: steps differ \(obs/agentview_image 9, .*actions 5")
+    with h5py.File(folder / "image.hdf5", "a") as file:
+        for key in ("obs/agentview_image", "obs/robot0_eye_in_hand_image"):
+            del file[f"data/demo_0/{key}"]
+            file[f"data/demo_0/{key}"] = np.zeros((0, 8, 8, 3), np.uint8)
+    fails(folder, folder, tmp_path, r"data/demo_0: steps differ \(obs/agentview_image 0")
+
+
+def test_an_episode_without_frames(recording, tmp_path):
+    with h5py.File(recording, "a") as file:
+        for key in ("rgb", "state", "action"):
+            shape = file[key].shape[1:]
+            del file[key]
+            file[key] = np.zeros((0, *shape), np.uint8 if key == "rgb" else float)
+    with pytest.raises(DataError, match=r"open_the_drawer_demo.hdf5: holds no steps; remove it or record it again"):
+        run(recording, tmp_path / "out")
+
+
+def test_a_file_that_another_process_writes(recording, tmp_path):
+    code = f"import h5py, sys; f = h5py.File({str(recording)!r}, 'a'); print('open', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        with pytest.raises(DataError, match="drawer_demo.hdf5: another process has it open for writing; close it"):
+            run(recording, tmp_path / "out")
+        writer.stdin.close()
+    run(recording, tmp_path / "out")
+
+
+def test_links_to_other_files(recording, tmp_path):
+    with h5py.File(recording, "a") as file:
+        file["elsewhere"] = h5py.ExternalLink("/etc/secret.h5", "state")
+    with pytest.raises(DataError, match=r"'elsewhere' is not read: a link to another file \(/etc/secret.h5\)"):
+        run(recording, tmp_path / "out", "state=elsewhere")
+
+
+@pytest.mark.parametrize("prompt", ["b'pick the cube'", 'b"it"', "<memory at 0x7f12ab>", "[b'x']", "np.bytes_(b'x')"])
+def test_prompts_that_are_the_text_of_an_object(tmp_path, prompt):
+    columns = dict(cameras=["image_1"], state_dim=2, per_action_dim=2, metadata={}, source="x", extra=())
+    steps = Steps({"image_1": [jpeg(pictures(1)[0])]}, np.zeros((1, 2)), np.zeros((1, 2)), [prompt])
+    with (
+        pytest.raises(DataError, match=r"x episode 3 frame 0: the instruction is .*Python shows of an object"),
+        EpisodeFileWriter(tmp_path / "a.parquet", **columns) as writer,
+    ):
+        writer.write_episode(3, None, [steps])
+    for sound in ("bring it", "[slowly] go", "<b> key"):
+        with EpisodeFileWriter(tmp_path / "b.parquet", **columns) as writer:
+            writer.write_episode(0, None, [Steps(steps.images, steps.state, steps.action, [sound])])
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../up/.zgroup", "data/../../x", "C:\\x"])
+def test_archives_with_names_that_lead_out(tmp_path, name):
+    folder = copy("zarr", tmp_path)
+    with zipfile.ZipFile(folder / "umi_tiny.zarr.zip", "a") as archive:
+        archive.writestr(name, b"x")
+    message = r"umi_tiny.zarr.zip: holds the name .*, which leads out of it; nothing is read from it"
+    fails(folder, folder / "umi_tiny.zarr.zip", tmp_path, message, "map_zip")
+
+
+def test_damaged_zarr(tmp_path):
+    folder = copy("zarr", tmp_path)
+    root = folder / "pusht_tiny.zarr"
+    chunk = root / "data/state/0.0"
+    data = chunk.read_bytes()
+    chunk.write_bytes(data[:20])
+    fails(folder, root, tmp_path, "data/state is damaged in steps 0 to 11", "map_dir")
+    chunk.write_bytes(data)
+    metadata = json.loads((root / "data/state/.zarray").read_text())
+    (root / "data/state/.zarray").write_text(json.dumps({**metadata, "shape": [20, 5]}))
+    fails(folder, root, tmp_path, "episode 1: data/state has 20 steps, meta/episode_ends says 21 or more", "map_dir")
+    (root / "data/state/.zarray").write_text(json.dumps({**metadata, "filters": [{"id": "pickle"}], "dtype": "|O"}))
+    fails(folder, root, tmp_path, "pusht_tiny.zarr: ", "map_dir")
+    (root / "data/state/.zarray").write_text(json.dumps(metadata))
+    fails(folder, root, tmp_path, "no array 'meta/ends'", "map_dir", "ends=meta/ends")
+    fails(folder, folder / "map_dir.yaml", tmp_path, "not a readable zip", "map_dir")
+
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(base.importlib, "import_module", missing)
+    with pytest.raises(DataError, match=r"x: .*needs the package of 'rosbags'; run: pip install -r requirements-conv"):
+        base.optional_module("rosbags", Path("x"))
+
+
+# --- GR00T --------------------------------------------------------------------------------------------------------
+
+
+def test_groot_derives_everything_from_modality(tmp_path):
+    folder = FORMATS / "groot_lerobot"
+    convert(open_source(None, folder / "cube_to_bowl", read_entries("groot", ())), tmp_path / "out")
+    expected, table = np.load(folder / "expected.npz"), read(tmp_path / "out")
+    rows = np.repeat(expected["valid"], expected["episode_lengths"])
+    assert np.array_equal(column(table, "state").astype(np.float32), expected["states"][rows])
+    assert np.array_equal(column(table, "action").astype(np.float32), expected["actions"][rows])
+    prompts = np.repeat(expected["prompts"], expected["episode_lengths"])[rows]
+    assert table["prompt"].to_pylist() == prompts.tolist()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "episode_000000.parquet",
+        "episode_000001.parquet",
+    ]
+
+
+def test_a_mapping_that_ignores_modality_is_stopped(tmp_path):
+    folder = copy("groot_lerobot", tmp_path)
+    root = folder / "cube_to_bowl"
+    plain = ["image_1=observation.images.ego_view", "state=observation.state", "action=action", "prompt=task"]
+    with pytest.raises(DataError, match=r"modality.json: names state.arm, .*the mapping uses none of them"):
+        open_source("lerobot", root, read_entries(None, plain))
+    with pytest.raises(
+        DataError, match=r"modality.json: the instruction is annotation.human.action.task_description, "
+    ):
+        open_source("lerobot", root, read_entries(None, [*plain, "state=state.arm"]))
+    open_source("lerobot", root, read_entries(None, [*plain, "modality=ignore"]))
+    command = [sys.executable, "scripts/convert_lerobot.py", "--lerobot_dir", str(root), "--output_dir"]
+    command += [str(tmp_path / "out"), "--cameras", "observation.images.ego_view=image_1"]
+    failed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert failed.returncode == 1 and "scripts/convert.py --from lerobot" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    modality = json.loads((root / "meta/modality.json").read_text())
+    modality["state"]["hand"]["end"] = 10
+    (root / "meta/modality.json").write_text(json.dumps(modality))
+    with pytest.raises(DataError, match="state.hand is 7 to 10 of observation.state, which has 9 values; correct it"):
+        open_source("lerobot", root, read_entries("groot", ()))
+    modality["state"]["hand"] = {"start": 7, "end": 9, "original_key": "observation.stat"}
+    (root / "meta/modality.json").write_text(json.dumps(modality))
+    with pytest.raises(DataError, match="state.hand: no feature 'observation.stat' .*did you mean 'observation.state'"):
+        open_source("lerobot", root, read_entries("groot", ()))
+
+
+# --- interrupted --------------------------------------------------------------------------------------------------
+
+
+def several(tmp_path: Path, episodes: int = 12) -> Path:
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for i in range(episodes):
+        with h5py.File(folder / f"e{i}.hdf5", "w") as file:
+            file["rgb"] = np.random.default_rng(i).integers(0, 256, (40, 160, 160, 3), dtype=np.uint8)
+            file["state"], file["action"] = np.full((40, 2), i), np.full((40, 2), i)
+    return folder
+
+
+@pytest.mark.slow
+def test_ten_kills_end_in_the_same_bytes(tmp_path):
+    command = [sys.executable, "scripts/convert.py", "--from", "hdf5", str(several(tmp_path)), "--map", *BASE]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name: str, workers: int) -> subprocess.Popen:
+        arguments = [*command, "--output_dir", str(tmp_path / name), "--num_workers", str(workers)]
+        return subprocess.Popen(
+            arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    begin = time.perf_counter()
+    assert start("whole", 1).wait() == 0
+    seconds = time.perf_counter() - begin
+    rng = random.Random(0)
+    for attempt in range(10):
+        process = start("killed", 1 + attempt % 2)
+        time.sleep(rng.uniform(0.2, 0.9) * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    last = start("killed", 1)
+    assert last.wait() == 0
+    folders = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "killed")]
+    assert folders[0] == folders[1] and len(folders[0]) == 12
+    again = start("killed", 1)
+    assert "0 files written, 12 complete before" in again.communicate()[0]
+
+
+def test_processes_do_not_change_the_bytes(tmp_path):
+    source = open_source("hdf5", several(tmp_path, 3), read_entries(None, BASE))
+    for name, workers in (("one", 1), ("two", 2)):
+        convert(source, tmp_path / name, num_workers=workers)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    record = json.loads(pq.read_schema(tmp_path / "one" / "episode_000000.parquet").metadata[b"conversion"])
+    assert record["settings"]["mapping"]["state"] == [{"from": "state"}] and list(record["sources"]) == ["e0.hdf5"]
