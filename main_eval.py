@@ -22,7 +22,7 @@ import torch
 from data.convert.rollouts import RolloutRecorder
 from data.episode_store import recorded_actions
 from data.loader import make_loader, open_for_evaluation
-from envs import FIRST_EVALUATION_SEED, SIMULATORS, expand_tasks, make_env
+from envs import FIRST_EVALUATION_SEED, SIMULATORS, env_maker, expand_tasks
 from inference.closed_loop.evaluation import evaluate_closed_loop
 from inference.eval_args import parse_args
 from inference.evaluate import evaluate_offline, quantization_error
@@ -67,14 +67,15 @@ def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
 
 def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     """Closed-loop mode: episodes.jsonl, rollouts.json and videos."""
-    image_size = args.image_size or (predictor.image_processor.height if predictor else 96)
-    args.options = {"image_size": image_size, **args.options}
-    if predictor is not None and not {"camera", "second_camera", "cameras"} & args.options.keys():
-        if not set(predictor.cameras) <= {"image_1", "image_2"}:  # names that a simulator gives by itself
-            args.options["cameras"] = ",".join(predictor.cameras)
-    tiers = {task: SIMULATORS[args.env].tiers[task] for task in expand_tasks(args.env, args.tasks)}
+    tasks, simulator = expand_tasks(args.env, args.tasks), SIMULATORS[args.env]
+    if args.image_size is not None:
+        args.options["image_size"] = args.image_size
+    wanted = (predictor.image_processor.height, predictor.cameras) if predictor else ()
+    make = env_maker(args.env, args.options, *wanted)
+    args.options = make.keywords
+    tiers = {task: simulator.group_of(task) for task in tasks}
     first = FIRST_EVALUATION_SEED if args.seed is None else args.seed
-    seeds, make = range(first, first + args.episodes), functools.partial(make_env, args.env, **args.options)
+    seeds = range(first, first + args.episodes)
     demonstrations = functools.partial(recorded_actions, args.demos_path, "--demos_path")
     recorder = RolloutRecorder(Path(args.record)) if args.record else None
     result = evaluate_closed_loop(args, predictor, tiers, seeds, make, demonstrations, recorder)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from data.loader import build_loaders
 from data.processing import processors_from_config
 from data.statistics import require_statistics_of
 from data.trained_processors import processors_to_train_on
+from envs import env_maker, expand_tasks
 from model.checkpointing import require_same_architecture
 from model.transfer import policy_from_parts
 from model.vla_model import VLAModel
@@ -29,7 +31,7 @@ from training.trainer import VLATrainer
 from training.trainer_ddp import VLATrainerDDP
 from training.trainer_fsdp import VLATrainerFSDP
 from utils.checkpoint import load_checkpoint
-from utils.cli import config_from_args, refuse_to_overwrite, resume_path, train_parser
+from utils.cli import config_from_args, key_values, refuse_to_overwrite, resume_path, train_parser
 from utils.config_utils import Config
 from utils.misc import derive_seed, end_in_log_file, errors_in_one_line, set_up_logging
 from utils.run_lock import only_run
@@ -93,9 +95,22 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
         known = checkpoint.get("training_data") if same_run else None
         kept["training_data"] = known or training_profiles(loaders[0].dataset)
     trainer = trainer_class(config, policy, *loaders, place.device, kept)
+    trainer.rollouts = build_rollouts(config, processors)
     if resumed:
         trainer.resume(checkpoint, resumed)
     return trainer
+
+
+def build_rollouts(config: Config, processors: tuple[Any, Any]) -> Any:
+    """The closed-loop episodes of `training.eval_every_n_epochs`; None where nobody asks for them."""
+    if config.training.eval_every_n_epochs is None:
+        return None
+    loop = config.closed_loop
+    tasks, options = expand_tasks(loop.env, loop.tasks), key_values(loop.env_options, "closed_loop.env_options")
+    make = env_maker(loop.env, options, processors[0].height, config.cameras)
+    from inference.closed_loop.in_training import TrainingRollouts  # which needs gymnasium; most runs do without
+
+    return TrainingRollouts(config, processors, tasks, make)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ not been trained on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from envs import metaworld_tasks
+from envs import aloha_tasks, libero_tasks, metaworld_tasks
 from envs.simulator import Simulator, suggest
 
 if TYPE_CHECKING:
@@ -25,6 +26,19 @@ SIMULATORS: dict[str, Simulator] = {
     "metaworld": Simulator(
         "envs.metaworld_env.MetaWorldEnv", metaworld_tasks.TIERS, ("gymnasium", "metaworld", "mujoco", "OpenGL")
     ),
+    "aloha": Simulator(
+        "envs.aloha_env.AlohaEnv",
+        tuple(aloha_tasks.TASKS),
+        ("gymnasium", "gym_aloha", "mujoco", "OpenGL"),
+        "requirements-aloha.txt",
+    ),
+    "libero": Simulator(
+        "envs.libero_env.LiberoEnv",
+        libero_tasks.TASKS,
+        ("bddl", "gymnasium", "libero", "mujoco", "OpenGL", "robosuite"),
+        "requirements-libero.txt",
+    ),
+    "gym": Simulator("envs.gym_env.GymEnv", None, ("gymnasium",)),
 }
 
 
@@ -45,38 +59,69 @@ def make_env(name: str, task: str, **options: Any) -> RobotEnv:
         RuntimeError: off-screen rendering is impossible; names the package and variable that mend it.
     """
     check_task(name, task)
-    simulator = SIMULATORS[name]
-    try:
-        return simulator.make(task, **options)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in simulator.packages:
-            raise
-        raise ModuleNotFoundError(
-            f"environment {name!r} needs the package {package!r}: pip install -r {simulator.requirements}",
-            name=error.name,
-        ) from error
+    return SIMULATORS[name].make(task, **options)
+
+
+def env_maker(
+    name: str, options: dict[str, Any], image_size: int | None = None, cameras: Sequence[str] = ()
+) -> functools.partial[RobotEnv]:
+    """``make_env`` for the tasks of one simulator, from what a user chose and what a policy wants.
+
+    Args:
+        name: a key of ``SIMULATORS``.
+        options: as ``make_env`` takes them.
+        image_size: in pixels, where ``options`` do not say and the simulator lets it be chosen; None: its own.
+        cameras: that the policy reads. Where they have names of their own and ``options`` choose none, the simulator's
+            cameras of these names are seen.
+
+    Raises:
+        ModuleNotFoundError: the simulator's packages are not installed; names the command that installs them.
+    """
+    known = SIMULATORS[name].options()
+    if image_size is not None and "image_size" in known:
+        options = {"image_size": image_size, **options}
+    chosen = any(option.startswith(("camera", "second_camera", "image_")) for option in options.keys() - {"image_size"})
+    if "cameras" in known and not chosen and not set(cameras) <= {"image_1", "image_2"}:
+        options = {"cameras": ",".join(cameras), **options}
+    return functools.partial(make_env, name, **options)
 
 
 def check_task(name: str, task: str) -> None:
-    """Raises ValueError, naming the nearest valid name, unless ``make_env`` knows the simulator and its task."""
+    """Raises ValueError, naming the nearest valid name, unless ``make_env`` knows the simulator and its task.
+
+    Where only the simulator itself knows its tasks, making the environment tells.
+    """
     if name not in SIMULATORS:
         raise ValueError(f"unknown environment {name!r}; {suggest(name, SIMULATORS)}")
-    if task not in SIMULATORS[name].tiers:
-        raise ValueError(f"unknown {name} task {task!r}; {suggest(task, SIMULATORS[name].tiers)}")
+    tasks = SIMULATORS[name].tasks
+    if tasks is None and task == "all":
+        raise ValueError(f"{name} has no list of tasks that 'all' could stand for; name them one by one")
+    if tasks is not None and task not in tasks:
+        raise ValueError(f"unknown {name} task {task!r}; {suggest(task, [*tasks, *groups(name)])}")
+
+
+def groups(name: str) -> list[str]:
+    """The groups (tiers of difficulty, suites) that a simulator's tasks belong to."""
+    simulator = SIMULATORS[name]
+    found = (simulator.group_of(task) for task in simulator.tasks or ())
+    return list(dict.fromkeys(group for group in found if group is not None))
 
 
 def expand_tasks(name: str, tasks: Iterable[str]) -> list[str]:
-    """Task names, where `all` and the names of tiers (`very_hard` for "very hard") stand for their tasks.
+    """Task names, where `all` and the names of groups (`very_hard` for "very hard") stand for their tasks.
 
     Raises:
         ValueError: unknown simulator or task; names the nearest valid one.
     """
-    tiers = SIMULATORS[name].tiers if name in SIMULATORS else {}
+    known = (SIMULATORS[name].tasks or ()) if name in SIMULATORS else ()
     expanded: list[str] = []
     for task in tasks:
-        members = [member for member, tier in tiers.items() if task in ("all", tier, tier.replace(" ", "_"))]
+        members = [member for member in known if task in ("all", *_spellings(SIMULATORS[name].group_of(member)))]
         expanded += members or [task]
     for task in expanded:
         check_task(name, task)
     return list(dict.fromkeys(expanded))
+
+
+def _spellings(group: str | None) -> tuple[str, ...]:
+    return () if group is None else (group, group.replace(" ", "_"))

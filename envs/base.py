@@ -9,7 +9,8 @@ Observation of one time step, a dict:
 After ``reset(options={"images_on_request": True})`` the observations of that episode have no images, and
 ``images()`` renders those of the current step: most frames of an evaluation are never looked at.
 
-An action is float32 (per_action_dim,) in the units of ``action_space``; it is clipped to that space.
+An action is float32 (per_action_dim,) in the units of ``action_space``, which are the simulator's own: displacements in
+one, joint angles in another. It is clipped to that space, unless the class says otherwise.
 """
 
 from __future__ import annotations
@@ -30,13 +31,22 @@ class RobotEnv(gymnasium.Env):
 
     task: str  # name of the task as `make_env` takes it
     instruction: str  # what the robot is told, e.g. "press the button down from above"
+    paraphrases: tuple[str, ...] = ()  # other words for the same task
     state_dim: int  # length of obs["state"]
     per_action_dim: int  # length of one action
     control_hz: float  # calls of `step` per simulated second
     max_episode_steps: int  # `step` reports `truncated` at this many steps after `reset`
+    noise_unit: float | tuple[float, ...] = 1.0  # of `--noise_scale`, in units of the action; one value, or one a dim
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The instruction, and behind it its paraphrases."""
+        return (self.instruction, *self.paraphrases)
 
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action for the current state, already clipped to ``action_space``.
+
+        Asking twice gives the same action, and not asking changes nothing: an expert with phases advances in `step`.
 
         Returns:
             float32 (per_action_dim,).
@@ -49,6 +59,8 @@ class RobotEnv(gymnasium.Env):
 
     def hold_action(self, previous: np.ndarray | None) -> np.ndarray:
         """The action that keeps the robot where it is, for steps that no plan covers.
+
+        Where actions are absolute, that is the joints' present angles.
 
         Args:
             previous: the last action executed, float32 (per_action_dim,), whose gripper command is kept; None at

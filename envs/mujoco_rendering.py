@@ -14,6 +14,7 @@ import ctypes.util
 import glob
 import os
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -109,25 +110,40 @@ class OffscreenRenderer:
 
     _live: OffscreenRenderer | None = None
 
-    def __init__(self, model: Any, image_size: int, hide_sites: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        image_size: int,
+        hide_sites: bool = False,
+        *,
+        hidden_geoms: Iterable[int] = (),
+        plain: bool = False,
+    ) -> None:
         """Prepares the model for drawing; GL resources are made at the first image.
 
         Args:
             model: ``mujoco.MjModel``; its visual settings and mesh faces are changed.
             image_size: height and width in pixels.
             hide_sites: leave out all sites (Meta-World marks goals with them).
+            hidden_geoms: groups of geoms to leave out (robosuite's group 0 holds collision shapes).
+            plain: draw the model as it is described, with shadows and reflections: slow, and what published pictures
+                show.
         """
         self._mujoco = import_mujoco()
         self.model = model
         self.image_size = image_size
-        model.vis.quality.offsamples = 0
-        model.vis.quality.shadowsize = 0
-        model.vis.quality.numslices, model.vis.quality.numstacks = 16, 8  # of spheres and cylinders, instead of 28, 16
+        self._plain = plain
         model.vis.global_.offwidth = model.vis.global_.offheight = image_size
-        simplify_meshes(model, tolerance=HALF_VIEW_M / image_size)
+        if not plain:
+            model.vis.quality.offsamples = 0
+            model.vis.quality.shadowsize = 0
+            model.vis.quality.numslices, model.vis.quality.numstacks = 16, 8  # of round shapes, instead of 28, 16
+            simplify_meshes(model, tolerance=HALF_VIEW_M / image_size)
         self._options = self._mujoco.MjvOption()
         if hide_sites:
             self._options.sitegroup[:] = 0
+        for group in hidden_geoms:
+            self._options.geomgroup[group] = 0
         self._rectangle = self._mujoco.MjrRect(0, 0, image_size, image_size)
         self._gl: Any = None
         self._context: Any = None
@@ -145,8 +161,9 @@ class OffscreenRenderer:
             camera: name of a camera of the model.
 
         Returns:
-            uint8 (image_size, image_size, 3), RGB, row 0 at the top. Fixed cameras that are mounted upside
-            down (Meta-World's corner cameras) are turned by 180 degrees, so that up is up.
+            uint8 (image_size, image_size, 3), RGB, row 0 at the top. Fixed cameras of the world that are mounted
+            upside down (Meta-World's corner cameras) are turned by 180 degrees, so that up is up. A camera on a robot
+            may look anywhere, and is not turned.
 
         Raises:
             RuntimeError: no GL context can be made; names the package and the variable that mend it.
@@ -164,7 +181,8 @@ class OffscreenRenderer:
         mujoco.mjv_updateScene(self.model, data, self._options, None, view, everything, self._scene)
         mujoco.mjr_render(self._rectangle, self._scene, self._context)
         mujoco.mjr_readPixels(bottom_up, None, self._rectangle, self._context)
-        is_fixed = self.model.cam_mode[index] == mujoco.mjtCamLight.mjCAMLIGHT_FIXED
+        in_world = self.model.cam_bodyid[index] == 0
+        is_fixed = in_world and self.model.cam_mode[index] == mujoco.mjtCamLight.mjCAMLIGHT_FIXED
         up_z = data.cam_xmat[index, 7]  # z of the camera's y axis: where "up" in its image points to
         upside_down = is_fixed and up_z < 0
         # GL hands out the bottom row first, so an upside-down image has its rows in order already
@@ -194,8 +212,8 @@ class OffscreenRenderer:
             raise RuntimeError(_gl_message(error)) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(self.model, maxgeom=1000)
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self._plain
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self._plain
         OffscreenRenderer._live = self
         atexit.unregister(_close_live_renderer)
         atexit.register(_close_live_renderer)  # after mujoco's own handler, so that it runs before that ends EGL

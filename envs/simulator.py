@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,29 +21,65 @@ class Simulator:
     Attributes:
         environment: module and class of its RobotEnv, "envs.metaworld_env.MetaWorldEnv"; imported when the first one
             is made, since a program that only trains does not have the simulator's packages.
-        tiers: how hard each of its tasks is; results are summed up by tier.
+        tasks: their names, which are fit to be names of files. As a mapping each belongs to a group (a tier of
+            difficulty, a suite), and results are summed up by group. None: the simulator itself knows its tasks.
         packages: top-level packages that its module imports, so that one that is missing can be told from a fault.
         requirements: file that installs them.
     """
 
     environment: str
-    tiers: Mapping[str, str]
+    tasks: Mapping[str, str] | Sequence[str] | None
     packages: tuple[str, ...]
     requirements: str = "requirements-sim.txt"
+
+    def group_of(self, task: str) -> str | None:
+        """The group of a task; None where the simulator has none."""
+        return self.tasks[task] if isinstance(self.tasks, Mapping) else None
+
+    def options(self) -> dict[str, Any]:
+        """What can be chosen beside the task, and what each is where nobody chooses: its class's keyword arguments.
+
+        Raises:
+            ModuleNotFoundError: one of its packages is not installed; names the command that installs them.
+        """
+        parameters = inspect.signature(self._class()).parameters.values()
+        named = [parameter for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+        return {parameter.name: parameter.default for parameter in named if parameter.name != "task"}
 
     def make(self, task: str, **options: Any) -> RobotEnv:
         """An environment of this simulator; arguments and errors as its class has them.
 
         Raises:
             ValueError: an option that the class does not take; names the nearest that it takes.
+            ModuleNotFoundError: one of its packages is not installed; names the command that installs them.
         """
+        environment, known = self._class(), self.options()
+        parameters = inspect.signature(environment).parameters.values()
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+            for option in options:
+                if option not in known:
+                    raise ValueError(f"{environment.__name__} has no option {option!r}; {suggest(option, known)}")
+        with self._installed():
+            return environment(task, **options)
+
+    def _class(self) -> type:
         module, _, name = self.environment.rpartition(".")
-        environment = getattr(importlib.import_module(module), name)
-        known = [parameter for parameter in inspect.signature(environment).parameters if parameter != "task"]
-        for option in options:
-            if option not in known:
-                raise ValueError(f"{name} has no option {option!r}; {suggest(option, known)}")
-        return environment(task, **options)
+        with self._installed():
+            return getattr(importlib.import_module(module), name)
+
+    @contextlib.contextmanager
+    def _installed(self) -> Iterator[None]:
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in self.packages:
+                raise
+            raise ModuleNotFoundError(
+                f"{self.environment.rpartition('.')[2]} needs the package {package!r}: pip install -r "
+                f"{self.requirements}",
+                name=error.name,
+            ) from error
 
 
 def named_cameras(spec: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:

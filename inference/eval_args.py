@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from utils.arguments import CommandParser
-from utils.cli import add_setting_flags
+from utils.cli import add_setting_flags, key_values
 from utils.config_utils import ConfigError, InferenceConfig
 
 MODES = {  # the flag that chooses a mode -> the heading of its flags
@@ -133,12 +131,12 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
         InferenceConfig(**args.settings)
     except ConfigError as error:
         parser.error(str(error).replace("inference.", "--"))
-    args.options = {}
-    for item in args.env_options or []:
-        key, equals, text = item.partition("=")
-        if not equals:
-            parser.error(f"--env_options {item}: no '='; write key=value")
-        args.options[key] = yaml.safe_load(text)
+    try:
+        args.options = key_values(args.env_options or [], "--env_options")
+    except ConfigError as error:
+        parser.error(str(error))
+    if args.image_size is not None and "image_size" in args.options:
+        parser.error("--image_size and --env_options image_size=... say the same; give one of them")
     return args
 
 
@@ -174,8 +172,8 @@ def _add_flags(flags: _EvalParser) -> None:
     add("state_vector", single, nargs="+", metavar="X", help=help_text)
 
     loop = "env"
-    add("env", loop, help="simulator, e.g. metaworld")
-    add("tasks", loop, nargs="+", metavar="TASK", help="names, a tier (easy, medium, hard, very_hard), or all")
+    add("env", loop, help="simulator: a key of envs.SIMULATORS, e.g. metaworld")
+    add("tasks", loop, nargs="+", metavar="TASK", help="names, a group (a tier, a suite), or all")
     help_text = "simulator processes, with one policy for all; default 1; try two a core"
     add("num_envs", loop, least=1, default=1, help=help_text)
     add("restart", loop, default=False, **switch, help="discard the episodes that --output_dir holds")
@@ -191,6 +189,8 @@ def _add_flags(flags: _EvalParser) -> None:
     help_text = "keep what was seen, planned and done: one Parquet file an episode, to train on"
     add("record", loop, metavar="DIR", help=help_text)
     add("prompt_override", loop, policy=True, metavar="TEXT", help="give every task this instruction")
+    help_text = "give each task its Nth paraphrase, of those that the simulator has"
+    add("paraphrase", loop, policy=True, least=1, metavar="N", help=help_text)
     help_text = "give each task the next task's instruction"
     add("swap_prompts", loop, policy=True, default=False, **switch, help=help_text)
     add("env_options", loop, nargs="+", metavar="KEY=VALUE", help="e.g. camera=corner2 hide_goal=true")
@@ -233,7 +233,9 @@ def _check_closed_loop(args: argparse.Namespace, parser: argparse.ArgumentParser
         parser.error("--tasks is missing; name at least one task of the simulator")
     if (args.control == "replay") != bool(args.demos_path):
         parser.error("--control replay and --demos_path go together: the demonstrations to play back")
-    if args.swap_prompts and args.prompt_override is not None:
-        parser.error("--swap_prompts and --prompt_override contradict each other")
+    prompts = {name: getattr(args, name) for name in ("swap_prompts", "prompt_override", "paraphrase")}
+    given = [f"--{name}" for name, value in prompts.items() if value not in (None, False)]
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)} contradict each other")
     if args.swap_prompts and len(args.tasks) < 2:
         parser.error("--swap_prompts needs at least two --tasks")

@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from inference.evaluate import Predictions
 from utils.figure_text import axis_label, drawable, save_figure
 from utils.metrics import METRICS
 from utils.misc import atomic_path
-from utils.text import csv_text
+from utils.text import csv_text, file_stem
 from utils.text_table import text_table
 from utils.trajectory_plot import draw_trajectory
 
@@ -197,11 +196,6 @@ def finish(text: str, paths: Sequence[str | Path], log_file: Path | None) -> Non
         paths = [*paths, log_file]
     for path in paths:
         print(f"wrote {path}")
-
-
-def file_stem(name: str) -> str:
-    """A name without the slashes and spaces that it may contain, as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name.removesuffix(".parquet")).strip("_")
 
 
 def _plot_episode(path: Path, part: Predictions, rows: np.ndarray, title: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import logging
 import multiprocessing
 import os
@@ -26,15 +27,18 @@ from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 from scripts._attempt import Attempt
 from scripts._takeover import Corridor, WatchedEnv, watched_attempt
 from utils.arguments import CommandParser, at_least
+from utils.cli import key_values
 from utils.misc import writing
 from utils.parquet_utils import READ_ERRORS
+from utils.text import file_stem
 
 if TYPE_CHECKING:
     from envs.base import RobotEnv
 
 logger = logging.getLogger(__name__)
 
-# Flags that are handed to the environment when they are given: what argparse is told of each, and the help.
+# Shorthands of --env_options, for options that several simulators have or that documents name: what argparse is told of
+# each, and the help. Only those that are given reach the environment.
 ENVIRONMENT_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "image_size": ({"type": at_least(1)}, "height and width in pixels (default: the simulator's)"),
     "camera": ({}, "camera of image_1 (default: the simulator's)"),
@@ -72,6 +76,8 @@ def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--episodes", type=int, required=True, help="successful episodes wanted of each task")
     parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="folder of the Parquet files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    help_text = "of the simulator, e.g. image_size=128 camera=corner2; see its class in envs/"
+    parser.add_argument("--env_options", nargs="+", default=[], metavar="KEY=VALUE", help=help_text)
     for name, (options, text) in ENVIRONMENT_FLAGS.items():
         parser.add_argument(f"--{name}", help=text, **options)
     parser.add_argument("--steps_after_success", type=int, default=3, help="then stop (default %(default)s)")
@@ -82,9 +88,12 @@ def recording_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--noise_scale",
         type=float,
         default=0.0,
-        help="standard deviation of gaussian noise on the executed action; the recorded one stays the expert's, so "
-        "that recoveries are shown (DART, Laskey et al. 2017, arXiv 1703.09327) (default 0)",
+        help="standard deviation of gaussian noise on the executed action, in the simulator's own unit (noise_unit of "
+        "its class: Meta-World 1 cm, ALOHA 0.1 rad); the recorded action stays the expert's, so that recoveries are "
+        "shown (DART, Laskey et al. 2017, arXiv 1703.09327) (default 0)",
     )
+    help_text = "give each episode one of the task's instructions, drawn by its seed, instead of always the first"
+    parser.add_argument("--paraphrase", action="store_true", help=help_text)
     parser.add_argument(
         "--max_attempts_factor",
         type=float,
@@ -149,15 +158,16 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
     Returns:
         The attempt, whether or not it succeeded.
     """
-    given = {name: value for name in ENVIRONMENT_FLAGS if (value := getattr(args, name)) is not None}
-    env = _worker_env(args.env, task, **{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+    env = _worker_env(args.env, task, json.dumps(environment_options(args)))
     if args.takeover:
         watched = WatchedEnv(env, _corridor(args), encoding_of(args), args.steps_after_success)
         return watched_attempt(watched, args.policy, seed)
     noise = np.random.default_rng((seed, 1))
     observation, _ = env.reset(seed=seed)
     images: dict[str, list[bytes]] = {key: [] for key in observation if key != "state"}
-    attempt = Attempt(seed, env.instruction, env.settings(), images)
+    prompts = env.instructions if args.paraphrase else (env.instruction,)
+    prompt = prompts[np.random.default_rng((seed, 2)).integers(len(prompts))]
+    attempt = Attempt(seed, prompt, {"instruction": env.instruction, **env.settings()}, images)
     encode = encoding_of(args)
     truncated, steps_left = False, args.steps_after_success
     while not truncated and steps_left >= 0:
@@ -166,11 +176,28 @@ def record_attempt(args: argparse.Namespace, task: str, seed: int) -> Attempt:
             encoded.append(encode(observation[key]))
         attempt.states.append(observation["state"])
         attempt.actions.append(action)
-        executed = action + args.noise_scale * noise.standard_normal(action.shape, dtype=np.float32)
+        unit = np.asarray(env.noise_unit, np.float32)
+        executed = action + args.noise_scale * unit * noise.standard_normal(action.shape, dtype=np.float32)
         observation, _, _, truncated, info = env.step(executed)
         attempt.success |= info["success"]
         steps_left -= attempt.success
     return attempt
+
+
+def environment_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What --env_options and its shorthands choose.
+
+    Raises:
+        ValueError: an argument is no KEY=VALUE, or a shorthand names an option that --env_options has too.
+    """
+    options = key_values(args.env_options, "--env_options")
+    for name in ENVIRONMENT_FLAGS:
+        value = getattr(args, name)
+        if value is not None and name in options:
+            raise ValueError(f"--{name} and --env_options {name}=... say the same; give one of them")
+        if value is not None:
+            options[name] = value
+    return options
 
 
 def _corridor(args: argparse.Namespace) -> Corridor:
@@ -179,8 +206,9 @@ def _corridor(args: argparse.Namespace) -> Corridor:
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_env(env: str, task: str, **options: Any) -> RobotEnv:
-    return make_env(env, task, **options)
+def _worker_env(env: str, task: str, options: str) -> RobotEnv:
+    """The environment that this process works in, its options as JSON, since lists are no keys of a cache."""
+    return make_env(env, task, **json.loads(options))
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:
@@ -198,6 +226,9 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be at least {least}")
     encoding_of(args)
+    environment_options(args)
+    if len({_path_of(args, task) for task in args.tasks}) < len(args.tasks):
+        raise ValueError(f"--tasks {' '.join(args.tasks)}: two of them have the same file name; record them apart")
     _check_takeover(args)
     if args.max_attempts_factor < 1:
         raise ValueError(f"--max_attempts_factor is {args.max_attempts_factor}, must be at least 1")
@@ -228,6 +259,8 @@ def _check_takeover(args: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0]} says when the expert takes over from a policy: give --policy and --takeover")
     if args.takeover and args.noise_scale:
         raise ValueError(f"--noise_scale is {args.noise_scale}, but with --takeover actions are executed as they are")
+    if args.takeover and args.paraphrase:
+        raise ValueError("--paraphrase belongs to the expert's own demonstrations; the policy is told the instruction")
     _corridor(args)
 
 
@@ -241,7 +274,7 @@ def _is_recording(path: pathlib.Path) -> bool:
 
 
 def _path_of(args: argparse.Namespace, task: str) -> pathlib.Path:
-    return args.output_dir / f"{task}.parquet"
+    return args.output_dir / f"{file_stem(task)}.parquet"
 
 
 def _record_task(

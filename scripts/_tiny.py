@@ -29,7 +29,7 @@ def add_tiny_flags(parser: argparse.ArgumentParser, *makers: Callable[..., Any],
 
 
 def take_prompts(args: dict[str, Any]) -> list[str]:
-    """The prompts that the flags name, which are removed from `args`; none named: the instructions of Meta-World.
+    """The prompts that the flags name, which are removed from `args`; none named: those of Meta-World.
 
     Raises:
         ValueError: as of `read_prompts`.

@@ -3,11 +3,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-make_environment requirements.txt requirements-convert.txt requirements-sim.txt requirements-dev.txt
-# openpi's client asks for numpy 1 but runs on 2, trackio for Pillow 12 but runs on 13: taken alone, since what they
-# need is installed already.
-"$PYTHON" -c 'import openpi_client, trackio' 2>/dev/null ||
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2 trackio==0.43.0
+simulators=(requirements-sim.txt requirements-gym.txt requirements-aloha.txt)
+# LIBERO is 1.7 GB on disk, so its tests are among the slow ones.
+if [[ " $* " = *" --all "* ]]; then simulators+=(requirements-libero.txt); fi
+make_environment requirements.txt requirements-convert.txt "${simulators[@]}" requirements-dev.txt
+export ALL_SIMULATORS=1 # a simulator's tests fail where its packages are missing, instead of being skipped
+# openpi's client asks for numpy 1 but runs on 2, trackio for Pillow 12 but runs on 13, and vla-eval for more than its
+# client uses: taken alone, since what they need is installed already.
+"$PYTHON" -c 'import openpi_client, trackio, vla_eval' 2>/dev/null ||
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2 trackio==0.43.0 \
+        vla-eval==0.8.0
 require_offscreen_rendering
 
 # One thread per process: threads that spin while they wait make small models slower, not faster.

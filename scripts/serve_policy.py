@@ -4,7 +4,10 @@
     python scripts/serve_policy.py --checkpoint_path C --host 0.0.0.0 --token_env POLICY_TOKEN \\
         --set serving.image_1_key=observation/front serving.image_2_key=observation/wrist
 
-Clients: the openpi-client package, or scripts/client_example.py. SIGTERM or Ctrl-C finishes what is in flight.
+    python scripts/serve_policy.py --checkpoint_path C --protocol vla-eval --set serving.image_1_key=agentview
+
+Clients: the openpi-client package, or scripts/client_example.py; with --protocol vla-eval AllenAI's evaluation harness.
+SIGTERM or Ctrl-C finishes what is in flight.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from inference.predictor import VLAPredictor
+from inference.serving.harness import HarnessServer
 from inference.serving.server import PolicyServer
 from utils.arguments import CommandParser, at_least, run_command
 from utils.cli import add_setting_flags
@@ -29,6 +33,7 @@ from utils.config_utils import ConfigError, InferenceConfig, override_config
 from utils.misc import set_up_logging
 
 logger = logging.getLogger(__name__)
+PROTOCOLS = {"openpi": PolicyServer, "vla-eval": HarnessServer}
 SETTINGS = ("num_inference_steps", "compile", "quantization", "expert_quantization")  # of `inference`
 
 
@@ -44,6 +49,8 @@ def parse_args() -> argparse.Namespace:
     parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True, help="*.pth.tar, an exported folder, or a hub id of one")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    help_text = "openpi: robots; vla-eval: vla-evaluation-harness, which evaluates the policy in its simulators"
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="openpi", help=f"{help_text} (default %(default)s)")
     parser.add_argument("--port", type=port_number, default=8000, help="0 takes a free one and logs it")
     parser.add_argument("--token_env", help="environment variable with the token that clients must send")
     parser.add_argument("--dataset", help="for a policy trained on a mixture: the dataset whose robot is driven")
@@ -125,7 +132,7 @@ def main() -> None:
     if predictor.compile != "none":  # no client should wait for a compiler
         for batch_size in range(2, serving.max_batch_size + 1):
             predictor.warm_up(batch_size)
-    asyncio.run(serve(PolicyServer(predictor, serving, token, args.seed), args.host, args.port))
+    asyncio.run(serve(PROTOCOLS[args.protocol](predictor, serving, token, args.seed), args.host, args.port))
     end_at_once()
 
 

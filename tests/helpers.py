@@ -1,8 +1,10 @@
-"""Small real Parquet datasets for tests."""
+"""Small real Parquet datasets for tests, and which simulators they need."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 PROMPTS = ("press the button", "open the window")
@@ -69,3 +72,13 @@ def write_broken(path: Path, spoil: Callable[[list[dict[str, Any]]], Any], lengt
     rows = [row for i, length in enumerate(lengths or [5, 4]) for row in episode_rows(length, seed=i)]
     spoil(rows)
     return write_rows(path, rows)
+
+
+def needs(*packages: str) -> list[pytest.MarkDecorator]:
+    """Marks of tests that drive a simulator: skipped where its packages are not installed.
+
+    scripts/run_tests.sh installs them and sets ALL_SIMULATORS, so that there such a test fails instead.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    skipped = bool(missing) and not os.environ.get("ALL_SIMULATORS")
+    return [pytest.mark.sim, pytest.mark.skipif(skipped, reason=f"not installed: {', '.join(missing)}")]

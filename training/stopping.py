@@ -18,8 +18,9 @@ from utils.metrics import ACCURACIES, METRICS
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-# Validation metric -> whether higher is better. Smoothness and spread are left out: no direction of them is better.
-HIGHER_IS_BETTER = {"val_loss": False, "val_action_mse": False, "val_action_mae": False}
+SUCCESS = "success"  # of closed-loop episodes
+# Metric -> whether higher is better. Smoothness and spread are left out: no direction of them is better.
+HIGHER_IS_BETTER = {SUCCESS: True, "val_loss": False, "val_action_mse": False, "val_action_mae": False}
 HIGHER_IS_BETTER |= {f"val/{name}": name in ACCURACIES for name in METRICS if not name.startswith(("smooth", "spread"))}
 
 
@@ -31,6 +32,11 @@ def require_defined(metric: str, config: Config, *, samples: bool) -> None:
         config: of the run.
         samples: whether the action head draws noise, so that two draws differ.
     """
+    if metric == SUCCESS and config.training.eval_every_n_epochs is None:
+        raise ConfigError(
+            "training.best_metric is success, which closed-loop episodes measure; give training.eval_every_n_epochs "
+            "and closed_loop.tasks, or another metric"
+        )
     draws, head = config.training.val_num_samples, config.model.action_head_config.type
     if "best_of_k" in metric and not (samples and draws > 1):
         raise ConfigError(
@@ -120,10 +126,15 @@ class BestValidation:
         return self.patience is not None and self.stale >= self.patience
 
     def update(self, values: dict[str, float], step: int) -> bool:
-        """Take in the values of a validation after `step`; returns whether it is the best so far."""
+        """Take in the values of a validation after `step`; returns whether it is the best so far.
+
+        Where validations and closed-loop episodes come at different steps, those without the metric only count as done.
+        """
+        self.step = step
+        if self.metric not in values:
+            return False
         new = values[self.metric]
         better = self.value is None or (new > self.value if HIGHER_IS_BETTER[self.metric] else new < self.value)
-        self.step = step
         self.stale = 0 if better else self.stale + 1
         self.value = new if better else self.value
         return better

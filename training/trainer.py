@@ -10,10 +10,10 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from training.optimizer import build_optimizer, what_trains
 from training.run_log import LogWindow, RunLog
 from training.schedule import RunLength, learning_rate, schedule_warnings
 from training.state import TrainState, checkpoint_of, continue_from
-from training.stopping import BestValidation, StopRequest, require_defined
+from training.stopping import SUCCESS, BestValidation, StopRequest, require_defined
 from training.validation import ValidationStopped, validate
 from utils.batch import Batch, steps_with_loss, to_device
 from utils.checkpoint import link_checkpoint, prune_checkpoints, save_checkpoint
@@ -38,6 +38,14 @@ from utils.parquet_utils import DataError
 logger = logging.getLogger(__name__)
 
 __all__ = ["NonFiniteLossError", "VLATrainer"]
+
+
+class Rollouts(Protocol):
+    """Closed-loop episodes of a policy, as `inference.closed_loop.in_training` has them."""
+
+    def run(self, policy: VLAModel, *, rank: int, world_size: int, stopped: Callable[[], bool]) -> Tensor: ...
+
+    def values(self, counts: Tensor) -> dict[str, Any]: ...
 
 
 class VLATrainer:
@@ -78,9 +86,10 @@ class VLATrainer:
             model.compile_layers(training.compile_mode)
         self.model = self.wrap(model)
         optimizer = build_optimizer(model, config.optimizer)
-        if training.early_stopping_patience is not None and val_loader is None:
+        by_success = training.best_metric == SUCCESS
+        if training.early_stopping_patience is not None and val_loader is None and not by_success:
             raise ConfigError("training.early_stopping_patience needs validation data; give data.val_fraction, say")
-        if val_loader is not None:
+        if val_loader is not None or by_success:
             require_defined(training.best_metric, config, samples=model.action_head.is_stochastic)
         self.state = TrainState(
             optimizer,
@@ -94,6 +103,9 @@ class VLATrainer:
         self.saved_step = 0  # the step of the newest checkpoint of this run
         self.spared: list[Path] = []  # checkpoints that `keep_last_k` does not count
         self.stop = StopRequest(training.max_hours)
+        self.rollouts: Rollouts | None = (
+            None  # what `training.eval_every_n_epochs` runs; whoever builds the trainer sets it
+        )
         self.stopping = False  # whether any rank was asked to stop: the same on all of them
         self.run_log = RunLog(config, is_main=self.rank == 0, rank=self.rank)
 
@@ -220,11 +232,9 @@ class VLATrainer:
     def finish_step(self, *, resumed: bool = False) -> None:
         """Validate and save if due at this step; right after a resume, only what the interrupted run had not done."""
         training, best, best_path = self.config.training, self.state.best, None
-        due = self.val_loader is not None and self.length.validation_due(self.step, training.val_every_n_epochs)
-        if due and best.step < self.step:
-            values = self.evaluate()
-            if values is not None and best.update(values, self.step):
-                best_path = self.save("model_best.pth.tar")
+        values = self.judge() if best.step < self.step else None
+        if values is not None and best.update(values, self.step):
+            best_path = self.save("model_best.pth.tar")
         if self.length.epoch_ends(self.step, training.save_every_n_epochs):
             name = f"checkpoint_epoch_{self.length.epoch_number(self.step)}.pth.tar"
         elif training.save_every_n_steps is not None and self.step % training.save_every_n_steps == 0:
@@ -233,6 +243,35 @@ class VLATrainer:
             return
         if not (resumed and self.reduce_any(self.rank == 0 and (self.checkpoints / name).is_file())):
             self.save(name, same_as=best_path)
+
+    def judge(self) -> dict[str, float] | None:
+        """What is due at this step of validation and closed-loop episodes; None: nothing, or a stop was asked for."""
+        training, due = self.config.training, []
+        if self.val_loader is not None and self.length.validation_due(self.step, training.val_every_n_epochs):
+            due.append(self.evaluate)
+        if self.rollouts is not None and self.length.validation_due(self.step, training.eval_every_n_epochs):
+            due.append(self.roll_out)
+        values: dict[str, float] = {}
+        for check in due:
+            found = check()
+            if found is None:
+                return None
+            values |= found
+        return values or None
+
+    @torch.no_grad()
+    def roll_out(self) -> dict[str, float] | None:
+        """Success of closed-loop episodes, each rank running its share; logged. None as of `evaluate`."""
+        self.model.eval()
+        with contextlib.nullcontext() if self.state.ema is None else self.state.ema.applied():
+            share = {"rank": self.rank, "world_size": self.world_size}
+            counts = self.rollouts.run(self.policy, **share, stopped=lambda: self.stop.reason is not None)
+        if self.reduce_any(self.stop.reason is not None):
+            self.stopping = True
+            return None
+        values = self.rollouts.values(self.reduce_sum(counts.to(self.device)).cpu())
+        self.log(values)
+        return values
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float] | None:

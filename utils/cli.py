@@ -14,6 +14,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import yaml
+
 from utils.arguments import CommandParser
 from utils.checkpoint import SUFFIX, newest_checkpoint
 from utils.config_utils import Config, ConfigError, load_config
@@ -75,6 +77,26 @@ def _flag_options(hint: Any) -> dict[str, Any]:
     if origin is tuple:
         return {**_flag_options(args[0]), "nargs": "+" if args[-1] is Ellipsis else len(args)}
     return {"action": argparse.BooleanOptionalAction} if hint is bool else {"type": hint}
+
+
+def key_values(items: Iterable[str], flag: str) -> dict[str, Any]:
+    """KEY=VALUE arguments as a dict; values are read as YAML: 96, true, null, [a, b], or text.
+
+    Raises:
+        ConfigError: an argument has no "=", a value is no YAML, or a key comes twice; names the flag and the argument.
+    """
+    values: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{flag} {item}: no '='; write key=value")
+        if key in values:
+            raise ConfigError(f"{flag} {item}: {key} is given twice; give it once")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{flag} {item}: the value is no YAML; put it in quotes within the argument") from None
+    return values
 
 
 def train_parser(description: str | None) -> argparse.ArgumentParser:

@@ -30,8 +30,9 @@ class TrainingConfig:
     val_max_batches: int | None = None  # batches of data.batch_size, of samples spread over the set; None: all
     val_num_samples: int = 1  # draws per held-out sample; 2 or more add spread and best-of-k of heads that sample
     val_num_plots: int = 4  # held-out samples whose predictions are drawn at every validation; 0: none
+    eval_every_n_epochs: int | None = None  # closed-loop episodes of the section closed_loop; None: none
     save_adapters_only: bool = False  # leave frozen weights out of checkpoints: they are read from the backbone again
-    best_metric: str = "val_loss"  # what model_best is best in: any validation metric, such as val_action_mse
+    best_metric: str = "val_loss"  # what model_best is best in: a validation metric, or success (eval_every_n_epochs)
     early_stopping_patience: int | None = None  # validations without a new best before training stops; None: never
     ema_decay: float | None = None  # average weights over updates, for evaluation; 0.999, say; None: no average
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()  # where metrics and pictures go as well
@@ -53,12 +54,18 @@ class TrainingConfig:
             raise ConfigError(
                 "training.checkpoint_format is shards, but training.strategy ddp shards nothing; take file, or fsdp"
             )
+        if self.eval_every_n_epochs is not None and self.strategy == "fsdp":
+            raise ConfigError(
+                "training.eval_every_n_epochs runs episodes on every rank by itself, which training.strategy fsdp, "
+                "whose ranks hold a part of the policy each, can't do; take ddp, or evaluate with main_eval.py"
+            )
         for name in (
             "max_steps",
             "max_hours",
             "save_every_n_steps",
             "keep_last_k",
             "val_max_batches",
+            "eval_every_n_epochs",
             "early_stopping_patience",
             "num_threads",
             "grad_clip_norm",
@@ -69,6 +76,23 @@ class TrainingConfig:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; give a number in (0, 1), or null for none")
         if not is_plain_name(self.experiment_name):
             raise ConfigError(f"training.experiment_name is {self.experiment_name!r}; give a plain folder name")
+
+
+@dataclass(frozen=True)
+class ClosedLoopConfig:
+    """The episodes of `training.eval_every_n_epochs`, in a simulator."""
+
+    env: str = "metaworld"  # a simulator, as of main_eval.py --env
+    tasks: tuple[str, ...] = ()  # names, groups or all
+    env_options: tuple[str, ...] = ()  # key=value each, as of main_eval.py --env_options
+    episodes: int = 5  # of each task
+    num_envs: int = 1  # simulator processes of each rank; 1 simulates in the training process
+    seed: int = 20_000  # of the first episode; main_eval.py begins at 10000, so that a best policy meets new scenes
+    dataset: str | None = None  # of a mixture, the one whose robot is driven
+
+    def __post_init__(self) -> None:
+        positive(self, "closed_loop", "episodes", "num_envs")
+        not_negative(self, "closed_loop", "seed")
 
 
 @dataclass(frozen=True)

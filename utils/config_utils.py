@@ -30,13 +30,14 @@ from utils.config_model import (
     VLMConfig,
 )
 from utils.config_reader import ConfigError, build, read_tree, set_dotted
-from utils.config_training import LRSchedulerConfig, OptimizerConfig, TrainingConfig
+from utils.config_training import ClosedLoopConfig, LRSchedulerConfig, OptimizerConfig, TrainingConfig
 from utils.foreign_files import ForeignFileError, parse_yaml
 from utils.text import printable
 
 __all__ = [
     "ActionHeadConfig",
     "AugmentationConfig",
+    "ClosedLoopConfig",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -173,6 +174,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    closed_loop: ClosedLoopConfig = field(default_factory=ClosedLoopConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -180,6 +182,11 @@ class Config:
 
     def __post_init__(self) -> None:
         self._take_older_inference_steps()
+        if (self.training.eval_every_n_epochs is None) != (not self.closed_loop.tasks):
+            raise ConfigError(
+                f"training.eval_every_n_epochs is {self.training.eval_every_n_epochs} but closed_loop.tasks is "
+                f"{list(self.closed_loop.tasks)}; give both (how often, and what), or none of them"
+            )
         horizon, executed = self.model.action_head_config.horizon, self.inference.n_action_steps
         if executed is not None and executed > horizon:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import unicodedata
 from typing import Any
 
@@ -46,3 +47,8 @@ def csv_text(value: Any) -> Any:
         return value
     text = printable(value, MAX_CELL)
     return f"'{text}" if value.startswith(_FORMULAS) else text
+
+
+def file_stem(name: str) -> str:
+    """A name that may hold slashes and spaces, as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name.removesuffix(".parquet")).strip("_")

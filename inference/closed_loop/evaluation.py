@@ -27,7 +27,8 @@ from inference.closed_loop.simulator import Job, MakeEnv
 from inference.closed_loop.video import VIDEO_FPS, write_grid
 from inference.policy_files import policy_stamp
 from inference.predictor import VLAPredictor
-from inference.report import file_stem, write_json
+from inference.report import write_json
+from utils.text import file_stem
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Recorder(Protocol):
 def evaluate_closed_loop(
     args: argparse.Namespace,
     predictor: VLAPredictor | None,
-    tiers: Mapping[str, str],
+    tiers: Mapping[str, str | None],
     seeds: Sequence[int],
     make_env: MakeEnv,
     demonstrations: Callable[[str, int, int], Sequence[np.ndarray]],
@@ -64,11 +65,12 @@ def evaluate_closed_loop(
         As `evaluate_tasks`.
     """
     override = args.prompt_override
+    given = "own" if args.paraphrase is None else f"paraphrase {args.paraphrase}"
     settings = {
         "checkpoint": args.checkpoint_path,
         "checkpoint_stamp": policy_stamp(args.checkpoint_path),
         "control": args.control or ("blind" if args.blind else "policy"),
-        "prompts": "swapped" if args.swap_prompts else "own" if override is None else override,
+        "prompts": "swapped" if args.swap_prompts else given if override is None else override,
         "env": args.env,
         "env_options": args.options,
         "demos_path": args.demos_path,
@@ -77,6 +79,8 @@ def evaluate_closed_loop(
     if args.swap_prompts:
         own = [_described(make_env, task)[0] for task in tiers]
         prompts = dict(zip(tiers, own[1:] + own[:1], strict=True))
+    elif args.paraphrase is not None:
+        prompts = {task: _paraphrase(make_env, task, args.paraphrase) for task in tiers}
     policy: Planner | dict[str, Control]
     if args.control == "expert":
         policy = {task: ExpertPolicy() for task in tiers}
@@ -101,7 +105,7 @@ def evaluate_closed_loop(
 
 def evaluate_tasks(
     folder: Path,
-    tiers: Mapping[str, str],
+    tiers: Mapping[str, str | None],
     seeds: Sequence[int],
     make_env: MakeEnv,
     policy: Planner | dict[str, Control],
@@ -117,7 +121,7 @@ def evaluate_tasks(
 
     Args:
         folder: gets the output; episodes that an interrupted evaluation finished there are not repeated.
-        tiers: per task the tier of difficulty that it belongs to.
+        tiers: per task the tier of difficulty, or other group, that it belongs to; None: to none.
         seeds: one episode of every task each.
         make_env, policy, num_envs: as `run_episodes` takes them.
         settings: what decides an episode beside task, seed and policy; JSON-able. The policy's own are added.
@@ -173,7 +177,7 @@ def evaluate_tasks(
     result = {
         "settings": {**settings, "env_settings": record.env_settings, "seed": seeds[0]},
         "tasks": results,
-        "summary": summarize_tasks(results, dict(tiers)),
+        "summary": summarize_tasks(results, None if None in tiers.values() else dict(tiers)),
         "seconds": time.perf_counter() - started,
     }
     write_json(folder / "rollouts.json", result)
@@ -185,6 +189,14 @@ def _described(make_env: MakeEnv, task: str) -> tuple[str, int, int]:
     env = make_env(task)
     env.close()
     return env.instruction, env.state_dim, env.per_action_dim
+
+
+def _paraphrase(make_env: MakeEnv, task: str, number: int) -> str:
+    env = make_env(task)
+    env.close()
+    if number > len(env.paraphrases):
+        raise ValueError(f"--paraphrase {number}: {task} has {len(env.paraphrases)} paraphrases; use --prompt_override")
+    return env.paraphrases[number - 1]
 
 
 def _policy_settings(policy: Planner | dict[str, Control]) -> dict[str, Any]:

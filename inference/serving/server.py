@@ -129,7 +129,7 @@ class PolicyServer:
 
     async def _before_handshake(self, connection: Connection, request: Request) -> Response | None:
         """HTTP requests, and clients that may not come in."""
-        if request.path == "/healthz":
+        if request.path in ("/healthz", "/health"):
             return connection.respond(http.HTTPStatus.OK, "ok\n")
         refusal = self.room.refusal(request)
         if refusal is None and request.path == "/metrics":
@@ -149,11 +149,13 @@ class PolicyServer:
         gone = asyncio.ensure_future(connection.wait_closed())
         with self.metrics.client():
             try:
-                await asyncio.wait_for(connection.send(pack(self.describe())), self.config.timeout_s)
+                if (greeting := self._greeting()) is not None:
+                    await asyncio.wait_for(connection.send(greeting), self.config.timeout_s)
                 while (message := await self._next_message(connection)) is not None:
                     reply = await self._answer(message, connection, gone)
                     del message
-                    await asyncio.wait_for(connection.send(reply), self.config.timeout_s)
+                    if reply:
+                        await asyncio.wait_for(connection.send(reply), self.config.timeout_s)
                     connection.done()
                 await connection.close(GOING_AWAY, "the server is stopping")
             except ConnectionClosed:
@@ -247,6 +249,10 @@ class PolicyServer:
         text = printable(text, MAX_TEXT)
         self.room.log.warning("refused a request: %s", text)
         return f"error: {text}"
+
+    def _greeting(self) -> bytes | None:
+        """What a client is sent when it connects; None: nothing."""
+        return pack(self.describe())
 
     def describe(self) -> dict[str, Any]:
         """What a client learns when it connects: the policy's name, keys, widths and rates."""

@@ -167,6 +167,7 @@ READERS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "docs/heads.md": (),
     "docs/lerobot.md": (lerobot_dataset, hdf5_episodes),
     "docs/multi_gpu.md": (pretrained_weights, own_demonstrations, own_statistics),
+    "docs/simulators.md": (),
     "docs/training.md": (pretrained_weights, own_demonstrations, own_statistics),
     "docs/training_pipeline.md": (),
 }

@@ -63,7 +63,7 @@ RUN = {
     r"python scripts/convert_lerobot\.py --to_lerobot": r"LeRobot v3\.0, 6 episodes",
     r"python scripts/convert_lerobot\.py": r"demos/\w+: .*episodes",
     r"python scripts/convert_hdf5\.py": r"demos/\w+: .*1 ",
-    r"python scripts/record_demos\.py": r"button-press-topdown-v3|window-open-v3|left\.parquet",
+    r"python scripts/record_demos\.py": r"(button-press-topdown-v3|window-open-v3|left|transfer_cube)\.parquet",
     r"python main_train\.py .*--dry_run": r"sum \(calculated, not measured\)(.|\n)*one step: loss ",
     r"python main_train\.py .*--resume_checkpoint": r"resumed ",
     r"python main_train\.py": r"checkpoint_epoch_\d",
@@ -77,7 +77,7 @@ RUN = {
     r"python scripts/merge_lora\.py": r"\.pth\.tar: .* MB",
     r"python main_eval\.py .*--eval_data_path": r"wrote \S+metrics\.json",
     r"python main_eval\.py .*--image1_paths": r"(-?\d+\.\d+\s+){3}",
-    r"python main_eval\.py .*--env (metaworld|dot)": r"wrote \S+rollouts\.json",
+    r"python main_eval\.py .*--env (metaworld|dot|aloha)": r"wrote \S+rollouts\.json",
     r"python scripts/film_strip\.py": r"wrote strip\.png",
     r"python test_vla_offline\.py": r"(PASSED|FAILED)\nwrote report\.json",
     r"python scripts/compare_heads\.py": r"wrote \S+compare_heads\.md",
@@ -108,6 +108,23 @@ def only_pins(command: str) -> None:
     lines = [line.split("#")[0].strip() for line in (ROOT / path).read_text().splitlines()]
     assert path in ("requirements.txt", "requirements-convert.txt")
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines if line)
+
+
+def only_exact_versions(command: str) -> None:
+    """Its file names one version of each package; scripts/run_tests.sh installs it."""
+    path = command.split()[-1]
+    lines = [line.split("#")[0].strip() for line in (ROOT / path).read_text().splitlines()]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines if line)
+    assert path in (ROOT / "scripts/run_tests.sh").read_text()
+
+
+def has_flags(command: str) -> None:
+    """The script has these flags; its own tests run it."""
+    script, *words = shlex.split(command)[1:]
+    line = [sys.executable, script, "--help"]
+    said = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    for flag in (word for word in words if word.startswith("--")):
+        assert flag in said, said
 
 
 def exists(command: str) -> None:
@@ -168,6 +185,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"python3\.11 -m venv \.venv$": ("the tests have their environment", lambda command: None),
     r"source \.venv/bin/activate$": ("the same", lambda command: None),
     r"pip install -r requirements(-convert)?\.txt$": ("the same", only_pins),
+    r"pip install -r requirements-(aloha|libero|gym)\.txt$": ("the same", only_exact_versions),
+    r"python .*--env libero": ("loads 1.7 GB of packages; tests/envs/test_libero_env.py", has_flags),
+    r"python .*--env gym": ("needs a policy of that environment; tests/envs/test_gym_env.py", has_flags),
+    r"python benchmarks/(libero_goal|aloha_transfer)\.py": ("takes minutes even at its smallest", has_flags),
     r"pip install \./clients/python$": ("needs the network, for its build", is_a_package),
     r"hf auth login$": ("needs an account", takes),
     r"hf download ": ("needs the network, and the license's acceptance", takes),

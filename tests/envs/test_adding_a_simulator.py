@@ -84,7 +84,7 @@ def run(checkout: Path, *command: str) -> str:
 
 def test_the_document_s_simulator_meets_the_interface(checkout):
     said = run(checkout, "-W", "error::UserWarning", "-c", PROGRAM)
-    assert "unknown dot task 'up'; valid names: left, right" in said
+    assert "unknown dot task 'up'; valid names: easy, left, right" in said
     assert "DotEnv has no option 'image_sise'; did you mean 'image_size'?" in said
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from envs import SIMULATORS, check_task, make_env
 from envs.metaworld_tasks import TASKS
+from utils.text import file_stem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +42,9 @@ def test_a_record_names_what_is_there(simulator):
     module, _, name = simulator.environment.rpartition(".")
     path = ROOT / (module.replace(".", "/") + ".py")
     assert f"class {name}(RobotEnv)" in path.read_text()
-    assert (ROOT / simulator.requirements).is_file() and simulator.tiers and simulator.packages
+    assert (ROOT / simulator.requirements).is_file() and simulator.packages
+    for task in simulator.tasks or ():
+        assert file_stem(task) == task, "a task's name is fit to be a file's"
 
 
 def test_missing_package_names_the_command(monkeypatch):

@@ -151,7 +151,7 @@ def _encode(value: Any) -> Any:
 def _decode(found: dict[Any, Any]) -> Any:
     if b"__ndarray__" not in found and b"__npgeneric__" not in found:
         return found
-    dtype, data = _dtype(found.get(b"dtype")), found.get(b"data")
+    dtype, data = dtype_of(found.get(b"dtype")), found.get(b"data")
     if b"__npgeneric__" in found:
         if not isinstance(data, (bool, int, float)):
             raise WireError(f"a number is given as {type(data).__name__}; wanted a {dtype}")
@@ -160,7 +160,15 @@ def _decode(found: dict[Any, Any]) -> Any:
                 return dtype.type(data)
         except (OverflowError, ValueError, FloatingPointError):
             raise WireError(f"a number, {data}, does not fit its dtype {dtype}") from None
-    shape = found.get(b"shape")
+    return array_of(dtype, found.get(b"shape"), data)
+
+
+def array_of(dtype: np.dtype, shape: Any, data: Any) -> np.ndarray:
+    """A read-only array of a message's bytes.
+
+    Raises:
+        WireError: a shape that is no list of sizes, or bytes that do not fill it.
+    """
     sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
     if not sizes or len(shape) > MAX_DIMENSIONS:
         raise WireError(f"an array has shape {_quoted(shape)}; wanted a list of at most {MAX_DIMENSIONS} sizes")
@@ -174,7 +182,8 @@ def _decode(found: dict[Any, Any]) -> Any:
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _dtype(text: Any) -> np.dtype:
+def dtype_of(text: Any) -> np.dtype:
+    """The dtype that a message names; a WireError where it is none of numbers."""
     dtype = DTYPES.get(text) if isinstance(text, str) else None
     if dtype is None:
         raise WireError(f"an array has dtype {_quoted(text)}; wanted numbers, such as '|u1' (uint8) or '<f4' (float32)")

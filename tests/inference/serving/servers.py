@@ -15,10 +15,15 @@ from utils.config_utils import ServingConfig
 
 @contextlib.contextmanager
 def running(
-    predictor: VLAPredictor, token: str | None = None, *, host: str = "127.0.0.1", **limits: Any
+    predictor: VLAPredictor,
+    token: str | None = None,
+    *,
+    host: str = "127.0.0.1",
+    kind: type[PolicyServer] = PolicyServer,
+    **limits: Any,
 ) -> Iterator[PolicyServer]:
     """A server that listens on `server.port`, stopped on leaving; `limits` are fields of ServingConfig."""
-    server = PolicyServer(predictor, ServingConfig(**limits), token)
+    server = kind(predictor, ServingConfig(**limits), token)
     loop, stopping = asyncio.new_event_loop(), asyncio.Event()
     listening = threading.Event()
 

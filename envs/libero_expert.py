@@ -1,0 +1,245 @@
+"""A scripted expert for LIBERO's tasks that put one thing on or into another.
+
+It knows poses and collision shapes from the simulator, which a policy does not. Bowls are taken by their rim,
+everything else across its narrow side; of the grips that fit, it takes the one with most room around the fingers.
+Stages advance once a control step, with `advance`; `action` only reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+STEP_M, STEP_RAD = 0.05, 0.5  # what an action of 1 asks for
+GAIN = 0.7  # part of the way that is asked for in one step
+OPENING_M = 0.072  # between the fingers, less a margin
+FINGER_M = 0.02  # an open finger's thickness, and room for it
+OPEN, SHUT = -1.0, 1.0
+RIM_DEPTH_M, WALL_M = 0.025, 0.007  # how far below a bowl's rim, and inside its outer radius, it is held
+ANGLES = np.deg2rad(np.arange(-90, 90, 7.5))
+ENOUGH_M = 0.012  # of room: then the grip that turns least is taken
+CARRY_M = 0.07  # above what is passed over
+HAND_M = 0.1  # half the hand's width, along which the fingers open
+SIGNS = np.array(np.meshgrid(*[(-1, 1)] * 3)).reshape(3, -1).T  # of a box's corners
+
+
+@dataclass(frozen=True)
+class Grip:
+    """Where the gripper takes hold: the point between its fingertips, world frame, and the angle in radians about the
+    vertical by which it is turned from its pose at rest."""
+
+    position: np.ndarray
+    angle: float
+
+
+class Shapes:
+    """Where the collision shapes of things and furniture are, from the simulation.
+
+    Args:
+        env: LIBERO's environment; only read.
+    """
+
+    def __init__(self, env: Any) -> None:
+        self._model, self._data = env.sim.model._model, env.sim.data._data
+        self._geoms = {name: _shapes(self._model, body) for name, body in env.obj_body_id.items()}
+
+    def corners(self, name: str) -> np.ndarray:
+        """(N, 3): the corners of a thing's collision shapes, world frame."""
+        geoms = self._geoms[name]
+        centre, half = np.split(self._model.geom_aabb[geoms], 2, axis=1)
+        own = centre[:, None] + SIGNS * half[:, None]  # (geoms, 8, 3)
+        turned = np.einsum("gij,gcj->gci", self._data.geom_xmat[geoms].reshape(-1, 3, 3), own)
+        return (self._data.geom_xpos[geoms][:, None] + turned).reshape(-1, 3)
+
+    def box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest x, y, z of a thing."""
+        corners = self.corners(name)
+        return corners.min(axis=0), corners.max(axis=0)
+
+    def apart(self, names: Iterable[str], others: Iterable[str], metres: float) -> bool:
+        """Whether every thing has so much room to every other, seen from above."""
+        boxes = {name: self.box(name) for name in {*names, *others}}
+        for name in names:
+            low, high = boxes[name]
+            for other in boxes.keys() - {name}:
+                beside = np.maximum(boxes[other][0] - high, low - boxes[other][1])[:2]
+                if beside.max() < metres:
+                    return False
+        return True
+
+
+class PickAndPlace:
+    """The expert of one episode.
+
+    Args:
+        env: LIBERO's environment, after its reset; only read.
+        task: its name, for errors.
+
+    Raises:
+        NotImplementedError: the goal is not one thing on or in another.
+    """
+
+    def __init__(self, env: Any, task: str) -> None:
+        goals = env.parsed_problem["goal_state"]
+        one_thing = len(goals) == 1 and goals[0][0] in ("on", "in") and goals[0][1] in env.objects_dict
+        if not one_thing or (goals[0][0] == "in" and "cabinet" in goals[0][2]):
+            raise NotImplementedError(
+                f"{task} has no scripted expert: it is not to put one thing on or into another; there are experts for "
+                "libero_spatial, libero_object and those tasks of libero_goal and libero_90 that are"
+            )
+        self._env, self._model, self._data = env, env.sim.model._model, env.sim.data._data
+        _, self._thing, self._place = goals[0]
+        self._shapes = Shapes(env)
+        self._grip = self._best_grip()
+        self._stage = self._since = 0
+        self._held: np.ndarray | None = None  # the gripper's position minus the thing's, once it is held
+
+    def advance(self) -> None:
+        """One control step has passed."""
+        self._since += 1
+        target, _ = self._target()
+        there = np.abs(target - self._gripper()).max() < (0.02 if self._stage in (0, 3) else 0.008)
+        least, most = ((1, 60), (1, 40), (9, 9), (1, 40), (1, 80), (1, 30), (7, 7), (1, 1000))[self._stage]
+        if self._stage < 7 and self._since >= least and (there or self._since >= most):
+            self._stage, self._since = self._stage + 1, 0
+            if self._stage == 3:
+                self._held = self._gripper() - self._centre(self._thing)
+
+    def action(self) -> np.ndarray:
+        """float64 (7,) in [-1, 1]."""
+        target, opening = self._target()
+        angle = self._grip.angle if self._stage < 7 else 0.0
+        move = GAIN * (target - self._gripper()) / STEP_M
+        turn = GAIN * self._rotation_error(angle) / STEP_RAD
+        return np.clip([*move, *turn, opening], -1.0, 1.0)
+
+    def _target(self) -> tuple[np.ndarray, float]:
+        """Where the gripper goes in this stage, and its command."""
+        grip = self._grip.position
+        above = [grip[0], grip[1], max(grip[2] + 0.06, self._box(self._thing)[1][2] + 0.06)]
+        if self._stage == 0:
+            return np.array(above), OPEN
+        if self._stage == 1:
+            return grip, OPEN
+        if self._stage == 2:
+            return grip, SHUT
+        assert self._held is not None
+        low = self._held[2] + self._centre(self._thing)[2] - self._box(self._thing)[0][2]  # gripper above its bottom
+        place, top = self._destination()
+        place = place + [*self._held[:2], 0.0]
+        carry = max(place[2] + top, self._lifted_from()) + CARRY_M + low
+        if self._stage == 3:
+            return np.array([grip[0], grip[1], carry]), SHUT
+        if self._stage == 4:
+            return np.array([place[0], place[1], carry]), SHUT
+        down = np.array([place[0], place[1], place[2] + top + low + 0.012])
+        if self._stage in (5, 6):
+            return down, SHUT if self._stage == 5 else OPEN
+        return np.array([*self._gripper()[:2], carry]), OPEN
+
+    def _gripper(self) -> np.ndarray:
+        return self._data.site_xpos[self._env.robots[0].eef_site_id].copy()
+
+    def _rotation_error(self, angle: float) -> np.ndarray:
+        """The rotation vector (3,) from the gripper's pose to one that looks down, turned by `angle`."""
+        finger, down = np.array([-np.sin(angle), np.cos(angle), 0.0]), np.array([0.0, 0.0, -1.0])
+        wanted = np.stack([finger, np.cross(down, finger), down], axis=1)
+        missing = wanted @ self._env.robots[0].controller.ee_ori_mat.T
+        cosine = np.clip((np.trace(missing) - 1) / 2, -1.0, 1.0)
+        axis = np.array([missing[2, 1] - missing[1, 2], missing[0, 2] - missing[2, 0], missing[1, 0] - missing[0, 1]])
+        return np.arccos(cosine) * axis / max(np.linalg.norm(axis), 1e-9)
+
+    def _corners(self, name: str) -> np.ndarray:
+        return self._shapes.corners(name)
+
+    def _box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        return self._shapes.box(name)
+
+    def _centre(self, name: str) -> np.ndarray:
+        low, high = self._box(name)
+        return (low + high) / 2
+
+    def _lifted_from(self) -> float:
+        """The height of the highest thing that is not a fixture, which a carried one may have to pass."""
+        others = [name for name in self._env.objects_dict if name != self._thing]
+        return max((self._box(name)[1][2] for name in others), default=0.0) - 0.04
+
+    def _destination(self) -> tuple[np.ndarray, float]:
+        """Where the thing's bottom goes: x, y and the height of the place; and how far above it things are let go."""
+        if self._place in self._env.object_sites_dict:
+            site = self._data.site_xpos[self._model.site(self._place).id].copy()
+            if "contain_region" in self._place:  # a basket: over its rim
+                rim = self._box(self._place.removesuffix("_contain_region"))[1][2]
+                return site, rim - site[2] - 0.03
+            return site, 0.0
+        low, high = self._box(self._place)
+        centre = (low + high) / 2
+        if "bowl" in self._place:
+            return np.array([centre[0], centre[1], low[2]]), high[2] - low[2] - 0.02
+        return np.array([centre[0], centre[1], low[2]]), high[2] - low[2] - 0.008
+
+    def _best_grip(self) -> Grip:
+        """The grip with most room for the fingers; among those with enough room, the one that turns least."""
+        corners = self._corners(self._thing)
+        low, high = corners.min(axis=0), corners.max(axis=0)
+        centre = (low + high) / 2
+        grips: list[tuple[float, Grip]] = []
+        for angle in ANGLES:
+            finger = np.array([-np.sin(angle), np.cos(angle)])
+            if "bowl" in self._thing:
+                radius = np.mean(high[:2] - low[:2]) / 2 - WALL_M
+                for side in (-1.0, 1.0):
+                    point = centre[:2] + side * radius * finger
+                    room = min(self._room(point + 0.04 * side * finger), 0.05)
+                    room += min(self._room_at_destination(point - centre[:2], finger), 0.0)
+                    grips.append((room, Grip(np.array([*point, high[2] - RIM_DEPTH_M]), angle)))
+                continue
+            across = (corners[:, :2] - centre[:2]) @ finger
+            width = across.max() - across.min()
+            if width > OPENING_M:
+                continue
+            ends = [centre[:2] + side * 0.05 * finger for side in (-1.0, 1.0)]
+            room = min(*(self._room(end) for end in ends), 0.04)
+            room += min(self._room_at_destination(np.zeros(2), finger), 0.0)
+            height = max(high[2] - 0.03, (low[2] + high[2]) / 2 if high[2] - low[2] < 0.06 else low[2])
+            grips.append((room, Grip(np.array([*centre[:2], height]), angle)))
+        if not grips:
+            raise NotImplementedError(f"{self._thing} is too wide for the gripper")
+        roomy = [grip for grip in grips if grip[0] >= ENOUGH_M]
+        return (
+            min(roomy, key=lambda grip: (abs(grip[1].angle), -grip[0]))[1]
+            if roomy
+            else max(grips, key=itemgetter(0))[1]
+        )
+
+    def _room(self, point: np.ndarray) -> float:
+        """Metres from a point of the table to the nearest other thing, seen from above; negative within it."""
+        others = [self._box(name) for name in self._env.objects_dict if name != self._thing]
+        return min((_distance(point, *box) for box in others), default=np.inf) - FINGER_M / 2
+
+    def _room_at_destination(self, offset: np.ndarray, finger: np.ndarray) -> float:
+        """Metres between the hand, when it lets go, and the nearest piece of furniture that stands higher."""
+        place, top = self._destination()
+        tall = [self._box(name) for name in self._env.fixtures_dict]
+        tall = [box for box in tall if box[1][2] > place[2] + top + 0.08]
+        ends = [place[:2] + offset + side * HAND_M * finger for side in (-1.0, 0.0, 1.0)]
+        return min((_distance(end, *box) for box in tall for end in ends), default=np.inf) - 0.03
+
+
+def _shapes(model: Any, root: int) -> np.ndarray:
+    """The collision shapes (geoms of group 0) of a body and of all that hang on it."""
+    parents, found = model.body_parentid, {root}
+    for body in range(root + 1, model.nbody):  # parents come first
+        if parents[body] in found:
+            found.add(body)
+    return np.flatnonzero(np.isin(model.geom_bodyid, list(found)) & (model.geom_group == 0))
+
+
+def _distance(point: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
+    """From a point to a box, seen from above; negative within it."""
+    outside = np.maximum(np.maximum(low[:2] - point, point - high[:2]), 0.0)
+    return float(np.linalg.norm(outside)) if outside.any() else -float(min(*(point - low[:2]), *(high[:2] - point)))

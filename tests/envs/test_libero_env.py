@@ -1,0 +1,157 @@
+"""LIBERO: seeds to the bit, one picture for several tasks, layouts, official states, cameras, the expert.
+
+The tables need no simulator; the simulator's tests are slow, since it takes 1.7 GB of packages and seconds to load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from envs import expand_tasks, make_env
+from envs.libero_tasks import PARAPHRASES, STEP_LIMITS, SUITES, TASKS, instructions_of, suite_of
+from tests.helpers import needs
+
+PLATE, STOVE = (f"libero_goal.put_the_bowl_on_the_{place}" for place in ("plate", "stove"))
+
+
+def test_the_table_of_tasks():
+    assert {suite: len(names) for suite, names in SUITES.items()} == {
+        "libero_spatial": 10,
+        "libero_object": 10,
+        "libero_goal": 10,
+        "libero_10": 10,
+        "libero_90": 90,
+    }
+    assert len(TASKS) == 130 + 40 and SUITES.keys() == STEP_LIMITS.keys()
+    assert expand_tasks("libero", ["libero_goal"]) == [f"libero_goal.{name}" for name in SUITES["libero_goal"]]
+    assert all(len(words) == len(SUITES[suite]) for suite, words in PARAPHRASES.items())
+
+
+def test_instructions_and_their_paraphrases():
+    assert instructions_of(PLATE) == ("put the bowl on the plate", "place the bowl on top of the plate")
+    paraphrased = PLATE.replace("libero_goal", "libero_goal_lan")
+    assert instructions_of(paraphrased) == instructions_of(PLATE)[::-1] and suite_of(paraphrased) == suite_of(PLATE)
+    scene = next(task for task in TASKS if ".KITCHEN_SCENE10_" in task)
+    (words,) = instructions_of(scene)
+    assert words == words.lower() and "scene" not in words
+    goal = [instructions_of(f"libero_goal.{name}")[0] for name in SUITES["libero_goal"]]
+    assert len(set(goal)) == 10
+    assert Counter(TASKS.values())["libero_goal_lan"] == 10
+
+
+def test_options_that_cannot_be():
+    pytest.importorskip("gymnasium")
+    for options, message in (
+        ({"layout": "wild"}, "layout is 'wild'; give one of standard, wide"),
+        ({"look": "slow"}, "look is 'slow'; give one of fast, shipped"),
+        ({"layout": "wide", "initial_states": "official"}, "exclude each other: official states are standard"),
+        ({"camera": "agentview"}, "libero has no option 'camera'; did you mean 'cameras'"),
+        ({"image_size": 0}, "image_size is 0, must be a whole number of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_env("libero", PLATE, **options)
+    with pytest.raises(ValueError, match="unknown libero task 'libero_goal.put_the_bowl_on_the_plat'; did you mean"):
+        make_env("libero", "libero_goal.put_the_bowl_on_the_plat")
+
+
+def run(env, steps):
+    for _ in range(steps):
+        *_, info = env.step(env.expert_action())
+    return info
+
+
+def digest(env, observation):
+    state = env._env.sim.get_state().flatten()
+    return [hashlib.sha256(np.ascontiguousarray(part)).hexdigest() for part in (state, *observation.values())]
+
+
+@pytest.fixture(scope="module")
+def plate():
+    env = make_env("libero", PLATE, image_size=64)
+    yield env
+    env.close()
+
+
+@pytest.mark.slow
+class TestTheSimulator:
+    pytestmark = needs("libero", "robosuite")
+
+    def test_meets_the_interface(self, plate):
+        observation, info = plate.reset(seed=0)
+        assert info == {"success": False, "seed": 0} and plate.observation_space.contains(observation)
+        assert set(observation) == {"image_1", "image_2", "state"}
+        assert (plate.state_dim, plate.per_action_dim, plate.control_hz, plate.max_episode_steps) == (8, 7, 20, 300)
+        x, y, z = observation["state"][:3]
+        assert abs(x) < 0.5 and abs(y) < 0.3 and 0.9 < z < 1.5  # metres, above the table
+        assert 3.0 < np.linalg.norm(observation["state"][3:6]) < 3.3  # it looks down: half a turn about x
+        assert plate.settings()["mujoco"] and plate.settings()["settle_steps"] == 10
+        np.testing.assert_array_equal(plate.hold_action(None), [0, 0, 0, 0, 0, 0, -1])
+
+    def test_equal_seeds_are_equal_to_the_bit_whatever_was_before(self, plate):
+        before = np.random.get_state()[1].copy()
+        first = digest(plate, plate.reset(seed=5)[0])
+        run(plate, 40)  # ends with a shut gripper
+        assert digest(plate, plate.reset(seed=6)[0]) != first
+        run(plate, 3)
+        assert digest(plate, plate.reset(seed=5)[0]) == first
+        np.testing.assert_array_equal(np.random.get_state()[1], before)  # the global generator is left alone
+
+    def test_another_task_starts_from_the_same_picture(self, plate):
+        first = digest(plate, plate.reset(seed=5)[0])
+        stove = make_env("libero", STOVE, image_size=64)
+        assert digest(stove, stove.reset(seed=5)[0]) == first and stove.instruction != plate.instruction
+        stove.close()
+
+    def test_the_expert_succeeds_and_asking_it_changes_nothing(self, plate):
+        plate.reset(seed=1, options={"images_on_request": True})
+        success = False
+        while not success:
+            for _ in range(2):
+                action = plate.expert_action()
+            *_, truncated, info = plate.step(action)
+            success = info["success"]
+            assert not truncated
+        assert np.abs(action).max() <= 1.0
+
+    def test_the_hand_s_camera_is_not_turned_mid_episode(self, plate):
+        """Its own axis hovers about the horizontal; a turned picture would jump by far more than the scene moves."""
+        plate.reset(seed=0, options={"images_on_request": True})
+        pictures = []
+        for _ in range(30):
+            plate.step(plate.expert_action())
+            pictures.append(plate.images()["image_2"].astype(int))
+        jumps = [np.abs(a - b).mean() for a, b in zip(pictures, pictures[1:], strict=False)]
+        turned = [np.abs(a - b[::-1, ::-1]).mean() for a, b in zip(pictures, pictures[1:], strict=False)]
+        assert max(jumps) < min(turned)
+
+    def test_wide_official_mirrored_and_shipped(self, plate):
+        straight = plate.reset(seed=3)[0]["image_1"]
+        wide = make_env("libero", PLATE, image_size=64, layout="wide", image_2=None)
+        places = []
+        for seed in range(6):
+            wide.reset(seed=seed)
+            places.append(wide._env.sim.data.body_xpos[wide._env.obj_body_id["akita_black_bowl_1"]][:2].copy())
+        assert np.std(places, axis=0).max() > 0.025
+        wide.close()
+        mirrored = make_env("libero", PLATE, image_size=64, mirror=True)
+        np.testing.assert_array_equal(mirrored.reset(seed=3)[0]["image_1"], straight[:, ::-1])
+        mirrored.close()
+        official = make_env("libero", PLATE, image_size=64, initial_states="official", settle_steps=0)
+        first, other = (official.reset(seed=seed)[0] for seed in (0, 50))
+        np.testing.assert_array_equal(first["state"], other["state"])  # there are 50
+        np.testing.assert_allclose(official._env.sim.get_state().flatten()[1:], official._states[0][1:], atol=1e-12)
+        official.close()
+        shipped = make_env("libero", PLATE, image_size=64, look="shipped").reset(seed=3)[0]["image_1"]
+        difference = np.abs(shipped.astype(int) - straight).mean()
+        assert 0.5 < difference < 40  # shadows and edges, of the same scene
+
+    def test_tasks_without_an_expert_say_so(self):
+        env = make_env("libero", "libero_goal.turn_on_the_stove", image_size=64)
+        env.reset(seed=0, options={"images_on_request": True})
+        with pytest.raises(NotImplementedError, match="libero_goal.turn_on_the_stove has no scripted expert"):
+            env.expert_action()
+        env.close()
