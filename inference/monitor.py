@@ -91,13 +91,15 @@ class Monitor:
         if states is None or states.shape[1] != width:
             states = np.tile(np.array(self.training["state"]["quantiles"])[:, len(QUANTILES) // 2], (2, 1))
         steps = np.abs(np.diff(states, axis=0)) if len(states) > 1 else np.zeros((1, width))
+        quantiles = np.quantile(states, QUANTILES, axis=0).T.tolist()
         session: dict[str, Any] = {
             "cameras": {name: _camera(facts, self._same[name]) for name, facts in self._frames.items() if facts},
             "state": {
-                "quantiles": np.quantile(states, QUANTILES, axis=0).T.tolist(),
+                "quantiles": quantiles,
                 "steps": np.stack([*np.quantile(steps, (0.5, 0.99), axis=0), steps.max(axis=0)]).T.tolist(),
             },
             "action": self.training["action"],
+            "begin": {"state": quantiles, "action": self.training["action"]["quantiles"]},
             "response": {"correlation": np.zeros_like(self.training["response"]["correlation"]).tolist()},
         }
         present = self.training | {

@@ -11,12 +11,14 @@ image processor. A profile is plain lists and numbers:
                         "view": how the state is read off its pictures, and how well that goes (`_view`)}},
      "state", "action": {"quantiles": (width, 9) at QUANTILES, "steps": (width, 3) median, 99 % and largest change,
                          "spread": (width,) how far one episode's quantiles lie from those of all, in ranges},
+     "begin": {"state", "action": quantiles of the first BEGIN steps of every episode},
      "response": {"correlation": (A, S) of actions with the state's change after them, "lag": 2 * LAGS + 1 numbers},
      "prompts": {instruction: episodes}}
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ from utils.parquet_utils import DataError
 from utils.recordings import Recording
 
 EPISODES = 32  # of each dataset, spread evenly, whose frames are looked at
+BEGIN = 16  # steps of an episode in which a policy can't have gone far yet
 STEPS = 48  # consecutive steps of each of them
 RIDGE = 0.02  # of the fit that reads the state off thumbnails, in shares of the fields' variance
 RESPONSE = 2  # steps within which the state answers to an action
@@ -79,6 +82,7 @@ def profile_of(
         "cameras": shown,
         "state": _column_profile(store.state[rows], joined),
         "action": _column_profile(store.action[rows], joined),
+        "begin": {name: _begin(getattr(store, name), starts, ends) for name in ("state", "action")},
         "response": _response(store.state, store.action, list(zip(starts, ends, strict=True))),
         "prompts": dict(prompts.most_common(PROMPTS)),
     }
@@ -99,12 +103,17 @@ def control_rate(recordings: Sequence[Recording]) -> float | None:
 
 
 def _looked_at(starts: np.ndarray, ends: np.ndarray, all_frames: bool) -> Iterator[range]:
-    """Rows whose frames are looked at, one range per episode; early, middle and late parts of episodes in turn."""
+    """Ranges of rows whose frames are looked at: all, in parts of STEPS, or one part of some episodes.
+
+    Early, middle and late parts of episodes take turns.
+    """
     number = len(starts) if all_frames else min(EPISODES, len(starts))
     for i, chosen in enumerate(np.linspace(0, len(starts) - 1, number).round().astype(int).tolist()):
         begin, end = int(starts[chosen]), int(ends[chosen])
         if all_frames:
-            yield range(begin, end)
+            parts = max(1, round((end - begin) / STEPS))
+            edges = np.linspace(begin, end, parts + 1).round().astype(int).tolist()
+            yield from (range(*edge) for edge in itertools.pairwise(edges))
             continue
         spare = max(0, end - begin - STEPS)
         first = begin + spare * (i % 4) // 3
@@ -253,6 +262,12 @@ def _column_profile(values: np.ndarray, joined: np.ndarray) -> dict[str, Any]:
         "steps": _rounded(np.stack([*np.quantile(steps, (0.5, 0.99), axis=0), steps.max(axis=0)]).T),
         "spread": np.round(np.quantile(distances, 0.9, axis=0), 4).tolist(),
     }
+
+
+def _begin(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[list[float]]:
+    """Quantiles of the first BEGIN steps of episodes, (width, 9)."""
+    first = [values[begin : min(begin + BEGIN, end)] for begin, end in zip(starts, ends, strict=True)]
+    return _rounded(np.quantile(np.concatenate(first).astype(np.float64), QUANTILES, axis=0).T)
 
 
 def _rounded(values: np.ndarray) -> list[list[float]]:

@@ -38,7 +38,8 @@ def _column(column: str, session: Profile, training: Profile, cameras: set[str])
         evidence = f"always {new[d][4]:.4g}, moves in training"
         yield Mismatch("stuck", f"{column}[{d}]", evidence, "check the sensor and its wiring")
     turned = list(_turned(session, training, cameras)) if column == "state" else []
-    yield from other_distribution(column, new, known, limit, left_out=stuck, turned=turned)
+    begin = np.array(session["begin"][column])
+    yield from other_distribution(column, new, known, limit, left_out=stuck, turned=turned, begin=begin)
 
 
 def other_distribution(
@@ -49,6 +50,7 @@ def other_distribution(
     *,
     left_out: Sequence[int] = (),
     turned: Sequence[Mismatch] = (),
+    begin: np.ndarray | None = None,
 ) -> Iterator[Mismatch]:
     """Dimensions whose values lie otherwise than they did, by the mistake that would make them so.
 
@@ -57,6 +59,8 @@ def other_distribution(
         new, known: quantiles of the session and of training, (width, 9), at `QUANTILES`.
         limit: (width,), the `quantile_distance` up to which a dimension is as it was.
         left_out: dimensions that are not looked at.
+        begin: quantiles of the first steps of the session's episodes. A mistake shows from the first step on; a policy
+            that fails leaves what it was trained on later, by itself. None: there are no such steps.
         turned: what is known to move the wrong way; it is yielded unless the order of dimensions explains more.
     """
     looked_at = [d for d in range(len(known)) if d not in left_out]
@@ -69,6 +73,8 @@ def other_distribution(
     named = {mismatch.where for mismatch in turned}
     wrong = []
     distance, outside = quantile_distance(new, known), _outside(new, known)
+    if begin is not None:
+        outside = np.minimum(outside, _outside(begin, known))
     for d in looked_at:
         if f"{column}[{d}]" in named:
             continue

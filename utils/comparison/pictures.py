@@ -140,11 +140,12 @@ def _pictures(facts: dict[str, Any]) -> np.ndarray:
 
 
 def _distance(new: np.ndarray, known: np.ndarray, scale: np.ndarray) -> float:
-    """Distance of a session's episodes to their nearest training episodes: the median root-mean-square, in `scale`."""
+    """Distance of a session to the nearest training episode: a root-mean-square, in `scale`, of the part that is
+    nearest. A mistake is in every part; a scene that a failing policy has changed is not."""
     squares = ((new[:, None] - known[None]) / scale) ** 2
     valid = np.isfinite(squares)
     squares = np.where(valid, squares, 0).sum(axis=(2, 3, 4)) / valid.sum(axis=(2, 3, 4))
-    return float(np.median(np.sqrt(squares).min(axis=1)))
+    return float(np.sqrt(squares.min()))
 
 
 def _usual_distance(known: np.ndarray) -> tuple[np.ndarray, float]:
