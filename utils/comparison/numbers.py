@@ -11,6 +11,7 @@ from utils.comparison.kinds import Mismatch
 
 FAR = 1.6  # times the distance of training episodes from all of them, from which a session's values lie otherwise
 FAR_OUT = 5.0  # ranges beyond the training's, which only another unit explains
+ORDER = "send the values in the training data's order"
 
 UNITS = {  # what the session's numbers would have to be multiplied with -> what was sent
     np.pi / 180: ("degrees_for_radians", "send radians"),
@@ -37,6 +38,10 @@ def _column(column: str, session: Profile, training: Profile, cameras: set[str])
     for d in stuck:
         evidence = f"always {new[d][4]:.4g}, moves in training"
         yield Mismatch("stuck", f"{column}[{d}]", evidence, "check the sensor and its wiring")
+    exchanged = _exchanged_by_sight(session, training, cameras) if column == "state" else None
+    if exchanged is not None:
+        yield exchanged
+        return
     turned = list(_turned(session, training, cameras)) if column == "state" else []
     begin = np.array(session["begin"][column])
     yield from other_distribution(column, new, known, limit, left_out=stuck, turned=turned, begin=begin)
@@ -67,7 +72,7 @@ def other_distribution(
     order = _permutation(new, known, limit, looked_at)
     if order:
         names = ", ".join(f"{column}[{i}] looks like [{j}]" for i, j in order)
-        yield Mismatch("dimensions_exchanged", column, names, "send the values in the training data's order")
+        yield Mismatch("dimensions_exchanged", column, names, ORDER)
         return
     yield from turned
     named = {mismatch.where for mismatch in turned}
@@ -111,6 +116,23 @@ def _inverted(new: np.ndarray, known: np.ndarray, limit: float) -> tuple[str, st
     for turned, kind, remedy in kinds:
         if distance > 1.5 * limit and quantile_distance(turned[None], known[None])[0] < min(limit, 0.4 * distance):
             return kind, remedy
+    return None
+
+
+def _exchanged_by_sight(session: Profile, training: Profile, cameras: set[str]) -> Mismatch | None:
+    """Dimensions that go with what the pictures show of other dimensions, and not with what they show of themselves."""
+    for camera in sorted(cameras):
+        seen, trained = (np.array(p["cameras"][camera]["view"]["correlation"]) for p in (session, training))
+        known = np.flatnonzero(trained.diagonal() > 0.8)
+        if len(known) < 2:
+            continue
+        seen = seen[np.ix_(known, known)]
+        best = seen.argmax(axis=0)  # of each dimension that was told, the one that the pictures show to move so
+        gain = seen[best, np.arange(len(known))] - seen.diagonal()
+        moved = np.flatnonzero((gain > 0.4) & (seen[best, np.arange(len(known))] > 0.7))
+        if len(moved) >= 2 and set(best[moved]) == set(moved):
+            pairs = ", ".join(f"state[{known[d]}] moves as {camera} shows [{known[best[d]]}]" for d in moved)
+            return Mismatch("dimensions_exchanged", "state", pairs, ORDER)
     return None
 
 
