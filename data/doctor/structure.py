@@ -319,9 +319,12 @@ def check_time(rows: Rows, findings: Findings) -> None:
         findings.add_runs("timestamp_missing", rows, absent, lambda _: "timestamp is null, NaN or infinite")
         steps, indices = _time_steps(rows, where)
         backwards = steps <= 0
-        for i in indices[backwards]:
-            message = f"timestamp goes from {rows.timestamp[i - 1]:.6g} to {rows.timestamp[i]:.6g} s"
-            findings.add_at("timestamp_not_increasing", rows, int(i), message)
+        findings.add_runs(
+            "timestamp_not_increasing",
+            rows,
+            indices[backwards],
+            lambda i: f"timestamp goes from {rows.timestamp[i - 1]:.6g} to {rows.timestamp[i]:.6g} s",
+        )
         if rate is None:
             continue
         if abs(rate / usual - 1) > RATE_TOLERANCE:
