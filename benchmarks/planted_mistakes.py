@@ -35,6 +35,7 @@ from inference.closed_loop.rollout import ModelPolicy
 from inference.policy_files import read_policy
 from inference.predictor import VLAPredictor
 from utils.arguments import CommandParser
+from utils.comparison.kinds import Mismatch
 from utils.misc import atomic_path
 from utils.recordings import resolve_recordings
 from utils.text_table import text_table
@@ -207,10 +208,9 @@ def record_session(
     return folder
 
 
-def named_in(folder: Path, checkpoint: dict[str, Any]) -> list[str]:
-    """The kinds that the command names for a recorded session."""
-    _, found, _ = held_against(checkpoint, resolve_recordings([folder], "--data_path"))
-    return [mismatch.kind for mismatch in found]
+def named_in(folder: Path, checkpoint: dict[str, Any]) -> list[Mismatch]:
+    """What the command names for a recorded session."""
+    return held_against(checkpoint, resolve_recordings([folder], "--data_path"))[1]
 
 
 def parse_args() -> argparse.Namespace:
@@ -241,13 +241,13 @@ def main() -> int:
             spoilt = checkpoint
             if mistake.statistics is not None:
                 spoilt = {**checkpoint, "statistics": [mistake.statistics(one) for one in checkpoint["statistics"]]}
-            kinds = named_in(folder, spoilt)
+            kinds = [mismatch.kind for mismatch in named_in(folder, spoilt)]
             rows.append((name, task, ", ".join(kinds) or "nothing", "yes" if set(kinds) & set(mistake.kinds) else "NO"))
             print(*rows[-1], sep=" | ", file=sys.stderr)
         for i in range(clean):
             task, folder = args.tasks[i % len(args.tasks)], Path(scratch) / f"clean_{i}"
             record_session(policy, task, options, Mistake(()), args.seed + 50_000 + 100 * i, args.steps, folder)
-            alarms.append((task, named_in(folder, checkpoint)))
+            alarms.append((task, list(map(str, named_in(folder, checkpoint)))))
             print("clean", *alarms[-1], sep=" | ", file=sys.stderr)
     print(text_table(("planted", "task", "named", "right"), rows))
     right, false = sum(row[-1] == "yes" for row in rows), sum(bool(kinds) for _, kinds in alarms)

@@ -74,7 +74,9 @@ def held_against(
     session = profile_of(store, list(training["cameras"]), image_processor, against=training)
     named = mismatches(session, training)
     places = {mismatch.where for mismatch in named}
-    return table, [*named, *(mismatch for mismatch in found if mismatch.where not in places)], True
+    # The profile judges better what lies outside of training: it tells a mistake from a policy that left it by itself.
+    rest = [mismatch for mismatch in found if mismatch.where not in places and mismatch.kind != "outside_training"]
+    return table, [*named, *rest], True
 
 
 def _other_statistics(statistics: dict[str, Any], training: Profile) -> Iterator[Mismatch]:
