@@ -98,7 +98,8 @@ class Monitor:
                 "quantiles": quantiles,
                 "steps": np.stack([*np.quantile(steps, (0.5, 0.99), axis=0), steps.max(axis=0)]).T.tolist(),
             },
-            "action": self.training["action"],
+            "action": self.training["action"]
+            | {"steps": np.zeros((len(self.training["action"]["steps"]), 3)).tolist()},
             "begin": {"state": quantiles, "action": self.training["action"]["quantiles"]},
             "response": {"correlation": np.zeros_like(self.training["response"]["correlation"]).tolist()},
         }

@@ -91,6 +91,15 @@ def test_looking_keeps_to_its_share_of_the_time(training):
     assert monitor._looked_at >= CHECK
 
 
+def test_a_robot_that_waits_is_not_stuck(training):
+    values = np.array([0.1, 0.5, 0.5], np.float32)
+    images = {name: torch.from_numpy(draw(i, values)).permute(2, 0, 1) for i, name in enumerate(CAMERAS)}
+    monitor = Monitor(training)
+    monitor._began = -1e9
+    for _ in range(3 * CHECK):
+        assert monitor.look(images, values, "push the blob") == {}
+
+
 def test_missing_cameras_and_states_are_no_obstacle(training):
     monitor = Monitor(training)
     for _ in range(2 * CHECK):

@@ -173,7 +173,8 @@ def _outside(new: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 def _stuck(column: str, session: Profile, training: Profile) -> list[int]:
     new, known = (np.array(profile[column]["steps"]) for profile in (session, training))
-    others_move = (new[:, 2] > 0).any() or column == "state"
+    acts = column == "state" and np.array(session["action"]["steps"])[:, 2].max() > 0
+    others_move = acts or (new[:, 2] > 0).any()  # a robot that waits is not stuck
     return [d for d in range(len(known)) if others_move and new[d, 2] == 0 and known[d, 0] > 0]
 
 

@@ -90,7 +90,7 @@ def _camera(
 
 def _sharpness(camera: str, seen: dict[str, Any], trained: dict[str, Any]) -> Iterator[Mismatch]:
     detail, usual_detail = float(np.median(seen["detail"])), np.array(trained["detail"])
-    slack = max(0.12, 2 * float(np.ptp(usual_detail) / usual_detail.mean()))
+    slack = max(0.12, 2 * float(np.ptp(usual_detail) / max(usual_detail.mean(), 1e-6)))
     if detail < (1 - slack) * usual_detail.min():
         evidence = f"fine detail {detail:.3f}, in training at least {usual_detail.min():.3f}"
         yield Mismatch("blurred", camera, evidence, "check focus and lens, and how frames are resized")
