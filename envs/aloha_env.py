@@ -14,7 +14,7 @@ import numpy as np
 
 from envs.aloha_expert import AlohaExpert
 from envs.aloha_tasks import TASKS
-from envs.base import RobotEnv
+from envs.base import RobotEnv, images_on_request, observation_space
 from envs.cameras import chosen_cameras, image_options
 from envs.mujoco_rendering import OffscreenRenderer, import_mujoco
 from envs.simulator import suggest
@@ -108,11 +108,7 @@ class AlohaEnv(RobotEnv):
         limits = self._model.actuator_ctrlrange.copy()
         low, high = (np.concatenate([limits[:6, i], [i], limits[8:14, i], [i]]) for i in range(2))
         self.action_space = gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32))
-        image_space = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        state_space = gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32)
-        self.observation_space = gymnasium.spaces.Dict(
-            {**{key: image_space for key in self._camera_of}, "state": state_space}
-        )
+        self.observation_space = observation_space(self._camera_of, image_size, STATE_DIM)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -123,10 +119,7 @@ class AlohaEnv(RobotEnv):
             seed: non-negative; None draws one from the environment's own generator.
             options: ``images_on_request``, see `envs.base`.
         """
-        options = options or {}
-        if unknown := options.keys() - {"images_on_request"}:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; images_on_request is the only one")
-        self._images_on_request = bool(options.get("images_on_request", False))
+        self._images_on_request = images_on_request(options)
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**31))
@@ -155,11 +148,7 @@ class AlohaEnv(RobotEnv):
             ValueError: the action has another shape or is not finite.
             RuntimeError: `reset` has not been called.
         """
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (ACTION_DIM,):
-            raise ValueError(f"{self.task}: action has shape {action.shape}, must be ({ACTION_DIM},)")
-        if not np.isfinite(action).all():
-            raise ValueError(f"{self.task}: action {action.tolist()} is not finite")
+        action = self.checked_action(action, np.float64)
         if self._expert is None:
             raise RuntimeError(f"{self.task}: step before reset; call reset(seed=...) first")
         self._command = np.clip(action, self.action_space.low, self.action_space.high)

@@ -15,6 +15,7 @@ one, joint angles in another. It is clipped to that space, unless the class says
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import gymnasium
@@ -42,6 +43,19 @@ class RobotEnv(gymnasium.Env):
     def instructions(self) -> tuple[str, ...]:
         """The instruction, and behind it its paraphrases."""
         return (self.instruction, *self.paraphrases)
+
+    def checked_action(self, action: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
+        """An action that `step` was given, as an array of `dtype`; not clipped.
+
+        Raises:
+            ValueError: it has another shape, or is not finite.
+        """
+        action = np.asarray(action, dtype=dtype)
+        if action.shape != (self.per_action_dim,):
+            raise ValueError(f"{self.task}: action has shape {action.shape}, must be ({self.per_action_dim},)")
+        if not np.isfinite(action).all():
+            raise ValueError(f"{self.task}: action {action.tolist()} is not finite")
+        return action
 
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action for the current state, already clipped to ``action_space``.
@@ -78,3 +92,17 @@ class RobotEnv(gymnasium.Env):
             str, int, float, bool or None by name.
         """
         raise NotImplementedError
+
+
+def observation_space(cameras: Iterable[str], image_size: int, state_dim: int) -> gymnasium.spaces.Dict:
+    """Of observations with square images of these cameras and a state without bounds."""
+    image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+    state = gymnasium.spaces.Box(-np.inf, np.inf, (state_dim,), np.float32)
+    return gymnasium.spaces.Dict({**dict.fromkeys(cameras, image), "state": state})
+
+
+def images_on_request(options: dict[str, Any] | None) -> bool:
+    """The one option of `reset`; a ValueError where another one was given."""
+    if unknown := (options or {}).keys() - {"images_on_request"}:
+        raise ValueError(f"unknown reset options {sorted(unknown)}; images_on_request is the only one")
+    return bool((options or {}).get("images_on_request", False))

@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from envs.base import RobotEnv
+from envs.base import RobotEnv, images_on_request, observation_space
 from envs.cameras import chosen_cameras, image_options
 from envs.libero_expert import PickAndPlace, Shapes
 from envs.libero_tasks import STEP_LIMITS, TASKS, instructions_of, suite_of
@@ -129,11 +129,7 @@ class LiberoEnv(RobotEnv):
         self._n_steps = 0
         self._images_on_request = False
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
-        image_space = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        state_space = gymnasium.spaces.Box(-np.inf, np.inf, (STATE_DIM,), np.float32)
-        self.observation_space = gymnasium.spaces.Dict(
-            {**{key: image_space for key in self._camera_of}, "state": state_space}
-        )
+        self.observation_space = observation_space(self._camera_of, image_size, STATE_DIM)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -148,10 +144,7 @@ class LiberoEnv(RobotEnv):
             ValueError: another option.
             RuntimeError: no scene was found in which everything has a place.
         """
-        options = options or {}
-        if unknown := options.keys() - {"images_on_request"}:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; images_on_request is the only one")
-        self._images_on_request = bool(options.get("images_on_request", False))
+        self._images_on_request = images_on_request(options)
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**31))
@@ -181,11 +174,7 @@ class LiberoEnv(RobotEnv):
             ValueError: the action has another shape or is not finite.
             RuntimeError: `reset` has not been called.
         """
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (ACTION_DIM,):
-            raise ValueError(f"{self.task}: action has shape {action.shape}, must be ({ACTION_DIM},)")
-        if not np.isfinite(action).all():
-            raise ValueError(f"{self.task}: action {action.tolist()} is not finite")
+        action = self.checked_action(action, np.float64)
         if self._raw is None:
             raise RuntimeError(f"{self.task}: step before reset; call reset(seed=...) first")
         self._raw, *_ = self._env.step(np.clip(action, -1.0, 1.0))
