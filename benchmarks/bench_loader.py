@@ -46,6 +46,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from benchmarks import video_loading
+from benchmarks.decoding_limit import rate_of_processes
 from benchmarks.synthetic import EPISODE_STEPS, jpeg_frames, write_dataset
 from data.loader import VLADataset, make_loader
 from data.processing import PromptTokenizer, VLAImageProcessor
@@ -106,16 +107,7 @@ def decode_worker(frames: list[bytes], barrier: Any, results: Any, count: int) -
 def decode_rate(path: pathlib.Path, count: int) -> float:
     """Frames/s of WORKERS processes that only decode the file's own frames, every one of them in memory."""
     frames = pq.read_table(path, columns=["image_1"])["image_1"].to_pylist()
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(WORKERS), context.SimpleQueue()
-    arguments = (frames, barrier, results, count // WORKERS)
-    workers = [context.Process(target=decode_worker, args=arguments) for _ in range(WORKERS)]
-    for worker in workers:
-        worker.start()
-    spans = [results.get() for _ in workers]
-    for worker in workers:
-        worker.join()
-    return count // WORKERS * WORKERS / (max(end for _, end in spans) - min(start for start, _ in spans))
+    return rate_of_processes(decode_worker, frames, count, WORKERS)
 
 
 def loader_rate(loader: Iterable[dict[str, Any]], batches: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.decoding_limit import rate_of_processes
 from benchmarks.synthetic import EPISODE_STEPS, write_dataset
 from data.convert.lerobot_export import Layout, export_lerobot
 from data.convert.video import VideoEncoding
@@ -89,16 +89,7 @@ def decode_worker(dataset: VLADataset, barrier: Any, results: Any, count: int) -
 
 def decode_rate(dataset: VLADataset, count: int) -> float:
     """Frames/s of WORKERS processes that only decode the cache's own packets."""
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(WORKERS), context.SimpleQueue()
-    arguments = (dataset, barrier, results, count // WORKERS)
-    workers = [context.Process(target=decode_worker, args=arguments) for _ in range(WORKERS)]
-    for worker in workers:
-        worker.start()
-    spans = [results.get() for _ in workers]
-    for worker in workers:
-        worker.join()
-    return count // WORKERS * WORKERS / (max(end for _, end in spans) - min(start for start, _ in spans))
+    return rate_of_processes(decode_worker, dataset, count, WORKERS)
 
 
 def loader_rate(dataset: VLADataset, batches: int, seed: int) -> float:
