@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inference.evaluate import Predictions
+from inference.policy_files import write_json
 from utils.figure_text import axis_label, drawable, save_figure
 from utils.metrics import METRICS
 from utils.misc import atomic_path
@@ -22,12 +23,6 @@ from utils.text_table import text_table
 from utils.trajectory_plot import draw_trajectory
 
 logger = logging.getLogger(__name__)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON, whole or not at all; NaN is refused."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def keep_earlier(paths: Sequence[Path], report: dict[str, Any], keys: Iterable[str]) -> None:

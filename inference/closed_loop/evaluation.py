@@ -25,9 +25,8 @@ from inference.closed_loop.record import RolloutRecord
 from inference.closed_loop.rollout import ModelPolicy, summarize_tasks
 from inference.closed_loop.simulator import Job, MakeEnv
 from inference.closed_loop.video import VIDEO_FPS, write_grid
-from inference.policy_files import policy_stamp
+from inference.policy_files import policy_stamp, write_json
 from inference.predictor import VLAPredictor
-from inference.report import write_json
 from utils.text import file_stem
 
 logger = logging.getLogger(__name__)
