@@ -100,7 +100,19 @@ def rollout_table(result: dict[str, Any]) -> str:
     if len(tiers) > 1:
         means = [f"{100 * result['summary'][key]:.1f} %" for key in ("mean_success_rate", "tier_mean_success_rate")]
         text += f"\nmean over tasks {means[0]}, over tiers {means[1]}"
-    return text
+    return f"{text}\n{alarms(result)}" if "alarm" in result["settings"] else text
+
+
+def alarms(result: dict[str, Any]) -> str:
+    """The alarms of a closed-loop evaluation in a sentence."""
+    counts = {True: [0, 0], False: [0, 0]}  # success -> alarms, episodes
+    for task in result["tasks"].values():
+        for success, step in zip(task["success"], task["alarm_step"], strict=True):
+            counts[success][0] += step is not None
+            counts[success][1] += 1
+    (right, failures), (false, successes) = counts[False], counts[True]
+    rate = 100 * result["settings"]["alarm"]["false_alarm_rate"]
+    return f"alarm in {right} of {failures} failures and {false} of {successes} successes (calibrated to {rate:g} %)"
 
 
 def action_table(action_TA: np.ndarray) -> str:
