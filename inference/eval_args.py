@@ -24,7 +24,13 @@ MODES = {  # the flag that chooses a mode -> the heading of its flags
 }
 NEGATIVE = re.compile(r"-[.\d]")  # no flag begins so
 SEPARATORS = str.maketrans(",;[]()", "      ")  # of numbers, as Python, NumPy and JSON print them
-SETTINGS = ("num_inference_steps", "compile", "quantization", "expert_quantization")  # of `inference`, for every mode,
+SETTINGS = (
+    "num_inference_steps",
+    "best_of",
+    "compile",
+    "quantization",
+    "expert_quantization",
+)  # of `inference`, for every mode,
 LOOP_SETTINGS = ("n_action_steps", "execution", "latency_steps")  # and for the closed loop
 
 
@@ -118,8 +124,11 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
         parser.error("--checkpoint_path is missing; give a *.pth.tar file (only --control runs without a policy)")
     if len(set(args.eval_data_path or [])) < len(args.eval_data_path or []):
         parser.error("--eval_data_path names a path twice; every sample would count twice")
+    if args.num_maps is not None and not args.sensitivity:
+        parser.error("--num_maps draws the maps of --sensitivity; give that as well")
     if args.mode == "image1_paths" and args.prompt is None:
         parser.error("--prompt is missing; a policy needs an instruction")
+    args.blind = True if args.blind == [] else args.blind
     if args.mode == "env":
         _check_closed_loop(args, parser)
     args.state = _numbers(args.state_vector)
@@ -161,6 +170,10 @@ def _add_flags(flags: _EvalParser) -> None:
     help_text = "draws per observation, for spread and best-of-k; default 1: neither"
     add("num_samples", data, least=1, default=1, help=help_text)
     add("num_plots", data, least=0, default=3, help="episodes per dataset to plot; default 3")
+    help_text = "how far actions move when cameras, state or instruction change, over N observations (default 256)"
+    add("sensitivity", data, least=1, nargs="?", const=256, metavar="N", help=help_text)
+    help_text = "frames of which --sensitivity draws occlusion maps, default 3"
+    add("num_maps", data, least=0, help=help_text)
 
     single = "image1_paths"
     add("image1_paths", single, nargs="+", metavar="IMAGE", help="frames of camera 1, oldest first")
@@ -178,8 +191,8 @@ def _add_flags(flags: _EvalParser) -> None:
     add("num_envs", loop, least=1, default=1, help=help_text)
     add("restart", loop, default=False, **switch, help="discard the episodes that --output_dir holds")
     add("episodes", loop, least=1, default=20, help="per task; default 20")
-    help_text = "feed grey images: what the policy does without looking"
-    add("blind", loop, policy=True, default=False, **switch, help=help_text)
+    help_text = "feed grey images of all cameras, or of these, and the mean state: what does the policy do without?"
+    add("blind", loop, policy=True, default=False, nargs="*", metavar="CAMERA|state", help=help_text)
     help_text = "no policy: replay a demonstration, or the expert"
     add("control", loop, choices=("replay", "expert"), help=help_text)
     add("demos_path", loop, nargs="+", metavar="P", help="training demonstrations for --control replay")
