@@ -24,7 +24,13 @@ MODES = {  # the flag that chooses a mode -> the heading of its flags
 }
 NEGATIVE = re.compile(r"-[.\d]")  # no flag begins so
 SEPARATORS = str.maketrans(",;[]()", "      ")  # of numbers, as Python, NumPy and JSON print them
-SETTINGS = ("num_inference_steps", "compile", "quantization", "expert_quantization")  # of `inference`, for every mode,
+SETTINGS = (
+    "num_inference_steps",
+    "best_of",
+    "compile",
+    "quantization",
+    "expert_quantization",
+)  # of `inference`, for every mode,
 LOOP_SETTINGS = ("n_action_steps", "execution", "latency_steps")  # and for the closed loop
 
 
@@ -122,6 +128,7 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
         parser.error("--prompt is missing; a policy needs an instruction")
     if args.html and args.mode == "image1_paths":
         parser.error("--html shows an evaluation; a single observation has none")
+    args.blind = True if args.blind == [] else args.blind
     if args.mode == "env":
         _check_closed_loop(args, parser)
     args.state = _numbers(args.state_vector)
@@ -181,8 +188,8 @@ def _add_flags(flags: _EvalParser) -> None:
     add("num_envs", loop, least=1, default=1, help=help_text)
     add("restart", loop, default=False, **switch, help="discard the episodes that --output_dir holds")
     add("episodes", loop, least=1, default=20, help="per task; default 20")
-    help_text = "feed grey images: what the policy does without looking"
-    add("blind", loop, policy=True, default=False, **switch, help=help_text)
+    help_text = "feed grey images of all cameras, or of these, and the mean state: what does the policy do without?"
+    add("blind", loop, policy=True, default=False, nargs="*", metavar="CAMERA|state", help=help_text)
     help_text = "no policy: replay a demonstration, or the expert"
     add("control", loop, choices=("replay", "expert"), help=help_text)
     add("demos_path", loop, nargs="+", metavar="P", help="training demonstrations for --control replay")

@@ -105,7 +105,7 @@ def offline_page(
         ("integration steps", settings["num_inference_steps"]),
         ("draws per observation", settings["num_samples"]),
         ("time per sample", f"{1000 * result['seconds_per_sample']:.1f} ms"),
-        ("policy", result["checkpoint"]),
+        ("policy", Path(result["checkpoint"]).name),
     ]
     longest = max((episode.steps for episode in shown), default=0)
     total = sum(len(np.unique(part.episode_N)) for part in predictions.values())

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.convert.columns import Place, encoded_images
 from data.convert.conversion import (
     UNITS,
     ConversionSummary,
@@ -27,6 +26,7 @@ from data.convert.conversion import (
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
 from data.convert.foreign_sources import reading
+from data.convert.frames import encoded_images
 from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset
 from data.convert.lerobot_rows import (
     LeRobotOptions,
@@ -39,6 +39,7 @@ from data.convert.lerobot_rows import (
 )
 from data.convert.mapping import Camera
 from data.convert.modality import MODALITY
+from data.convert.values import Place
 from data.convert.video import VideoReader
 from data.schema import STATE
 from utils.parquet_utils import DataError

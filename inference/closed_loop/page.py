@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.page import sensitivity_sections
+from inference.report import alarms
 from utils.page.content import (
     Chart,
     Charts,
@@ -53,7 +54,7 @@ class Evaluation:
     def name(self) -> str:
         """What ran: the policy, or the control."""
         settings = self.result["settings"]
-        name = CONTROLS.get(settings["control"], f"the policy without {settings['control'].removeprefix('blind ')}")
+        name = CONTROLS.get(settings["control"]) or f"the policy without {settings['control'].removeprefix('blind ')}"
         prompts = settings["prompts"]
         if prompts == "own":
             return name
@@ -112,7 +113,7 @@ def rollout_page(main: Evaluation, beside: Sequence[Evaluation] = (), episodes: 
         ("simulator", settings["env"]),
         ("execution", f"{settings['execution']['strategy']}, {settings['execution']['n_action_steps']} steps a plan"),
         ("time per plan", f"{1000 * sum(plans) / len(plans):.1f} ms"),
-        ("policy", settings["checkpoint"] or "none"),
+        ("policy", Path(settings["checkpoint"] or "none").name),
     ]
     return Page("evaluation", main.name[:1].upper() + main.name[1:], verdict, tone, facts, sections, missing)
 
@@ -150,6 +151,8 @@ def rollout_verdict(main: Evaluation, beside: Sequence[Evaluation] = ()) -> tupl
     name = main.name[:1].upper() + main.name[1:]
     text = f"{name} succeeds in {summary['successes']} of {summary['episodes']} episodes "
     text += f"({rate:.0f} %, 95 % interval {low:.0f} to {high:.0f} %)."
+    if "alarm" in main.result["settings"]:
+        text += f" {alarms(main.result).capitalize()}."
     controls = [one for one in beside if not one.is_main]
     if not controls or not main.is_main:
         return text, "plain"
@@ -169,7 +172,7 @@ def _rate(task: str, one: Evaluation) -> Rate:
 def _outcome(task: dict[str, Any], i: int) -> str:
     outcome = "success" if task["success"][i] else "failure"
     alarm = (task.get("alarm_step") or [None] * len(task["seeds"]))[i]
-    return f"seed {task['seeds'][i]}: {outcome}, {task['steps'][i]} steps" + (f", alarm at {alarm}" if alarm else "")
+    return f"seed {task['seeds'][i]}: {outcome}, {task['steps'][i]} steps" + (f", alarm at {alarm}" if alarm is not None else "")
 
 
 def _uncertainty(main: Evaluation) -> Section | None:

@@ -107,10 +107,10 @@ class Hdf5Reader(Reader):
     def blocks(self, episode: Episode, keys: Sequence[str]) -> Iterator[Block]:
         path = episode.files[0]
         with open_hdf5(path) as file, reading(path):
-            group = get_item(file, episode.place, h5py.Group, path)
+            get_item(file, episode.place, h5py.Group, path)
             arrays, single = {}, {}
             for key in keys:
-                array = get_item(file, f"{group.name.rstrip('/')}/{key}", h5py.Dataset, path)
+                array = get_item(file, f"{episode.place.rstrip('/')}/{key}", h5py.Dataset, path)
                 require_written(array, path)
                 if _is_single(array):
                     single[key] = _decoded(np.atleast_1d(array[()]))[0]
