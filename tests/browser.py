@@ -76,6 +76,18 @@ def opened(running: Any, path: Path, width: int = 1280, *, dark: bool = False) -
     return result
 
 
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A running chromium; of a module alone, since playwright keeps an event loop running meanwhile."""
+    with browser() as running:
+        yield running
+
+
+def quiet(view: Opened, path: Path) -> None:
+    """Nothing went wrong in a page, and it asked for nothing but itself."""
+    assert view.console == [] and view.requests == [path.absolute().as_uri()]
+
+
 def overflow(page: Any) -> int:
     """Pixels by which a page is wider than its window."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")

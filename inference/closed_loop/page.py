@@ -172,7 +172,9 @@ def _rate(task: str, one: Evaluation) -> Rate:
 def _outcome(task: dict[str, Any], i: int) -> str:
     outcome = "success" if task["success"][i] else "failure"
     alarm = (task.get("alarm_step") or [None] * len(task["seeds"]))[i]
-    return f"seed {task['seeds'][i]}: {outcome}, {task['steps'][i]} steps" + (f", alarm at {alarm}" if alarm is not None else "")
+    return f"seed {task['seeds'][i]}: {outcome}, {task['steps'][i]} steps" + (
+        f", alarm at {alarm}" if alarm is not None else ""
+    )
 
 
 def _uncertainty(main: Evaluation) -> Section | None:

@@ -258,7 +258,16 @@ class Text:
     text: str
 
 
-Block = Viewer | Findings | Table | Ranges | Charts | Rates | Outcomes | Videos | Pictures | Text
+@dataclass(frozen=True)
+class Code:
+    """A text with its line breaks, folded away under its title."""
+
+    kind: ClassVar[str] = "code"
+    text: str
+    title: str
+
+
+Block = Viewer | Findings | Table | Ranges | Charts | Rates | Outcomes | Videos | Pictures | Text | Code
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,7 @@ def left_out(shown: int, episodes: int, frames: int, longest: int, widest: int, 
     """
     result = []
     if shown < episodes:
-        result.append(
-            f"The viewer has {shown} of {episodes} episodes: those with findings first, the others evenly chosen."
-        )
+        result.append(f"The viewer has {shown} of {episodes} episodes: {choice}.")
     if frames < longest:
         result.append(f"It has about {frames} frames of each episode and camera, evenly chosen, and made smaller.")
     else:
