@@ -124,6 +124,8 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
         parser.error("--checkpoint_path is missing; give a *.pth.tar file (only --control runs without a policy)")
     if len(set(args.eval_data_path or [])) < len(args.eval_data_path or []):
         parser.error("--eval_data_path names a path twice; every sample would count twice")
+    if args.num_maps is not None and not args.sensitivity:
+        parser.error("--num_maps draws the maps of --sensitivity; give that as well")
     if args.mode == "image1_paths" and args.prompt is None:
         parser.error("--prompt is missing; a policy needs an instruction")
     if args.html and args.mode == "image1_paths":
@@ -171,6 +173,10 @@ def _add_flags(flags: _EvalParser) -> None:
     help_text = "draws per observation, for spread and best-of-k; default 1: neither"
     add("num_samples", data, least=1, default=1, help=help_text)
     add("num_plots", data, least=0, default=3, help="episodes per dataset to plot; default 3")
+    help_text = "how far actions move when cameras, state or instruction change, over N observations (default 256)"
+    add("sensitivity", data, least=1, nargs="?", const=256, metavar="N", help=help_text)
+    help_text = "frames of which --sensitivity draws occlusion maps, default 3"
+    add("num_maps", data, least=0, help=help_text)
 
     single = "image1_paths"
     add("image1_paths", single, nargs="+", metavar="IMAGE", help="frames of camera 1, oldest first")

@@ -12,6 +12,7 @@ from torch import Tensor
 from data.processing import Frame, ObservationError
 from utils.statistics import state_labels
 
+GREY = 128  # of a blank image: the middle of the range, near zero after the backbone's normalization
 STATE_MARGIN = 0.25  # a state may leave the training range by this share of it before the policy warns
 
 

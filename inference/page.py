@@ -94,7 +94,7 @@ def offline_page(
         Section("Errors", [_metrics(result["predictors"]), *_where(policy, result["predictors"], names)]),
         Section("Episodes and predictions", [Viewer(shown)], intro),
         *_fits(recorded, predictor),
-        *sensitivity_sections(folder),
+        *sensitivity_sections(folder, result["checkpoint_stamp"]),
     ]
     settings = result["settings"]
     facts = [
@@ -114,12 +114,17 @@ def offline_page(
     return Page("evaluation", title, verdict(dict(result)), "good" if better else "warning", facts, sections, missing)
 
 
-def sensitivity_sections(folder: Path) -> list[Section]:
-    """What `--sensitivity` left in an evaluation's folder: how far changed inputs move the actions, and maps of it."""
+def sensitivity_sections(folder: Path, checkpoint_stamp: object) -> list[Section]:
+    """What `--sensitivity` left in an evaluation's folder: how far changed inputs move the actions, and maps of it.
+
+    Nothing where there is none, or it is of another policy than that of `checkpoint_stamp`.
+    """
     path = folder / "sensitivity.json"
     if not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("checkpoint_stamp") != json.loads(json.dumps(checkpoint_stamp)):
+        return []
     header = ("what was changed", "input", "in spreads of the policy", "in variation of the demonstrations")
     rows = [[row["change"], row["group"], row["in_spread"], row["in_variation"]] for row in found["rows"]]
     blocks: list[Block] = [Table(header, rows, f"How far the actions move, over {found['samples']} observations")]

@@ -115,6 +115,19 @@ def alarms(result: dict[str, Any]) -> str:
     return f"alarm in {right} of {failures} failures and {false} of {successes} successes (calibrated to {rate:g} %)"
 
 
+def sensitivity_table(result: dict[str, Any]) -> str:
+    """The result of `measure_sensitivity` as a table: a line a change, in both units, and per horizon step."""
+    horizon = len(result["rows"][0]["per_step_in_spread"])
+    steps = sorted({0, horizon // 2, horizon - 1})
+    unit = "spread" if result["spread"] is not None else "variation"
+    rows = []
+    for row in result["rows"]:
+        found = [row["in_spread"], row["in_variation"], *(row[f"per_step_in_{unit}"][step] for step in steps)]
+        rows.append([row["change"], *("-" if value is None else f"{value:.2f}" for value in found)])
+    header = [f"{result['samples']} observations", "in spreads", "in variations", *(f"step {step}" for step in steps)]
+    return text_table(header, rows) + f"\n(the steps in {unit}s)"
+
+
 def action_table(action_TA: np.ndarray) -> str:
     """One line per step of an action chunk (T, A)."""
     header = ["step", *(f"action_{a}" for a in range(action_TA.shape[1]))]

@@ -19,13 +19,12 @@ from inference.closed_loop.episode import Episode, EpisodeRequest, EpisodeResult
 from inference.closed_loop.execution import ExecutionSettings
 from inference.closed_loop.policies import Policy, local_planner
 from inference.metrics import wilson_interval
+from inference.observations import GREY
 from inference.predictor import VLAPredictor
 from inference.settings import changed_settings
 from model.action_head.guidance import joined
 from model.context import ActionPrefix
 from utils.misc import derive_seed
-
-GREY = 128  # of a blank image: the middle of the range, near zero after the backbone's normalization
 
 
 def execution_settings(predictor: VLAPredictor, **changes: Any) -> ExecutionSettings:
