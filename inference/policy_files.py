@@ -17,6 +17,7 @@ The exported folder, written by `inference.serving.export`; its files are checke
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:
     if path is None or not path.is_file():
         return None
     return [path.stat().st_size, path.stat().st_mtime]
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """A short text that tells a policy's weights from others': a digest of the names, shapes and first values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_export(name_or_path: str | Path) -> dict[str, Any]:

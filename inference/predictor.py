@@ -30,7 +30,7 @@ from data.processing import (
 from inference.engine import Engine
 from inference.monitor import Monitor
 from inference.observations import State, as_list, checked_seeds, checked_state, outside_training
-from inference.policy_files import read_policy
+from inference.policy_files import fingerprint, read_policy
 from inference.settings import changed_settings
 from model.context import ActionPrefix
 from model.vla_model import VLAModel
@@ -55,6 +55,7 @@ class VLAPredictor:
         state_widths: values of each column that the state is joined from, in order.
         num_inference_steps, n_action_steps, compile, quantization: those of `settings`.
         weight_dtype: that its matrices are stored in.
+        fingerprint: tells its weights from others'; "" where the model did not come from a file.
         training_data: what its training data look like, for `Monitor`; None where its checkpoint does not say.
     """
 
@@ -106,6 +107,7 @@ class VLAPredictor:
             ),
         )
         self.model, self.weight_dtype = self.engine.model, self.engine.weight_dtype
+        self.fingerprint = ""
         self.training_data: Profile | None = None
         self._monitor: Monitor | None = None
         self._warned: set[str] = set()
@@ -187,7 +189,9 @@ class VLAPredictor:
     ) -> VLAPredictor:
         config = config_from_dict(checkpoint["config"], source=source)
         model, processors = VLAModel.from_checkpoint(checkpoint), processors_from_checkpoint(checkpoint)
+        weights = fingerprint(model.state_dict())  # before they are quantized
         predictor = cls(model, config, *processors, device=device, dataset=dataset, use_amp=use_amp, **inference)
+        predictor.fingerprint = weights
         profiles = checkpoint.get("training_data") or []
         if len(profiles) > predictor.dataset_index and is_profile(profiles[predictor.dataset_index]):
             predictor.training_data = profiles[predictor.dataset_index]

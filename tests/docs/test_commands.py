@@ -41,6 +41,7 @@ SMALLER = (
     (r"(benchmarks/latency\.py)", r"\1 --quick --variants synchronous"),
     (r"(benchmarks/bench_inference\.py)", r"\1 --device cpu --quick --rounds 3 --ways naive cached"),
     (r"(diagnose_ddp\.py)", r"\1 --nproc 2 --size_mb 1"),
+    (r"--record_max_mb 20000", "--record_max_mb 20"),
     (r"--nproc_per_node=8", "--nproc_per_node=2"),
     (r"(run_ddp_training\.sh)", r"\1 --nproc 2"),
     (r"(test_vla_offline\.py .*)", r"\1 || [ $? = 1 ]"),  # a policy of three steps fails its checks, as it should
