@@ -84,6 +84,7 @@ RUN = {
     r"python scripts/compare_heads\.py": r"wrote \S+compare_heads\.md",
     r"python benchmarks/latency\.py": r"kept of the success without delay",
     r"python benchmarks/bench_inference\.py": r"cached_speedup \d",
+    r"python scripts/replay\.py": r"mean distance",
     r"python scripts/serve_policy\.py": r"serving on \S+ port \d+",
     r"python scripts/client_example\.py": r"8 actions in [\d.]+ ms\n(([+-]\d\.\d{3} ?)+\n){4}",
     r"python scripts/export_policy\.py": r"wrote \S+",
