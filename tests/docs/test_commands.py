@@ -266,7 +266,7 @@ def test_a_page_from_top_to_bottom(name, terminal):
             continue
         for larger, smaller in SMALLER:
             command = re.sub(larger, smaller, command)
-        command = command.replace("--port 8000", f"--port {port}")
+        command = command.replace("--port 8000", f"--port {port}").replace(":8000", f":{port}")
         said = terminal.serve(command, port) if "serve_policy.py" in command else terminal.run(command)
         assert re.search(RUN[pattern], said), f"{command}\ndid not print {RUN[pattern]}:\n{said}"
 
