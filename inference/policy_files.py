@@ -151,6 +151,16 @@ def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:
     return [path.stat().st_size, path.stat().st_mtime]
 
 
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """A short text that tells a policy's weights from others': a digest of the names, shapes and first values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_export(name_or_path: str | Path) -> dict[str, Any]:
     """The checkpoint dict of an exported folder, for `VLAModel.from_checkpoint`.
 

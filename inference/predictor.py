@@ -32,7 +32,7 @@ from inference.alarm import Alarm, Calibration
 from inference.engine import Engine
 from inference.monitor import Monitor
 from inference.observations import State, checked_seeds, checked_state, frames_by_camera, outside_training
-from inference.policy_files import read_policy
+from inference.policy_files import fingerprint, read_policy
 from inference.settings import changed_settings, choose_dataset
 from inference.uncertainty import Measured, alarm_settings, best_of_draws, check_best_of, draw_seeds, matching
 from model.context import ActionPrefix
@@ -58,6 +58,7 @@ class VLAPredictor:
         state_widths: values of each column that the state is joined from, in order.
         num_inference_steps, n_action_steps, compile, quantization: those of `settings`.
         weight_dtype: that its matrices are stored in.
+        fingerprint: tells its weights from others'; "" where the model did not come from a file.
         training_data: what its training data look like, for `Monitor`; None where its checkpoint does not say.
         uncertainty: of the last `predict`, NaN where there is no such number; see `inference.uncertainty`.
         alarm: whether it stands after the last `predict` (`alarm.on`): that the policy will fail. None where nobody
@@ -116,6 +117,7 @@ class VLAPredictor:
         self.uncertainty = math.nan
         self.calibrations: list[Calibration] = []
         self.alarm, self.no_alarm = self.new_alarm()
+        self.fingerprint = ""
         self.training_data: Profile | None = None
         self._monitor: Monitor | None = None
         self._warned: set[str] = set()
@@ -197,9 +199,11 @@ class VLAPredictor:
     ) -> VLAPredictor:
         config = config_from_dict(checkpoint["config"], source=source)
         model, processors = VLAModel.from_checkpoint(checkpoint), processors_from_checkpoint(checkpoint)
+        weights = fingerprint(model.state_dict())  # before they are quantized
         predictor = cls(model, config, *processors, device=device, dataset=dataset, use_amp=use_amp, **inference)
         predictor.calibrations = checkpoint.get("alarm") or []
         predictor.alarm, predictor.no_alarm = predictor.new_alarm()
+        predictor.fingerprint = weights
         profiles = checkpoint.get("training_data") or []
         if len(profiles) > predictor.dataset_index and is_profile(profiles[predictor.dataset_index]):
             predictor.training_data = profiles[predictor.dataset_index]
