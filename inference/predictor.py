@@ -31,7 +31,14 @@ from data.processing import (
 from inference.alarm import Alarm, Calibration
 from inference.engine import Engine
 from inference.monitor import Monitor
-from inference.observations import State, checked_seeds, checked_state, frames_by_camera, outside_training
+from inference.observations import (
+    State,
+    checked_noise,
+    checked_seeds,
+    checked_state,
+    frames_by_camera,
+    outside_training,
+)
 from inference.policy_files import fingerprint, read_policy
 from inference.settings import changed_settings, choose_dataset
 from inference.uncertainty import Measured, alarm_settings, best_of_draws, check_best_of, draw_seeds, matching
@@ -267,7 +274,7 @@ class VLAPredictor:
         if noise is not None and self.settings.best_of > 1:
             raise ValueError("noise is that of one draw, and best_of takes several; give a seed instead, or best_of=1")
         if noise is not None:
-            batch["noise"] = self._checked_noise(noise, seed)[None, None]
+            batch["noise"] = checked_noise(noise, seed, self.model.draw_noise([[0]], self.num_inference_steps))
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         actions, uncertainty = self.predict_measured(batch, [[seed]], num_inference_steps, prefix)
         self.uncertainty = float(uncertainty[0, 0])
@@ -412,17 +419,6 @@ class VLAPredictor:
         if warnings is None:
             self._log_once(told)
         return sample
-
-    def _checked_noise(self, noise: np.ndarray, seed: int | None) -> torch.Tensor:
-        if seed is not None:
-            raise ValueError("seed and noise both say where sampling starts; give one of them")
-        drawn = self.model.draw_noise([[0]], self.num_inference_steps)
-        if drawn is None:
-            raise ValueError("noise was given, but this policy's head samples nothing")
-        values = torch.as_tensor(np.asarray(noise), dtype=torch.float32)
-        if values.shape != drawn.shape[2:]:
-            raise ValueError(f"noise has shape {tuple(values.shape)}; this policy takes {tuple(drawn.shape[2:])}")
-        return values
 
     def mean_action(self, state_NS: np.ndarray) -> np.ndarray:
         """The training data's mean action for each state, float32 (N, A), physical units.
