@@ -190,6 +190,7 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"pip install -r requirements-(aloha|libero|gym)\.txt$": ("the same", only_exact_versions),
     r"python .*--env libero": ("loads 1.7 GB of packages; tests/envs/test_libero_env.py", has_flags),
     r"python .*--env gym": ("needs a policy of that environment; tests/envs/test_gym_env.py", has_flags),
+    r"python scripts/calibrate_alarm\.py": ("takes dozens of episodes; tests/inference/test_alarm.py", has_flags),
     r"python benchmarks/(libero_goal|aloha_transfer)\.py": ("takes minutes even at its smallest", has_flags),
     r"pip install \./clients/python$": ("needs the network, for its build", is_a_package),
     r"hf auth login$": ("needs an account", takes),
