@@ -214,7 +214,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _entry(name: str, text: str) -> Any:
     """The value of `name=text` on a command line, as YAML would have it."""
-    if name == "prompt" or text.startswith((_PATTERN, _ATTRIBUTE)):
+    if name == "prompt" or text.startswith(_PATTERN):
         return text
     if not (name in ("state", "action", "keep", *LABELS) or _names_camera(name)):
         return _plain(name, text)
@@ -355,9 +355,11 @@ def _where(name: str, value: Any) -> Where:
 
 
 def _outcome(value: Any) -> Outcome:
-    if isinstance(value, bool) or value in TERMINAL:
-        return Outcome(value if isinstance(value, str) else TERMINAL[not value], Where(""))
+    if isinstance(value, bool):
+        return Outcome(TERMINAL[not value], Where(""))
     where = _where(SUCCESS, value)
+    if where.key in TERMINAL:
+        return Outcome(where.key, Where(""))
     if where.key.startswith(_PATTERN):
         where = dataclasses.replace(where, key=where.key.removeprefix(_PATTERN))
         _expression(SUCCESS, where.key)
