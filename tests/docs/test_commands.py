@@ -79,6 +79,7 @@ RUN = {
     r"python main_eval\.py .*--eval_data_path": r"wrote \S+metrics\.json",
     r"python main_eval\.py .*--image1_paths": r"(-?\d+\.\d+\s+){3}",
     r"python main_eval\.py .*--env (metaworld|dot|aloha)": r"wrote \S+rollouts\.json",
+    r"python scripts/report_run\.py": r"wrote \S+\.html",
     r"python scripts/film_strip\.py": r"wrote strip\.png",
     r"python test_vla_offline\.py": r"(PASSED|FAILED)\nwrote report\.json",
     r"python scripts/compare_heads\.py": r"wrote \S+compare_heads\.md",
