@@ -188,7 +188,8 @@ def main() -> None:
                 for kind in ("pi0", "pi05"):
                     for one in compare(sides, kind, turns, compiled):
                         rows.append(one)
-                        print(f"{kind}, {one['what']}: {one['ratio']:.2f}", file=sys.stderr, flush=True)
+                        figures = f"{one['here']:.3f} here, {one['lerobot']:.3f} {one['unit']} there"
+                        print(f"{kind}, {one['what']}: {one['ratio']:.2f} ({figures})", file=sys.stderr, flush=True)
         finally:
             for side in sides:
                 side.close()

@@ -34,7 +34,7 @@ from utils.misc import set_up_logging
 
 logger = logging.getLogger(__name__)
 PROTOCOLS = {"openpi": PolicyServer, "vla-eval": HarnessServer}
-SETTINGS = ("num_inference_steps", "compile", "quantization", "expert_quantization")  # of `inference`
+SETTINGS = ("num_inference_steps", "best_of", "compile", "quantization", "expert_quantization")  # of `inference`
 
 
 def port_number(text: str) -> int:

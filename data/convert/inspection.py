@@ -18,6 +18,7 @@ from data.convert.episode_writer import ImageEncoding
 from data.convert.readers import FORMATS
 from data.convert.readers.base import Key, Reader
 from data.decoding import decode_frame
+from data.schema import INTERVENTION, SUCCESS
 from utils.misc import writing
 from utils.text import printable
 
@@ -26,6 +27,8 @@ STRIP_HEIGHT = 160  # pixels of a frame in the strip
 HELD_FRAMES = 64  # of one camera while the middle is not known yet
 _STATE = re.compile(r"state|qpos|proprio|eef|ee_|joint|gripper|position", re.IGNORECASE)
 _ACTION = re.compile(r"(^|[/.#_])actions?($|[/.\[_#])", re.IGNORECASE)
+_SUCCESS = re.compile(r"(^|[/._])(is_)?success$", re.IGNORECASE)
+_INTERVENTION = re.compile(r"(^|[/._])(is_)?interventions?$", re.IGNORECASE)
 _PROMPT = re.compile(r"instruction|language|task|prompt", re.IGNORECASE)
 
 
@@ -136,6 +139,10 @@ def _guess(keys: dict[str, Key], attributes: dict[str, Any], reader: Reader) -> 
     guess |= {"state": states or unknown, "action": actions[:1] or unknown, "prompt": prompt}
     ends = [name for name in keys if re.search(r"is_terminal|(^|[/.])dones?$|terminations", name)]
     guess |= {"terminal": ends[0] if ends else "never"}
+    outcomes = [name for name in [*keys, *(f"@{name}" for name in attributes)] if _SUCCESS.search(name.lstrip("@"))]
+    corrected = [name for name in keys if _INTERVENTION.search(name)]
+    guess |= {SUCCESS: outcomes[0]} if outcomes else {}
+    guess |= {INTERVENTION: corrected[0]} if corrected else {}
     return guess if reader.fps() else {**guess, "fps": unknown}
 
 
