@@ -14,9 +14,11 @@ training data look like: mistakes show in what is recorded, and mislead nobody.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import sys
 import tempfile
 from collections import deque
@@ -254,7 +256,11 @@ def record_session(
     folder: Path,
 ) -> Path:
     """Episodes of consecutive seeds until a session has that many steps; returns their folder."""
-    recorder, taken = RolloutRecorder(folder), 0
+    if folder.is_dir():
+        return folder
+    partial, taken = folder.with_name(f".{folder.name}"), 0
+    shutil.rmtree(partial, ignore_errors=True)
+    recorder = RolloutRecorder(partial)
     recorder.check({"planted": folder.name}, [])
     env = Robot(make_env(simulator, task, **options), mistake)
     try:
@@ -267,7 +273,7 @@ def record_session(
             taken, seed = taken + result.steps, seed + 1
     finally:
         env.close()
-    return folder
+    return partial.rename(folder)
 
 
 def named_in(folder: Path, checkpoint: dict[str, Any]) -> list[Mismatch]:
@@ -286,6 +292,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of a session, at least")
     parser.add_argument("--seed", type=int, default=20000, help="of the first session")
     parser.add_argument("--clean", type=int, default=20, help="sessions without a mistake")
+    help_text = "keep the sessions here; those that are there already are judged again, not driven again"
+    parser.add_argument("--sessions", type=Path, metavar="FOLDER", help=help_text)
     parser.add_argument("--quick", action="store_true", help="six mistakes, three clean sessions")
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args()
@@ -299,9 +307,9 @@ def main() -> int:
     mistakes = list(mistakes_of(BODIES[args.env]).items())[:: 4 if args.quick else 1]
     mistakes = [pair for pair in mistakes if args.only is None or pair[0] in args.only]
     clean, rows, alarms = 3 if args.quick else args.clean, [], []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() if args.sessions is None else contextlib.nullcontext(args.sessions) as scratch:
         for i, (name, mistake) in enumerate(mistakes):
-            task, folder = args.tasks[i % len(args.tasks)], Path(scratch) / f"mistake_{i}"
+            task, folder = args.tasks[i % len(args.tasks)], Path(scratch) / name.replace(" ", "_")
             record_session(policy, args.env, task, options, mistake, args.seed + 100 * i, args.steps, folder)
             spoilt = checkpoint
             if mistake.statistics is not None:

@@ -82,15 +82,18 @@ def _camera(
         yield Mismatch("strong_compression", camera, f"{evidence}{usual_blocks:.2f}", remedy)
         return
     sharpness = list(_sharpness(camera, seen, trained))
-    turned = _turned(camera, seen) or _colours(camera, new, known)
-    if turned is not None:
-        yield turned
-    elif _distance(new, known, scale) > limit:
+    if _distance(new, known, scale) > limit:
         explained = _explained(camera, seen, training)
-        # Where the scene differs too, as it does after a policy was misled, what is left to see is the sharpness.
-        yield from sharpness if sharpness and explained.kind == "unlike_training" else [explained]
-    else:
-        yield from sharpness
+        if explained.kind == "unlike_training":
+            # Where the scene differs too, as it does after a policy was misled, what is left to see is how it is read,
+            # and its sharpness.
+            turned = _turned(camera, seen)
+            yield from [turned] if turned else sharpness or [explained]
+        else:
+            yield explained
+        return
+    turned = _turned(camera, seen) or _colours(camera, new, known)
+    yield from [turned] if turned else sharpness
 
 
 def _turned(camera: str, seen: dict[str, Any]) -> Mismatch | None:
