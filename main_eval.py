@@ -7,6 +7,7 @@ python main_eval.py --checkpoint_path C --image1_paths frame.png --prompt "open 
 python main_eval.py --checkpoint_path C --env metaworld --tasks window-open-v3 --episodes 20 --seed 10000 [--blind]
 python main_eval.py --checkpoint_path C --env metaworld --tasks window-open-v3 --record rollouts  # to train on later
 python main_eval.py --env metaworld --tasks window-open-v3 --control replay --demos_path demos/train
+python main_eval.py --checkpoint_path C --split val --html report.html     # one page; in closed loop too
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ import torch
 from data.convert.rollouts import RolloutRecorder
 from data.episode_store import recorded_actions
 from data.loader import make_loader, open_for_evaluation
+from data.viewer import DatasetEpisodes, rollout_episodes
 from envs import FIRST_EVALUATION_SEED, SIMULATORS, env_maker, expand_tasks
 from inference.closed_loop.evaluation import evaluate_closed_loop
+from inference.closed_loop.page import read_evaluation, rollout_page
 from inference.eval_args import parse_args
 from inference.offline import evaluate_recorded, evaluate_single
 from inference.predictor import VLAPredictor
 from inference.report import finish, rollout_table
 from utils.misc import errors_in_one_line, set_up_logging
+from utils.page.build import write_page
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     for name, dataset in datasets.items():
         logger.info("%s: %d episodes, %d samples", name, len(dataset.episodes), len(dataset))
         data[name] = dataset, make_loader(dataset, num_workers=workers, batch_size=args.batch_size)
-    evaluate_recorded(args, predictor, data, load_predictor)
+    evaluate_recorded(args, predictor, data, load_predictor, DatasetEpisodes)
 
 
 def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
@@ -52,6 +56,7 @@ def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
 def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     """Closed-loop mode: episodes.jsonl, rollouts.json and videos."""
     tasks, simulator = expand_tasks(args.env, args.tasks), SIMULATORS[args.env]
+    beside = [read_evaluation(Path(folder), tasks) for folder in args.beside or []]
     if args.image_size is not None:
         args.options["image_size"] = args.image_size
     wanted = (predictor.image_processor.height, predictor.cameras) if predictor else ()
@@ -63,8 +68,14 @@ def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     demonstrations = functools.partial(recorded_actions, args.demos_path, "--demos_path")
     recorder = RolloutRecorder(Path(args.record)) if args.record else None
     result = evaluate_closed_loop(args, predictor, tiers, seeds, make, demonstrations, recorder)
+    paths = [Path(args.output_dir) / "rollouts.json"]
+    if args.html:
+        main = read_evaluation(Path(args.output_dir))
+        shown = rollout_episodes(recorder.path, main.lines) if recorder else []
+        write_page(args.html, rollout_page(main, beside, shown))
+        paths.insert(0, args.html)
     videos = [video for task in result["tasks"].values() for video in task["videos"]]
-    finish(rollout_table(result), [Path(args.output_dir) / "rollouts.json", *videos], args.log_file)
+    finish(rollout_table(result), [*paths, *videos], args.log_file)
 
 
 def load_predictor(args: argparse.Namespace, **settings: str) -> VLAPredictor:

@@ -128,6 +128,8 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
         parser.error("--num_maps draws the maps of --sensitivity; give that as well")
     if args.mode == "image1_paths" and args.prompt is None:
         parser.error("--prompt is missing; a policy needs an instruction")
+    if args.html and args.mode == "image1_paths":
+        parser.error("--html shows an evaluation; a single observation has none")
     args.blind = True if args.blind == [] else args.blind
     if args.mode == "env":
         _check_closed_loop(args, parser)
@@ -154,6 +156,7 @@ def _add_flags(flags: _EvalParser) -> None:
     add("checkpoint_path", policy=True, help="*.pth.tar written by training; not needed with --control")
     add("output_dir", default="eval_results")
     add("save_predictions", default=False, **switch, help="write predictions.csv, or actions.json and actions.csv")
+    add("html", help="page to write: results, episodes to scrub through, videos")
     add("device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("use_amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; default: as trained")
     flags.add_settings(SETTINGS)
@@ -199,6 +202,8 @@ def _add_flags(flags: _EvalParser) -> None:
     flags.add_settings(LOOP_SETTINGS, loop)
     add("image_size", loop, least=1, help="pixels; default: what the policy was trained on")
     add("num_videos", loop, least=0, default=3, help="episodes per task to film; default 3")
+    help_text = "with --html: other evaluations' --output_dir to show beside this one, such as controls"
+    add("beside", loop, nargs="+", metavar="DIR", help=help_text)
     help_text = "keep what was seen, planned and done: one Parquet file an episode, to train on"
     add("record", loop, metavar="DIR", help=help_text)
     add("prompt_override", loop, policy=True, metavar="TEXT", help="give every task this instruction")
@@ -240,6 +245,8 @@ def _image_paths(texts: Sequence[str] | None) -> dict[str, list[str]] | None:
 
 
 def _check_closed_loop(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.beside and not args.html:
+        parser.error("--beside belongs to --html, the page that shows them")
     if args.record and args.blind:
         parser.error("--record would keep pictures that the policy of --blind does not see; give one of them")
     if not args.tasks:

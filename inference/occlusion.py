@@ -122,7 +122,8 @@ def _draw(path: Path, image_3HW: Tensor, map_PP: np.ndarray, title: str, in_spre
     plain.imshow(image)
     overlaid.imshow(grey, cmap="gray", vmin=0, vmax=1)
     extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-    drawn = overlaid.imshow(map_PP, cmap="inferno", alpha=0.6, extent=extent, vmin=0, interpolation="nearest")
+    opacity = 0.1 + 0.7 * map_PP / max(map_PP.max(), 1e-9)  # where nothing happens the picture stays visible
+    drawn = overlaid.imshow(map_PP, cmap="inferno", alpha=opacity, extent=extent, vmin=0, interpolation="nearest")
     for axis in (plain, overlaid):
         axis.axis("off")
     unit = "spreads" if in_spread else "normalized units"

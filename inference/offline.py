@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from inference.evaluate import evaluate_offline, quantization_error
 from inference.occlusion import FOLDER, draw_occlusion_maps
+from inference.page import Recorded, offline_page
 from inference.policy_files import policy_stamp, write_json
 from inference.predictor import VLAPredictor
 from inference.report import (
@@ -27,6 +28,7 @@ from inference.report import (
 )
 from inference.sensitivity import measure_sensitivity
 from utils.batch import Batch
+from utils.page.build import write_page
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +37,20 @@ Load = Callable[..., VLAPredictor]
 
 
 def evaluate_recorded(
-    args: argparse.Namespace, predictor: VLAPredictor, data: dict[str, tuple[Dataset, Iterable[Batch]]], load: Load
+    args: argparse.Namespace,
+    predictor: VLAPredictor,
+    data: dict[str, tuple[Dataset, Iterable[Batch]]],
+    load: Load,
+    recorded: Callable[[Any], Recorded],
 ) -> None:
-    """metrics.json, inference_log.txt, plots; when asked for also predictions.csv and sensitivity.json.
+    """metrics.json, inference_log.txt, plots; when asked for also predictions.csv, sensitivity.json and a page.
 
     Args:
         args: the flags of main_eval.py, see `inference.eval_args`.
         predictor: the policy.
         data: per name a VLADataset and one pass over it.
         load: loads the policy with other settings.
+        recorded: shows a dataset's episodes on the page.
     """
     about = {"checkpoint": args.checkpoint_path, "checkpoint_stamp": policy_stamp(args.checkpoint_path)}
     result, predictions = evaluate_offline(predictor, data, seed=args.seed or 0, num_samples=args.num_samples)
@@ -59,6 +66,10 @@ def evaluate_recorded(
         found = evaluate_sensitivity(args, predictor, datasets, about)
         text += "\n\n" + sensitivity_table(found)
         paths += [folder / "sensitivity.json", *(folder / entry["image"] for entry in found["maps"])]
+    if args.html:
+        shown = {name: recorded(dataset) for name, (dataset, _) in data.items()}
+        write_page(args.html, offline_page(result, predictions, shown, predictor, folder))
+        paths.insert(0, args.html)
     finish(text, paths, args.log_file)
 
 
