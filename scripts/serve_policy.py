@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 PROTOCOLS = {"openpi": PolicyServer, "vla-eval": HarnessServer}
 RECORDING_DEFAULTS = {"record_max_mb": 10_000, "record_when_full": FULL, "record_images": "png"}
 RECORDING_END_S = 10.0  # for the last episodes to be written when the server ends
-SETTINGS = ("num_inference_steps", "compile", "quantization", "expert_quantization")  # of `inference`
+SETTINGS = ("num_inference_steps", "best_of", "compile", "quantization", "expert_quantization")  # of `inference`
 
 
 def port_number(text: str) -> int:

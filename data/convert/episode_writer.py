@@ -246,6 +246,8 @@ class EpisodeFileWriter:
 
     def _columns(self, steps: Steps) -> dict[str, np.ndarray]:
         """The state's columns."""
+        if len(self._widths) == 1:
+            return {next(iter(self._widths)): steps.state}
         ends = np.cumsum(list(self._widths.values()))
         return dict(zip(self._widths, np.split(steps.state, ends[:-1], axis=1), strict=True))
 

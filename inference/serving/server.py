@@ -1,9 +1,10 @@
 """A policy behind a websocket, in the protocol of openpi's client: safe to leave running beside a robot.
 
 On connection the server sends a dict that describes the policy. Then, for every observation dict, it answers with
-`{"actions": float32 (horizon, per_action_dim), "server_timing": {..}}`, and `warnings`, a list of texts, where
-something speaks against the observation; or with a text that says what was wrong with the request. The connection stays
-usable. `GET /healthz` and `GET /metrics` (Prometheus) answer on the same port.
+`{"actions": float32 (horizon, per_action_dim), "server_timing": {..}}`, with `uncertainty` and `alarm` (None where
+there is none, see `inference.alarm`), and with `warnings`, a list of texts, where something speaks against the
+observation; or with a text that says what was wrong with the request. The connection stays usable. `GET /healthz` and
+`GET /metrics` (Prometheus) answer on the same port.
 
     clients ─► Room (who may) ─► RequestReader, threads ─► RequestBatcher ─► VLAPredictor, one thread ─► clients
 
@@ -16,9 +17,11 @@ import asyncio
 import functools
 import http
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -215,6 +218,8 @@ class PolicyServer:
             self.metrics.answered(seconds, work.result()[0].batch_size)
             prediction, warnings = work.result()
             reply = {"actions": prediction.actions, "server_timing": _timing(prediction, seconds)}
+            unsure = prediction.uncertainty
+            reply |= {"uncertainty": None if math.isnan(unsure) else unsure, "alarm": prediction.alarm}
             return pack({**reply, "warnings": [printable(text, MAX_TEXT) for text in warnings]} if warnings else reply)
         if isinstance(error, BusyError):
             return self._refuse(str(error), "busy")
@@ -247,6 +252,7 @@ class PolicyServer:
             wanted = False
         if not np.isfinite(prediction.actions).all():
             raise RequestError("the policy predicted actions that are not finite; nothing was sent to the robot")
+        prediction.alarm = connection.history.alarmed(self.predictor, prediction.uncertainty, request.reset)
         if self.recorder is not None:
             self._record(self.recorder, connection, request, sample, prediction)
         return prediction, list(warnings.values())
@@ -296,13 +302,15 @@ class PolicyServer:
             "horizon": predictor.horizon,
             "per_action_dim": predictor.per_action_dim,
             "n_action_steps": predictor.n_action_steps,
+            "alarm": None if predictor.alarm is None else asdict(predictor.alarm.calibration),
             "num_inference_steps": predictor.num_inference_steps,
             "quantization": predictor.quantization,
             "fingerprint": predictor.fingerprint,
         }
 
-    def _predict(self, samples: Sequence[Sample], seeds: Sequence[int]) -> np.ndarray:
-        return self.predictor.predict_batch(collate_fn(samples), seeds)
+    def _predict(self, samples: Sequence[Sample], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        actions, uncertainty = self.predictor.predict_measured(collate_fn(samples), [seeds])
+        return actions[0], uncertainty[0]
 
 
 def _timing(prediction: Prediction, seconds: float) -> dict[str, float]:

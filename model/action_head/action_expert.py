@@ -12,7 +12,7 @@ D max_action_dim, S state_dim, E the expert's width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from model.action_head.base import existing_dims
 from model.action_head.flow_matching import FlowMatching
-from model.action_head.gemma_expert import GemmaExpert, Memory
+from model.action_head.gemma_expert import GemmaExpert, Memory, Modulation
 from model.action_head.layers import required_state, zero_init
 from model.adapters import adapt_expert
 from model.context import Context, ContextSpec
@@ -28,8 +28,7 @@ from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig, ConfigError
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """What time does to the expert, a function of time and weights alone; one row per moment.
 
     Attributes:
@@ -38,12 +37,12 @@ class Moments:
     """
 
     mixed: Tensor | None
-    modulations: list[Tensor | None]
+    modulations: list[Modulation | None]
 
     def row(self, index: int) -> Moments:
         """One row alone."""
         rows = slice(index, index + 1)
-        modulations = [None if one is None else one[rows] for one in self.modulations]
+        modulations = [one and tuple(part[rows] for part in one) for one in self.modulations]
         return Moments(None if self.mixed is None else self.mixed[rows], modulations)
 
 
@@ -130,9 +129,9 @@ class ActionExpertHead(FlowMatching):
         timeless = self.expert.modulations(state_BE.new_zeros(1, 1, self.config.expert.width))
         return self.expert.remember(state_BE[:, None], timeless, memory)
 
-    def sampling_context(self, context: Context) -> Memory:
+    def sampling_context(self, context: Context, draws: int = 1) -> Memory:
         """`encode_context` with places that the action tokens of every step write to."""
-        return self.encode_context(context).with_room(self.horizon)
+        return self.encode_context(context).with_room(self.horizon * draws)
 
     def conditions(self, time: Tensor) -> Moments:
         """What `velocity` needs of time, (N,), or (N, T): one per action token; float64 keeps its last digits."""

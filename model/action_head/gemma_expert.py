@@ -110,18 +110,18 @@ class GemmaExpert(nn.Module):
         """The parts whose linear layers may be stored in fewer bits: all but the norms."""
         return [part for block in self.blocks for part in (block.self_attn, block.mlp)]
 
-    def modulations(self, condition: Tensor) -> list[Tensor | None]:
-        """What `condition` (N, 1 or T, E) makes of each norm in turn, float32 (N, 1 or T, 3 E); None for norms without.
+    def modulations(self, condition: Tensor) -> list[Modulation | None]:
+        """What `condition` (N, 1 or T, E) makes of each norm in turn, float32; None for norms without.
 
         Autocast or not: what these round would scale every token.
         """
         with torch.autocast(condition.device.type, enabled=False):
-            return [norm.dense(condition) if isinstance(norm, AdaptiveRMSNorm) else None for norm in self.norms()]
+            return [norm.modulation(condition) if isinstance(norm, AdaptiveRMSNorm) else None for norm in self.norms()]
 
     def forward(
         self,
         tokens_NTE: Tensor,
-        modulations: Sequence[Tensor | None],
+        modulations: Sequence[Modulation | None],
         memory: Memory,
         token_mask_NT: Tensor | None = None,
     ) -> Tensor:
@@ -147,7 +147,7 @@ class GemmaExpert(nn.Module):
                 tokens_NTE, _ = block(*arguments)
         return self.norm(tokens_NTE, modulations[-1])[0]
 
-    def remember(self, tokens_BTE: Tensor, modulations: Sequence[Tensor | None], memory: Memory) -> Memory:
+    def remember(self, tokens_BTE: Tensor, modulations: Sequence[Modulation | None], memory: Memory) -> Memory:
         """The memory with tokens added that see it and each other, and that all later tokens see."""
         exist_BT = torch.ones(tokens_BTE.shape[:2], dtype=torch.bool, device=tokens_BTE.device)
         mask = memory.attention_mask(1, exist_BT)
@@ -161,11 +161,15 @@ class GemmaExpert(nn.Module):
         return Memory(tuple(layers), mask_BL, memory.next_position_B + exist_BT.shape[1])
 
     def rotary(self, first_N: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of `length` positions from `first_N` on, each float32 (N, 1, T, D) (Su et al. 2021)."""
+        """Cosines and sines of `length` positions from `first_N` on, each float32 (N, T, 1, D) (Su et al. 2021).
+
+        The sines of the first half are negative, as `_rotate` wants them.
+        """
         exponents = torch.arange(0, self.spec.head_dim, 2, device=first_N.device).float() / self.spec.head_dim
         positions_NT = first_N[:, None] + torch.arange(length, device=first_N.device)
-        angles = positions_NT[:, None, :, None].float() * (1.0 / self.spec.rope_theta**exponents)
-        return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([angles.sin()] * 2, dim=-1)
+        angles = positions_NT[:, :, None, None].float() * (1.0 / self.spec.rope_theta**exponents)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 class ExpertBlock(nn.Module):
@@ -180,7 +184,7 @@ class ExpertBlock(nn.Module):
     def forward(
         self,
         x_NTE: Tensor,
-        modulations: Sequence[Tensor | None],
+        modulations: Sequence[Modulation | None],
         rotary: tuple[Tensor, Tensor],
         memory: Memory,
         layer: int,
@@ -196,37 +200,31 @@ class ExpertBlock(nn.Module):
 
 
 def attend(
-    query_NHTD: Tensor, key_NhTD: Tensor, value_NhTD: Tensor, memory: Memory, layer: int, mask: Tensor
+    query_NTHD: Tensor, key_NThD: Tensor, value_NThD: Tensor, memory: Memory, layer: int, mask: Tensor
 ) -> tuple[Tensor, KeysValues]:
     """Attention of a suffix to the memory and itself, (N, T, H D), and the keys and values that it saw.
 
     Query heads that share a head of keys and values, like the draws of one sample, become more queries of one row: no
-    key is copied for them.
+    key is copied for them, and where there is one head of keys and values no query is moved either.
 
     Args:
         mask: from `Memory.attention_mask`.
     """
-    batch, (rows, heads, length, width), kv_heads = len(mask), query_NHTD.shape, key_NhTD.shape[1]
-    draws, group = rows // batch, heads // kv_heads
-    joined = memory.joined(layer, _side_by_side(key_NhTD, batch), _side_by_side(value_NhTD, batch))
-    query = query_NHTD.unflatten(0, (batch, draws)).unflatten(2, (kv_heads, group))  # B K h g T D
-    query = query.permute(0, 2, 3, 1, 4, 5).reshape(batch, kv_heads, group * draws * length, width)
+    batch, (rows, length, heads, width), kv_heads = len(mask), query_NTHD.shape, key_NThD.shape[2]
+    group = heads // kv_heads
+    joined = memory.joined(
+        layer, *(one.reshape(batch, -1, kv_heads, width).transpose(1, 2) for one in (key_NThD, value_NThD))
+    )
+    query = query_NTHD.reshape(batch, -1, kv_heads, group, width).transpose(1, 2).flatten(2, 3)  # B h (K T g) D
     if mask.shape[2] > 1:
-        mask = mask.repeat(1, 1, group, 1)
+        mask = mask.repeat_interleave(group, dim=2)
     attended = F.scaled_dot_product_attention(query.to(joined[0].dtype), *joined, attn_mask=mask)
-    attended = attended.view(batch, kv_heads, group, draws, length, width).permute(0, 3, 4, 1, 2, 5)
-    return attended.reshape(rows, length, heads * width).to(value_NhTD.dtype), joined
-
-
-def _side_by_side(x_NhTD: Tensor, batch: int) -> Tensor:
-    """(B K, h, T, D) -> (B, h, K T, D)."""
-    if len(x_NhTD) == batch:
-        return x_NhTD
-    return x_NhTD.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    attended = attended.unflatten(2, (-1, group)).transpose(1, 2)  # B (K T) h g D
+    return attended.reshape(rows, length, heads * width).to(value_NThD.dtype), joined
 
 
 def _add(x_NTE: Tensor, update_NTE: Tensor, gate: Tensor | None) -> Tensor:
-    return x_NTE + (update_NTE if gate is None else update_NTE * gate)
+    return x_NTE + update_NTE if gate is None else torch.addcmul(x_NTE, update_NTE, gate)
 
 
 class _Projections(nn.Module):
@@ -239,9 +237,9 @@ class _Projections(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * spec.head_dim, config.width, bias=False)
 
     def heads(self, x_NTE: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (N, H, T, D), keys and values (N, h, T, D); queries and keys turned by their positions."""
+        """Queries (N, T, H, D), keys and values (N, T, h, D); queries and keys turned by their positions."""
         query, key, value = (
-            projection(x_NTE).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(x_NTE).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         return _rotate(query, rotary), _rotate(key, rotary), value
@@ -269,7 +267,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_NTE: Tensor, modulation: None = None) -> tuple[Tensor, None]:
         """The normalized tokens, and no gate."""
-        return _normalize(x_NTE) * (1 + self.weight.float()), None
+        return F.rms_norm(x_NTE.float(), x_NTE.shape[-1:], 1 + self.weight.float(), EPS), None
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -281,23 +279,23 @@ class AdaptiveRMSNorm(nn.Module):
         nn.init.zeros_(self.dense.weight)  # every sub-layer starts shut, as in DiT (Peebles & Xie 2022, adaLN-Zero)
         nn.init.zeros_(self.dense.bias)
 
-    def forward(self, x_NTE: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalized tokens, and the gate (N, 1 or T, E); `modulation` is `dense` of the condition."""
-        scale, shift, gate = modulation.float().chunk(3, dim=-1)
-        return _normalize(x_NTE) * (1 + scale) + shift, gate
+    def modulation(self, condition: Tensor) -> Modulation:
+        """What a condition (N, 1 or T, E) decides."""
+        scale, shift, gate = self.dense(condition).float().chunk(3, dim=-1)
+        return 1 + scale, shift, gate
+
+    def forward(self, x_NTE: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
+        """The normalized tokens, and the gate of what follows; `modulation` from `modulation`."""
+        scale, shift, gate = modulation
+        return torch.addcmul(shift, F.rms_norm(x_NTE.float(), x_NTE.shape[-1:], eps=EPS), scale), gate
 
 
 def _norm(config: ExpertConfig) -> nn.Module:
     return AdaptiveRMSNorm(config.width) if config.time == "adaptive_norm" else RMSNorm(config.width)
 
 
-def _normalize(x_NTE: Tensor) -> Tensor:
-    x_NTE = x_NTE.float()
-    return x_NTE * torch.rsqrt(x_NTE.square().mean(dim=-1, keepdim=True) + EPS)
-
-
-def _rotate(x_NHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x_NTHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn pairs (i, i + D / 2) by their position's angles."""
     cos, sin = rotary
-    first, second = x_NHTD.chunk(2, dim=-1)
-    return x_NHTD * cos + torch.cat([-second, first], dim=-1) * sin
+    first, second = x_NTHD.chunk(2, dim=-1)
+    return torch.addcmul(x_NTHD * cos, torch.cat([second, first], dim=-1), sin)

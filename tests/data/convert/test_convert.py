@@ -157,6 +157,54 @@ def test_rows_that_are_left_out(recording, tmp_path):
         np.testing.assert_allclose(table["timestamp"], np.arange(len(rows)) / 10, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("item", "wanted"),
+    [
+        ("success=done", True),  # at any step
+        ("success={from: done, invert: true}", False),  # a failure that is marked somewhere
+        ("success=valid,equals=3", False),
+        ("success=text,equals=first", True),
+        ("success=always", True),
+        ("success=never", False),
+        ("success=@task,equals=press the button", True),
+        ("success=@info:lang,equals=drop it", False),
+        ("success=@won", True),
+        ("success=outcome", True),  # one value for the whole episode
+        ("success=file:^SCENE", True),
+        ("success=file:failure", False),
+    ],
+)
+def test_outcomes(recording, tmp_path, item, wanted):
+    with h5py.File(recording, "r+") as file:
+        file.attrs["won"], file["outcome"] = np.bool_(True), True
+    if "{" in item:
+        (tmp_path / "map.yaml").write_text(item.replace("=", ": ", 1))
+        item = str(tmp_path / "map.yaml")
+    table = run(recording, tmp_path / "out", item)
+    assert table["success"].to_pylist() == [wanted] * 10 and table.schema.field("success").type == pa.bool_()
+    assert "intervention" not in table.column_names
+
+
+def test_corrections_go_with_their_actions(recording, tmp_path, monkeypatch):
+    """A flag says of an action that somebody gave it: both come from the same stored step, whatever the blocks."""
+    monkeypatch.setattr("data.convert.readers.hdf5.ROWS_PER_BLOCK", 3)
+    plain = run(recording, tmp_path / "plain", "intervention=valid,invert=true")
+    assert np.flatnonzero(plain["intervention"]).tolist() == [2, 7]
+    moved = run(recording, tmp_path / "moved", "intervention=valid,invert=true", "action_shift=2", "drop_first=1")
+    assert column(moved, "action")[:, 0].tolist() == (np.arange(3, 10) / 10).astype(np.float32).tolist()
+    assert np.flatnonzero(moved["intervention"]).tolist() == [4]  # stored step 7
+    modes = run(recording, tmp_path / "modes", "intervention=codes,equals=103")
+    assert np.asarray(modes["intervention"]).all()
+
+
+def test_inspection_finds_outcomes_and_corrections(recording):
+    with h5py.File(recording, "r+") as file:
+        file.attrs["success"] = True
+        file["is_intervention"] = np.arange(10) > 6
+    text = describe(open_reader("hdf5", recording, {}))
+    assert "success: '@success'" in text and "intervention: is_intervention" in text
+
+
 def test_blocks_do_not_matter(recording, tmp_path, monkeypatch):
     items = ["action_shift=2", "drop_first=3", "drop_last=1", "keep=valid", "terminal=done", "image_1=jpegs"]
     whole = run(recording, tmp_path / "whole", *items)
@@ -270,6 +318,14 @@ def test_inspection_lists_keys_and_a_mapping_that_converts(tmp_path):
     assert convert(source, tmp_path / "out").rows == 23
     text = describe(open_reader("hdf5", FORMATS / "libero_hdf5", {}))
     assert "episodes: data/demo_*" in text and "problem_info" in text
+
+
+def test_inspection_sees_instructions_in_json_flips_and_what_is_no_observation():
+    text = describe(open_reader("hdf5", FORMATS / "libero_hdf5", {}))
+    assert "prompt: '@problem_info:language_instruction'" in text and "flip: auto" in text
+    text = describe(open_reader("hdf5", FORMATS / "robomimic_hdf5" / "image.hdf5", {}))
+    assert "next_obs/agentview_image" in text  # among the keys
+    assert "next_obs" not in text.partition("# a mapping to edit")[2]
 
 
 def test_strip_shows_first_middle_and_last(recording, tmp_path):
