@@ -94,7 +94,7 @@ def run_verdict(lines: Rows) -> tuple[str, Tone]:
         step = next(step for step, value in losses if not math.isfinite(value))
         return f"The loss is not finite from step {step:,} on.", "error"
     points, name = _points(lines, "val_loss"), "validation loss"
-    if len(points) < 2:
+    if not points:
         begin, end = losses[0][1], losses[-1][1]
         text = f"After {last:,} steps the training loss is {end:.4g}, at the first log line it was {begin:.4g}; "
         return text + "nothing held out says how well it generalizes.", "warning"
@@ -102,6 +102,8 @@ def run_verdict(lines: Rows) -> tuple[str, Tone]:
     text = f"After {last:,} steps the {name} is {points[-1][1]:.4g}"
     successes = _points(lines, "success")
     also = f" It succeeds in {100 * successes[-1][1]:.0f} % of its closed-loop episodes." if successes else ""
+    if len(points) == 1:
+        return f"{text}; there is no earlier one to compare with.{also}", "plain"
     if best_step == points[-1][0]:
         return f"{text}, its lowest so far.{also}", "good"
     worse = points[-1][1] / best - 1

@@ -10,23 +10,17 @@ import pytest
 
 from scripts.report_run import main
 from tests.browser import chromium, needs_browser, opened, overflow, quiet  # noqa: F401
-from tests.helpers import write_episodes
-from tests.inference.checkpoints import train_tiny
+from tests.trainers import make_trainer
 from training.page import run_page, run_verdict
 from utils.config_utils import ConfigError
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_paligemma_dir):
-    """The folder of a run of eight steps with validations."""
-    folder = tmp_path_factory.mktemp("run")
-    files = [
-        write_episodes(folder / name / "a.parquet", [9, 8], seed=seed) for seed, name in enumerate(("train", "val"))
-    ]
-    data = {"val_parquet_files": [str(files[1])]}
-    training = {"log_interval": 1, "val_num_samples": 2}
-    policy = train_tiny(folder, tiny_paligemma_dir, files[:1], steps=8, data=data, training=training)
-    return policy.parents[1]
+@pytest.fixture
+def run(make_config):
+    """The folder of a run of twelve steps with validations."""
+    trainer = make_trainer(make_config(training={"val_num_samples": 2}))
+    trainer.fit()
+    return trainer.config.experiment_dir
 
 
 @pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_browser())])
@@ -40,7 +34,7 @@ def test_page_of_a_run(chromium, run, tmp_path, capsys, mark):  # noqa: F811
         wanted = ["Curves", "Validation", "Predictions of held-out samples", "Do the statistics fit?", "Settings"]
         assert [title.split("\u2002")[-1] for title in titles] == wanted and overflow(view.page) == 0
         assert view.page.locator(".chart path.line").count() >= 6
-        assert view.page.locator(".verdict").inner_text().startswith("After 8 steps the validation loss is ")
+        assert view.page.locator(".verdict").inner_text().startswith("After 12 steps the validation loss is ")
         assert "no evaluation of the policy was found" in view.page.inner_text("footer")
         quiet(view, path)
 
@@ -68,6 +62,7 @@ def lines(*values, name="val_loss"):
 @pytest.mark.parametrize(
     ("found", "text", "tone"),
     [
+        (lines(0.5), "After 10 steps the validation loss is 0.5; there is no earlier one", "plain"),
         (lines(0.5, 0.25), "After 20 steps the validation loss is 0.25, its lowest so far.", "good"),
         (lines(0.2, 0.25), "it was lowest at step 10 with 0.2, and has risen by 25 % since.", "warning"),
         (lines(0.2, 0.21), "has risen by 5 % since.", "good"),
