@@ -3,6 +3,7 @@
 python inspect_parquet.py --data_path demos/train --val_data_path demos/val --report report.json --plots_dir plots
 python inspect_parquet.py --config_path configs/vla_config.yaml            # the files and sizes that it names
 python inspect_parquet.py --data_path session --against model_best.pth.tar # what differs from what it was trained on
+python inspect_parquet.py --data_path demos/train --html report.html       # one page: findings, frames, episodes
 
 Exit code: 0 training may start; 1 errors (with --strict also warnings); 2 the command itself is wrong.
 """
@@ -22,11 +23,13 @@ from typing import Any
 from data.comparison.against import held_against
 from data.comparison.fit import as_table
 from data.doctor.examine import Requirements, examine
+from data.doctor.page import doctor_page
 from data.doctor.report import as_text, merge_reports, write_plots
 from inference.policy_files import read_policy
 from utils.arguments import CommandParser
 from utils.config_utils import Config, MixtureEntry, load_config
 from utils.misc import atomic_path, user_message, writing
+from utils.page.build import write_page
 from utils.recordings import Recording, resolve_recordings
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--against", type=pathlib.Path, help="policy (checkpoint or folder) to hold the data against")
     parser.add_argument("--dataset", help="with --against a policy of several datasets: which of them")
     parser.add_argument("--report", type=pathlib.Path, help="JSON to write")
+    parser.add_argument("--html", type=pathlib.Path, help="page to write: findings with frames, episodes to scrub")
     parser.add_argument("--plots_dir", type=pathlib.Path, help="folder for contact sheet, state and action plots")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors in the exit code")
     parser.add_argument("--skip_images", action="store_true", help="leave image columns unread (no contact sheet)")
@@ -62,11 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = load_config(args.config_path) if args.config_path else None
-    reports, paths = {}, []
+    reports, examined, paths = {}, {}, []
     for name, train_files, val_files, requirements, sources in datasets(args, config):
         options = {"skip_images": args.skip_images, "num_workers": args.num_workers, "sources": sources}
         seen = examine(train_files, val_files, requirements, **options)
         reports[name] = seen.to_dict()
+        examined |= {name: seen} if args.html else {}
         if args.plots_dir:
             with writing(args.plots_dir, "choose another --plots_dir"):
                 paths += write_plots(seen, args.plots_dir / name)
@@ -79,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with writing(args.report, "choose another --report"), atomic_path(args.report) as temporary:
             temporary.write_text(text, encoding="utf-8")
         paths.insert(0, args.report)
+    if args.html:
+        write_page(args.html, doctor_page(examined, report, ", ".join(args.data_path or [args.config_path])))
+        paths.insert(0, args.html)
     print(*paths, sep="\n", end="\n" if paths else "")
     suspected = report.get("against", {}).get("mismatches", [])
     return 1 if report["errors"] or (args.strict and (report["warnings"] or suspected)) else 0

@@ -2,10 +2,12 @@
 
 python main_eval.py --checkpoint_path C --eval_data_path demos/val --output_dir results --save_predictions
 python main_eval.py --checkpoint_path C --split val                        # the episodes that its own config held out
+python main_eval.py --checkpoint_path C --split val --sensitivity          # does it look, and at what?
 python main_eval.py --checkpoint_path C --image1_paths frame.png --prompt "open the window" --state_vector "0 0.6 0.2 1"
 python main_eval.py --checkpoint_path C --env metaworld --tasks window-open-v3 --episodes 20 --seed 10000 [--blind]
 python main_eval.py --checkpoint_path C --env metaworld --tasks window-open-v3 --record rollouts  # to train on later
 python main_eval.py --env metaworld --tasks window-open-v3 --control replay --demos_path demos/train
+python main_eval.py --checkpoint_path C --split val --html report.html     # one page; in closed loop too
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import argparse
 import functools
 import logging
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,52 +23,40 @@ import torch
 from data.convert.rollouts import RolloutRecorder
 from data.episode_store import recorded_actions
 from data.loader import make_loader, open_for_evaluation
+from data.viewer import DatasetEpisodes, rollout_episodes
 from envs import FIRST_EVALUATION_SEED, SIMULATORS, env_maker, expand_tasks
 from inference.closed_loop.evaluation import evaluate_closed_loop
+from inference.closed_loop.page import read_evaluation, rollout_page
 from inference.eval_args import parse_args
-from inference.evaluate import evaluate_offline, quantization_error
-from inference.policy_files import policy_stamp
+from inference.offline import evaluate_recorded, evaluate_single
 from inference.predictor import VLAPredictor
-from inference.report import action_table, finish, metrics_table, rollout_table, write_actions, write_evaluation
+from inference.report import finish, rollout_table
 from utils.misc import errors_in_one_line, set_up_logging
+from utils.page.build import write_page
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate_data(args: argparse.Namespace, predictor: VLAPredictor) -> None:
-    """Batch mode: metrics.json, inference_log.txt, plots, and predictions.csv when asked for."""
+    """Batch mode: metrics.json, inference_log.txt, plots; predictions.csv and sensitivity.json when asked for."""
     config, processors = predictor.config, (predictor.image_processor, predictor.prompt_tokenizer)
     workers, data = config.data.num_workers if args.num_workers is None else args.num_workers, {}
     datasets = open_for_evaluation(config, *processors, args.eval_data_path, predictor.dataset_index)
     for name, dataset in datasets.items():
         logger.info("%s: %d episodes, %d samples", name, len(dataset.episodes), len(dataset))
         data[name] = dataset, make_loader(dataset, num_workers=workers, batch_size=args.batch_size)
-    result, predictions = evaluate_offline(predictor, data, seed=args.seed or 0, num_samples=args.num_samples)
-    result = {"checkpoint": args.checkpoint_path, "checkpoint_stamp": policy_stamp(args.checkpoint_path), **result}
-    whole = functools.partial(load_predictor, args, quantization="none", expert_quantization="none")
-    few = (batch for _, batches in data.values() for batch in islice(batches, 4))
-    result |= quantization_error(predictor, whole, few, args.seed or 0)
-    paths = write_evaluation(Path(args.output_dir), result, predictions, args.save_predictions, args.num_plots)
-    logger.info("%.1f ms per sample", 1000 * result["seconds_per_sample"])
-    finish(metrics_table(result), paths, args.log_file)
+    evaluate_recorded(args, predictor, data, load_predictor, DatasetEpisodes)
 
 
 def predict_single(args: argparse.Namespace, predictor: VLAPredictor) -> None:
     """Single-item mode: one chunk of actions, printed, and written when asked for."""
-    images = args.image1_paths, args.image2_paths
-    seen = {"prompt": args.prompt, "state": args.state, "images": args.images}
-    action_TA = predictor.predict(*images, **seen, seed=args.seed or 0)
-    whole = functools.partial(load_predictor, args, quantization="none", expert_quantization="none")
-    quantization_error(predictor, whole, [predictor.observe(*images, **seen)], args.seed or 0)
-    inputs = {name: getattr(args, name) for name in ("checkpoint_path", "image1_paths", "image2_paths")}
-    inputs |= {**seen, "seed": args.seed or 0, "num_inference_steps": predictor.num_inference_steps}
-    paths = write_actions(Path(args.output_dir), action_TA, inputs) if args.save_predictions else []
-    finish(action_table(action_TA), paths, args.log_file)
+    evaluate_single(args, predictor, load_predictor)
 
 
 def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     """Closed-loop mode: episodes.jsonl, rollouts.json and videos."""
     tasks, simulator = expand_tasks(args.env, args.tasks), SIMULATORS[args.env]
+    beside = [read_evaluation(Path(folder), tasks) for folder in args.beside or []]
     if args.image_size is not None:
         args.options["image_size"] = args.image_size
     wanted = (predictor.image_processor.height, predictor.cameras) if predictor else ()
@@ -79,8 +68,14 @@ def roll_out(args: argparse.Namespace, predictor: VLAPredictor | None) -> None:
     demonstrations = functools.partial(recorded_actions, args.demos_path, "--demos_path")
     recorder = RolloutRecorder(Path(args.record)) if args.record else None
     result = evaluate_closed_loop(args, predictor, tiers, seeds, make, demonstrations, recorder)
+    paths = [Path(args.output_dir) / "rollouts.json"]
+    if args.html:
+        main = read_evaluation(Path(args.output_dir))
+        shown = rollout_episodes(recorder.path, main.lines) if recorder else []
+        write_page(args.html, rollout_page(main, beside, shown))
+        paths.insert(0, args.html)
     videos = [video for task in result["tasks"].values() for video in task["videos"]]
-    finish(rollout_table(result), [Path(args.output_dir) / "rollouts.json", *videos], args.log_file)
+    finish(rollout_table(result), [*paths, *videos], args.log_file)
 
 
 def load_predictor(args: argparse.Namespace, **settings: str) -> VLAPredictor:

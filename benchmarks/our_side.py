@@ -66,7 +66,7 @@ class Side:
         batch = {**self.batch(cameras, 1), "noise": torch.from_numpy(self.inputs["noise"][:1])[None]}
         steps = self.predictor.num_inference_steps
         seconds = [processor_seconds(lambda: self.predictor.engine(batch, steps)) for _ in range(repeats)]
-        return {"seconds": seconds, "value": self.predictor.engine(batch, steps).flatten().tolist()}
+        return {"seconds": seconds, "value": self.predictor.engine(batch, steps)[0].flatten().tolist()}
 
     def train(self, cameras: list[str], samples: int, repeats: int, draws: int = 1) -> dict[str, Any]:
         """Processor seconds of training steps by the original's presets; the loss before the first of this policy."""

@@ -26,13 +26,14 @@ from data.convert.lerobot_rows import (
     RowReader,
     check_span,
     episode_rows,
+    label_features,
     require_instructions,
     row_columns,
     video_times,
 )
 from data.convert.modality import MODALITY
 from data.convert.video import VideoReader
-from data.schema import ACTION, FLAGS, IMAGE, INDICES, MAIN_CAMERA, PROMPT, TIMESTAMP
+from data.schema import ACTION, FLAGS, IMAGE, INDICES, LABELS, MAIN_CAMERA, PROMPT, TIMESTAMP
 from data.video_packets import PacketWriter
 from utils.parquet_utils import DataError, bytes_needed, open_parquet
 from utils.recordings import LeRobotFolder
@@ -264,7 +265,7 @@ class LeRobotTable:
             PROMPT: lambda: steps.prompts,
             "episode_index": lambda: np.full(len(step), episode.index, dtype=np.int64),
             "frame_index": lambda: step,
-            TIMESTAMP: lambda: steps.extra[TIMESTAMP],
+            **{name: functools.partial(steps.extra.get, name) for name in (TIMESTAMP, *LABELS)},
             ACTION: lambda: list_array(steps.action, self.schema.field(ACTION).type),
         }
         ends = np.cumsum([self.schema.field(name).type.list_size for name in self._options.state_columns])
@@ -283,6 +284,7 @@ class LeRobotTable:
             called[f"{name}_names"] = json.dumps(self.dataset.names(keys))
         fields = [*kinds.items(), *((name, pa.bool_()) for name in FLAGS), (PROMPT, pa.string())]
         fields += [*((name, pa.int64()) for name in INDICES), (TIMESTAMP, pa.float32())]
+        fields += [(name, pa.bool_()) for name in label_features(self.dataset)]
         images = [(camera, IMAGE.written) for camera, key in self.cameras.items() if not self.dataset.is_video(key)]
         return pa.schema([*fields, *images], metadata={"fps": f"{self.dataset.fps:g}", **called})
 

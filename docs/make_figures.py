@@ -2,6 +2,11 @@
 
     python docs/make_figures.py
 
+The pictures of pages come from the quickstart's run, through pages that docs/evaluation.md says how to make:
+
+    python scripts/page_picture.py --html offline.html --png docs/images/page.png --section 2 --step 30
+    python scripts/page_picture.py --html run.html --png docs/images/page_phone.png --width 390 --section 5
+
 The same program writes the same bytes: text becomes outlines of matplotlib's own font, and no date is stored.
 """
 

@@ -124,6 +124,7 @@ class LiberoEnv(RobotEnv):
         self.layout, self.initial_states, self.mirror, self.look = layout, initial_states, mirror, look
         self.settle_steps = settle_steps
         self._terminate_on_success = terminate_on_success
+        self._goals: dict[str, list[list[str]]] = {}  # by task, of the tasks that `holds` was asked for
         self._raw: dict[str, Any] | None = None
         self._expert: PickAndPlace | None = None
         self._n_steps = 0
@@ -199,6 +200,19 @@ class LiberoEnv(RobotEnv):
             self._expert = PickAndPlace(self._env, self.task)
         return self._expert.action().astype(np.float32)
 
+    def holds(self, task: str) -> bool:
+        """Whether the goal of a task is reached now, which may be another task of the same scene.
+
+        Raises:
+            ValueError: an unknown task, or one about things that this scene does not have.
+            RuntimeError: `reset` has not been called.
+        """
+        if self._raw is None:
+            raise RuntimeError(f"{self.task}: holds before reset; call reset(seed=...) first")
+        if task not in self._goals:
+            self._goals[task] = self._goal_of(task)
+        return all(self._env._eval_predicate(predicate) for predicate in self._goals[task])
+
     def hold_action(self, previous: np.ndarray | None) -> np.ndarray:
         """No displacement, the gripper's command as before (open at the start)."""
         return np.array([0, 0, 0, 0, 0, 0, -1.0 if previous is None else previous[6]], np.float32)
@@ -228,6 +242,18 @@ class LiberoEnv(RobotEnv):
         self._renderer.close()
         self._control.close()
 
+    def _goal_of(self, task: str) -> list[list[str]]:
+        """The predicates of a task's goal: [["on", "bowl", "plate"], ...]."""
+        from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+        if task not in TASKS:
+            raise ValueError(f"unknown libero task {task!r}; {suggest(task, TASKS)}")
+        goal = robosuite_parse_problem(_bddl_file(*suite_of(task)))["goal_state"]
+        missing = {name for _, *names in goal for name in names} - self._env.object_states_dict.keys()
+        if missing:
+            raise ValueError(f"{task} is about {', '.join(sorted(missing))}, which the scene of {self.task} lacks")
+        return goal
+
     def _place(self, seed: int) -> dict[str, Any]:
         """A scene; the sampler gives up where things that it has placed leave no room for the next."""
         for _ in range(MAX_PLACINGS):
@@ -254,12 +280,11 @@ class LiberoEnv(RobotEnv):
 def _make_control(suite: str, name: str) -> tuple[Any, type[Exception]]:
     """LIBERO's environment without its renderer, and the exception of a scene that finds no room."""
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it recommends settings of its own at every start
-    from libero.libero import get_libero_path
     from libero.libero.envs.env_wrapper import ControlEnv
     from robosuite.utils.errors import RandomizationError
 
     control = ControlEnv(
-        bddl_file_name=os.path.join(get_libero_path("bddl_files"), suite, f"{name}.bddl"),
+        bddl_file_name=_bddl_file(suite, name),
         control_freq=CONTROL_HZ,
         use_camera_obs=False,
         has_offscreen_renderer=False,
@@ -268,6 +293,12 @@ def _make_control(suite: str, name: str) -> tuple[Any, type[Exception]]:
         ignore_done=True,
     )
     return control, RandomizationError
+
+
+def _bddl_file(suite: str, name: str) -> str:
+    from libero.libero import get_libero_path
+
+    return os.path.join(get_libero_path("bddl_files"), suite, f"{name}.bddl")
 
 
 def _official_states(suite: str, name: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from model.action_head.action_expert import ActionExpertHead
 from model.adapters import quantize_linears
@@ -28,7 +28,8 @@ from utils.config_utils import InferenceConfig
 from utils.misc import require_compiler
 
 Tensors = dict[str, Tensor]
-TensorFunction = Callable[[Tensors], Tensor]
+Predicted = tuple[Tensor, Tensor]  # actions and how unsure the head was: `VLAModel.act_measured`
+TensorFunction = Callable[[Tensors], Any]
 
 OBSERVATION = ("image_mask", "vlm_attention_mask", "state", "dataset_index")  # read beside the images and the prompt
 # What may be quantized, the setting that asks for it, and the setting that it was trained with.
@@ -94,15 +95,16 @@ class Engine:
     @torch.no_grad()
     def __call__(
         self, batch: Batch, num_inference_steps: int, *, num_draws: int = 1, prefix: ActionPrefix | None = None
-    ) -> Tensor:
-        """Actions, float32 (K, B, T, A), physical units; arguments as `VLAModel.act` takes them.
+    ) -> Predicted:
+        """Actions, float32 (K, B, T, A), physical units, and how unsure the head was, (K, B, T): as `act_measured`.
 
         With a prefix the model runs as it is, whatever `inference.compile` says: guidance differentiates the network.
         """
         tensors = self.prepared(batch)
         if prefix is not None:
             schedule = self._schedule(num_inference_steps)
-            return self.model.act(tensors, num_inference_steps, num_draws=num_draws, schedule=schedule, prefix=prefix)
+            rest = {"num_draws": num_draws, "schedule": schedule, "prefix": prefix}
+            return self.model.act_measured(tensors, num_inference_steps, **rest)
         return self._function(num_draws, num_inference_steps)(tensors)
 
     @torch.no_grad()
@@ -131,20 +133,22 @@ class Engine:
             return self.model.action_head.schedule(num_inference_steps, self.device)
 
     def _make_function(self, num_draws: int, num_inference_steps: int) -> TensorFunction:
-        """Prepared tensors to actions: `VLAModel.act`, run as `inference.compile` says."""
+        """Prepared tensors to actions: `VLAModel.act_measured`, run as `inference.compile` says."""
         steps = {"num_draws": num_draws, "num_inference_steps": num_inference_steps}
         schedule = self._schedule(num_inference_steps)
         if self.compile in ("default", "max-autotune"):
             for tensor in filter(torch.is_tensor, tree_leaves(schedule)):
                 torch._dynamo.mark_static_address(tensor)  # as weights are: else inductor's graphs copy it every time
-        return accelerate(functools.partial(self.model.act, **steps, schedule=schedule), self.compile, self.device)
+        return accelerate(
+            functools.partial(self.model.act_measured, **steps, schedule=schedule), self.compile, self.device
+        )
 
 
 def accelerate(function: TensorFunction, mode: str, device: torch.device) -> TensorFunction:
     """The same function, run in the way that `inference.compile` names.
 
     Args:
-        function: from named tensors of fixed shapes to one tensor, without a random number or a wait for the GPU.
+        function: from named tensors of fixed shapes to tensors, without a random number or a wait for the GPU.
         mode: `none`, `default`, `max-autotune` (both torch.compile's) or `cuda_graph`.
         device: where the tensors are.
 
@@ -178,19 +182,19 @@ class GraphedFunction:
         self._captured = functools.lru_cache(maxsize=MAX_GRAPHS)(self._capture)
 
     @torch.no_grad()
-    def __call__(self, tensors: Tensors) -> Tensor:
+    def __call__(self, tensors: Tensors) -> Predicted:
         """The function's value: a copy, because the next call writes to the same place."""
         with torch.cuda.device(self.device):
             graph, inputs, output = self._captured(tuple((name, x.shape, x.dtype) for name, x in tensors.items()))
             for name, value in tensors.items():
                 inputs[name].copy_(value, non_blocking=True)
             graph.replay()
-            return output.clone()
+            return tree_map(torch.clone, output)
 
     @torch.no_grad()
     def _capture(
         self, signature: tuple[tuple[str, torch.Size, torch.dtype], ...]
-    ) -> tuple[torch.cuda.CUDAGraph, Tensors, Tensor]:
+    ) -> tuple[torch.cuda.CUDAGraph, Tensors, Predicted]:
         inputs = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name, shape, dtype in signature}
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))

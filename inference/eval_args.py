@@ -24,7 +24,13 @@ MODES = {  # the flag that chooses a mode -> the heading of its flags
 }
 NEGATIVE = re.compile(r"-[.\d]")  # no flag begins so
 SEPARATORS = str.maketrans(",;[]()", "      ")  # of numbers, as Python, NumPy and JSON print them
-SETTINGS = ("num_inference_steps", "compile", "quantization", "expert_quantization")  # of `inference`, for every mode,
+SETTINGS = (
+    "num_inference_steps",
+    "best_of",
+    "compile",
+    "quantization",
+    "expert_quantization",
+)  # of `inference`, for every mode,
 LOOP_SETTINGS = ("n_action_steps", "execution", "latency_steps")  # and for the closed loop
 
 
@@ -118,8 +124,13 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
         parser.error("--checkpoint_path is missing; give a *.pth.tar file (only --control runs without a policy)")
     if len(set(args.eval_data_path or [])) < len(args.eval_data_path or []):
         parser.error("--eval_data_path names a path twice; every sample would count twice")
+    if args.num_maps is not None and not args.sensitivity:
+        parser.error("--num_maps draws the maps of --sensitivity; give that as well")
     if args.mode == "image1_paths" and args.prompt is None:
         parser.error("--prompt is missing; a policy needs an instruction")
+    if args.html and args.mode == "image1_paths":
+        parser.error("--html shows an evaluation; a single observation has none")
+    args.blind = True if args.blind == [] else args.blind
     if args.mode == "env":
         _check_closed_loop(args, parser)
     args.state = _numbers(args.state_vector)
@@ -145,6 +156,7 @@ def _add_flags(flags: _EvalParser) -> None:
     add("checkpoint_path", policy=True, help="*.pth.tar written by training; not needed with --control")
     add("output_dir", default="eval_results")
     add("save_predictions", default=False, **switch, help="write predictions.csv, or actions.json and actions.csv")
+    add("html", help="page to write: results, episodes to scrub through, videos")
     add("device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("use_amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; default: as trained")
     flags.add_settings(SETTINGS)
@@ -161,6 +173,10 @@ def _add_flags(flags: _EvalParser) -> None:
     help_text = "draws per observation, for spread and best-of-k; default 1: neither"
     add("num_samples", data, least=1, default=1, help=help_text)
     add("num_plots", data, least=0, default=3, help="episodes per dataset to plot; default 3")
+    help_text = "how far actions move when cameras, state or instruction change, over N observations (default 256)"
+    add("sensitivity", data, least=1, nargs="?", const=256, metavar="N", help=help_text)
+    help_text = "frames of which --sensitivity draws occlusion maps, default 3"
+    add("num_maps", data, least=0, help=help_text)
 
     single = "image1_paths"
     add("image1_paths", single, nargs="+", metavar="IMAGE", help="frames of camera 1, oldest first")
@@ -178,14 +194,16 @@ def _add_flags(flags: _EvalParser) -> None:
     add("num_envs", loop, least=1, default=1, help=help_text)
     add("restart", loop, default=False, **switch, help="discard the episodes that --output_dir holds")
     add("episodes", loop, least=1, default=20, help="per task; default 20")
-    help_text = "feed grey images: what the policy does without looking"
-    add("blind", loop, policy=True, default=False, **switch, help=help_text)
+    help_text = "feed grey images of all cameras, or of these, and the mean state: what does the policy do without?"
+    add("blind", loop, policy=True, default=False, nargs="*", metavar="CAMERA|state", help=help_text)
     help_text = "no policy: replay a demonstration, or the expert"
     add("control", loop, choices=("replay", "expert"), help=help_text)
     add("demos_path", loop, nargs="+", metavar="P", help="training demonstrations for --control replay")
     flags.add_settings(LOOP_SETTINGS, loop)
     add("image_size", loop, least=1, help="pixels; default: what the policy was trained on")
     add("num_videos", loop, least=0, default=3, help="episodes per task to film; default 3")
+    help_text = "with --html: other evaluations' --output_dir to show beside this one, such as controls"
+    add("beside", loop, nargs="+", metavar="DIR", help=help_text)
     help_text = "keep what was seen, planned and done: one Parquet file an episode, to train on"
     add("record", loop, metavar="DIR", help=help_text)
     add("prompt_override", loop, policy=True, metavar="TEXT", help="give every task this instruction")
@@ -227,6 +245,8 @@ def _image_paths(texts: Sequence[str] | None) -> dict[str, list[str]] | None:
 
 
 def _check_closed_loop(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.beside and not args.html:
+        parser.error("--beside belongs to --html, the page that shows them")
     if args.record and args.blind:
         parser.error("--record would keep pictures that the policy of --blind does not see; give one of them")
     if not args.tasks:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data.processing import Frame, ObservationError
 from utils.statistics import state_labels
 
+GREY = 128  # of a blank image: the middle of the range, near zero after the backbone's normalization
 STATE_MARGIN = 0.25  # a state may leave the training range by this share of it before the policy warns
 
 
@@ -21,6 +23,50 @@ def as_list(images: Frame | Sequence[Frame] | None) -> list[Frame] | None:
         return None
     several = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
     return list(images) if several else [images]
+
+
+def frames_by_camera(
+    cameras: Sequence[str],
+    max_seq_len: int,
+    images_1: Frame | Sequence[Frame] | None,
+    images_2: Frame | Sequence[Frame] | None,
+    images: Mapping[str, Frame | Sequence[Frame] | None] | None,
+    told: dict[str, str],
+) -> dict[str, list[Frame] | None]:
+    """The frames that were given for each camera of a policy, None where it is absent.
+
+    Args:
+        cameras, max_seq_len: of the policy.
+        images_1, images_2, images: as `VLAPredictor.predict` takes them.
+        told: takes what is not used (kind -> text).
+
+    Raises:
+        ObservationError: no camera at all, one that is given twice, or one that the policy does not have.
+    """
+    first, second = cameras[0], "image_2" if len(cameras) == 1 else cameras[1]
+    if images_1 is None and images is None:
+        raise ObservationError(f"{first} is missing; give it, or another camera of {', '.join(cameras)}")
+    if images_2 is not None and len(cameras) == 1:
+        told[f"unread {second}"] = f"this policy was trained on {first} alone: {second} is ignored"
+        images_2 = None
+    images = dict(images or {})
+    for camera, frames in ((first, images_1), (second, images_2)):
+        if frames is not None and images.get(camera) is not None:
+            raise ObservationError(f"images and images_1 or images_2 both give {camera}; give it once")
+        images |= {} if frames is None else {camera: frames}
+    unknown = [name for name in images if name not in cameras]
+    if unknown:
+        raise ObservationError(f"this policy has no camera {unknown[0]!r}; it reads {', '.join(cameras)}")
+    found = {camera: as_list(images.get(camera)) for camera in cameras}
+    for camera, frames in found.items():
+        if frames is None:
+            text = f"this policy was trained with {camera}, which is missing: its slot is masked"
+            told[f"masked {camera}"] = text
+        elif len(frames) > max_seq_len:
+            text = f"{camera}: {len(frames)} frames, of which the policy takes max_seq_len {max_seq_len}"
+            told["older frames"] = f"{text}: the newest (last) are used"
+            found[camera] = frames[-max_seq_len:]
+    return found
 
 
 def checked_seeds(seeds_B: Sequence[int], batch_size: int) -> list[int]:
@@ -37,6 +83,26 @@ def checked_seeds(seeds_B: Sequence[int], batch_size: int) -> list[int]:
         if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise ObservationError(f"seed is {seed!r}; wanted a whole number, 0 or more and below 2**63")
     return [int(seed) for seed in seeds_B]
+
+
+def checked_noise(noise: np.ndarray, seed: int | None, drawn: Tensor | None) -> Tensor:
+    """Where sampling starts, as the model takes it: one draw of one sample, float32 (1, 1, ...).
+
+    Args:
+        noise, seed: as `VLAPredictor.predict` takes them.
+        drawn: what the model draws for that itself; None: it samples nothing.
+
+    Raises:
+        ValueError: a seed as well, a policy that samples nothing, another shape.
+    """
+    if seed is not None:
+        raise ValueError("seed and noise both say where sampling starts; give one of them")
+    if drawn is None:
+        raise ValueError("noise was given, but this policy's head samples nothing")
+    values = torch.as_tensor(np.asarray(noise), dtype=torch.float32)
+    if values.shape != drawn.shape[2:]:
+        raise ValueError(f"noise has shape {tuple(values.shape)}; this policy takes {tuple(drawn.shape[2:])}")
+    return values[None, None]
 
 
 State = Sequence[float] | np.ndarray | Mapping[str, Sequence[float] | float | np.ndarray]

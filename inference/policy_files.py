@@ -7,16 +7,23 @@ The exported folder, written by `inference.serving.export`; its files are checke
     config.yaml               the resolved configuration
     statistics.json           normalization statistics per dataset
     training_data.json        what the training data look like (data/profile.py); absent in older exports
+    alarm.json                when its uncertainty means that it will fail (`inference.alarm`); where it was calibrated
     backbone_config.json      architecture of the backbone
     preprocessor_config.json  image processor
     tokenizer/                tokenizer files
     README.md                 model card, with the metrics that were given
     policy.json               format, cameras, training step, and the SHA-256 digest of every other file
+
+The alarm of a checkpoint file lies beside it, as `<checkpoint>.alarm.json`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +33,30 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from inference.alarm import Calibration, CalibrationError
 from inference.published import published_checkpoint
 from utils.checkpoint import FORMAT, CheckpointError, check_content, load_checkpoint
 from utils.foreign_files import TOKENIZER_FILES, ForeignFileError, inside, read_json, read_yaml
 from utils.hub import hub_options, is_local
+from utils.misc import atomic_path
 from utils.policy_folder import is_policy_folder
 from utils.text import printable
 
+logger = logging.getLogger(__name__)
+
 MANIFEST, WEIGHTS, PROFILES = "policy.json", "model.safetensors", "training_data.json"
+ALARM, ALARM_FORMAT = "alarm.json", "paligemma-vla-alarm/1"
+SAME_WEIGHTS = ("step", "saved_at")  # of a checkpoint: an alarm is of the weights that say the same
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
 DESCRIPTIONS = ("statistics.json", "backbone_config.json", "preprocessor_config.json")
 NEEDED = frozenset({WEIGHTS, "config.yaml", *DESCRIPTIONS})
-WRITTEN = NEEDED | {MANIFEST, PROFILES, "README.md"} | {f"tokenizer/{name}" for name in TOKENIZER_FILES}
+WRITTEN = NEEDED | {MANIFEST, PROFILES, ALARM, "README.md"} | {f"tokenizer/{name}" for name in TOKENIZER_FILES}
 LEFT_ALONE = (".cache", ".git", ".gitattributes", "LICENSE", "LICENSE.md")  # beside a policy on the hub; never read
 CARRIED = ("format", "step", "cameras", "base")  # plain values of a checkpoint that policy.json holds
 
 
 def read_policy(name_or_path: str | Path, **published: Any) -> dict[str, Any]:
-    """The checkpoint dict of a policy; errors as the loaders.
+    """The checkpoint dict of a policy, and as `alarm` its calibrations (`read_alarm`); errors as the loaders.
 
     Args:
         name_or_path: a `*.pth.tar` file, an exported folder, the folder of a pi0 or pi0.5 policy of LeRobot or openpi,
@@ -55,13 +68,71 @@ def read_policy(name_or_path: str | Path, **published: Any) -> dict[str, Any]:
     """
     folder = local_folder(name_or_path)
     if is_policy_folder(folder):
-        return published_checkpoint(folder, **published)
-    if published:
+        checkpoint = published_checkpoint(folder, **published)
+    elif published:
         raise ValueError(
             f"{name_or_path}: {', '.join(published)} is for folders of LeRobot's and openpi's pi0 and pi0.5 "
             "policies, and this is none"
         )
-    return load_export(folder) if folder.is_dir() else load_checkpoint(folder, for_inference=True)
+    else:
+        checkpoint = load_export(folder) if folder.is_dir() else load_checkpoint(folder, for_inference=True)
+    return {**checkpoint, "alarm": read_alarm(folder, checkpoint)}
+
+
+def read_alarm(policy: Path, checkpoint: Mapping[str, Any]) -> list[Calibration]:
+    """The calibrations of a policy's alarm, each for other settings; none where nobody calibrated these weights.
+
+    Args:
+        policy: checkpoint file or folder.
+        checkpoint: what it holds.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = _alarm_file(policy)
+    if not path.is_file():
+        return []
+    try:
+        content = read_json(path)
+        if content["format"] != ALARM_FORMAT:
+            raise CalibrationError(f"format is {printable(str(content['format']))}, wanted {ALARM_FORMAT}")
+        made_with, calibrations = content["weights"], [Calibration(**entry) for entry in content["calibrations"]]
+    except (ForeignFileError, KeyError, TypeError, CalibrationError) as error:
+        raise CheckpointError(
+            f"{path}: not of this program, or damaged ({printable(error)}); remove it, and calibrate again "
+            "(scripts/calibrate_alarm.py)"
+        ) from None
+    if made_with != _weights_of(checkpoint):
+        logger.warning("%s was calibrated with other weights than %s has now: it is not used", path, policy.name)
+        return []
+    return calibrations
+
+
+def write_alarm(policy: Path, checkpoint: Mapping[str, Any], calibrations: Sequence[Calibration]) -> Path:
+    """Keep calibrations with a policy, in place of its earlier ones; returns the file. Arguments as of `read_alarm`."""
+    path, manifest = _alarm_file(policy), policy / MANIFEST
+    entries = [asdict(calibration) for calibration in calibrations]
+    content = {"format": ALARM_FORMAT, "weights": _weights_of(checkpoint), "calibrations": entries}
+    listed = read_json(manifest) if policy.is_dir() and manifest.is_file() else None
+    write_json(path, content)
+    if listed is not None:
+        listed["sha256"][ALARM] = digest(path)
+        write_json(manifest, listed)
+    return path
+
+
+def _alarm_file(policy: Path) -> Path:
+    return policy / ALARM if policy.is_dir() else policy.with_name(f"{policy.name}.{ALARM}")
+
+
+def _weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: checkpoint.get(key) for key in SAME_WEIGHTS}
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, whole or not at all; NaN is refused."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def local_folder(name_or_path: str | Path) -> Path:
@@ -79,6 +150,16 @@ def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:
     if path is None or not path.is_file():
         return None
     return [path.stat().st_size, path.stat().st_mtime]
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """A short text that tells a policy's weights from others': a digest of the names, shapes and first values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_export(name_or_path: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ batches, and through the model that the checkpoint describes: there is no second
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,16 +28,25 @@ from data.processing import (
     collate_fn,
     processors_from_checkpoint,
 )
+from inference.alarm import Alarm, Calibration
 from inference.engine import Engine
 from inference.monitor import Monitor
-from inference.observations import State, as_list, checked_seeds, checked_state, outside_training
-from inference.policy_files import read_policy
-from inference.settings import changed_settings
+from inference.observations import (
+    State,
+    checked_noise,
+    checked_seeds,
+    checked_state,
+    frames_by_camera,
+    outside_training,
+)
+from inference.policy_files import fingerprint, read_policy
+from inference.settings import changed_settings, choose_dataset
+from inference.uncertainty import Measured, alarm_settings, best_of_draws, check_best_of, draw_seeds, matching
 from model.context import ActionPrefix
 from model.vla_model import VLAModel
 from utils.batch import Batch, example_batch
 from utils.comparison.facts import Profile, is_profile
-from utils.config_utils import Config, MixtureEntry, config_from_dict
+from utils.config_utils import Config, config_from_dict
 from utils.misc import pick_device
 from utils.statistics import state_widths
 
@@ -55,7 +65,11 @@ class VLAPredictor:
         state_widths: values of each column that the state is joined from, in order.
         num_inference_steps, n_action_steps, compile, quantization: those of `settings`.
         weight_dtype: that its matrices are stored in.
+        fingerprint: tells its weights from others'; "" where the model did not come from a file.
         training_data: what its training data look like, for `Monitor`; None where its checkpoint does not say.
+        uncertainty: of the last `predict`, NaN where there is no such number; see `inference.uncertainty`.
+        alarm: whether it stands after the last `predict` (`alarm.on`): that the policy will fail. None where nobody
+            calibrated these weights for these settings; `no_alarm` says so in words.
     """
 
     def __init__(
@@ -79,7 +93,7 @@ class VLAPredictor:
         self.config, self.device = config, pick_device(str(device))
         self.image_processor, self.prompt_tokenizer = image_processor, prompt_tokenizer
         self.cameras, self.max_seq_len = config.cameras, config.data.max_seq_len
-        self.dataset_index, self.dataset = _choose_dataset(config, dataset)
+        self.dataset_index, self.dataset = choose_dataset(config, dataset)
         self.state_dim, self.horizon = self.dataset.state_dim, self.dataset.horizon
         self.per_action_dim = self.dataset.per_action_dim
         self.state_widths = state_widths(
@@ -106,6 +120,11 @@ class VLAPredictor:
             ),
         )
         self.model, self.weight_dtype = self.engine.model, self.engine.weight_dtype
+        check_best_of(model.action_head, self.settings.best_of)
+        self.uncertainty = math.nan
+        self.calibrations: list[Calibration] = []
+        self.alarm, self.no_alarm = self.new_alarm()
+        self.fingerprint = ""
         self.training_data: Profile | None = None
         self._monitor: Monitor | None = None
         self._warned: set[str] = set()
@@ -187,11 +206,15 @@ class VLAPredictor:
     ) -> VLAPredictor:
         config = config_from_dict(checkpoint["config"], source=source)
         model, processors = VLAModel.from_checkpoint(checkpoint), processors_from_checkpoint(checkpoint)
+        weights = fingerprint(model.state_dict())  # before they are quantized
         predictor = cls(model, config, *processors, device=device, dataset=dataset, use_amp=use_amp, **inference)
+        predictor.calibrations = checkpoint.get("alarm") or []
+        predictor.alarm, predictor.no_alarm = predictor.new_alarm()
+        predictor.fingerprint = weights
         profiles = checkpoint.get("training_data") or []
         if len(profiles) > predictor.dataset_index and is_profile(profiles[predictor.dataset_index]):
             predictor.training_data = profiles[predictor.dataset_index]
-            predictor._monitor = Monitor(predictor.training_data)
+            predictor._monitor = Monitor(predictor.training_data, predictor.horizon)
         if predictor.compile != "none" or predictor.device.type == "cuda":
             predictor.warm_up()
         return predictor
@@ -248,10 +271,25 @@ class VLAPredictor:
                 finite, a seed that is no whole number from 0 to 2**63 - 1, fewer than one sampling step.
         """
         batch = self.observe(images_1, images_2, prompt=prompt, state=state, images=images)
+        if noise is not None and self.settings.best_of > 1:
+            raise ValueError("noise is that of one draw, and best_of takes several; give a seed instead, or best_of=1")
         if noise is not None:
-            batch["noise"] = self._checked_noise(noise, seed)[None, None]
+            batch["noise"] = checked_noise(noise, seed, self.model.draw_noise([[0]], self.num_inference_steps))
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        return self.predict_draws(batch, [[seed]], num_inference_steps, prefix)[0, 0]
+        actions, uncertainty = self.predict_measured(batch, [[seed]], num_inference_steps, prefix)
+        self.uncertainty = float(uncertainty[0, 0])
+        if self.alarm is not None and num_inference_steps in (None, self.num_inference_steps):
+            self.alarm.add(self.uncertainty)
+        return actions[0, 0]
+
+    def new_alarm(self) -> tuple[Alarm | None, str]:
+        """The alarm of one stream of predictions, or None and why there is none; see `inference.alarm`.
+
+        Call `alarm.restart()` where an episode begins.
+        """
+        settings = alarm_settings(self.model.action_head, self.settings, self.dataset.name)
+        calibration, reason = matching(self.calibrations, settings)
+        return (None if calibration is None else Alarm(calibration)), reason
 
     def predict_batch(
         self,
@@ -295,16 +333,33 @@ class VLAPredictor:
         Raises:
             ObservationError: as `predict_batch` does.
         """
+        return self.predict_measured(batch, seeds, num_inference_steps, prefix).action_KBTA
+
+    def predict_measured(
+        self,
+        batch: Batch,
+        seeds: Sequence[Sequence[int]],
+        num_inference_steps: int | None = None,
+        prefix: ActionPrefix | None = None,
+    ) -> Measured:
+        """`predict_draws`, and how unsure each is. With `inference.best_of` N each is the best of N draws."""
+        best_of = self.settings.best_of
         seeds = [checked_seeds(seeds_B, len(batch["state"])) for seeds_B in seeds]
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
             raise ObservationError(f"num_inference_steps is {steps}; give 1 or more")
+        seeds = draw_seeds(seeds, best_of)
         if "noise" not in batch:
             noise = self.model.draw_noise(seeds, steps)
             batch = batch if noise is None else {**batch, "noise": noise}
         prefix = None if prefix is None else self._widened(prefix)
-        action_KBTA = self.engine(batch, steps, num_draws=len(seeds), prefix=prefix)
-        return action_KBTA[..., : self.horizon, : self.per_action_dim].cpu().numpy()
+        action_KBTA, unsure_KBT = self.engine(batch, steps, num_draws=len(seeds), prefix=prefix)
+        actions = action_KBTA[..., : self.horizon, : self.per_action_dim].cpu().numpy()
+        if best_of == 1:
+            return Measured(actions, unsure_KBT[..., : self.horizon].mean(dim=-1).cpu().numpy())
+        state = np.tile(batch["state"].cpu().numpy(), (len(seeds), 1))
+        normalized = self.normalize_action(actions.reshape(-1, *actions.shape[2:]), state).reshape(actions.shape)
+        return best_of_draws(actions, normalized, best_of)
 
     def observe(
         self,
@@ -338,7 +393,7 @@ class VLAPredictor:
             monitor: of the stream that it belongs to: compares it with the training data.
         """
         told = {} if warnings is None else warnings
-        frames = self._frames_by_camera(images_1, images_2, images, told)
+        frames = frames_by_camera(self.cameras, self.max_seq_len, images_1, images_2, images, told)
         takes_state = self.config.reads_state
         values = checked_state(state, self.state_widths, takes_state)
         statistics = self.model.statistics[self.dataset_index]["state"]
@@ -364,50 +419,6 @@ class VLAPredictor:
         if warnings is None:
             self._log_once(told)
         return sample
-
-    def _frames_by_camera(
-        self,
-        images_1: Frame | Sequence[Frame] | None,
-        images_2: Frame | Sequence[Frame] | None,
-        images: Mapping[str, Frame | Sequence[Frame] | None] | None,
-        told: dict[str, str],
-    ) -> dict[str, list[Frame] | None]:
-        """Per camera of the policy its frames, None where it is absent; what is not used goes into `told`."""
-        first, second = self.cameras[0], "image_2" if len(self.cameras) == 1 else self.cameras[1]
-        if images_1 is None and images is None:
-            raise ObservationError(f"{first} is missing; give it, or another camera of {', '.join(self.cameras)}")
-        if images_2 is not None and len(self.cameras) == 1:
-            told[f"unread {second}"] = f"this policy was trained on {first} alone: {second} is ignored"
-            images_2 = None
-        images = dict(images or {})
-        for camera, frames in ((first, images_1), (second, images_2)):
-            if frames is not None and images.get(camera) is not None:
-                raise ObservationError(f"images and images_1 or images_2 both give {camera}; give it once")
-            images |= {} if frames is None else {camera: frames}
-        unknown = [name for name in images if name not in self.cameras]
-        if unknown:
-            raise ObservationError(f"this policy has no camera {unknown[0]!r}; it reads {', '.join(self.cameras)}")
-        found = {camera: as_list(images.get(camera)) for camera in self.cameras}
-        for camera, frames in found.items():
-            if frames is None:
-                text = f"this policy was trained with {camera}, which is missing: its slot is masked"
-                told[f"masked {camera}"] = text
-            elif len(frames) > self.max_seq_len:
-                text = f"{camera}: {len(frames)} frames, of which the policy takes max_seq_len {self.max_seq_len}"
-                told["older frames"] = f"{text}: the newest (last) are used"
-                found[camera] = frames[-self.max_seq_len :]
-        return found
-
-    def _checked_noise(self, noise: np.ndarray, seed: int | None) -> torch.Tensor:
-        if seed is not None:
-            raise ValueError("seed and noise both say where sampling starts; give one of them")
-        drawn = self.model.draw_noise([[0]], self.num_inference_steps)
-        if drawn is None:
-            raise ValueError("noise was given, but this policy's head samples nothing")
-        values = torch.as_tensor(np.asarray(noise), dtype=torch.float32)
-        if values.shape != drawn.shape[2:]:
-            raise ValueError(f"noise has shape {tuple(values.shape)}; this policy takes {tuple(drawn.shape[2:])}")
-        return values
 
     def mean_action(self, state_NS: np.ndarray) -> np.ndarray:
         """The training data's mean action for each state, float32 (N, A), physical units.
@@ -454,16 +465,3 @@ class VLAPredictor:
             if kind not in self._warned:
                 self._warned.add(kind)
                 logger.warning("%s", text)
-
-
-def _choose_dataset(config: Config, name: str | None) -> tuple[int, MixtureEntry]:
-    """The dataset of that name, or the only one, and its `dataset_index`."""
-    names = [entry.name for entry in config.datasets]
-    if name is None and len(names) == 1:
-        name = names[0]
-    if name not in names:
-        found = "no dataset was named" if name is None else f"there is no dataset {name!r}"
-        raise ValueError(
-            f"this policy was trained on {', '.join(names)}; {found}: give one of them as dataset (--dataset)"
-        )
-    return names.index(name), config.datasets[names.index(name)]

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inference.evaluate import Predictions
+from inference.policy_files import write_json
 from utils.figure_text import axis_label, drawable, save_figure
 from utils.metrics import METRICS
 from utils.misc import atomic_path
@@ -22,12 +23,6 @@ from utils.text_table import text_table
 from utils.trajectory_plot import draw_trajectory
 
 logger = logging.getLogger(__name__)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON, whole or not at all; NaN is refused."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def keep_earlier(paths: Sequence[Path], report: dict[str, Any], keys: Iterable[str]) -> None:
@@ -105,7 +100,32 @@ def rollout_table(result: dict[str, Any]) -> str:
     if len(tiers) > 1:
         means = [f"{100 * result['summary'][key]:.1f} %" for key in ("mean_success_rate", "tier_mean_success_rate")]
         text += f"\nmean over tasks {means[0]}, over tiers {means[1]}"
-    return text
+    return f"{text}\n{alarms(result)}" if "alarm" in result["settings"] else text
+
+
+def alarms(result: dict[str, Any]) -> str:
+    """The alarms of a closed-loop evaluation in a sentence."""
+    counts = {True: [0, 0], False: [0, 0]}  # success -> alarms, episodes
+    for task in result["tasks"].values():
+        for success, step in zip(task["success"], task["alarm_step"], strict=True):
+            counts[success][0] += step is not None
+            counts[success][1] += 1
+    (right, failures), (false, successes) = counts[False], counts[True]
+    rate = 100 * result["settings"]["alarm"]["false_alarm_rate"]
+    return f"alarm in {right} of {failures} failures and {false} of {successes} successes (calibrated to {rate:g} %)"
+
+
+def sensitivity_table(result: dict[str, Any]) -> str:
+    """The result of `measure_sensitivity` as a table: a line a change, in both units, and per horizon step."""
+    horizon = len(result["rows"][0]["per_step_in_spread"])
+    steps = sorted({0, horizon // 2, horizon - 1})
+    unit = "spread" if result["spread"] is not None else "variation"
+    rows = []
+    for row in result["rows"]:
+        found = [row["in_spread"], row["in_variation"], *(row[f"per_step_in_{unit}"][step] for step in steps)]
+        rows.append([row["change"], *("-" if value is None else f"{value:.2f}" for value in found)])
+    header = [f"{result['samples']} observations", "in spreads", "in variations", *(f"step {step}" for step in steps)]
+    return text_table(header, rows) + f"\n(the steps in {unit}s)"
 
 
 def action_table(action_TA: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from utils.config_reader import build
-from utils.config_utils import InferenceConfig
+from utils.config_utils import Config, InferenceConfig, MixtureEntry
 
 
 def changed_settings(trained: InferenceConfig, horizon: int, given: Mapping[str, Any]) -> InferenceConfig:
@@ -42,3 +42,16 @@ def check_n_action_steps(n_action_steps: int, horizon: int) -> None:
             f"n_action_steps is {n_action_steps}, but the policy predicts a horizon of {horizon} actions; give 1 to "
             f"{horizon}"
         )
+
+
+def choose_dataset(config: Config, name: str | None) -> tuple[int, MixtureEntry]:
+    """The dataset of that name, or the only one, and its `dataset_index`."""
+    names = [entry.name for entry in config.datasets]
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name not in names:
+        found = "no dataset was named" if name is None else f"there is no dataset {name!r}"
+        raise ValueError(
+            f"this policy was trained on {', '.join(names)}; {found}: give one of them as dataset (--dataset)"
+        )
+    return names.index(name), config.datasets[names.index(name)]

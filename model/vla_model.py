@@ -176,6 +176,20 @@ class VLAModel(nn.Module):
         Raises:
             ValueError: the head cannot continue such a prefix.
         """
+        rest = {"num_draws": num_draws, "schedule": schedule, "prefix": prefix}
+        return self.act_measured(batch, num_inference_steps, **rest)[0]
+
+    @torch.no_grad()
+    def act_measured(
+        self,
+        batch: Batch,
+        num_inference_steps: int,
+        *,
+        num_draws: int = 1,
+        schedule: Any = None,
+        prefix: ActionPrefix | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`act`, and how unsure the head was, float32 (K, B, T); see `ActionHeadBase.sample_draws`."""
         head, units = self.action_head, (batch["state"], batch["dataset_index"])
         noise_K = batch.get("noise", (None,) * num_draws)
         assert len(noise_K) == num_draws, f"noise of {len(noise_K)} draws, wanted {num_draws}"
@@ -184,8 +198,9 @@ class VLAModel(nn.Module):
             prefix = self._normalized(prefix, *units)
         with self.autocast():
             context = self.encode(batch)
-            draws = [head.sample(context, noise, num_inference_steps, schedule, prefix) for noise in noise_K]
-        return torch.stack([self.normalizer.denormalize_action(action.float(), *units) for action in draws])
+            draws, unsure_KBT = head.sample_draws(context, noise_K, num_inference_steps, schedule, prefix)
+        actions = [self.normalizer.denormalize_action(action.float(), *units) for action in draws]
+        return torch.stack(actions), unsure_KBT.float()
 
     def _normalized(self, prefix: ActionPrefix, state_BS: Tensor, dataset_index_B: Tensor) -> ActionPrefix:
         if not self.action_head.continues_chunks:

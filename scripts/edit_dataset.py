@@ -7,6 +7,7 @@
 Several edits may be given at once. Episodes and steps are counted from 0 in the source, as the doctor
 (inspect_parquet.py) counts them, whose findings name the command that mends them. Every column and all metadata
 survive, frames byte by byte unless --reencode is given, and the files' metadata record what was done to them.
+Of a LeRobot dataset (lerobot:/path) every episode becomes a file of our schema, frames of video JPEG.
 May be interrupted and started again: complete files are kept. docs/editing.md has an example of each edit.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import logging
 import pathlib
 import sys
+from collections.abc import Callable
 
 if not __package__:
     import _repository  # noqa: F401
@@ -25,13 +27,16 @@ from data.editing.edits import Edits, numbers, parse_pairs, parse_ranges
 from data.editing.plan import make_plan
 from data.editing.write import write_edited
 from utils.arguments import CommandParser, at_least, run_command
-from utils.parquet_utils import DataError, resolve_parquet_files
+from utils.parquet_utils import DataError
+from utils.recordings import resolve_recordings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(__doc__)
     add = parser.add_argument
-    add("--data_path", nargs="+", required=True, help="Parquet files, folders or globs; several are merged")
+    add(
+        "--data_path", nargs="+", required=True, help="Parquet files, folders, globs, lerobot:/path; several are merged"
+    )
     add("--output_dir", type=pathlib.Path, required=True, help="folder that is written; none of the source's")
     add("--dry_run", action="store_true", help="say what would change, and write nothing")
     add("--num_workers", type=at_least(1), default=1, help="processes (default 1)")
@@ -150,11 +155,19 @@ def _episode(text: str, flag: str) -> int:
     return int(text)
 
 
+def once() -> Callable[[logging.LogRecord], bool]:
+    """A filter of the log that lets a line through once: every episode of a LeRobot dataset is opened by itself."""
+    told: set[str] = set()
+    return lambda record: record.getMessage() not in told and not told.add(record.getMessage())
+
+
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(once())
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", handlers=[handler])
     args = parse_args(argv)
     edits = edits_of(args)
-    plan = make_plan(resolve_parquet_files(args.data_path, "--data_path"), edits)
+    plan = make_plan(resolve_recordings(args.data_path, "--data_path"), edits)
     print(plan.describe())
     if args.dry_run:
         print("dry run: nothing was written")

@@ -9,9 +9,12 @@ openpi writes a pi0 or pi0.5 that those libraries load instead.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 if not __package__:
     import _repository  # noqa: F401
 
+from inference.policy_files import read_alarm
 from inference.serving.export import export_policy
 from inference.serving.export_published import export_published
 from utils.arguments import CommandParser, run_command
@@ -31,6 +34,7 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", default=[], help="metrics.json, rollouts.json of main_eval.py")
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint_path, for_inference=True)
+    checkpoint["alarm"] = read_alarm(Path(args.checkpoint_path), checkpoint)
     if args.format == "policy":
         folder = export_policy(checkpoint, args.output_dir, args.metrics)
     elif args.metrics:

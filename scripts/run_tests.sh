@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Make the environment and run the tests. `--all` adds the slow ones; further arguments go to pytest.
+# Tests of pages (--html) open them in chromium (`apt-get install chromium`) and are skipped where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,13 +18,13 @@ import test_vla_offline
 from inference.eval_args import parse_args
 from inference.metrics import METRICS
 from inference.predictor import VLAPredictor
-from tests.helpers import episode_rows, write_episodes, write_rows
+from tests.helpers import episode_rows, needs, write_episodes, write_rows
 from tests.inference.checkpoints import train_tiny
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.parquet_utils import DataError
 
 # metaworld must not be imported here: MuJoCo would settle on a GL backend before envs/ can choose one
-needs_simulator = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="metaworld is not installed")
+SIMULATOR, INSTALLED = needs("metaworld")
 
 
 @pytest.fixture(scope="module")
@@ -348,8 +347,8 @@ def test_offline_check_names_predictions_that_are_not_finite(checkpoint, demos, 
     assert found["checks"] == {"finite": False} and "step 0, dimension 0 is nan" in found["error"]
 
 
-@pytest.mark.sim
-@needs_simulator
+@SIMULATOR
+@INSTALLED
 def test_closed_loop(checkpoint, tmp_path, capsys):
     tasks = ["button-press-topdown-v3", "window-open-v3"]
     common = ["--checkpoint_path", str(checkpoint), "--env", "metaworld", "--tasks", *tasks, "--device", "cpu"]
@@ -373,8 +372,8 @@ def test_closed_loop(checkpoint, tmp_path, capsys):
     assert (first["prompt"], second["prompt"]) == (second["instruction"], first["instruction"])
 
 
-@pytest.mark.sim
-@needs_simulator
+@SIMULATOR
+@INSTALLED
 def test_latency_in_closed_loop(checkpoint, tmp_path):
     args = ["--checkpoint_path", str(checkpoint), "--env", "metaworld", "--tasks", "window-open-v3", "--device", "cpu"]
     args += ["--env_options", "max_episode_steps=6", "--episodes", "1", "--num_videos", "0", "--num_threads", "1"]
@@ -389,8 +388,8 @@ def test_latency_in_closed_loop(checkpoint, tmp_path):
         main_eval.main([*args, "--execution", "rtc", "--latency_steps", "3", "--output_dir", str(tmp_path / "none")])
 
 
-@pytest.mark.sim
-@needs_simulator
+@SIMULATOR
+@INSTALLED
 def test_controls_in_closed_loop(tmp_path):
     common = ["--env", "metaworld", "--tasks", "plate-slide-side-v3", "--episodes", "2", "--num_videos", "0"]
     main_eval.main([*common, "--control", "expert", "--output_dir", str(tmp_path / "expert"), "--image_size", "32"])

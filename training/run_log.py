@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,12 @@ class RunLog:
             drawn = chunks.drawn_KNTA, chunks.true_NTA, chunks.is_pad_NT
             plot_chunks(path, *drawn, chunks.captions, action_names, title)
         self.trackers.picture(step, "val/trajectories", path)
+
+    def videos(self, step: int, paths: Mapping[str, Path]) -> None:
+        """Send videos of this step to the trackers, by name."""
+        if self.is_main:
+            for name, path in paths.items():
+                self.trackers.video(step, name, path)
 
     def plot(self) -> None:
         """Draw the loss curves of metrics.jsonl to plots/loss_curve.png."""

@@ -43,7 +43,11 @@ __all__ = ["NonFiniteLossError", "VLATrainer"]
 class Rollouts(Protocol):
     """Closed-loop episodes of a policy, as `inference.closed_loop.in_training` has them."""
 
-    def run(self, policy: VLAModel, *, rank: int, world_size: int, stopped: Callable[[], bool]) -> Tensor: ...
+    def run(
+        self, policy: VLAModel, step: int, *, rank: int, world_size: int, stopped: Callable[[], bool]
+    ) -> Tensor: ...
+
+    def videos(self, step: int) -> dict[str, Path]: ...
 
     def values(self, counts: Tensor) -> dict[str, Any]: ...
 
@@ -265,12 +269,13 @@ class VLATrainer:
         self.model.eval()
         with contextlib.nullcontext() if self.state.ema is None else self.state.ema.applied():
             share = {"rank": self.rank, "world_size": self.world_size}
-            counts = self.rollouts.run(self.policy, **share, stopped=lambda: self.stop.reason is not None)
+            counts = self.rollouts.run(self.policy, self.step, **share, stopped=lambda: self.stop.reason is not None)
         if self.reduce_any(self.stop.reason is not None):
             self.stopping = True
             return None
         values = self.rollouts.values(self.reduce_sum(counts.to(self.device)).cpu())
         self.log(values)
+        self.run_log.videos(self.step, self.rollouts.videos(self.step))
         return values
 
     @torch.no_grad()

@@ -87,12 +87,13 @@ class ClosedLoopConfig:
     env_options: tuple[str, ...] = ()  # key=value each, as of main_eval.py --env_options
     episodes: int = 5  # of each task
     num_envs: int = 1  # simulator processes of each rank; 1 simulates in the training process
+    num_videos: int = 1  # of each task, those of its first episodes; kept in videos/ and sent to the trackers
     seed: int = 20_000  # of the first episode; main_eval.py begins at 10000, so that a best policy meets new scenes
     dataset: str | None = None  # of a mixture, the one whose robot is driven
 
     def __post_init__(self) -> None:
         positive(self, "closed_loop", "episodes", "num_envs")
-        not_negative(self, "closed_loop", "seed")
+        not_negative(self, "closed_loop", "num_videos", "seed")
 
 
 @dataclass(frozen=True)

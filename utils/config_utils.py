@@ -72,6 +72,7 @@ class InferenceConfig:
     num_inference_steps: int = 10  # steps from noise to action, of heads that iterate (flow_matching, diffusion)
     n_action_steps: int | None = None  # executed before replanning; None: the whole horizon
     execution: Literal["synchronous", "naive_async", "ensemble", "rtc", "clean_prefix"] = "synchronous"  # of chunks
+    best_of: int = 1  # draws of which the one nearest to the others is taken; of heads that sample
     latency_steps: int = 0  # control steps from an observation to the arrival of its plan, as execution assumes
     ensemble_decay: float = 0.01  # ensemble: predictions for one step weigh exp(-decay i), i = 0 the oldest
     max_guidance_weight: float = 5.0  # rtc: clip of the guidance weight (beta)
@@ -84,7 +85,7 @@ class InferenceConfig:
     accuracy_threshold: float = 0.1  # threshold accuracy: |error| below this, in normalized units
 
     def __post_init__(self) -> None:
-        positive(self, "inference", "num_inference_steps", "accuracy_threshold")
+        positive(self, "inference", "num_inference_steps", "accuracy_threshold", "best_of")
         positive(self, "inference", "max_guidance_weight")
         not_negative(self, "inference", "ensemble_decay")
         if self.guidance_steps is not None:

@@ -102,13 +102,14 @@ def plan_files(
 
 
 def convert_files(
-    files: Sequence[OutputFile], convert: Callable[[OutputFile], None], *, num_workers: int, overwrite: bool
+    files: Sequence[OutputFile], convert: Callable[[OutputFile], int | None], *, num_workers: int, overwrite: bool
 ) -> ConversionSummary:
     """Make every file that is not there yet, in parallel.
 
     Args:
         files: all in one folder, which is created.
-        convert: makes one file with `EpisodeFileWriter`; picklable when `num_workers` > 1.
+        convert: makes one file with `EpisodeFileWriter`, and says how many steps it has where `rows` does not;
+            picklable when `num_workers` > 1.
         num_workers: processes.
         overwrite: make every file again, and delete files of conversions with other settings.
 
@@ -129,15 +130,25 @@ def convert_files(
         episodes = sum(len(file.episodes) for file in files)
         before = episodes - sum(len(file.episodes) for file in missing)
         with tqdm(total=episodes, initial=before, unit="episode", disable=None) as progress:
-            for file, _ in zip(missing, run_jobs(convert, missing, num_workers), strict=True):
+            made = {}
+            for file, rows in zip(missing, run_jobs(convert, missing, num_workers), strict=True):
+                made[file.path] = rows
                 progress.update(len(file.episodes))
+        empty = [file for file in missing if not file.path.exists()]  # no step of it was kept
     return ConversionSummary(
-        written=len(missing),
+        written=len(missing) - len(empty),
         skipped=len(files) - len(missing),
-        episodes=episodes,
-        rows=sum((read_record(file.path)[1] or 0) if file.rows is None else file.rows for file in files),
+        episodes=episodes - sum(len(file.episodes) for file in empty),
+        rows=sum(_rows(file, made) for file in files),
         seconds=time.perf_counter() - started,
     )
+
+
+def _rows(file: OutputFile, made: Mapping[Path, int | None]) -> int:
+    """The steps of a file: as planned, as just made, or as it says."""
+    if file.rows is not None:
+        return file.rows
+    return made[file.path] if file.path in made else read_record(file.path)[1] or 0
 
 
 def is_complete(file: OutputFile) -> bool:

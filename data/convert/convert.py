@@ -17,6 +17,7 @@ from data.convert.foreign_sources import reading
 from data.convert.mapping import Mapping, parse_mapping, with_fps
 from data.convert.readers import FORMATS, open_reader, reader_options
 from data.convert.readers.base import Episode, Reader
+from data.schema import LABELS, TIMESTAMP
 from utils.parquet_utils import DataError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,15 @@ def convert(
         },
         sources=lambda members: reader.sources([source.episodes[index] for index in members]),
     )
-    job = functools.partial(_convert_file, reader, mapping, encoding, widths)
+    facts = {
+        "source": reader.path.resolve().name,
+        "source_format": type(reader).DESCRIPTION,
+        "fps": mapping.fps,
+        "cameras": {camera.key: column for column, camera in mapping.cameras.items()},
+        "units": UNITS,
+        **reader.facts(mapping),
+    }
+    job = functools.partial(_convert_file, columns, mapping, facts, widths)
     summary = convert_files(files, job, num_workers=num_workers, overwrite=overwrite)
     if not summary.rows:
         raise DataError(f"{reader.path}: the mapping keeps no step; correct keep, drop_first, drop_last")
@@ -107,31 +116,26 @@ def convert(
 
 
 def _convert_file(
-    reader: Reader, mapping: Mapping, encoding: ImageEncoding, widths: tuple[int, int], file: OutputFile
-) -> None:
-    columns = Columns(reader, mapping, encoding)
-    cameras = {camera.key: column for column, camera in mapping.cameras.items()}
-    facts = {
-        "source": reader.path.resolve().name,
-        "source_format": type(reader).DESCRIPTION,
-        "fps": mapping.fps,
-        "cameras": cameras,
-        "units": UNITS,
-        **reader.facts(mapping),
-    }
+    columns: Columns, mapping: Mapping, facts: MappingType[str, Any], widths: tuple[int, int], file: OutputFile
+) -> int:
+    """Make one file; how many steps it has."""
+    total = 0
     with EpisodeFileWriter(
         file.path,
         cameras=list(mapping.cameras),
         state_dim=widths[0],
         per_action_dim=widths[1],
         metadata=file.metadata(facts),
-        source=str(reader.path),
+        source=str(columns.reader.path),
+        extra=(TIMESTAMP, *(name for name in LABELS if getattr(mapping, name) is not None)),
     ) as writer:
         for index, episode in zip(file.episodes, file.places, strict=True):
             with reading(episode.files[0]):
-                length = writer.write_episode(index, None, _checked(columns, episode, widths))
+                length = writer.write_episode(index, None, _checked(columns, episode, widths), episode.name)
+            total += length
             if length == 0:
                 logger.warning("%s: the mapping keeps none of its steps: left out", episode.name)
+    return total
 
 
 def _checked(columns: Columns, episode: Episode, widths: tuple[int, int]) -> Any:

@@ -118,20 +118,24 @@ def check_links(file: h5py.File, key: str, path: Path) -> None:
     Raises:
         DataError: naming the link.
     """
+    names = [name for name in key.split("/") if name]
     group: Any = file
-    for i, name in enumerate(part for part in key.split("/") if part):
-        link = group.get(name, getlink=True) if isinstance(group, h5py.Group) and name in group.keys() else None
-        if isinstance(link, h5py.ExternalLink):
-            raise DataError(
-                f"{path}: {key} is a link to another file ({printable(link.filename)}), which is not followed; put the "
-                "data into one file (h5repack, h5copy)"
-            )
-        if isinstance(link, h5py.SoftLink) and i > 100:
-            raise DataError(f"{path}: {key} is a chain of links; put the data where it is named")
-        if link is None:
+    for i, name in enumerate(names):
+        try:
+            kind = group.id.links.get_info(name.encode()).type
+        except (AttributeError, KeyError, RuntimeError, ValueError):  # not there, or below something that is no group
             return
-        with reading(path):
-            group = group.get(name)
+        if kind == h5py.h5l.TYPE_EXTERNAL:
+            target = group.get(name, getlink=True).filename
+            raise DataError(
+                f"{path}: {key} is a link to another file ({printable(target)}), which is not followed; put the data "
+                "into one file (h5repack, h5copy)"
+            )
+        if kind == h5py.h5l.TYPE_SOFT and i > 100:
+            raise DataError(f"{path}: {key} is a chain of links; put the data where it is named")
+        if i + 1 < len(names):
+            with reading(path):
+                group = group.get(name)
 
 
 def check_array(array: h5py.Dataset, key: str, path: Path, rows: int) -> None:
@@ -145,18 +149,20 @@ def check_array(array: h5py.Dataset, key: str, path: Path, rows: int) -> None:
     Raises:
         DataError: its values lie in other files, or it declares more than is stored.
     """
-    if array.external or array.is_virtual or array.file.filename != str(path):
+    layout = array.id.get_create_plist()
+    elsewhere = layout.get_layout() == h5py.h5d.VIRTUAL or layout.get_external_count()
+    if elsewhere or h5py.h5f.get_name(array.id) != str(path).encode():
         raise DataError(
             f"{path}: the values of {key} lie in another file, which is not read; put the data into one file (h5repack)"
         )
     steps = array.shape[0] if array.shape else 1
-    stored = array.id.get_storage_size()
-    if steps > MAX_STEPS or array.nbytes > MAX_RATIO * stored + SPARE_BYTES:
+    stored, declared = array.id.get_storage_size(), array.nbytes
+    if steps > MAX_STEPS or declared > MAX_RATIO * stored + SPARE_BYTES:
         raise DataError(
-            f"{path}: {key} declares {array.shape} ({array.nbytes:,} bytes), and {stored:,} bytes of it are stored; "
+            f"{path}: {key} declares {array.shape} ({declared:,} bytes), and {stored:,} bytes of it are stored; "
             "the file is damaged, so record or fetch it again"
         )
-    if array.nbytes // max(1, steps) * min(rows, max(1, steps)) > MAX_BLOCK_BYTES:
+    if declared // max(1, steps) * min(rows, max(1, steps)) > MAX_BLOCK_BYTES:
         raise DataError(
             f"{path}: {rows} steps of {key} {array.shape} take more than {MAX_BLOCK_BYTES:,} bytes; is its first axis "
             "the steps?"

@@ -38,7 +38,10 @@ def get_item(file: h5py.File, key: str, kind: type, path: Path) -> Any:
     """A group or a dataset of a file, or a DataError that lists what there is, or says that it lies elsewhere."""
     check_links(file, key, path)
     with reading(path):
-        item = file.get(key)
+        try:
+            item = file[key]
+        except KeyError:
+            item = None
         if isinstance(item, h5py.Dataset) and kind is h5py.Dataset:
             check_array(item, key, path, ROWS_PER_BLOCK)
     if not isinstance(item, kind):

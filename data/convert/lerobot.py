@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.convert.columns import Place, encoded_images
 from data.convert.conversion import (
     UNITS,
     ConversionSummary,
@@ -27,20 +26,24 @@ from data.convert.conversion import (
 )
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, OutputFile, Steps
 from data.convert.foreign_sources import reading
+from data.convert.frames import encoded_images
 from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset
 from data.convert.lerobot_rows import (
     LeRobotOptions,
     RowReader,
     check_span,
     episode_rows,
+    label_features,
     require_instructions,
     row_columns,
+    tell_left_out,
     video_times,
 )
 from data.convert.mapping import Camera
 from data.convert.modality import MODALITY
+from data.convert.values import Place
 from data.convert.video import VideoReader
-from data.schema import STATE
+from data.schema import STATE, TIMESTAMP
 from utils.parquet_utils import DataError
 
 logger = logging.getLogger(__name__)
@@ -105,6 +108,7 @@ def convert_lerobot(
     )
     numeric = [key for key in dataset.features if not dataset.is_camera(key)]
     check_names((*options.state_keys, *options.action_keys), numeric, "feature", str(dataset.info_path))
+    tell_left_out(dataset, (*dataset.cameras, *options.state_keys, *options.action_keys))
     if not 0 < tolerance_s < 0.5 / dataset.fps:
         raise DataError(f"--tolerance_s is {tolerance_s}; wanted more than 0 and less than half a frame")
     chosen = parse_episodes(episodes, list(dataset.episodes), str(lerobot_dir))
@@ -136,6 +140,7 @@ def _settings(dataset: LeRobotDataset, options: LeRobotOptions) -> dict[str, Any
         "prompt": options.prompt,
         **({} if options.empty_prompt is None else {"empty_prompt": options.empty_prompt}),
         "terminal": options.terminal,
+        **({"labels": labels} if (labels := list(label_features(dataset))) else {}),
         **(options.encoding.settings() if encodes else {}),
         **({"tolerance_s": options.tolerance_s} if from_video else {}),
     }
@@ -171,6 +176,7 @@ def _convert_file(root: Path, options: LeRobotOptions, file: OutputFile) -> None
             }
         ),
         source=str(root),
+        extra=(TIMESTAMP, *label_features(dataset)),
     ) as writer:
         try:
             for index in file.episodes:

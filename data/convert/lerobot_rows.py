@@ -6,7 +6,7 @@ import bisect
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,17 @@ import pyarrow as pa
 
 from data.convert.episode_writer import ImageEncoding, Steps
 from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset, VideoSpan
-from data.schema import TIMESTAMP, encoded_frames
+from data.schema import INTERVENTION, SUCCESS, TIMESTAMP, encoded_frames
 from utils.encoded_images import PNG_START, is_image
 from utils.parquet_utils import DataError, batches, open_parquet, require_columns
+from utils.text import printable
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_BLOCK = 64  # of images
 TERMINAL = ("auto", "always", "never")
 DONE = "next.done"
+LABEL_FEATURES = {SUCCESS: "next.success", INTERVENTION: "intervention"}  # lerobot-eval's, and its DAgger strategy's
 TASK = "task_index"
 INDICES_PER_BATCH = 65536
 RATE_TOLERANCE = 0.1  # part by which the rows' rate may differ from info.json's
@@ -73,6 +75,20 @@ class LeRobotOptions:
             raise DataError(f"--terminal is {self.terminal!r}; wanted {', '.join(TERMINAL)}")
 
 
+def label_features(dataset: LeRobotDataset) -> dict[str, str]:
+    """Our column -> feature, of those of LABEL_FEATURES that a dataset has."""
+    known = dataset.features
+    return {name: key for name, key in LABEL_FEATURES.items() if known.get(key, {}).get("dtype") == "bool"}
+
+
+def tell_left_out(dataset: LeRobotDataset, used: Iterable[str]) -> None:
+    """A line in the log that names the features which nothing is made of."""
+    own = {"index", "episode_index", "frame_index", "timestamp", TASK, DONE, *LABEL_FEATURES.values(), *used}
+    left_out = [f"{key} ({dataset.features[key]['dtype']})" for key in dataset.features if key not in own]
+    if left_out:
+        logger.info("%s: left out, since nothing names them: %s", dataset.root, ", ".join(map(printable, left_out)))
+
+
 def require_instructions(dataset: LeRobotDataset, episodes: Sequence[int]) -> None:
     """Raise a DataError that lists the episodes whose metadata say that they have no instruction."""
     without = [i for i in episodes if any(not (task or "").strip() for task in dataset.episodes[i].tasks or ())]
@@ -100,8 +116,8 @@ def row_columns(dataset: LeRobotDataset, options: LeRobotOptions, cameras: Seque
     """The columns that `episode_rows` reads, those of `cameras` that are no video among them."""
     images = [key for key in cameras if not dataset.is_video(key)]
     done = [DONE] * (options.terminal == "auto" and DONE in dataset.features)
-    names = ("frame_index", "timestamp", options.task_key, *options.state_keys, *options.action_keys, *images, *done)
-    return list(dict.fromkeys(names))
+    names = ["frame_index", "timestamp", options.task_key, *options.state_keys, *options.action_keys, *images, *done]
+    return list(dict.fromkeys([*names, *label_features(dataset).values()]))
 
 
 def episode_rows(
@@ -121,9 +137,15 @@ def episode_rows(
     where = f"{dataset.root} episode {episode.index}"
     images = [key for key in cameras if not dataset.is_video(key)]
     has_done = options.terminal == "auto" and DONE in dataset.features
+    labels = label_features(dataset)
     begin, last = 0, -np.inf
     for batch in rows.episode(episode.index):
         timestamp = row_times(dataset, batch, episode, begin)
+        extra = {TIMESTAMP: timestamp.astype(np.float32)}
+        if SUCCESS in labels:
+            extra[SUCCESS] = np.full(batch.num_rows, rows.succeeded(episode.index))
+        if INTERVENTION in labels:
+            extra[INTERVENTION] = matrix(dataset, batch, labels[INTERVENTION], episode)[:, 0]
         steps = Steps(
             images={
                 options.cameras[key]: embedded_frames(batch.column(key), key, f"{where} frame", begin) for key in images
@@ -135,7 +157,7 @@ def episode_rows(
                 if options.prompt is not None
                 else task_texts(dataset, batch, episode, options.empty_prompt, options.task_key)
             ),
-            extra={TIMESTAMP: timestamp.astype(np.float32)},
+            extra=extra,
             terminal=bool(batch.column(DONE)[-1].as_py()) if has_done else options.terminal == "always",
         )
         if len(images) < len(cameras):
@@ -198,6 +220,7 @@ class RowReader:
             for _, batch in batches(self._file, path, ["episode_index"], INDICES_PER_BATCH)
         ]
         numbers = np.concatenate(index)
+        self._succeeded = self._read_success(numbers) if LABEL_FEATURES[SUCCESS] in self._columns else {}
         starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1))
         self._spans: dict[int, list[tuple[int, int]]] = {}
         for begin, end in itertools.pairwise([*starts.tolist(), len(numbers)]):
@@ -207,6 +230,25 @@ class RowReader:
         self._batches: Iterator[tuple[int, pa.RecordBatch]] = iter(())
         self._batch: pa.RecordBatch | None = None  # the one that was read last
         self._first = 0  # its first row
+
+    def succeeded(self, index: int) -> bool:
+        """Whether `next.success` is true at any step of an episode; it must be among the columns that are read."""
+        return self._succeeded[index]
+
+    def _read_success(self, numbers: np.ndarray) -> dict[int, bool]:
+        parts = []
+        for row, batch in batches(self._file, self._path, [LABEL_FEATURES[SUCCESS]], INDICES_PER_BATCH):
+            column = batch.column(0)
+            values = column.flatten() if isinstance(column, pa.ListArray | pa.FixedSizeListArray) else column
+            if not pa.types.is_boolean(values.type) or len(values) != len(column) or values.null_count:
+                raise DataError(
+                    f"{self._path} row {row}: {LABEL_FEATURES[SUCCESS]!r} is {column.type} with "
+                    f"{len(values) - values.null_count} values in {len(column)} rows; wanted true or false in every "
+                    "row: fetch the dataset again"
+                )
+            parts.append(values.to_numpy(zero_copy_only=False))
+        good = np.unique(numbers[np.concatenate(parts).astype(bool)]).tolist()
+        return dict.fromkeys(np.unique(numbers).tolist(), False) | dict.fromkeys(good, True)
 
     def episode(self, index: int) -> Iterator[pa.RecordBatch]:
         """The rows of one episode, none where the file does not hold it; DataError where the file is damaged."""

@@ -5,6 +5,8 @@
     action: ["actions[0:6]", {from: actions, dims: 6, invert: true}]
     prompt: "@problem_info:language_instruction"        a key, {text: ...}, @attribute[:JSON key], file:<regex>
     terminal: dones                                     a key, always or never
+    success: "@success"                                 of the episode: likewise, or an attribute, or file:<regex>
+    intervention: {from: action_modes, equals: 1}       steps at which somebody corrected a policy
     fps: 20
 
 docs/convert.md has all of it. `data/convert/columns.py` does what a mapping says.
@@ -23,7 +25,7 @@ from typing import Any
 import yaml
 
 from data.convert.conversion import check_names
-from data.schema import MAIN_CAMERA
+from data.schema import INTERVENTION, LABELS, MAIN_CAMERA, SUCCESS
 from utils.config_data import is_camera_name
 from utils.foreign_files import ForeignFileError, read_yaml
 from utils.parquet_utils import DataError
@@ -34,10 +36,11 @@ CHANNELS = ("rgb", "bgr", "rgba", "bgra")
 LAYOUTS = ("hwc", "chw")
 TERMINAL = ("always", "never")
 _OTHER_CAMERAS = "cameras."
+_TEXT, _ATTRIBUTE, _PATTERN = "text:", "@", "file:"  # how a prompt begins that is no key
 _COUNTS = ("action_shift", "drop_first", "drop_last")
 _TERM_OPTIONS = ("from", "dims", "scale", "offset", "invert", "clip", "constant")
 _CAMERA_OPTIONS = ("from", "flip", "channels", "layout", "scale")
-_KEEP_OPTIONS = ("from", "equals", "invert")
+_WHERE_OPTIONS = ("from", "equals", "invert")
 _SUFFIX = re.compile(r"(?P<key>.*?)\[(?P<dims>[\d:,\s]+)\]$")
 _SETTING = re.compile(r"(?P<name>[a-z]+)=(?P<value>.*)$")
 
@@ -82,12 +85,21 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Rows that stay: those whose `key` is true, or equals a value."""
+class Where:
+    """Rows at which a key is true, or has a value; with `invert` the others."""
 
     key: str
     equals: Any = None
     invert: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where it stands whether an episode succeeded."""
+
+    kind: str  # always, never, key (at any of its steps), attribute, or file (whose name fits)
+    where: Where  # the key, the attribute's name or the pattern, and which value means success
+    json_key: str | None = None  # within the attribute's JSON
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,9 @@ class Mapping:
     action: tuple[Term, ...]
     prompt: Prompt
     terminal: str = "never"
-    keep: Keep | None = None
+    keep: Where | None = None
+    intervention: Where | None = None
+    success: Outcome | None = None
     fps: float | None = None
     action_shift: int = 0
     drop_first: int = 0
@@ -113,8 +127,14 @@ class Mapping:
         found += [term.key for term in (*self.state, *self.action) if term.key is not None]
         found += [self.prompt.value] * (self.prompt.kind == "key")
         found += [] if self.terminal in TERMINAL else [self.terminal]
-        found += [self.keep.key] if self.keep else []
+        found += [where.key for where in (self.keep, self.intervention) if where]
         return list(dict.fromkeys(found))
+
+    @property
+    def named_keys(self) -> list[str]:
+        """`keys`, and the one that says whether an episode succeeded, which is read before."""
+        outcome = [self.success.where.key] if self.success and self.success.kind == "key" else []
+        return list(dict.fromkeys([*self.keys, *outcome]))
 
 
 def read_entries(preset: str | None, items: Sequence[str]) -> dict[str, Any]:
@@ -153,7 +173,7 @@ def parse_mapping(entries: MappingType[str, Any], options: Sequence[str]) -> Map
         DataError: an unknown name, or a value of another kind.
     """
     cameras = {name: _camera(name, value) for name, value in _camera_entries(entries).items()}
-    known = ("cameras", "state", "action", "prompt", "terminal", "keep", "fps", *_COUNTS, *options)
+    known = ("cameras", "state", "action", "prompt", "terminal", "keep", *LABELS, "fps", *_COUNTS, *options)
     check_names((name for name in entries if not _names_camera(name)), known, "entry", "mapping")
     for name in ("state", "action", "prompt"):
         if name not in entries:
@@ -173,7 +193,9 @@ def parse_mapping(entries: MappingType[str, Any], options: Sequence[str]) -> Map
         action=_terms("action", entries["action"]),
         prompt=_prompt(entries["prompt"]),
         terminal=_terminal(entries.get("terminal", "never")),
-        keep=_keep(entries["keep"]) if "keep" in entries else None,
+        keep=_where("keep", entries["keep"]) if "keep" in entries else None,
+        intervention=_where(INTERVENTION, entries[INTERVENTION]) if INTERVENTION in entries else None,
+        success=_outcome(entries[SUCCESS]) if SUCCESS in entries else None,
         fps=fps,
         given=dict(entries),
         **{name: entries.get(name, 0) for name in _COUNTS},
@@ -192,9 +214,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _entry(name: str, text: str) -> Any:
     """The value of `name=text` on a command line, as YAML would have it."""
-    if name == "prompt":
+    if name == "prompt" or text.startswith(_PATTERN):
         return text
-    if not (name in ("state", "action", "keep") or _names_camera(name)):
+    if not (name in ("state", "action", "keep", *LABELS) or _names_camera(name)):
         return _plain(name, text)
     terms: list[dict[str, Any]] = []
     for part in re.split(r",(?![^\[{(]*[\]})])", text):
@@ -295,20 +317,17 @@ def _prompt(value: Any) -> Prompt:
         value = f"text:{value['text']}" if "text" in value else value.get("from")
     if not isinstance(value, str) or not value.strip() or (empty is not None and not str(empty).strip()):
         raise DataError(f"mapping: prompt is {value!r}; wanted a key, text:..., @attribute[:JSON key] or file:<regex>")
-    if value.startswith("text:"):
-        text = value.removeprefix("text:").strip()
+    if value.startswith(_TEXT):
+        text = value.removeprefix(_TEXT).strip()
         if not text:
             raise DataError("mapping: the text of prompt is empty; give an instruction")
         return Prompt("text", text, empty=empty)
-    if value.startswith("@"):
+    if value.startswith(_ATTRIBUTE):
         attribute, _, key = value[1:].partition(":")
         return Prompt("attribute", attribute, key or None, empty)
-    if value.startswith("file:"):
-        pattern = value.removeprefix("file:")
-        try:
-            groups = re.compile(pattern).groups
-        except re.error as error:
-            raise DataError(f"mapping: prompt {value!r} is no regular expression ({error})") from None
+    if value.startswith(_PATTERN):
+        pattern = value.removeprefix(_PATTERN)
+        groups = _expression("prompt", pattern).groups
         if groups != 1:
             raise DataError(f"mapping: prompt {value!r} has {groups} groups; wanted one, around the instruction: (.*)")
         return Prompt("file", pattern, empty=empty)
@@ -323,9 +342,34 @@ def _terminal(value: Any) -> str:
     return value
 
 
-def _keep(value: Any) -> Keep:
-    options = _options("keep", value, _KEEP_OPTIONS)
-    return Keep(_key("keep", options), options.get("equals"), _flag("keep", options))
+def _expression(name: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise DataError(f"mapping: {name} 'file:{pattern}' is no regular expression ({error})") from None
+
+
+def _where(name: str, value: Any) -> Where:
+    options = _options(name, value, _WHERE_OPTIONS)
+    return Where(_key(name, options), options.get("equals"), _flag(name, options))
+
+
+def _outcome(value: Any) -> Outcome:
+    if isinstance(value, bool):
+        return Outcome(TERMINAL[not value], Where(""))
+    where = _where(SUCCESS, value)
+    if where.key in TERMINAL:
+        return Outcome(where.key, Where(""))
+    if where.key.startswith(_PATTERN):
+        where = dataclasses.replace(where, key=where.key.removeprefix(_PATTERN))
+        _expression(SUCCESS, where.key)
+        if where.equals is not None:
+            raise DataError("mapping: success is a file's name that fits or does not; leave out equals")
+        return Outcome("file", where)
+    if where.key.startswith(_ATTRIBUTE):
+        attribute, _, key = where.key[1:].partition(":")
+        return Outcome("attribute", dataclasses.replace(where, key=attribute), key or None)
+    return Outcome("key", where)
 
 
 def _options(name: str, value: Any, allowed: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -83,6 +83,22 @@ def look_at_frames(
     return seen
 
 
+def pictures_of(rows: Rows, wanted: np.ndarray, size: int) -> dict[str, dict[int, np.ndarray]]:
+    """The pictures of some global rows, read anew: camera -> row -> uint8 (H, W, 3), `size` pixels on the longer side.
+
+    Rows without a readable frame are left out.
+    """
+    is_wanted = np.zeros(len(rows), dtype=bool)
+    is_wanted[wanted] = True
+    pictures: dict[str, dict[int, np.ndarray]] = {camera: {} for camera in rows.all_cameras}
+    for camera, first, frames in _encoded(rows, Findings({}, {}), set(rows.file_of[wanted].tolist())):
+        positions = np.flatnonzero(is_wanted[first : first + len(frames)]).tolist()
+        if positions:
+            *_, kept = examine_frames([frames[i] for i in positions], range(len(positions)), size)
+            pictures[camera] |= {first + positions[i]: picture for i, picture in kept.items()}
+    return pictures
+
+
 class _Done:
     """A task that was run at once, with the interface of a Future."""
 
@@ -102,9 +118,13 @@ def _take(task: tuple[str, int, Future | _Done], seen: Frames) -> int:
     return len(facts)
 
 
-def _encoded(rows: Rows, findings: Findings) -> Iterator[tuple[str, int, list[bytes | np.ndarray | None]]]:
-    """(camera, first global row, encoded frames, or those of a video decoded), streamed."""
+def _encoded(
+    rows: Rows, findings: Findings, files: Collection[int] | None = None
+) -> Iterator[tuple[str, int, list[bytes | np.ndarray | None]]]:
+    """(camera, first global row, encoded frames, or those of a video decoded), streamed; of some files, or of all."""
     for number, columns in enumerate(rows.cameras):
+        if files is not None and number not in files:
+            continue
         path, begin = rows.files[number], int(rows.file_starts[number])
         for camera, column in columns.items():
             table = open_raw(path)

@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from data.doctor import structure
 from data.doctor.findings import Findings
 from data.doctor.reading import Wanted, read_rows
 from data.doctor.rows import Rows
 from data.editing.edits import Edits, Ranges, numbers
+from data.editing.sources import path_of, schema_of, single_episodes
 from data.schema import camera_columns
 from utils.misc import derive_seed
-from utils.parquet_utils import DataError, Source, is_uri
+from utils.parquet_utils import DataError, is_uri
+from utils.recordings import LeRobotFolder, Recording
 
 UNREADABLE = ("unreadable_file", "corrupt_data", "empty_file", "missing_column", "wrong_type")
 FLAG_FAULTS = (
@@ -95,18 +96,19 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(files: Sequence[Source], edits: Edits) -> Plan:
+def make_plan(recordings: Sequence[Recording], edits: Edits) -> Plan:
     """Read everything but the images, and decide.
 
     Args:
-        files: in order; an episode may go on from one into the next.
+        recordings: in order; an episode may go on from one file into the next.
         edits: what is asked for.
 
     Raises:
         DataError: a file that can't be read, flags that contradict each other (without `mend_flags`), an episode or
             step that is not there, an episode of which nothing is left, widths that differ, no known rate.
     """
-    if remote := next(filter(is_uri, files), None):
+    files = single_episodes(recordings)
+    if remote := next((path for path in files if not isinstance(path, LeRobotFolder) and is_uri(path)), None):
         raise DataError(f"--data_path {remote}: is not on this machine; copy the files here first")
     findings = Findings()
     of_split = [(path, "train") for path in _without(files, edits.without)]
@@ -149,8 +151,8 @@ def make_plan(files: Sequence[Source], edits: Edits) -> Plan:
     return Plan(rows, [replace(piece, number=i) for i, piece in enumerate(pieces)], dropped, _reworded(rows, edits))
 
 
-def _without(files: Sequence[Source], names: Sequence[str]) -> list[Source]:
-    resolved = {str(Path(path).resolve()): path for path in files}
+def _without(files: Sequence[Recording], names: Sequence[str]) -> list[Recording]:
+    resolved = {str(path_of(path)): path for path in files}
     for name in names:
         if resolved.pop(str(Path(name).resolve()), None) is None:
             raise DataError(f"--without {name}: is none of the {len(files)} files of --data_path")
@@ -159,8 +161,10 @@ def _without(files: Sequence[Source], names: Sequence[str]) -> list[Source]:
     return list(resolved.values())
 
 
-def _check_columns(files: Sequence[Source], edits: Edits) -> None:
-    names = {name for path in files for name in pq.read_schema(path).names}
+def _check_columns(files: Sequence[Recording], edits: Edits) -> None:
+    names = (
+        {name for path in files for name in schema_of(path).names} if edits.drop_columns or edits.rename_camera else {}
+    )
     for column in edits.drop_columns:
         if column not in names:
             raise DataError(f"--drop_columns {column}: no file has it (found: {', '.join(sorted(names))})")
@@ -261,8 +265,8 @@ def rate_of(rows: Rows, episode: int, edits: Edits) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _recorded_rate(file: Source) -> float:
-    metadata = pq.read_schema(file).metadata or {}
+def _recorded_rate(file: Recording) -> float:
+    metadata = schema_of(file).metadata or {}
     for key in RATE_KEYS:
         if key in metadata and metadata[key] not in (b"null", b"None"):
             return float(metadata[key])

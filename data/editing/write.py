@@ -13,17 +13,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.convert.conversion import ConversionSummary, convert_files, fingerprint
+from data.convert.conversion import ConversionSummary, convert_files
 from data.convert.episode_reader import Span, read_episodes, read_images
-from data.convert.episode_writer import BYTES_PER_GROUP, RECORD, ROWS_PER_GROUP, EpisodeFileWriter, OutputFile
+from data.convert.episode_writer import (
+    BYTES_PER_GROUP,
+    RECORD,
+    ROWS_PER_GROUP,
+    EpisodeFileWriter,
+    ImageEncoding,
+    OutputFile,
+)
 from data.decoding import decode_frame
 from data.editing.edits import Edits
 from data.editing.plan import RATE_KEYS, Piece, Plan
+from data.editing.sources import path_of, read, schema_of, state_of, video_cameras
 from data.schema import IMAGE, INDICES, PLAN, PROMPT, SUCCESS, TIMESTAMP, camera_columns, encoded_frames, image_columns
-from utils.parquet_utils import DataError, Source, batches, one_line, open_parquet, resolve_parquet_files
+from utils.parquet_utils import DataError, one_line, resolve_parquet_files
+from utils.recordings import Recording
 
 HISTORY = "edited_from"  # metadata key: the records of the files that a file was made from, oldest first, as JSON
-ROWS_PER_READ = 64
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class _Part:
 
     piece: Piece
     begin: int
-    places: tuple[tuple[Source, int, int], ...]
+    places: tuple[tuple[Recording, int, int], ...]
     added: dict[str, tuple[Span, ...]]
 
 
@@ -80,7 +88,7 @@ def write_edited(
     """
     rows = plan.rows
     for path in rows.files:
-        if output_dir.resolve() in Path(path).resolve().parents:
+        if output_dir.resolve() in path_of(path).parents:
             raise DataError(f"--output_dir {output_dir} holds {path}: nothing is edited in place; choose another")
     names = _names(rows.files)
     added = {name: _added(plan, name, *source) for name, source in edits.add_camera.items()}
@@ -92,7 +100,7 @@ def write_edited(
         ]
         frames = {name: spans[piece.source] for name, spans in added.items()}
         groups[piece.folder, first].append(_Part(piece, int(rows.episode_starts[piece.source]), tuple(places), frames))
-    settings = {"edits": edits.settings(), "source_files": [Path(path).name for path in rows.files]}
+    settings = {"edits": edits.settings(), "source_files": [path_of(path).name for path in rows.files]}
     folders: dict[str, list[OutputFile]] = defaultdict(list)
     for (folder, file), parts in groups.items():
         paths = dict.fromkeys(path for part in parts for path, _, _ in part.places)
@@ -103,7 +111,7 @@ def write_edited(
                 rows=sum(len(part.piece.rows) for part in parts),
                 settings=settings,
                 sources={
-                    **{str(path): fingerprint(Path(path)) for path in paths},
+                    **{name: state for path in paths for name, state in state_of(path).items()},
                     "source_episodes": [part.piece.source for part in parts],
                 },
                 parts=tuple(parts),
@@ -116,9 +124,9 @@ def write_edited(
     }
 
 
-def _names(files: Sequence[Source]) -> list[str]:
+def _names(files: Sequence[Recording]) -> list[str]:
     """A name of each output file: the source's, with as many of its folders as tell it from the others."""
-    parts = [[part.strip("/") for part in Path(path).resolve().parts] for path in files]
+    parts = [[part.strip("/") for part in path_of(path).parts] for path in files]
     depth = 1
     while len({tuple(path[-depth:]) for path in parts}) < len(parts):
         depth += 1
@@ -142,6 +150,7 @@ def _write_file(edits: Edits, reworded: Mapping[str, str], file: _EditedFile) ->
     first = file.parts[0].places[0][0]
     before = _source_schema(list(dict.fromkeys(path for part in file.parts for path, _, _ in part.places)))
     schema, column_of = _output_schema(before, edits, first)
+    videos = _video_columns(file, list(column_of.values()))
     if SUCCESS in schema.names and SUCCESS not in column_of and any(part.piece.success is None for part in file.parts):
         raise DataError(f"{first}: has no column {SUCCESS}, so --set_success must name every episode in it")
     schema = schema.with_metadata(_metadata(before.metadata or {}, file, edits))
@@ -151,7 +160,7 @@ def _write_file(edits: Edits, reworded: Mapping[str, str], file: _EditedFile) ->
             added = {name: list(read_images(spans, edits.add_camera[name][1])) for name, spans in part.added.items()}
             picked = part.piece.rows - part.begin
             frames = {name: [of_episode[i] for i in picked] for name, of_episode in added.items()}
-            for table in _read(part, list(dict.fromkeys(column_of.values()))):
+            for table in _read(part, list(dict.fromkeys(column_of.values())), edits.encoding):
                 steps = np.arange(done, done + len(table))
                 columns: dict[str, Any] = {
                     name: table[origin] if origin in table.column_names else [None] * len(table)
@@ -164,21 +173,25 @@ def _write_file(edits: Edits, reworded: Mapping[str, str], file: _EditedFile) ->
                     columns |= {
                         name: _encoded(columns[name], name, edits, where, done)
                         for name in schema.names
-                        if name in column_of and IMAGE.fits(before.field(column_of[name]).type)
+                        if name in column_of
+                        and column_of[name] not in videos
+                        and IMAGE.fits(before.field(column_of[name]).type)
                     }
                 done += len(table)
                 writer.write_table(_table(columns, schema), ends=done == len(part.piece.rows))
 
 
-def _source_schema(paths: Sequence[Source]) -> pa.Schema:
+def _video_columns(file: _EditedFile, columns: list[str]) -> set[str]:
+    """Cameras whose frames are video in the source: they are encoded as they are read."""
+    paths = dict.fromkeys(path for part in file.parts for path, _, _ in part.places)
+    return {camera for path in paths for camera in video_cameras(path, columns)}
+
+
+def _source_schema(paths: Sequence[Recording]) -> pa.Schema:
     """The columns of the files that one is made from, with the first one's metadata: an episode may go on from one file
     into the next."""
-    schemas = []
-    for path in paths:
-        with open_parquet(path) as source:
-            schemas.append(source.schema_arrow)
     try:
-        return pa.unify_schemas(schemas, promote_options="permissive")
+        return pa.unify_schemas([schema_of(path) for path in paths], promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
             f"{paths[0]}: an episode goes on from it into {paths[-1]}, whose columns are of other types "
@@ -186,18 +199,16 @@ def _source_schema(paths: Sequence[Source]) -> pa.Schema:
         ) from None
 
 
-def _read(part: _Part, columns: list[str]) -> Iterator[pa.Table]:
-    """The rows of a piece, a few at a time, as they are in the source; null in columns that a file lacks."""
+def _read(part: _Part, columns: list[str], encoding: ImageEncoding | None) -> Iterator[pa.Table]:
+    """The rows of a piece, a few at a time, as they are in the source, without the columns that a file lacks."""
     for path, begin, end in part.places:
         mine = part.piece.rows[(part.piece.rows >= begin) & (part.piece.rows < end)] - begin
-        with open_parquet(path) as source:
-            present = [name for name in columns if name in source.schema_arrow.names]
-            for row, batch in batches(source, path, present, ROWS_PER_READ, first_row=int(mine[0])):
-                here = mine[np.searchsorted(mine, row) : np.searchsorted(mine, row + batch.num_rows)]
-                if len(here):
-                    yield pa.Table.from_batches([batch]).take(pa.array(here - row))
-                if row + batch.num_rows > mine[-1]:
-                    break
+        for row, batch in read(path, columns, int(mine[0]), encoding):
+            here = mine[np.searchsorted(mine, row) : np.searchsorted(mine, row + batch.num_rows)]
+            if len(here):
+                yield pa.Table.from_batches([batch]).take(pa.array(here - row))
+            if row + batch.num_rows > mine[-1]:
+                break
 
 
 def _changed(
@@ -249,7 +260,7 @@ def _encoded(column: pa.ChunkedArray, name: str, edits: Edits, where: str, first
     return result
 
 
-def _output_schema(source: pa.Schema, edits: Edits, path: Source) -> tuple[pa.Schema, dict[str, str]]:
+def _output_schema(source: pa.Schema, edits: Edits, path: Recording) -> tuple[pa.Schema, dict[str, str]]:
     """The columns of an edited file, and of each that the source has the name there."""
     origin = {name: name for name in source.names if name not in edits.drop_columns}
     left = [name for name in image_columns(source) if camera_columns(name, list(origin))]

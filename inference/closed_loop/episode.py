@@ -14,15 +14,17 @@ state.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
+from inference.alarm import Alarm
 from inference.closed_loop.execution import ExecutionSettings
 from inference.closed_loop.video import captioned
 
@@ -33,6 +35,13 @@ Observation = dict[str, np.ndarray]
 # What was seen, planned and done, T steps: of each camera uint8 (T, H, W, 3); "state" (T, state_dim); "action" (T, A),
 # clipped as the environment clips it; "plan" (P, horizon, A) and "plan_step" (P,), the step that each was made at.
 Recording = dict[str, np.ndarray]
+
+
+class Plan(NamedTuple):
+    """What a policy plans: actions (T, A), and how unsure it is of them, NaN where nobody knows."""
+
+    actions: np.ndarray
+    uncertainty: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class EpisodeResult:
         held_steps: those of the steps that no plan covered, where the robot held still.
         total_reward: sum of rewards.
         seconds, plan_seconds: wall time, and the part of it spent waiting for plans.
+        uncertainty: one number a plan, NaN where it has none.
+        alarm_step: the first step at which the alarm stood; None: it never did, or there is none.
         actions: what was sent, one (A,) per step.
         frames: captioned frames, one per step and the first; empty unless filmed.
         recording: see `Recording`; None unless asked for.
@@ -89,6 +100,8 @@ class EpisodeResult:
     total_reward: float = 0.0
     seconds: float = 0.0
     plan_seconds: float = 0.0
+    uncertainty: list[float] = field(default_factory=list, repr=False)
+    alarm_step: int | None = None
     actions: list[np.ndarray] = field(default_factory=list, repr=False)
     frames: list[np.ndarray] = field(default_factory=list, repr=False)
     recording: Recording | None = field(default=None, repr=False)
@@ -109,6 +122,7 @@ class Episode:
         record: keep captioned frames of the first camera.
         label: who acts, for the captions.
         keep_steps: keep what is seen, planned and done, as `result.recording`.
+        alarm: on the uncertainty of the plans, in this episode alone.
     """
 
     def __init__(
@@ -122,8 +136,9 @@ class Episode:
         record: bool = False,
         label: str = "policy",
         keep_steps: bool = False,
+        alarm: Alarm | None = None,
     ) -> None:
-        self.env, self.settings, self.record, self.label = env, settings, record, label
+        self.env, self.settings, self.record, self.label, self.alarm = env, settings, record, label, alarm
         self._kept: dict[str, list[Any]] | None = {} if keep_steps else None
         self._started = time.perf_counter()
         self._looks = max_seq_len > 0
@@ -156,16 +171,20 @@ class Episode:
             self.result.recording = {name: np.stack(values) for name, values in self._kept.items()}
         return None
 
-    def run(self, plan: Callable[[PlanRequest], np.ndarray]) -> EpisodeResult:
+    def run(self, plan: Callable[[PlanRequest], Plan | np.ndarray]) -> EpisodeResult:
         """The whole episode, each plan made by `plan`; raises what it raises, and as `advance` does."""
         while (request := self.advance()) is not None:
             self.give(plan(request))
         return self.result
 
-    def give(self, action_TA: np.ndarray) -> None:
-        """The plan (T, A) that `advance` asked for."""
+    def give(self, plan: Plan | np.ndarray) -> None:
+        """The plan that `advance` asked for, or its actions (T, A) alone."""
+        action_TA, uncertainty = plan if isinstance(plan, Plan) else Plan(plan)
         self.result.plan_seconds += time.perf_counter() - self._asked
         self.result.plans += 1
+        self.result.uncertainty.append(float(uncertainty))
+        if self.alarm is not None and self.alarm.add(uncertainty) and self.result.alarm_step is None:
+            self.result.alarm_step = self.result.steps
         self._keep(plan=np.asarray(action_TA), plan_step=np.int64(self.result.steps))
         self._under_way = self._execution.step + self.settings.latency_steps, action_TA
 
@@ -207,6 +226,10 @@ class Episode:
             result = self.result
             outcome = "  success" if result.success else "  failure" if self._ended else ""
             state = f"{self.label}  step {result.steps}{outcome}  seed {result.seed}"
+            alarm = self.alarm is not None and self.alarm.on
+            if result.uncertainty and not math.isnan(result.uncertainty[-1]):
+                state += f"  unsure {result.uncertainty[-1]:.2g}"
             first = next(frame for name, frame in self._history[-1].items() if name != "state")
-            frame = captioned(first, (self.prompt, state), good=result.success)
+            lines = self.prompt, f"alarm  {state}" if alarm else state
+            frame = captioned(first, lines, good=result.success, alarm=alarm)
             result.frames.append(frame)

@@ -11,6 +11,7 @@ import argparse
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +26,8 @@ from inference.closed_loop.record import RolloutRecord
 from inference.closed_loop.rollout import ModelPolicy, summarize_tasks
 from inference.closed_loop.simulator import Job, MakeEnv
 from inference.closed_loop.video import VIDEO_FPS, write_grid
-from inference.policy_files import policy_stamp
+from inference.policy_files import policy_stamp, write_json
 from inference.predictor import VLAPredictor
-from inference.report import write_json
 from utils.text import file_stem
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def evaluate_closed_loop(
     settings = {
         "checkpoint": args.checkpoint_path,
         "checkpoint_stamp": policy_stamp(args.checkpoint_path),
-        "control": args.control or ("blind" if args.blind else "policy"),
+        "control": args.control or _what_it_sees(args.blind),
         "prompts": "swapped" if args.swap_prompts else given if override is None else override,
         "env": args.env,
         "env_options": args.options,
@@ -153,6 +153,7 @@ def evaluate_tasks(
             str(_video(folder, task, seed)) if seed in filmed else None,
             label,
             keep_steps=recorder is not None,
+            alarm=settings.get("alarm"),
         )
         for task in tiers
         for seed in seeds
@@ -184,6 +185,11 @@ def evaluate_tasks(
     return result
 
 
+def _what_it_sees(blind: bool | Sequence[str]) -> str:
+    """`policy`, or `blind` and the names of what it does not see, unless that is all images."""
+    return "policy" if blind is False else "blind" if blind is True else " ".join(["blind", *sorted(set(blind))])
+
+
 def _described(make_env: MakeEnv, task: str) -> tuple[str, int, int]:
     """(instruction, state_dim, per_action_dim) of a task."""
     env = make_env(task)
@@ -213,6 +219,13 @@ def _policy_settings(policy: Planner | dict[str, Control]) -> dict[str, Any]:
             "compute_dtype": str(predictor.model.compute_dtype).removeprefix("torch."),
             "weight_dtype": str(predictor.weight_dtype).removeprefix("torch."),
         }
+        if predictor.settings.best_of > 1:
+            settings["best_of"] = predictor.settings.best_of
+        alarm, reason = predictor.new_alarm()
+        if alarm is None:
+            logger.info("%s", reason)
+        else:
+            settings["alarm"] = asdict(alarm.calibration)
     return settings
 
 

@@ -1,7 +1,8 @@
 """Closed-loop episodes while a policy trains: how often it succeeds now.
 
     rollouts = TrainingRollouts(config, processors, tasks, make_env)
-    counts = rollouts.run(policy, rank=0, world_size=1, stopped=lambda: False)     # (tasks, 2), summed over ranks
+    counts = rollouts.run(policy, 500, rank=0, world_size=1, stopped=lambda: False)     # (tasks, 2), summed over ranks
+    rollouts.videos(500)                           # {"closed_loop/reach-v3_seed20000": Path("…/videos/….mp4")}
     rollouts.values(counts)                        # {"success": 0.6, "success_low": 0.39, ..., "success/reach-v3": 0.8}
 
 An episode depends on its seed and the weights alone, so a resumed run sees the numbers that an uninterrupted one sees.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from inference.metrics import wilson_interval
 from inference.predictor import VLAPredictor
 from model.vla_model import VLAModel
 from utils.config_utils import Config
+from utils.text import file_stem
 
 
 class _Stopped(Exception):
@@ -51,12 +54,27 @@ class TrainingRollouts:
         self.tasks, self._make_env = list(tasks), make_env
         first, episodes = config.closed_loop.seed, config.closed_loop.episodes
         self._seeds = range(first, first + episodes)
+        self._filmed = self._seeds[: config.closed_loop.num_videos]
 
-    def run(self, policy: VLAModel, *, rank: int, world_size: int, stopped: Callable[[], bool]) -> Tensor:
-        """Run this rank's share of the episodes with a copy of the policy.
+    def videos(self, step: int) -> dict[str, Path]:
+        """Where the filmed episodes of a step are, by their names for trackers; those that ranks wrote so far."""
+        places = {
+            f"closed_loop/{task}_seed{seed}": self._video(task, seed, step)
+            for task in self.tasks
+            for seed in self._seeds
+            if seed in self._filmed
+        }
+        return {name: path for name, path in places.items() if path.is_file()}
+
+    def _video(self, task: str, seed: int, step: int) -> Path:
+        return self._config.experiment_dir / "videos" / f"{file_stem(task)}_seed{seed}_step_{step:06d}.mp4"
+
+    def run(self, policy: VLAModel, step: int, *, rank: int, world_size: int, stopped: Callable[[], bool]) -> Tensor:
+        """Run this rank's share of the episodes with a copy of the policy; film the first ones of each task.
 
         Args:
             policy: with the weights to be judged; not changed.
+            step: of the training, for the names of videos.
             rank, world_size: every rank takes each `world_size`-th episode.
             stopped: asked after each episode; True ends the run early, and the counts have no meaning then.
 
@@ -77,7 +95,11 @@ class TrainingRollouts:
             compile="none",
         )
         counts = torch.zeros(len(self.tasks), 2, dtype=torch.float64)
-        jobs = [Job(task, seed) for task in self.tasks for seed in self._seeds][rank::world_size]
+        jobs = [
+            Job(task, seed, video=str(self._video(task, seed, step)) if seed in self._filmed else None)
+            for task in self.tasks
+            for seed in self._seeds
+        ][rank::world_size]
 
         def on_finished(episode: Finished) -> None:
             counts[self.tasks.index(episode.job.task)] += torch.tensor([float(episode.result.success), 1.0])

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from inference.closed_loop.episode import EpisodeRequest, EpisodeResult, PlanRequest
+from inference.closed_loop.episode import EpisodeRequest, EpisodeResult, Plan, PlanRequest
 from inference.closed_loop.policies import Control, Policy, local_planner
 from inference.closed_loop.simulator import Job, MakeEnv, reference_to, run_job
 from inference.serving.wire import pack, unpack
@@ -40,8 +40,8 @@ class Planner(Policy, Protocol):
     def check_widths(self, state_dim: int, per_action_dim: int) -> None:
         """Raise a ValueError where an environment does not fit the policy."""
 
-    def plan_many(self, requests: Sequence[EpisodeRequest]) -> list[np.ndarray]:
-        """A plan (T, A) for each."""
+    def plan_many(self, requests: Sequence[EpisodeRequest]) -> list[Plan]:
+        """A plan for each."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,9 @@ def run_episodes(
                     _start_next(connection, waiting, running)
             if requests and not ready:
                 started = time.monotonic()
-                for connection, action_TA in zip(requests, central.plan_many(list(requests.values())), strict=True):
-                    connection.send_bytes(pack(np.ascontiguousarray(action_TA)))
+                for connection, plan in zip(requests, central.plan_many(list(requests.values())), strict=True):
+                    actions = np.ascontiguousarray(plan.actions)
+                    connection.send_bytes(pack({"actions": actions, "uncertainty": float(plan.uncertainty)}))
                 requests, patience = {}, time.monotonic() - started
     finally:
         for process in processes:

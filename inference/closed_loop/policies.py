@@ -6,13 +6,14 @@ Imports no model, so that simulator processes start at once; the trained policy 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import gymnasium
 import numpy as np
 
-from inference.closed_loop.episode import Observation, PlanRequest
+from inference.closed_loop.episode import Observation, Plan, PlanRequest
 from inference.closed_loop.execution import ExecutionSettings
 from utils.config_utils import InferenceConfig
 
@@ -39,10 +40,16 @@ class Policy(Protocol):
         """
 
 
-def local_planner(policy: Policy, env: gymnasium.Env, seed: int) -> Callable[[PlanRequest], np.ndarray]:
+def plan_of(policy: Policy, request: PlanRequest) -> Plan:
+    """A policy's plan, with the uncertainty that the policy has of its last one, where it has any."""
+    actions = policy.plan(request.history, request.prompt, request.prefix)
+    return Plan(actions, getattr(policy, "uncertainty", math.nan))
+
+
+def local_planner(policy: Policy, env: gymnasium.Env, seed: int) -> Callable[[PlanRequest], Plan]:
     """A function that asks a policy of this process for the plans of an episode that was reset with `seed`."""
     policy.reset(env, seed)
-    return lambda request: policy.plan(request.history, request.prompt, request.prefix)
+    return lambda request: plan_of(policy, request)
 
 
 class ReplayPolicy:

@@ -24,8 +24,8 @@ from types import TracebackType
 
 import numpy as np
 
-from inference.closed_loop.episode import Observation
-from inference.closed_loop.policies import Policy
+from inference.closed_loop.episode import Observation, Plan, PlanRequest
+from inference.closed_loop.policies import Policy, plan_of
 from model.context import ActionPrefix
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class RealTimeController:
         latencies: how many seconds each of the last plans took, from its observation to its actions. They are kept
             from one episode to the next.
         underruns: how many control steps of this episode no plan covered.
+        uncertainty: of the last plan, NaN where it has none.
 
     Raises:
         ValueError: control_hz is not positive; or execution is synchronous, in which the robot stands still while the
@@ -75,13 +76,13 @@ class RealTimeController:
             raise ValueError("synchronous execution stands still while it plans: give hold, or another strategy")
         self.policy, self.prompt, self.control_hz = policy, prompt, control_hz
         self.latencies: deque[float] = deque(maxlen=REMEMBERED_LATENCIES)
-        self.underruns = 0
+        self.underruns, self.uncertainty = 0, math.nan
         self._hold, self._clock = hold, clock
         self._execution = policy.execution.start()
         self._history: deque[Observation] = deque(maxlen=policy.max_seq_len)
         self._last_action: np.ndarray | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
-        self._plan: Future[tuple[np.ndarray, float]] | None = None
+        self._plan: Future[tuple[Plan, float]] | None = None
 
     @property
     def delay(self) -> int:
@@ -170,15 +171,15 @@ class RealTimeController:
 
     def _timed_plan(
         self, history: tuple[Observation, ...], prefix: ActionPrefix | None, started: float
-    ) -> tuple[np.ndarray, float]:
-        action_TA = self.policy.plan(history, self.prompt, prefix)
-        return action_TA, self._clock() - started
+    ) -> tuple[Plan, float]:
+        plan = plan_of(self.policy, PlanRequest(history, self.prompt, prefix))
+        return plan, self._clock() - started
 
     def _receive(self) -> None:
         plan, self._plan = self._plan, None
         if plan.exception() is not None:
             self._execution.abandon()
-        action_TA, seconds = plan.result()
+        (action_TA, self.uncertainty), seconds = plan.result()
         expected = self._execution.delay
         self.latencies.append(seconds)
         self._execution.deliver(action_TA)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from utils.misc import atomic_path
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("seed", "success", "steps", "plans", "held_steps", "total_reward", "seconds", "plan_seconds")
+FIELDS = ("seed", "success", "steps", "plans", "held_steps", "total_reward", "seconds", "plan_seconds", "alarm_step")
 
 
 class RolloutRecord:
@@ -73,7 +74,8 @@ class RolloutRecord:
         job, values = episode.job, asdict(episode.result)
         line = {"task": job.task, "instruction": episode.instruction, "prompt": job.prompt or episode.instruction}
         line |= {field: values[field] for field in FIELDS}
-        line |= {"video": job.video, "env_settings": episode.env_settings}
+        uncertainty = [None if math.isnan(value) else value for value in episode.result.uncertainty]
+        line |= {"uncertainty": uncertainty, "video": job.video, "env_settings": episode.env_settings}
         self.lines.append(line)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -82,7 +84,7 @@ class RolloutRecord:
         """The summary of a task over its seeds, in their order; see `task_summary`."""
         by_seed = {line["seed"]: line for line in self.lines if line["task"] == name}
         lines = [by_seed[seed] for seed in seeds]
-        results = [EpisodeResult(**{field: line[field] for field in FIELDS}) for line in lines]
+        results = [EpisodeResult(**{field: line[field] for field in FIELDS if field in line}) for line in lines]
         videos = [line["video"] for line in lines if line["video"]]
         return task_summary(results, lines[0]["instruction"], lines[0]["prompt"], videos)
 

@@ -7,24 +7,24 @@ An environment here is what `inference.closed_loop.episode` describes, and has `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from data.processing import Sample, collate_fn
-from inference.closed_loop.episode import Episode, EpisodeRequest, EpisodeResult, Observation, PlanRequest
+from inference.closed_loop.episode import Episode, EpisodeRequest, EpisodeResult, Observation, Plan, PlanRequest
 from inference.closed_loop.execution import ExecutionSettings
 from inference.closed_loop.policies import Policy, local_planner
 from inference.metrics import wilson_interval
+from inference.observations import GREY
 from inference.predictor import VLAPredictor
 from inference.settings import changed_settings
 from model.action_head.guidance import joined
 from model.context import ActionPrefix
 from utils.misc import derive_seed
-
-GREY = 128  # of a blank image: the middle of the range, near zero after the backbone's normalization
 
 
 def execution_settings(predictor: VLAPredictor, **changes: Any) -> ExecutionSettings:
@@ -55,20 +55,29 @@ class ModelPolicy:
     Args:
         predictor: the policy.
         execution: how plans are executed; None: as the predictor's settings say.
-        blind: give the policy grey images instead of the environment's, with state and prompt as they are: what does it
-            achieve without looking?
+        blind: what the policy is not shown: names of cameras, whose images are grey, and `state`, which is at its mean
+            over the training data; True: all cameras. What does it achieve without?
+
+    Raises:
+        ValueError: the policy has nothing of that name.
     """
 
     def __init__(
         self,
         predictor: VLAPredictor,
         execution: ExecutionSettings | None = None,
-        blind: bool = False,
+        blind: bool | Collection[str] = False,
     ) -> None:
-        self.predictor, self.blind = predictor, blind
+        self.predictor = predictor
+        self.blind = frozenset(predictor.cameras if blind is True else blind or ())
+        names = [*predictor.cameras, *(["state"] if predictor.config.reads_state else [])]
+        unknown = sorted(self.blind.difference(names))
+        if unknown:
+            raise ValueError(f"blind {unknown[0]}: this policy reads no such thing; give some of {', '.join(names)}")
         self.max_seq_len = predictor.max_seq_len
         self.execution = execution or execution_settings(predictor)
         self._seed = self._plans = 0
+        self.uncertainty = math.nan  # of the last `plan`
 
     def check_widths(self, state_dim: int, per_action_dim: int) -> None:
         """
@@ -92,29 +101,44 @@ class ModelPolicy:
     def plan(self, history: Sequence[Observation], prompt: str, prefix: ActionPrefix | None = None) -> np.ndarray:
         asked = EpisodeRequest(self._seed, self._plans, PlanRequest(tuple(history), prompt, prefix))
         self._plans += 1
-        return self.plan_many([asked])[0]
+        actions, self.uncertainty = self.plan_many([asked])[0]
+        return actions
 
-    def plan_many(self, requests: Sequence[EpisodeRequest]) -> list[np.ndarray]:
-        """A plan (T, A) for each request; requests with something to continue and those without make a batch each."""
-        plans: list[np.ndarray] = [np.empty(0)] * len(requests)
+    def plan_many(self, requests: Sequence[EpisodeRequest]) -> list[Plan]:
+        """A plan for each request; requests with something to continue and those without make a batch each."""
+        plans = [Plan(np.empty(0))] * len(requests)
         for continues in (False, True):
             indices = [i for i, asked in enumerate(requests) if (asked.request.prefix is not None) == continues]
             if not indices:
                 continue
             batch = [requests[i] for i in indices]
-            action_BTA = self.predictor.predict_batch(
+            action_KBTA, uncertainty_KB = self.predictor.predict_measured(
                 collate_fn([self._sample(asked.request) for asked in batch]),
-                [derive_seed("rollout", asked.seed, asked.number) for asked in batch],
+                [[derive_seed("rollout", asked.seed, asked.number) for asked in batch]],
                 prefix=joined([asked.request.prefix for asked in batch]) if continues else None,
             )
-            for i, action_TA in zip(indices, action_BTA, strict=True):
-                plans[i] = action_TA
+            for i, action_TA, uncertainty in zip(indices, action_KBTA[0], uncertainty_KB[0], strict=True):
+                plans[i] = Plan(action_TA + self._moved(requests[i].request), float(uncertainty))
         return plans
+
+    def _moved(self, request: PlanRequest) -> np.ndarray | float:
+        """Where relative actions were predicted from the mean state: from there to the true one, (A,)."""
+        if "state" not in self.blind:
+            return 0.0
+        states = np.stack([request.history[-1]["state"], self.mean_state])
+        true, shown = self.predictor.action_origin(states)
+        return true - shown
+
+    @property
+    def mean_state(self) -> np.ndarray:
+        """Of the training data, float32 (state_dim,)."""
+        statistics = self.predictor.model.statistics[self.predictor.dataset_index]["state"]
+        return np.array(statistics["mean"], np.float32)
 
     def _sample(self, request: PlanRequest) -> Sample:
         last = request.history[-1]
         images = {
-            camera: [self._shown(observation[camera]) for observation in request.history]
+            camera: [self._shown(camera, observation[camera]) for observation in request.history]
             for camera in self.predictor.cameras
             if camera in last
         }
@@ -124,10 +148,11 @@ class ModelPolicy:
                 f"{', '.join(name for name in last if name != 'state')}; give it those names"
                 " (--env_options 'cameras=<name>=<camera of the simulator>,...')"
             )
-        return self.predictor.observation(images=images, prompt=request.prompt, state=last["state"])
+        state = self.mean_state if "state" in self.blind else last["state"]
+        return self.predictor.observation(images=images, prompt=request.prompt, state=state)
 
-    def _shown(self, frame: np.ndarray) -> np.ndarray:
-        return np.full_like(frame, GREY) if self.blind else frame
+    def _shown(self, camera: str, frame: np.ndarray) -> np.ndarray:
+        return np.full_like(frame, GREY) if camera in self.blind else frame
 
 
 def run_episode(
@@ -154,7 +179,7 @@ def task_summary(
 
     Returns:
         successes, episodes, success_rate, wilson_95, instruction, prompt, and per episode seeds, success, steps, plans,
-        held_steps, total_reward; seconds, plan_seconds (mean per plan), videos.
+        held_steps, total_reward, alarm_step; seconds, plan_seconds (mean per plan), videos.
     """
     successes = sum(result.success for result in results)
     return {
@@ -170,6 +195,7 @@ def task_summary(
         "plans": [result.plans for result in results],
         "held_steps": [result.held_steps for result in results],
         "total_reward": [result.total_reward for result in results],
+        "alarm_step": [result.alarm_step for result in results],
         "seconds": sum(result.seconds for result in results),
         "plan_seconds": sum(r.plan_seconds for r in results) / max(1, sum(r.plans for r in results)),
         "videos": list(videos),

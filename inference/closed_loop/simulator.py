@@ -25,7 +25,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from inference.closed_loop.episode import Episode, EpisodeResult, PlanRequest
+from inference.alarm import Alarm, Calibration
+from inference.closed_loop.episode import Episode, EpisodeResult, Plan, PlanRequest
 from inference.closed_loop.execution import ExecutionSettings
 from inference.closed_loop.policies import control_from, local_planner
 from inference.closed_loop.video import VIDEO_FPS, write_video
@@ -45,6 +46,7 @@ class Job:
         video: file that the episode is filmed into; None: it is not.
         label: who acts, for the video.
         keep_steps: whether the result's `recording` is wanted.
+        alarm: the values of a `Calibration`; None: there is no alarm.
     """
 
     task: str
@@ -53,6 +55,7 @@ class Job:
     video: str | None = None
     label: str = "policy"
     keep_steps: bool = False
+    alarm: dict[str, Any] | None = None
 
 
 def run_job(
@@ -60,11 +63,12 @@ def run_job(
     job: Job,
     settings: ExecutionSettings,
     max_seq_len: int,
-    plan: Callable[[PlanRequest], np.ndarray],
+    plan: Callable[[PlanRequest], Plan],
 ) -> EpisodeResult:
     """One episode, filmed and recorded where the job says so; actions and frames are not kept."""
-    filmed = {"record": bool(job.video), "label": job.label, "keep_steps": job.keep_steps}
-    episode = Episode(env, settings, job.seed, prompt=job.prompt, max_seq_len=max_seq_len, **filmed)
+    alarm = None if job.alarm is None else Alarm(Calibration(**job.alarm))
+    kept = {"record": bool(job.video), "label": job.label, "keep_steps": job.keep_steps, "alarm": alarm}
+    episode = Episode(env, settings, job.seed, prompt=job.prompt, max_seq_len=max_seq_len, **kept)
     episode.run(plan)
     if job.video:
         write_video(Path(job.video), episode.result.frames, min(env.unwrapped.control_hz, VIDEO_FPS))
@@ -79,10 +83,10 @@ def reference_to(make_env: MakeEnv) -> dict[str, Any]:
     return {**place, "args": list(partial.args), "options": partial.keywords}
 
 
-def _remote_planner(connection: Connection, seed: int) -> Callable[[PlanRequest], np.ndarray]:
+def _remote_planner(connection: Connection, seed: int) -> Callable[[PlanRequest], Plan]:
     number = 0
 
-    def plan(request: PlanRequest) -> np.ndarray:
+    def plan(request: PlanRequest) -> Plan:
         nonlocal number
         prefix = request.prefix
         if prefix is not None:
@@ -91,7 +95,8 @@ def _remote_planner(connection: Connection, seed: int) -> Callable[[PlanRequest]
         message = {"kind": "plan", "seed": seed, "number": number, "history": list(request.history)}
         connection.send_bytes(pack({**message, "prompt": request.prompt, "prefix": prefix}))
         number += 1
-        return np.array(unpack(connection.recv_bytes()))
+        answer = unpack(connection.recv_bytes())
+        return Plan(np.array(answer["actions"]), answer["uncertainty"])
 
     return plan
 

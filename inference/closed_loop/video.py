@@ -15,13 +15,14 @@ VIDEO_FPS = 20  # at most, so that an episode of a fast simulator can be followe
 MIN_HEIGHT = 240  # smaller frames are enlarged by a whole factor
 
 
-def captioned(frame: np.ndarray, lines: Sequence[str], good: bool = False) -> np.ndarray:
+def captioned(frame: np.ndarray, lines: Sequence[str], good: bool = False, alarm: bool = False) -> np.ndarray:
     """A frame, enlarged to a watchable size, above a strip with at most two lines of text.
 
     Args:
         frame: uint8 (H, W, 3), RGB.
         lines: text; what does not fit in the width is cut off.
         good: colours the strip green (the episode has succeeded).
+        alarm: colours it amber, unless it is green (the alarm stands).
 
     Returns:
         uint8 (H', W', 3) with even sides, as video codecs want.
@@ -29,7 +30,8 @@ def captioned(frame: np.ndarray, lines: Sequence[str], good: bool = False) -> np
     factor = -(-MIN_HEIGHT // frame.shape[0])
     large = frame.repeat(factor, axis=0).repeat(factor, axis=1)
     height, width = (side - side % 2 for side in large.shape[:2])
-    canvas = Image.new("RGB", (width, height + CAPTION_HEIGHT), (24, 110, 48) if good else (20, 20, 20))
+    colour = (24, 110, 48) if good else (150, 75, 0) if alarm else (20, 20, 20)
+    canvas = Image.new("RGB", (width, height + CAPTION_HEIGHT), colour)
     canvas.paste(Image.fromarray(np.ascontiguousarray(large[:height, :width])), (0, 0))
     draw = ImageDraw.Draw(canvas)
     for row, line in enumerate(lines[:2]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,12 +33,16 @@ class Prediction:
         actions: float32 (T, A), physical units.
         batch_size: requests predicted in the same pass.
         queue_seconds, model_seconds: waiting before the pass, and the pass itself.
+        uncertainty: how unsure the policy is, NaN where it can't say.
+        alarm: whether the alarm of the stream that it belongs to stands; None: there is none.
     """
 
     actions: np.ndarray
     batch_size: int
     queue_seconds: float
     model_seconds: float
+    uncertainty: float = math.nan
+    alarm: bool | None = None
 
 
 @dataclass(eq=False)
@@ -56,7 +61,8 @@ class RequestBatcher:
     observation is never another's error.
 
     Args:
-        predict: samples and one seed each -> actions (B, T, A); called in a thread, one call at a time.
+        predict: samples and one seed each -> actions (B, T, A), or a pair of these and the uncertainty of each, (B,);
+            called in a thread, one call at a time.
         window: seconds.
         max_batch: requests of one pass.
         max_waiting: requests that may wait; more are refused.
@@ -65,7 +71,7 @@ class RequestBatcher:
 
     def __init__(
         self,
-        predict: Callable[[Sequence[Sample], Sequence[int]], np.ndarray],
+        predict: Callable[[Sequence[Sample], Sequence[int]], np.ndarray | tuple[np.ndarray, np.ndarray]],
         *,
         window: float,
         max_batch: int,
@@ -134,8 +140,10 @@ class RequestBatcher:
         await asyncio.wait([run])
         seconds = time.perf_counter() - started
         error = run.exception()
-        if error is None and np.shape(run.result())[:1] != (len(requests),):
-            error = ValueError(f"actions of shape {np.shape(run.result())} for {len(requests)} requests")
+        predicted = run.result() if error is None else None
+        actions, uncertainty = predicted if isinstance(predicted, tuple) else (predicted, [math.nan] * len(requests))
+        if error is None and np.shape(actions)[:1] != (len(requests),):
+            error = ValueError(f"actions of shape {np.shape(actions)} for {len(requests)} requests")
         if error is not None and len(requests) > 1:
             return False
         for i, request in enumerate(requests):
@@ -147,5 +155,6 @@ class RequestBatcher:
                 request.done.set_exception(failure)
             else:
                 waited = started - request.arrived
-                request.done.set_result(Prediction(run.result()[i], len(requests), waited, seconds))
+                found = Prediction(actions[i], len(requests), waited, seconds, float(uncertainty[i]))
+                request.done.set_result(found)
         return True

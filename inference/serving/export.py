@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from inference.policy_files import CARRIED, MANIFEST, PROFILES, WEIGHTS, digest
+from inference.policy_files import CARRIED, MANIFEST, PROFILES, WEIGHTS, digest, write_alarm
 from inference.serving.model_card import model_card
 from utils.checkpoint import CheckpointError, evaluation_weights
 from utils.misc import atomic_path
@@ -23,7 +23,7 @@ def export_policy(checkpoint: dict[str, Any], folder: str | Path, metrics: Seque
     """Write a checkpoint's policy as a folder.
 
     Args:
-        checkpoint: as `utils.checkpoint.load_checkpoint` gives it.
+        checkpoint: as `utils.checkpoint.load_checkpoint` gives it, and `alarm` of `policy_files.read_alarm`.
         folder: new, or empty.
         metrics: `metrics.json` and `rollouts.json` of main_eval.py, summarized in the model card.
 
@@ -66,6 +66,8 @@ def _write(checkpoint: dict[str, Any], card: str, folder: Path) -> None:
     _write_json(folder / "statistics.json", checkpoint["statistics"])
     if checkpoint.get("training_data"):
         _write_json(folder / PROFILES, checkpoint["training_data"])
+    if checkpoint.get("alarm"):
+        write_alarm(folder, {"step": checkpoint["step"]}, checkpoint["alarm"])
     _write_json(folder / "backbone_config.json", checkpoint["backbone_config"])
     _write_json(folder / "preprocessor_config.json", checkpoint["image_processor"])
     for name, content in checkpoint["tokenizer_files"].items():

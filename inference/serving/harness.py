@@ -51,6 +51,7 @@ class HarnessServer(PolicyServer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.reader.keeps_time = False  # its clients are simulators
         self._episodes: WeakKeyDictionary[Connection, _Episode] = WeakKeyDictionary()
 
     def _greeting(self) -> None:
@@ -90,6 +91,7 @@ class HarnessServer(PolicyServer):
                 (observation[key] for key in STATE_KEYS if key in observation), None
             )
             request["seed"] = derive_seed("vla-eval", episode.seed, episode.plans)
+            request["reset"] = not episode.plans
             reply = await super()._answer(pack(request), connection, gone)
             if isinstance(reply, str):
                 return reply

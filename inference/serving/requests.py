@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.processing import Sample, array_fault
+from inference.alarm import Alarm
 from inference.monitor import Monitor
 from inference.predictor import VLAPredictor
 from inference.serving.wire import unpack
@@ -60,6 +61,7 @@ class History:
         self._kept: dict[str, list[np.ndarray]] = {}
         self._was_reset = False
         self.monitor: Monitor | None = None  # of what this connection shows the policy
+        self.alarm: Alarm | None = None  # on the uncertainty of its predictions
 
     def completed(
         self, images: dict[str, list[np.ndarray]], reset: bool, warnings: dict[str, str]
@@ -82,13 +84,25 @@ class History:
             )
         return {camera: [*self._kept[camera], *frames] for camera, frames in images.items()}
 
+    def alarmed(self, predictor: VLAPredictor, uncertainty: float, reset: bool) -> bool | None:
+        """Whether this connection's alarm stands after one more prediction; None where the policy has no alarm."""
+        if reset or self.alarm is None:
+            self.alarm, _ = predictor.new_alarm()
+        return None if self.alarm is None else self.alarm.add(uncertainty)
+
     def keep(self, images: dict[str, list[np.ndarray]], number: int) -> None:
         """Keep the newest frames of each camera for the next request; a number of 0 keeps none."""
         self._kept = {camera: frames[-number:] for camera, frames in images.items()} if number else {}
 
 
 class RequestReader:
-    """Reads requests for one policy; used by several threads."""
+    """Reads requests for one policy; used by several threads.
+
+    Attributes:
+        keeps_time: whether clients are robots, so that the rate of their requests means something.
+    """
+
+    keeps_time = True
 
     def __init__(self, predictor: VLAPredictor, config: ServingConfig, seed: int) -> None:
         """
@@ -174,7 +188,8 @@ class RequestReader:
 
     def _monitor(self, history: History) -> Monitor | None:
         if history.monitor is None and self.predictor.training_data is not None:
-            history.monitor = Monitor(self.predictor.training_data)
+            horizon = self.predictor.horizon if self.keeps_time else None
+            history.monitor = Monitor(self.predictor.training_data, horizon)
         return history.monitor
 
     def _take(self, request: dict[Any, Any], name: str) -> Any:

@@ -129,9 +129,9 @@ class ActionExpertHead(FlowMatching):
         timeless = self.expert.modulations(state_BE.new_zeros(1, 1, self.config.expert.width))
         return self.expert.remember(state_BE[:, None], timeless, memory)
 
-    def sampling_context(self, context: Context) -> Memory:
+    def sampling_context(self, context: Context, draws: int = 1) -> Memory:
         """`encode_context` with places that the action tokens of every step write to."""
-        return self.encode_context(context).with_room(self.horizon)
+        return self.encode_context(context).with_room(self.horizon * draws)
 
     def conditions(self, time: Tensor) -> Moments:
         """What `velocity` needs of time, (N,), or (N, T): one per action token; float64 keeps its last digits."""

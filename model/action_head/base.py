@@ -27,6 +27,7 @@ class ActionHeadBase(nn.Module, ABC):
         continues_chunks: whether `sample` takes a `prefix` that the chunk is to continue.
         wants_keys_values: whether it reads `Context.keys_values`, which are collected for no other head.
         wants_tokens: whether it reads `Context.tokens_BLE`, which may mean nothing otherwise.
+        uncertainty: what `sample_draws` says of how unsure it was: a name; None: nothing.
     """
 
     config: ActionHeadConfig
@@ -34,6 +35,7 @@ class ActionHeadBase(nn.Module, ABC):
     continues_chunks: bool = False
     wants_keys_values: bool = False
     wants_tokens: bool = True
+    uncertainty: str | None = None
 
     @property
     def horizon(self) -> int:
@@ -102,6 +104,21 @@ class ActionHeadBase(nn.Module, ABC):
             schedule: from `schedule`, for the same steps and weights; None: computed here.
             prefix: what the chunk has to continue, normalized; only for heads that `continues_chunks`.
         """
+
+    def sample_draws(
+        self,
+        context: Context,
+        noise_K: Tensor | Sequence[None],
+        num_inference_steps: int,
+        schedule: Any = None,
+        prefix: ActionPrefix | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """K draws for each context as `sample` makes them, (K, B, T, A), and how unsure it was, float32 (K, B, T).
+
+        The latter is what `uncertainty` names, per action step; NaN where there is no such number.
+        """
+        draws = [self.sample(context, noise, num_inference_steps, schedule, prefix) for noise in noise_K]
+        return torch.stack(draws), draws[0].new_full((len(draws), *draws[0].shape[:2]), torch.nan)
 
 
 def existing_dims(context: Context, per_action_dim: int) -> Tensor:

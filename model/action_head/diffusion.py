@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from model.action_head.base import ActionHeadBase, draw, existing_dims, step_mean
 from model.action_head.transformer import ActionTransformer, TimeConditions
 from model.action_head.unet import ConditionalUnet1D, TimeEmbedding
+from model.action_head.unsteadiness import wandering
 from model.context import ActionPrefix, Context, ContextSpec
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
@@ -53,6 +54,7 @@ class DiffusionActionHead(ActionHeadBase):
     """A denoiser (`denoiser`) trained on DDPM's noise levels; samples by DDIM or DDPM (`scheduler`)."""
 
     is_stochastic = True
+    uncertainty = "denoised"  # how far the denoised actions of the steps are from the last ones
 
     def __init__(self, config: ActionHeadConfig, spec: ContextSpec, state_dim: int, action_range: ActionRange) -> None:
         super().__init__()
@@ -135,18 +137,35 @@ class DiffusionActionHead(ActionHeadBase):
         Args:
             num_inference_steps: noise levels visited, of the `num_train_timesteps` in training.
         """
-        encoded = self.denoiser.encode_context(context)
-        exists_B1A = existing_dims(context, self.per_action_dim)
-        noise_BSTA = noise * exists_B1A[:, None]
-        x_BTA = noise_BSTA[:, 0]
-        for i, step in enumerate(schedule or self.schedule(num_inference_steps, noise.device)):
-            predicted_BTA = self.denoiser.denoise(x_BTA, step.conditions, encoded).float() * exists_B1A
-            action_BTA = step.action_x * x_BTA + step.action_predicted * predicted_BTA
-            action_BTA = action_BTA.clamp(-self.clip_sample_range, self.clip_sample_range)
-            x_BTA = step.action * action_BTA + step.x * x_BTA + step.predicted * predicted_BTA
+        return self.sample_draws(context, noise[None], num_inference_steps, schedule, prefix)[0][0]
+
+    def sample_draws(
+        self,
+        context: Context,
+        noise_K: Tensor,
+        num_inference_steps: int,
+        schedule: list[_Step] | None = None,
+        prefix: ActionPrefix | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `ActionHeadBase`: all draws are rows of one sampling.
+
+        The measure is the `wandering` of the denoised actions that every level implies about those of the last, NaN for
+        one step. DDPM's fresh noise between two levels is part of it.
+        """
+        count, encoded = len(noise_K), self.denoiser.encode_context(context)
+        exists_N1A = existing_dims(context, self.per_action_dim).repeat_interleave(count, dim=0)
+        noise_NSTA = noise_K.transpose(0, 1).flatten(0, 1) * exists_N1A[:, None]
+        x_NTA, denoised = noise_NSTA[:, 0], []
+        for i, step in enumerate(schedule or self.schedule(num_inference_steps, noise_K.device)):
+            predicted_NTA = self.denoiser.denoise(x_NTA, step.conditions, encoded).float() * exists_N1A
+            action_NTA = step.action_x * x_NTA + step.action_predicted * predicted_NTA
+            action_NTA = action_NTA.clamp(-self.clip_sample_range, self.clip_sample_range)
+            denoised.append(action_NTA)
+            x_NTA = step.action * action_NTA + step.x * x_NTA + step.predicted * predicted_NTA
             if step.noise:  # DDPM's, of all steps but the last
-                x_BTA = x_BTA + step.noise * noise_BSTA[:, i + 1]
-        return x_BTA
+                x_NTA = x_NTA + step.noise * noise_NSTA[:, i + 1]
+        unsure_NT = wandering(denoised, exists_N1A, denoised[-1])
+        return tuple(values.unflatten(0, (-1, count)).transpose(0, 1) for values in (x_NTA, unsure_NT))
 
     def noise_levels(self) -> DDPMScheduler:
         """diffusers' noise levels as the configuration asks for them.

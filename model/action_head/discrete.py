@@ -37,6 +37,8 @@ class ActionHead(ActionHeadBase):
         # In the checkpoint: a bin means the same value whatever statistics a later run has.
         self.register_buffer("bin_range_2A", action_range.covered_2A.clone())
 
+    uncertainty = "entropy"  # of the bins, in nats
+
     @property
     def is_stochastic(self) -> bool:
         """Whether bins are drawn rather than chosen."""
@@ -69,16 +71,32 @@ class ActionHead(ActionHeadBase):
         prefix: ActionPrefix | None = None,
     ) -> Tensor:
         """The decoded bins, float32 (B, T, A), normalized; the number of steps has no effect."""
-        logits_BTAK = self.logits(context)
+        return self.sample_draws(context, (noise,), num_inference_steps, schedule, prefix)[0][0]
+
+    def sample_draws(
+        self,
+        context: Context,
+        noise_K: Tensor | Sequence[None],
+        num_inference_steps: int,
+        schedule: Any = None,
+        prefix: ActionPrefix | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `ActionHeadBase`; the measure is the mean entropy of the bins over existing A, the same for all draws."""
+        logits_BTAK, exists_B1A = self.logits(context), existing_dims(context, self.per_action_dim)
+        draws = torch.stack([self._decoded(logits_BTAK, noise) for noise in noise_K]) * exists_B1A
+        log_BTAK = logits_BTAK.log_softmax(dim=-1)
+        entropy_BTA = -(log_BTAK.exp() * log_BTAK).sum(dim=-1) * exists_B1A
+        return draws, (entropy_BTA.sum(dim=-1) / exists_B1A.sum(dim=-1)).expand(len(draws), -1, -1)
+
+    def _decoded(self, logits_BTAK: Tensor, noise_BTA: Tensor | None) -> Tensor:
         if self.config.decoding == "expectation":
-            action_BTA = (logits_BTAK.softmax(dim=-1) * self._centers_AK()).sum(dim=-1)
-        elif self.config.decoding == "argmax":
-            action_BTA = self._values(logits_BTAK.argmax(dim=-1))
-        else:  # the inverse of the distribution function at a uniform draw: one draw per value
-            cumulative_BTAK = logits_BTAK.softmax(dim=-1).cumsum(dim=-1)
-            bins_BTA = (noise[..., None] * cumulative_BTAK[..., -1:] >= cumulative_BTAK).sum(dim=-1)
-            action_BTA = self._values(bins_BTA.clamp(max=self.config.num_action_bins - 1))
-        return action_BTA * existing_dims(context, self.per_action_dim)
+            return (logits_BTAK.softmax(dim=-1) * self._centers_AK()).sum(dim=-1)
+        if self.config.decoding == "argmax":
+            return self._values(logits_BTAK.argmax(dim=-1))
+        # The inverse of the distribution function at a uniform draw: one draw per value.
+        cumulative_BTAK = logits_BTAK.softmax(dim=-1).cumsum(dim=-1)
+        bins_BTA = (noise_BTA[..., None] * cumulative_BTAK[..., -1:] >= cumulative_BTAK).sum(dim=-1)
+        return self._values(bins_BTA.clamp(max=self.config.num_action_bins - 1))
 
     def logits(self, context: Context) -> Tensor:
         """Unnormalized log-probabilities of the bins, float32 (B, T, A, K)."""

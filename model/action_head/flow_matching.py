@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.action_head.base import ActionHeadBase, draw, existing_dims, step_mean
-from model.action_head.guidance import Velocity, guided
+from model.action_head.guidance import guided
+from model.action_head.integration import integrate
 from model.action_head.transformer import ActionTransformer, ContextKeysValues, TimeConditions
+from model.action_head.unsteadiness import wandering
 from model.context import ActionPrefix, Context, ContextSpec
 from model.normalizer import ActionRange
 from utils.config_utils import ActionHeadConfig
@@ -36,6 +38,7 @@ class FlowMatching(ActionHeadBase):
 
     is_stochastic = True
     continues_chunks = True
+    uncertainty = "velocity"  # how much it changes on the way from noise to action
     time_dtype = torch.float32  # of the moments that `conditions` is given
 
     @property
@@ -59,8 +62,8 @@ class FlowMatching(ActionHeadBase):
     def encode_context(self, context: Context) -> Any:
         """What `velocity` needs of the context."""
 
-    def sampling_context(self, context: Context) -> Any:
-        """What `velocity` needs of the context, for one draw and without gradients to it."""
+    def sampling_context(self, context: Context, draws: int = 1) -> Any:
+        """What `velocity` needs of the context, for so many draws of it and without gradients to it."""
         return self.encode_context(context)
 
     @abstractmethod
@@ -151,29 +154,58 @@ class FlowMatching(ActionHeadBase):
         Raises:
             ValueError: a clean prefix commits more actions than `max_clean_prefix`.
         """
-        encoded = self.sampling_context(context)
-        noised_B1A = self.flow_dims(context)
-        schedule = schedule or self.schedule(num_inference_steps, noise.device)
-        x_BTA = noise * noised_B1A
-        if prefix is not None:
-            prefix = self._as_wide(prefix)
+        return self.sample_draws(context, noise[None], num_inference_steps, schedule, prefix)[0][0]
 
-        def velocity(x_BTA: Tensor, time: float) -> Tensor:
-            return self.velocity(x_BTA, schedule[time], encoded).float() * noised_B1A
+    def sample_draws(
+        self,
+        context: Context,
+        noise_K: Tensor,
+        num_inference_steps: int,
+        schedule: dict[float, Any] | None = None,
+        prefix: ActionPrefix | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `ActionHeadBase`: all draws are rows of one integration, and the velocity's `wandering` is the measure.
+
+        It is NaN for one step, and with a prefix, which bends the path or holds a part of it.
+        """
+        if prefix is not None and len(noise_K) > 1:
+            draws = [
+                self.sample_draws(context, noise[None], num_inference_steps, schedule, prefix) for noise in noise_K
+            ]
+            return torch.cat([actions for actions, _ in draws]), torch.cat([unsure for _, unsure in draws])
+        count, device = len(noise_K), noise_K.device
+        encoded = self.sampling_context(context, count)
+        noised_N1A, exists_N1A = (
+            dims.repeat_interleave(count, dim=0)
+            for dims in (self.flow_dims(context), existing_dims(context, self.per_action_dim))
+        )
+        schedule = schedule or self.schedule(num_inference_steps, device)
+        x_NTA = noise_K.transpose(0, 1).flatten(0, 1) * noised_N1A
+        met: list[Tensor] = []
+
+        def velocity(x_NTA: Tensor, time: float) -> Tensor:
+            met.append(self.velocity(x_NTA, schedule[time], encoded).float() * noised_N1A)
+            return met[-1]
 
         def velocity_of_free_steps(x_BTA: Tensor, time: float) -> Tensor:
-            time_B1 = torch.full((len(noise), 1), time, dtype=self.time_dtype, device=noise.device)
-            velocity_BTA = self.velocity(x_BTA, torch.where(clean_BT, 1.0, time_B1), encoded).float() * noised_B1A
+            time_B1 = torch.full((len(x_BTA), 1), time, dtype=self.time_dtype, device=device)
+            velocity_BTA = self.velocity(x_BTA, torch.where(clean_BT, 1.0, time_B1), encoded).float() * noised_N1A
             return velocity_BTA.masked_fill(clean_BT[..., None], 0.0)
 
-        if prefix is not None and prefix.clean:
-            clean_BT = self._committed(prefix)
-            x_BTA = torch.where(clean_BT[..., None], prefix.target_BTA(), x_BTA)
-            field = velocity_of_free_steps
+        field = velocity
+        if prefix is not None:
+            prefix = self._as_wide(prefix)
+            field = velocity_of_free_steps if prefix.clean else guided(velocity, prefix)
+            if prefix.clean:
+                clean_BT = self._committed(prefix)
+                x_NTA = torch.where(clean_BT[..., None], prefix.target_BTA(), x_NTA)
+        x_NTA = integrate(field, x_NTA, num_inference_steps, self.config.integrator)
+        action_NTA = x_NTA[..., : self.per_action_dim] * exists_N1A
+        if prefix is None and num_inference_steps > 1:
+            unsure_NT = wandering(met, exists_N1A)
         else:
-            field = velocity if prefix is None else guided(velocity, prefix)
-        x_BTA = integrate(field, x_BTA, num_inference_steps, self.config.integrator)
-        return x_BTA[..., : self.per_action_dim] * existing_dims(context, self.per_action_dim)
+            unsure_NT = torch.full_like(action_NTA[..., 0], torch.nan)
+        return tuple(values.unflatten(0, (-1, count)).transpose(0, 1) for values in (action_NTA, unsure_NT))
 
     def _as_wide(self, prefix: ActionPrefix) -> ActionPrefix:
         """A prefix as wide as the noise: what pads the actions is 0, and known to be."""
@@ -240,43 +272,3 @@ def flow_interpolate(noise_NTA: Tensor, action_NTA: Tensor, time: Tensor) -> tup
     """
     time_NT1 = time.reshape(len(time), -1, 1)
     return (1 - time_NT1) * noise_NTA + time_NT1 * action_NTA, action_NTA - noise_NTA
-
-
-def _euler(velocity: Velocity, x: Tensor, time: float, step: float) -> Tensor:
-    return velocity(x, time)
-
-
-def _midpoint(velocity: Velocity, x: Tensor, time: float, step: float) -> Tensor:
-    return velocity(x + velocity(x, time) * (step / 2), time + step / 2)
-
-
-def _heun(velocity: Velocity, x: Tensor, time: float, step: float) -> Tensor:
-    first = velocity(x, time)
-    return (first + velocity(x + first * step, time + step)) / 2
-
-
-# The mean slope over one step; errors of order 1, 2 and 2 in the step, for 1, 2 and 2 velocities (Hairer, Norsett and
-# Wanner 1993, "Solving Ordinary Differential Equations I", sec. II.1).
-INTEGRATORS: dict[str, Callable[[Velocity, Tensor, float, float], Tensor]] = {
-    "euler": _euler,
-    "midpoint": _midpoint,
-    "heun": _heun,
-}
-
-
-def integrate(velocity: Velocity, x: Tensor, num_steps: int, integrator: str = "euler") -> Tensor:
-    """Follow dx/dt = velocity(x, t) from t = 0 to 1.
-
-    Args:
-        velocity: of x and a time in [0, 1], shaped like x.
-        x: where to start.
-        num_steps: equal steps.
-        integrator: `euler`, `midpoint` or `heun`; the latter two evaluate the velocity twice a step.
-
-    Returns:
-        x at t = 1.
-    """
-    slope = INTEGRATORS[integrator]
-    for i in range(num_steps):
-        x = x + slope(velocity, x, i / num_steps, 1 / num_steps) / num_steps
-    return x

@@ -19,10 +19,13 @@ from data.doctor.remedies import command
 from data.editing.edits import Edits
 from data.editing.plan import make_plan
 from data.episode_store import EpisodeStore
+from data.lerobot_table import LeRobotTable
 from scripts import edit_dataset
+from tests.data.convert.lerobot_fixtures import FIXTURES
 from tests.data.planted_faults import FAULTS, VAL, clean_files
 from tests.helpers import episode_rows, png, write_rows
 from utils.parquet_utils import DataError
+from utils.recordings import resolve_recordings
 
 # Kinds whose remedy takes judgement of what the data mean; every other names its command.
 JUDGEMENT = {
@@ -284,3 +287,56 @@ def test_the_rate_must_be_known(tmp_path):
     with pytest.raises(DataError, match=r"neither time stamps nor metadata tell the rate; give --rate"):
         make_plan([path], Edits(drop_idle=(0.1, 1.0)))
     assert len(make_plan([path], Edits(drop_idle=(0.1, 1.0), rate=10)).pieces) == 1
+
+
+@pytest.mark.parametrize(("kind", "flags"), [("image", ()), ("video", ("--reencode", "png"))])
+def test_lerobot_datasets_are_edited_into_our_schema(kind, flags, tmp_path):
+    """Frames and numbers are those read in place; the dataset stays as it is; a second run has nothing to do."""
+    root = FIXTURES / f"lerobot_v30_{kind}"
+    source = f"lerobot:{root}?cameras=observation.images.front=image_1"
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    edit_dataset.main(
+        ["--data_path", source, "--output_dir", str(tmp_path / "out"), "--delete", "2", "--trim", "1", "2", *flags]
+    )
+    table = pa.concat_tables(pq.read_table(path) for path in sorted((tmp_path / "out").glob("*.parquet")))
+    lengths = [31, 17, 25, 60, 12]
+    assert np.bincount(table["episode_index"]).tolist() == [length - 3 for length in lengths]
+    files = [path.name for path in sorted((tmp_path / "out").iterdir())]
+    assert files == [f"episode_{number:06d}.parquet" for number in (0, 1, 3, 4, 5)]
+    in_place = LeRobotTable(resolve_recordings(source, "--data_path")[0])
+    wanted = pa.Table.from_batches(
+        [batch for _, batch in in_place.batches(["state", "action", "prompt", "frame_index"], 64)]
+    )
+    kept = np.concatenate(
+        [np.arange(begin + 1, begin + length - 2) for begin, length in zip((0, 31, 92, 117, 177), lengths, strict=True)]
+    )
+    for name in ("state", "action"):
+        assert np.allclose(np.array(table[name].to_pylist()), np.array(wanted[name].to_pylist())[kept], atol=1e-7)
+    assert table["prompt"].to_pylist() == [wanted["prompt"][i].as_py() for i in kept.tolist()]
+    if kind == "video":
+        pictures = np.concatenate([np.stack(frames) for _, frames in in_place.pictures("image_1", 64)])
+    else:
+        pictures = [decoded(f) for _, b in in_place.batches(["image_1"], 64) for f in b.column(0).to_pylist()]
+    assert all(np.array_equal(decoded(f), pictures[i]) for f, i in zip(table["image_1"].to_pylist(), kept, strict=True))
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    edit_dataset.main(
+        ["--data_path", source, "--output_dir", str(tmp_path / "out"), "--delete", "2", "--trim", "1", "2", *flags]
+    )
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == made
+
+
+def decoded(frame: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(frame)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_commands_of_the_doctor_run_on_lerobot_datasets(tmp_path, monkeypatch):
+    """Frames of video are encoded as a conversion encodes them where the command does not say how."""
+    monkeypatch.chdir(tmp_path)
+    source = f"lerobot:{FIXTURES / 'lerobot_v30_video'}?cameras=observation.images.front=image_1"
+    line = command([(("--drop_steps", "0:3-5"), [("train", (source,))])])
+    edit_dataset.main(shlex.split(line)[2:])
+    (folder,) = tmp_path.iterdir()
+    table = pq.read_table(folder / "episode_000000.parquet")
+    assert len(table) == 28 and table["image_1"][0].as_py().startswith(b"\xff\xd8\xff")

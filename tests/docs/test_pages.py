@@ -25,7 +25,7 @@ from utils.config_utils import Config
 PAGES, PAIRS = written_pages(), translations()
 IN_BOTH_LANGUAGES = {"data_format", "deployment", "evaluation", "execution", "finetune_paligemma", "glossary", "heads"}
 IN_BOTH_LANGUAGES |= {"convert", "data_and_robot", "editing", "multi_gpu", "pi0", "simulators", "training"}
-IN_BOTH_LANGUAGES |= {"training_pipeline"}
+IN_BOTH_LANGUAGES |= {"lerobot", "training_pipeline"}
 THEIR_OWN = {"configs/my_robot.yaml"}  # files that a reader of the pages makes
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?")

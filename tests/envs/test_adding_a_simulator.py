@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("envs", "model", "utils", "data", "inference", "scripts")
@@ -45,10 +46,7 @@ except ValueError as error:
     print(error)
 """
 
-pytestmark = [
-    pytest.mark.sim,
-    pytest.mark.skipif(importlib.util.find_spec("gymnasium") is None, reason="gymnasium is not installed"),
-]
+pytestmark = needs("gymnasium")
 
 
 @pytest.fixture

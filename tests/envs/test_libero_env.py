@@ -15,6 +15,7 @@ from envs import expand_tasks, make_env
 from envs.libero_tasks import PARAPHRASES, STEP_LIMITS, SUITES, TASKS, instructions_of, suite_of
 from tests.helpers import needs
 
+INSTALLED = needs("gymnasium")[1]
 PLATE, STOVE = (f"libero_goal.put_the_bowl_on_the_{place}" for place in ("plate", "stove"))
 
 
@@ -43,8 +44,8 @@ def test_instructions_and_their_paraphrases():
     assert Counter(TASKS.values())["libero_goal_lan"] == 10
 
 
+@INSTALLED
 def test_options_that_cannot_be():
-    pytest.importorskip("gymnasium")
     for options, message in (
         ({"layout": "wild"}, "layout is 'wild'; give one of standard, wide"),
         ({"look": "slow"}, "look is 'slow'; give one of fast, shipped"),
@@ -116,6 +117,17 @@ class TestTheSimulator:
             success = info["success"]
             assert not truncated
         assert np.abs(action).max() <= 1.0
+
+    def test_goals_of_other_tasks_of_the_scene(self, plate):
+        plate.reset(seed=0, options={"images_on_request": True})
+        assert not plate.holds(PLATE) and not plate.holds(STOVE)
+        while not plate.step(plate.expert_action())[-1]["success"]:
+            pass
+        assert plate.holds(PLATE) and not plate.holds(STOVE)
+        with pytest.raises(ValueError, match="is about .*basket.*, which the scene of libero_goal.put_the_bowl_on_the"):
+            plate.holds("libero_object.pick_up_the_milk_and_place_it_in_the_basket")
+        with pytest.raises(ValueError, match="unknown libero task 'libero_goal.put_the_bowl'; did you mean"):
+            plate.holds("libero_goal.put_the_bowl")
 
     def test_the_hand_s_camera_is_not_turned_mid_episode(self, plate):
         """Its own axis hovers about the horizontal; a turned picture would jump by far more than the scene moves."""

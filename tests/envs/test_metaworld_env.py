@@ -1,18 +1,15 @@
 """The Meta-World environment: seeds, actions, pictures."""
 
 import gc
-import importlib.util
 
 import numpy as np
 import pytest
 
 from envs import make_env
 from envs.metaworld_tasks import TASKS
+from tests.helpers import needs
 
-pytestmark = [
-    pytest.mark.sim,
-    pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="metaworld is not installed"),
-]
+pytestmark = needs("metaworld")
 
 
 def make(task="window-open-v3", **options):

@@ -1,6 +1,5 @@
 """Recording: the files' schema, determinism, failures of the expert, and errors."""
 
-import importlib.util
 import io
 import pathlib
 import subprocess
@@ -15,16 +14,14 @@ from PIL import Image
 from data.convert.episode_writer import ImageEncoding
 from scripts._recording import record, record_attempt
 from scripts.record_demos import format_summaries, parse_args
+from tests.helpers import needs
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SAMPLES = REPOSITORY / "data" / "samples"
 TASKS = ("reach-v3", "handle-press-v3")  # short ones
 COLUMNS = ["state", "action", "is_first", "is_last", "is_terminal", "prompt", "episode_index", "frame_index", "seed"]
 
-needs_simulator = [
-    pytest.mark.sim,
-    pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="metaworld is not installed"),
-]
+needs_simulator = needs("metaworld")
 
 
 def arguments(output_dir, *flags, tasks=TASKS, episodes=3):

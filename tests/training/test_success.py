@@ -12,6 +12,7 @@ from tests.helpers import needs
 from tests.inference.closed_loop.simple_env import DriftEnv
 from tests.trainers import assert_same_state, make_trainer, metrics_of, resumed_trainer
 from tests.training.test_resume import SignalAt
+from tests.training.test_trackers import events, local_trackio  # noqa: F401
 from training.state import checkpoint_of
 from utils.checkpoint import load_checkpoint
 from utils.config_utils import ConfigError
@@ -28,7 +29,10 @@ class Played:
     def __init__(self):
         self.runs = 0
 
-    def run(self, policy, *, rank, world_size, stopped):
+    def videos(self, step):
+        return {}
+
+    def run(self, policy, step, *, rank, world_size, stopped):
         self.runs += 1
         total = sum(float(parameter.double().sum()) for parameter in policy.parameters())
         return torch.tensor([[float(int(abs(total) * 1e6) % 8), 7.0], [1.0, 7.0]])
@@ -95,15 +99,46 @@ def test_the_policy_is_not_changed_and_ranks_share_the_episodes(configure):
     processors = processors_of(trainer, config)
     before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
     rollouts = TrainingRollouts(config, processors, TASKS, DriftEnv)
-    alone = rollouts.run(trainer.policy, rank=0, world_size=1, stopped=lambda: False)
-    shares = [rollouts.run(trainer.policy, rank=rank, world_size=2, stopped=lambda: False) for rank in range(2)]
+    alone = rollouts.run(trainer.policy, 1, rank=0, world_size=1, stopped=lambda: False)
+    shares = [rollouts.run(trainer.policy, 1, rank=rank, world_size=2, stopped=lambda: False) for rank in range(2)]
     torch.testing.assert_close(sum(shares), alone)
     assert alone[:, 1].tolist() == [2, 2]
     for name, value in trainer.policy.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(parameter.requires_grad for parameter in trainer.policy.action_head.parameters())
-    few = rollouts.run(trainer.policy, rank=0, world_size=1, stopped=lambda: True)
+    few = rollouts.run(trainer.policy, 1, rank=0, world_size=1, stopped=lambda: True)
     assert few[:, 1].sum() == 1, "a run that is asked to stop does not finish its episodes"
+
+
+def test_every_tracker_gets_the_videos(configure, local_trackio, monkeypatch, tmp_path):  # noqa: F811
+    """The first episode of each task, filmed at each evaluation: in the run's folder and in all three."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    names = ["wandb", "tensorboard", "trackio"]
+    config = configure({"trackers": names, "max_steps": 6, "ema_decay": None}, closed_loop={"num_envs": 1})
+    trainer = make_trainer(config)
+    trainer.rollouts = TrainingRollouts(config, processors_of(trainer, config), TASKS, DriftEnv)
+    trainer.fit()
+    steps = [step for step, _ in successes(trainer)]
+    assert steps and len(trainer.run_log.trackers.running) == 3
+    wanted = {f"closed_loop/{task}_seed20000" for task in TASKS}
+    paths = [trainer.rollouts.videos(step) for step in steps]
+    assert all(found.keys() == wanted for found in paths), "one video of each task an evaluation"
+    assert all(path.parent == config.experiment_dir / "videos" for found in paths for path in found.values())
+    _, pictures = events(config.experiment_dir / "logs" / "tensorboard")
+    assert {name: [image.step for image in pictures[name]] for name in wanted} == dict.fromkeys(wanted, steps)
+    stored = list((config.experiment_dir / "wandb").rglob("media/videos/closed_loop/*.mp4"))
+    assert len(stored) == len(steps) * len(TASKS)
+    assert len(list((tmp_path / "trackio").rglob("*.mp4"))) == len(steps) * len(TASKS)
+
+
+def test_no_videos(configure, tmp_path):
+    config = configure({"max_steps": 2}, closed_loop={"num_envs": 1, "num_videos": 0})
+    trainer = make_trainer(config)
+    trainer.rollouts = TrainingRollouts(config, processors_of(trainer, config), TASKS, DriftEnv)
+    trainer.fit()
+    assert successes(trainer) and trainer.rollouts.videos(trainer.step) == {}
+    assert not (config.experiment_dir / "videos").exists()
 
 
 def test_a_stop_is_not_taken_for_a_result(configure, monkeypatch):
@@ -127,6 +162,7 @@ def test_a_stop_is_not_taken_for_a_result(configure, monkeypatch):
         ({}, {"tasks": ()}, "closed_loop.tasks is \\[\\]; give both"),
         ({"strategy": "fsdp"}, {}, "training.strategy fsdp, whose ranks hold a part of the policy each"),
         ({}, {"episodes": 0}, "closed_loop.episodes"),
+        ({}, {"num_videos": -1}, "closed_loop.num_videos"),
     ],
 )
 def test_settings_that_cannot_be(configure, training, loop, message):

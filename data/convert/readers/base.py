@@ -101,6 +101,11 @@ class Reader(ABC):
             DataError: the source is damaged there.
         """
 
+    def values(self, episode: Episode, key: str) -> Iterator[np.ndarray | list[Any]]:
+        """Everything that an episode holds under one key, in blocks."""
+        for block in self.blocks(episode, [key]):
+            yield block[key]
+
     def suggested(self) -> dict[str, Any]:
         """For --inspect: entries of OPTIONS that a mapping of this recording needs, taken as its options."""
         return {}
@@ -157,7 +162,8 @@ def recordings(path: Path, suffixes: tuple[str, ...], follow_links: bool, wanted
     if path.is_file():
         return [path]
     found = files_below(path, suffixes, "PATH")
-    for file in found:
+    doubtful = {file.parent for file in found} - {path} | {file for file in found if file.is_symlink()}
+    for file in sorted(doubtful):
         file_in(path, file.relative_to(path), follow_links)
     if not found:
         raise DataError(f"{path}: holds no file that ends in {' or '.join(suffixes)}; wanted the {wanted}")

@@ -107,11 +107,10 @@ class Hdf5Reader(Reader):
     def blocks(self, episode: Episode, keys: Sequence[str]) -> Iterator[Block]:
         path = episode.files[0]
         with open_hdf5(path) as file, reading(path):
-            group = get_item(file, episode.place, h5py.Group, path)
+            get_item(file, episode.place, h5py.Group, path)
             arrays, single = {}, {}
             for key in keys:
-                array = get_item(file, f"{group.name.rstrip('/')}/{key}", h5py.Dataset, path)
-                require_written(array, path)
+                array = self._array(file, episode, key)
                 if _is_single(array):
                     single[key] = _decoded(np.atleast_1d(array[()]))[0]
                 else:
@@ -122,6 +121,22 @@ class Hdf5Reader(Reader):
                 end = min(begin + rows, length)
                 block: Block = {key: _decoded(read_rows(array, begin, end, path)) for key, array in arrays.items()}
                 yield block | {key: [value] * (end - begin) for key, value in single.items()}
+
+    def values(self, episode: Episode, key: str) -> Iterator[np.ndarray | list[Any]]:
+        """Everything under one key, also what an episode has one value of."""
+        path = episode.files[0]
+        with open_hdf5(path) as file, reading(path):
+            array = self._array(file, episode, key)
+            if _is_single(array):
+                yield _decoded(np.atleast_1d(array[()]))
+                return
+        yield from super().values(episode, key)
+
+    def _array(self, file: h5py.File, episode: Episode, key: str) -> h5py.Dataset:
+        path = episode.files[0]
+        array = get_item(file, f"{episode.place.rstrip('/')}/{key}", h5py.Dataset, path)
+        require_written(array, path)
+        return array
 
     def _length(self, lengths: dict[str, int], where: str) -> int:
         if not lengths:

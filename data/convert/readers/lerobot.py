@@ -23,10 +23,12 @@ from data.convert.lerobot_rows import (
     RowReader,
     check_span,
     embedded_frames,
+    label_features,
     matrix,
     require_ascending,
     row_times,
     task_texts,
+    tell_left_out,
     video_times,
 )
 from data.convert.modality import MODALITY, Modality
@@ -115,8 +117,9 @@ class LeRobotReader(Reader):
         return self.dataset.sources([episode.place for episode in episodes], self._cameras)
 
     def derived(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        entries = {**label_features(self.dataset), **entries}
         if not entries.get("from_modality"):
-            return dict(entries)
+            return entries
         if self._modality is None:
             raise DataError(
                 f"{self.path / MODALITY}: no such file; name the features in a mapping (--inspect lists them)"
@@ -137,6 +140,7 @@ class LeRobotReader(Reader):
         for key in named:
             check_camera(self.dataset, key)
         self._cameras = [key for key in named if key in self.dataset.features]
+        tell_left_out(self.dataset, map(self._feature, mapping.named_keys))
 
     def blocks(self, episode: Episode, keys: Sequence[str]) -> Iterator[Block]:
         dataset, source = self.dataset, self.dataset.episodes[episode.place]

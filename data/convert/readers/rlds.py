@@ -71,13 +71,7 @@ class RldsReader(Reader):
         return dict(self._features)
 
     def blocks(self, episode: Episode, keys: Sequence[str]) -> Iterator[Block]:
-        number, offset, size = episode.place
-        try:
-            example = parse_example(read_record(episode.files[0], offset, size, number))
-        except (ValueError, UnicodeDecodeError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{episode.name}: is no tf.train.Example ({error}); {AGAIN}") from None
+        example = self._example(episode)
         values = {key: self._values(example, key, episode) for key in keys}
         lengths = {key: len(value) for key, value in values.items() if key.startswith(STEPS)}
         length = check_lengths(lengths or {"steps": 0}, episode.name)
@@ -90,11 +84,23 @@ class RldsReader(Reader):
                 for key, value in values.items()
             }
 
+    def values(self, episode: Episode, key: str) -> Iterator[Value]:
+        """Everything under one key at once, also what an episode has one value of."""
+        yield self._values(self._example(episode), key, episode)
+
     def attributes(self, episode: Episode) -> dict[str, Any]:
-        number, offset, size = episode.place
-        example = parse_example(read_record(episode.files[0], offset, size, number))
+        example = self._example(episode)
         names = [name for name, key in self._features.items() if key.per_episode and name in example]
         return {name: value[0] for name in names if len(value := example[name]) == 1}
+
+    def _example(self, episode: Episode) -> Mapping[str, Value]:
+        number, offset, size = episode.place
+        try:
+            return parse_example(read_record(episode.files[0], offset, size, number))
+        except (ValueError, UnicodeDecodeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{episode.name}: is no tf.train.Example ({error}); {AGAIN}") from None
 
     def _values(self, example: Mapping[str, Value], key: str, episode: Episode) -> Value:
         """The values of all steps, (steps, ...)."""

@@ -150,6 +150,14 @@ class RosbagReader(Reader):
                         block[key] = chosen if isinstance(chosen[0], str) else self._matrix(chosen, key, episode)
                 yield block
 
+    def values(self, episode: Episode, key: str) -> Iterator[np.ndarray | list[Any]]:
+        """Every message of a topic, also before the first frame and after the last."""
+        want = _parse(key)
+        with self._open(episode) as bag, reading(episode.files[0]):
+            kinds = self._kinds(bag, [want.topic], episode)
+            found = self._first_pass(bag, kinds, {key: want})[1][key]
+        yield found if isinstance(found[0], str) else self._matrix(found, key, episode)
+
     def _open(self, episode: Episode) -> Any:
         return _bag(episode.place)
 

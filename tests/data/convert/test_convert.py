@@ -59,6 +59,7 @@ def recording(tmp_path: Path) -> Path:
         file["jpegs"] = np.array([jpeg(image) for image in rgb], dtype="S")
         file["state"] = np.arange(40.0).reshape(10, 4)
         file["action"] = np.arange(10.0).repeat(2).reshape(10, 2) / 10
+        file["nan"] = np.where(np.arange(20).reshape(10, 2) == 7, np.nan, 0.0)
         file["valid"] = np.arange(10) % 5 != 2
         file["done"] = np.arange(10) == 9
         file["text"] = np.array([b"first"] * 5 + ["zweiter, für alle".encode()] * 5, dtype="S")
@@ -157,6 +158,54 @@ def test_rows_that_are_left_out(recording, tmp_path):
         np.testing.assert_allclose(table["timestamp"], np.arange(len(rows)) / 10, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("item", "wanted"),
+    [
+        ("success=done", True),  # at any step
+        ("success={from: done, invert: true}", False),  # a failure that is marked somewhere
+        ("success=valid,equals=3", False),
+        ("success=text,equals=first", True),
+        ("success=always", True),
+        ("success=never", False),
+        ("success=@task,equals=press the button", True),
+        ("success=@info:lang,equals=drop it", False),
+        ("success=@won", True),
+        ("success=outcome", True),  # one value for the whole episode
+        ("success=file:^SCENE", True),
+        ("success=file:failure", False),
+    ],
+)
+def test_outcomes(recording, tmp_path, item, wanted):
+    with h5py.File(recording, "r+") as file:
+        file.attrs["won"], file["outcome"] = np.bool_(True), True
+    if "{" in item:
+        (tmp_path / "map.yaml").write_text(item.replace("=", ": ", 1))
+        item = str(tmp_path / "map.yaml")
+    table = run(recording, tmp_path / "out", item)
+    assert table["success"].to_pylist() == [wanted] * 10 and table.schema.field("success").type == pa.bool_()
+    assert "intervention" not in table.column_names
+
+
+def test_corrections_go_with_their_actions(recording, tmp_path, monkeypatch):
+    """A flag says of an action that somebody gave it: both come from the same stored step, whatever the blocks."""
+    monkeypatch.setattr("data.convert.readers.hdf5.ROWS_PER_BLOCK", 3)
+    plain = run(recording, tmp_path / "plain", "intervention=valid,invert=true")
+    assert np.flatnonzero(plain["intervention"]).tolist() == [2, 7]
+    moved = run(recording, tmp_path / "moved", "intervention=valid,invert=true", "action_shift=2", "drop_first=1")
+    assert column(moved, "action")[:, 0].tolist() == (np.arange(3, 10) / 10).astype(np.float32).tolist()
+    assert np.flatnonzero(moved["intervention"]).tolist() == [4]  # stored step 7
+    modes = run(recording, tmp_path / "modes", "intervention=codes,equals=103")
+    assert np.asarray(modes["intervention"]).all()
+
+
+def test_inspection_finds_outcomes_and_corrections(recording):
+    with h5py.File(recording, "r+") as file:
+        file.attrs["success"] = True
+        file["is_intervention"] = np.arange(10) > 6
+    text = describe(open_reader("hdf5", recording, {}))
+    assert "success: '@success'" in text and "intervention: is_intervention" in text
+
+
 def test_blocks_do_not_matter(recording, tmp_path, monkeypatch):
     items = ["action_shift=2", "drop_first=3", "drop_last=1", "keep=valid", "terminal=done", "image_1=jpegs"]
     whole = run(recording, tmp_path / "whole", *items)
@@ -179,6 +228,11 @@ def test_cameras_of_any_name(recording, tmp_path):
         (["state=text"], "step 0: state is made from 'text', which is no array of numbers; choose another key"),
         (["image_1=state"], r"image_1 is made from 'state', which is float64 \(4,\); wanted images"),
         (["image_1=chw"], r"image_1 is uint8 \(3, 24, 32\); wanted \(height, width, 3\); is it `layout: chw`"),
+        (
+            ["image_1=rgb,layout=chw"],
+            r"image_1 is uint8 \(24, 32, 3\); wanted \(3, height, width\); is it `layout: hwc`",
+        ),
+        (["state=nan"], r"SCENE3_open_the_drawer_demo.hdf5 frame 3: state\[1\] is nan; every value must be a"),
         (["image_1=unit"], "image_1 is float32 from 0 to 1, where 0 to 255 was expected; say `scale: 255`"),
         (["image_1=rgb,flip=up"], "flip of image_1 is 'up'; wanted none, vertical"),
         (["image_1=rgb,flip=auto"], "no attribute macros_image_convention says whether frames are upside down"),
@@ -270,6 +324,14 @@ def test_inspection_lists_keys_and_a_mapping_that_converts(tmp_path):
     assert convert(source, tmp_path / "out").rows == 23
     text = describe(open_reader("hdf5", FORMATS / "libero_hdf5", {}))
     assert "episodes: data/demo_*" in text and "problem_info" in text
+
+
+def test_inspection_sees_instructions_in_json_flips_and_what_is_no_observation():
+    text = describe(open_reader("hdf5", FORMATS / "libero_hdf5", {}))
+    assert "prompt: '@problem_info:language_instruction'" in text and "flip: auto" in text
+    text = describe(open_reader("hdf5", FORMATS / "robomimic_hdf5" / "image.hdf5", {}))
+    assert "next_obs/agentview_image" in text  # among the keys
+    assert "next_obs" not in text.partition("# a mapping to edit")[2]
 
 
 def test_strip_shows_first_middle_and_last(recording, tmp_path):

@@ -18,9 +18,12 @@ from data.convert.inspection import describe
 from data.convert.lerobot import convert_lerobot
 from data.convert.mapping import read_entries
 from data.convert.readers import open_reader
+from data.lerobot_table import LeRobotTable
 from tests.data.convert.lerobot_fixtures import CAMERAS, FIXTURES, FRONT
 from tests.data.convert.test_formats import decode_frame, read
+from utils.config_data import LeRobotConfig
 from utils.parquet_utils import DataError
+from utils.recordings import LeRobotFolder
 
 BASE = [f"image_1={FRONT}", "state=observation.state", "action=action", "prompt=task"]
 PERSISTENT = pa.list_(
@@ -124,3 +127,37 @@ def test_the_older_command_makes_frames_smaller_too(tmp_path):
     small = ImageEncoding(short_side=48)
     convert_lerobot(FIXTURES / "lerobot_v30_image", tmp_path / "out", CAMERAS, episodes=["5"], encoding=small)
     assert decode_frame(read(tmp_path / "out")["image_1"][0].as_py()).shape == (48, 48, 3)
+
+
+def test_outcomes_and_corrections_are_read_by_every_way(dataset, tmp_path):
+    """lerobot-eval writes next.success, its DAgger strategy intervention: converted by both commands, and in place."""
+    (path,) = (dataset / "data").rglob("*.parquet")
+    table = pq.read_table(path)
+    episode, frames = table["episode_index"].to_numpy(), table["frame_index"].to_numpy()
+    table = table.set_column(
+        table.column_names.index("next.success"), "next.success", pa.array((frames > 5) & (episode != 2))
+    )
+    pq.write_table(table.append_column("intervention", pa.array(frames % 4 == 1)), path)
+    info = json.loads((dataset / "meta/info.json").read_text())
+    info["features"]["intervention"] = {"dtype": "bool", "shape": [1], "names": None}
+    (dataset / "meta/info.json").write_text(json.dumps(info))
+
+    mapped = run(dataset, tmp_path / "mapped")
+    convert_lerobot(dataset, tmp_path / "older", CAMERAS)
+    in_place = LeRobotTable(LeRobotFolder(dataset, LeRobotConfig(cameras=(f"{FRONT}=image_1",))))
+    batches = [batch for _, batch in in_place.batches(["success", "intervention"], 7)]
+    for found in (mapped, read(tmp_path / "older"), pa.Table.from_batches(batches)):
+        assert np.array_equal(found["success"], episode != 2)
+        assert np.array_equal(found["intervention"], frames % 4 == 1)
+    shifted = run(dataset, tmp_path / "shifted", "action_shift=1", "success=never")
+    starts = np.flatnonzero(shifted["is_first"])
+    assert np.array_equal(np.asarray(shifted["intervention"]), np.asarray(shifted["frame_index"]) % 4 == 0)
+    assert not np.asarray(shifted["success"]).any() and len(starts) == len(set(episode.tolist()))
+
+
+def test_what_nothing_is_made_of_is_named(dataset, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run(dataset, tmp_path / "out")
+    (line,) = [record.getMessage() for record in caplog.records if "left out, since nothing names" in record.message]
+    assert "language_events (language)" in line and "depth (image)" in line and "note (string)" in line
+    assert "next.success" not in line and "action" not in line

@@ -162,7 +162,7 @@ def test_ctrl_c_in_the_terminal_is_not_for_simulator_processes():
 @pytest.mark.parametrize("outcome", ["success", "failure"])
 def test_a_video_says_who_acts_and_how_it_ended(monkeypatch, outcome):
     lines = []
-    monkeypatch.setattr("inference.closed_loop.episode.captioned", lambda frame, text, good: lines.append(text[1]))
+    monkeypatch.setattr("inference.closed_loop.episode.captioned", lambda frame, text, **colours: lines.append(text[1]))
     env = DriftEnv("1")
     real = env.step
 
