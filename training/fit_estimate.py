@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.action_head import build_action_head
+from model.action_head.action_expert import ActionExpertHead
 from model.action_head.base import ActionHeadBase
 from model.adapters import is_adapted
 from model.backbone import backbone_class
@@ -142,13 +143,30 @@ def activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -> dict
     return memory
 
 
-def _head_activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -> int:
-    """Bytes that autograd keeps of the action head's loss, the context's tokens included, whatever the head is.
+def _head_activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -> float:
+    """Bytes that are kept of the action head's loss, the context's tokens included, whatever the head is.
+
+    An expert with gradient checkpointing keeps the tokens that enter each block, and one block at a time.
+    """
+    expert = config.model.action_head_config.expert
+    if not (isinstance(policy.action_head, ActionExpertHead) and expert.gradient_checkpointing):
+        return _kept_by_autograd(_planned_head(policy, config), policy, config, micro_batch)
+    outside, whole = (
+        _kept_by_autograd(_planned_head(policy, config, checkpointing), policy, config, micro_batch)
+        for checkpointing in (True, False)
+    )
+    head, layers = policy.action_head, policy.backbone.spec.num_layers
+    tokens = micro_batch * head.config.noise_draws_per_sample * head.horizon
+    return outside + (whole - outside) / layers + 4 * layers * tokens * expert.width
+
+
+def _kept_by_autograd(head: ActionHeadBase, policy: VLAModel, config: Config, micro_batch: int) -> int:
+    """Bytes that autograd saves of a head's loss.
 
     The loss runs on fake tensors: they have shapes and types but no storage, and record what autograd saves of them.
     Kernels are the CPU's; with attention dropout those of a GPU keep less.
     """
-    head, spec, data = _unquantized_head(policy, config), policy.backbone.spec, config.data
+    spec, data = policy.backbone.spec, config.data
     length = policy.backbone.num_context_tokens(data.max_seq_len * len(config.cameras), data.prompt_max_len)
     half = config.model.vlm_config.dtype != "float32"
     kept: dict[int, Tensor] = {}
@@ -178,15 +196,22 @@ def _head_activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -
         ):
             torch.func.functional_call(_Loss(head), state, (context, action_BTA, is_pad_BT))
     size = sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
-    return size - (_copied_bytes(head, head.exact_parts()) if half else 0)
+    recomputed = head.expert.blocks if isinstance(head, ActionExpertHead) and head.expert.checkpoints else ()
+    return size - (_copied_bytes(head, [*head.exact_parts(), *recomputed]) if half else 0)
 
 
-def _unquantized_head(policy: VLAModel, config: Config) -> ActionHeadBase:
-    """The policy's head; where it is quantized, one that is not, without storage: autograd keeps the same."""
+def _planned_head(policy: VLAModel, config: Config, checkpointing: bool | None = None) -> ActionHeadBase:
+    """The policy's head; where it is quantized, or checkpoints otherwise, a like one without storage: autograd keeps
+    the same of weights in few bits."""
     settings = config.model.action_head_config
-    if settings.expert.quantization == "none":
+    planned = dataclasses.replace(
+        settings.expert,
+        quantization="none",
+        gradient_checkpointing=settings.expert.gradient_checkpointing if checkpointing is None else checkpointing,
+    )
+    if planned == settings.expert:
         return policy.action_head
-    settings = dataclasses.replace(settings, expert=dataclasses.replace(settings.expert, quantization="none"))
+    settings = dataclasses.replace(settings, expert=planned)
     with torch.device("meta"):
         head = build_action_head(settings, policy.backbone.spec, config.data.state_dim)
         head.adapt(settings, policy.compute_dtype)

@@ -101,6 +101,11 @@ class GemmaExpert(nn.Module):
         self.blocks = nn.ModuleList(ExpertBlock(config, spec) for _ in range(spec.num_layers))
         self.norm = _norm(config)
 
+    @property
+    def checkpoints(self) -> bool:
+        """Whether a forward pass now keeps each block's input alone, and runs the block again in the backward pass."""
+        return self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
     def norms(self) -> list[nn.Module]:
         """Every norm in turn: two a block, and the last."""
         norms = [norm for block in self.blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
@@ -141,7 +146,7 @@ class GemmaExpert(nn.Module):
         rotary = self.rotary(memory.next_position_B.repeat_interleave(draws), length)
         for layer, block in enumerate(self.blocks):
             arguments = tokens_NTE, modulations[2 * layer : 2 * layer + 2], rotary, memory, layer, mask
-            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if self.checkpoints:
                 tokens_NTE, _ = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 tokens_NTE, _ = block(*arguments)

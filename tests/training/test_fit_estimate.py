@@ -11,7 +11,7 @@ from model.tiny.paligemma import make_tiny_paligemma
 from model.tiny.siglip_llm import make_tiny_siglip_llm
 from model.vla_model import VLAModel
 from scripts import estimate_memory
-from tests.policies import make_batch, make_policy, policy_config
+from tests.policies import make_batch, make_policy, merged, policy_config
 from training.fit_estimate import (
     GB,
     activation_bytes,
@@ -86,6 +86,13 @@ def test_an_action_expert_keeps_what_autograd_keeps(tmp_path, time, dtype):
     assert memory == expected_memory(meta_policy(config), config)
     expected = sum(activation_bytes(policy, config, 8).values())
     expected += memory.get("16-bit copies of trained matrices (autocast)", 0)
+    parts = {"gradient_checkpointing": True}
+    checkpointing = policy_config(
+        tmp_path, tmp_path, model=merged(model, {"action_head_config": {"expert": parts}}), data=data
+    )
+    fewer = activation_bytes(meta_policy(checkpointing), checkpointing, 8)["activations, action head"]
+    inputs = 4 * 3 * 8 * 16 * 64
+    assert inputs < fewer < 0.7 * memory["activations, action head"]
     batch = make_batch(8) | {"action": torch.rand(8, 16, 4), "action_is_pad": torch.zeros(8, 16, dtype=torch.bool)}
     assert kept_bytes(policy, batch) == pytest.approx(expected, rel=0.15)
 
@@ -198,6 +205,14 @@ def test_recipes_state_what_they_are_expected_to_take(name, limit):
     wanted = {**memory, "sum": sum(memory.values())}
     assert stated == {key: pytest.approx(value / GB, abs=0.006) for key, value in wanted.items()}
     assert any("not measured" in line for line in comments)
+
+
+@pytest.mark.parametrize("name", ["pi0_finetune", "pi05_lora"])
+def test_what_an_expert_of_the_published_size_takes(name):
+    """The expert's share is what its blocks keep with checkpointing: at least the tokens that enter each of 18."""
+    config = load_config(f"configs/{name}.yaml", SHAPE)
+    memory = activation_bytes(meta_policy(config), config, 8)
+    assert 18 * 8 * 50 * 1024 * 4 < memory["activations, action head"] < 2 * GB
 
 
 def test_another_backbone(tmp_path):
