@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data.comparison.against import training_profiles
+from data.comparison.against import announce_fit, training_profiles
 from data.loader import build_loaders
 from data.processing import processors_from_config
 from data.statistics import require_statistics_of
@@ -92,6 +92,8 @@ def build_trainer(args: argparse.Namespace, config: Config, place: Place) -> VLA
     trainer_class = TRAINERS[config.training.strategy] if place.in_group else VLATrainer
     kept = {"image_processor": processors[0].to_settings(), "tokenizer_files": processors[1].to_files()}
     if place.rank == 0:  # which writes the checkpoints
+        if not same_run:
+            announce_fit(loaders[0].dataset, policy.statistics, config, kept=args.statistics == "pretrained")
         known = checkpoint.get("training_data") if same_run else None
         kept["training_data"] = known or training_profiles(loaders[0].dataset)
     trainer = trainer_class(config, policy, *loaders, place.device, kept)

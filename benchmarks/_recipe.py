@@ -1,17 +1,21 @@
 """What the recipes of whole simulators share: from nothing to closed-loop results, by the commands that users run.
 
-Stages that are complete are not repeated, and an interrupted evaluation goes on where it was; `fresh` begins again.
+Stages that are complete are not repeated, and one that was interrupted goes on where it was: recording by task,
+training from its newest checkpoint, an evaluation after the episodes that it finished. `fresh` begins again. Seconds
+of the wall clock and of the processor are kept in experiments/{name}/seconds.json, over all starts together.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +37,7 @@ class Recipe:
         settings: "section.key=value", beside the config's.
         num_workers: processes that record, and that simulate in evaluations.
         nproc: processes that train.
+        data_name: of another recipe, whose demonstrations are taken.
     """
 
     name: str
@@ -44,8 +49,7 @@ class Recipe:
     settings: Sequence[str] = ()
     num_workers: int = 2
     nproc: int = 1
-    data_name: str | None = None  # of another recipe, whose demonstrations are taken
-    seconds: dict[str, float] = field(default_factory=dict)
+    data_name: str | None = None
 
     @property
     def data(self) -> pathlib.Path:
@@ -59,6 +63,16 @@ class Recipe:
     def checkpoint(self) -> pathlib.Path:
         return self.experiment / "checkpoints" / "model_best.pth.tar"
 
+    @property
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """Stage -> {"wall", "processor", "complete"}, as far as they have come."""
+        path = self.experiment / "seconds.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def demonstrations(self, split: str) -> list[str]:
+        """Files of the recipe's tasks; the folder may hold other recipes' tasks too."""
+        return [str(self.data / split / f"{task}.parquet") for task in self.tasks]
+
     def forget(self) -> None:
         """Begin again: demonstrations are deleted, the experiment is moved aside."""
         shutil.rmtree(self.data, ignore_errors=True)
@@ -67,33 +81,32 @@ class Recipe:
 
     def record(self, demos: int, held_out: int = 2, flags: Sequence[str] = ()) -> None:
         """Demonstrations of the experts: `demos` of each task to train on, and a few to validate."""
-        began = time.perf_counter()
         for split, episodes, seed in (("train", demos, 0), ("val", held_out, HELD_OUT_SEED)):
-            missing = [task for task in self.tasks if not (self.data / split / f"{task}.parquet").is_file()]
-            if missing:
-                command = ["scripts/record_demos.py", "--env", self.env, "--tasks", *missing, *flags]
+            for task in self.tasks:  # one command each, so that an interruption costs no more than a task
+                if (self.data / split / f"{task}.parquet").is_file():
+                    continue
+                command = ["scripts/record_demos.py", "--env", self.env, "--tasks", task, *flags]
                 command += ["--episodes", str(episodes), "--seed", str(seed), "--num_workers", str(self.num_workers)]
-                run(*command, "--output_dir", str(self.data / split), *_options(self.env_options))
-        self.seconds["record"] = time.perf_counter() - began
+                with self._timed("record"):
+                    run(*command, "--output_dir", str(self.data / split), *_options(self.env_options))
 
     def train(self) -> None:
-        """Backbone, statistics and training, unless the checkpoint is there."""
-        began = time.perf_counter()
-        if not self.checkpoint.is_file():
-            weights, statistics = f"weight/{self.name}", str(self.data / "normalization_stats.json")
-            sizes = [text for key, value in self.backbone.items() for text in (f"--{key}", str(value))]
-            prompts = ["--prompts_from", str(self.data / "train")]
-            run("scripts/make_tiny_paligemma.py", "--output_dir", weights, *sizes, *prompts)
-            files = ["--config_path", self.config, "--train_data_override", str(self.data / "train")]
-            run("utils/calculate_normalization_stats.py", *files, "--output_path", statistics)
-            files += ["--val_data_override", str(self.data / "val"), "--experiment_name", self.name]
-            files += ["--model_name_or_path", weights]
-            settings = ["--set", f"data.normalization_stats_path={statistics}", *self.settings]
-            if self.nproc > 1:
-                run("main_train_ddp.py", "--nproc", str(self.nproc), *files, *settings)
-            else:
-                run("main_train.py", *files, *settings)
-        self.seconds["train"] = time.perf_counter() - began
+        """Backbone, statistics and training, unless that was done."""
+        if self.seconds.get("train", {}).get("complete"):
+            return
+        weights, statistics = pathlib.Path("weight", self.name), self.experiment / "normalization_stats.json"
+        files = ["--config_path", self.config, "--train_data_override", *self.demonstrations("train")]
+        with self._timed("train"):
+            if not (weights / "model.safetensors").is_file():
+                sizes = [text for key, value in self.backbone.items() for text in (f"--{key}", str(value))]
+                prompts = ["--prompts_from", *self.demonstrations("train")]
+                run("scripts/make_tiny_paligemma.py", "--output_dir", str(weights), *sizes, *prompts)
+            if not statistics.is_file():
+                run("utils/calculate_normalization_stats.py", *files, "--output_path", str(statistics))
+            files += ["--val_data_override", *self.demonstrations("val"), "--experiment_name", self.name]
+            files += ["--model_name_or_path", str(weights), "--resume_checkpoint", "auto"]
+            script = ["main_train_ddp.py", "--nproc", str(self.nproc)] if self.nproc > 1 else ["main_train.py"]
+            run(*script, *files, "--set", f"data.normalization_stats_path={statistics}", *self.settings)
 
     def evaluate(
         self,
@@ -114,7 +127,7 @@ class Recipe:
             control: "expert" or "replay", in the policy's place.
             tasks, options: instead of the recipe's.
         """
-        began, output = time.perf_counter(), self.experiment / name
+        output = self.experiment / name
         command = ["main_eval.py", "--env", self.env, "--tasks", *(tasks or self.tasks), "--episodes", str(episodes)]
         command += ["--seed", str(FIRST_EVALUATION_SEED), "--output_dir", str(output), "--num_videos", "1", *flags]
         command += ["--num_envs", str(self.num_workers)]
@@ -123,10 +136,26 @@ class Recipe:
         else:
             command += ["--control", control]
         if control == "replay":
-            command += ["--demos_path", str(self.data / "train")]
-        run(*command, *_options(self.env_options if options is None else options))
-        self.seconds[name] = time.perf_counter() - began
+            command += ["--demos_path", *self.demonstrations("train")]
+        with self._timed(name):
+            run(*command, *_options(self.env_options if options is None else options))
         return json.loads((output / "rollouts.json").read_text(encoding="utf-8"))
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Add what a stage takes to what it has taken, also where it fails."""
+        began, processor, complete = time.perf_counter(), _children_seconds(), False
+        try:
+            yield
+            complete = True
+        finally:
+            seconds = self.seconds
+            before = seconds.get(stage, {"wall": 0.0, "processor": 0.0})
+            wall = before["wall"] + time.perf_counter() - began
+            spent = before["processor"] + _children_seconds() - processor
+            seconds[stage] = {"wall": wall, "processor": spent, "complete": complete}
+            self.experiment.mkdir(parents=True, exist_ok=True)
+            (self.experiment / "seconds.json").write_text(json.dumps(seconds, indent=1), encoding="utf-8")
 
 
 def run(*command: str) -> None:
@@ -140,6 +169,17 @@ def counted(summary: dict[str, Any]) -> str:
     successes, episodes = summary["successes"], summary["episodes"]
     low, high = wilson_interval(successes, episodes)
     return f"{successes}/{episodes} ({100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def timed(seconds: dict[str, dict[str, float]]) -> str:
+    """ "train 3600 s (7100 s of processor time)", for every stage."""
+    stages = (f"{stage} {time['wall']:.0f} s ({time['processor']:.0f} s)" for stage, time in seconds.items())
+    return "wall clock (processor): " + ", ".join(stages)
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _options(options: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ import pathlib
 if not __package__:
     import _repository  # noqa: F401
 
-from benchmarks._recipe import Recipe, counted
+from benchmarks._recipe import Recipe, counted, timed
 from utils.arguments import CommandParser
 from utils.text_table import text_table
 
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--nproc", type=int, default=2, help="processes that train")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the training")
     parser.add_argument("--fresh", action="store_true", help="record and train again, whatever is there")
     args = parser.parse_args()
     name, demos, episodes, extra = "aloha_transfer", args.demos, args.episodes, []
@@ -47,7 +48,7 @@ def main() -> None:
         options |= {"max_episode_steps": 130}
     results, seconds = {}, {}
     for number, head in enumerate(args.heads):
-        settings = [*HEADS[head], *extra]
+        settings = [*HEADS[head], *extra, *args.set]
         where = {"num_workers": args.num_workers, "nproc": args.nproc, "data_name": name}
         recipe = Recipe(f"{name}_{head}", CONFIG, "aloha", [TASK], options, BACKBONE, settings, **where)
         if args.fresh and number == 0:
@@ -58,12 +59,12 @@ def main() -> None:
         results[f"{head}, blind"] = recipe.evaluate("blind", episodes, ["--blind"])
         if number == 0:
             results |= {run: recipe.evaluate(run, episodes, control=run) for run in ("replay", "expert")}
-        seconds |= {f"{stage} {head}": value for stage, value in recipe.seconds.items()}
+        seconds |= {f"{head} {stage}": value for stage, value in recipe.seconds.items()}
     rows = [[run, counted(result["summary"])] for run, result in results.items()]
     print("\n" + text_table(["", f"{TASK}, success of {episodes}"], rows))
     settings = next(iter(results.values()))["settings"]["env_settings"]
     print(f"MuJoCo {settings['mujoco']}, {settings['max_episode_steps']} steps")
-    print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()))
+    print(timed(seconds))
     if args.json:
         args.json.write_text(json.dumps({"results": results, "seconds": seconds}, indent=1), encoding="utf-8")
 

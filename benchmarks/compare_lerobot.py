@@ -34,7 +34,16 @@ if not __package__:
 import numpy as np
 import torch
 
-from benchmarks.random_pi import ACTION_DIM, CAMERAS, MAX_DIM, SIZES, STATE_DIM, pi_sizes, random_checkpoint
+from benchmarks.random_pi import (
+    ACTION_DIM,
+    CAMERAS,
+    MAX_DIM,
+    SIZES,
+    STATE_DIM,
+    lerobot_sizes,
+    pi_sizes,
+    random_checkpoint,
+)
 from benchmarks.sides import MARK
 from inference.serving.export_published import export_published
 from model.tiny.paligemma import make_tiny_paligemma
@@ -106,16 +115,9 @@ def make_folder(folder: Path, size: str) -> int:
 
 def write_policy(folder: Path, kind: str, size: str) -> int:
     """A policy with random weights as LeRobot writes it, and the sizes that its loader must be told."""
-    checkpoint, sizes, heads = random_checkpoint(kind, size), pi_sizes(kind, size), SIZES[size][2][1]
+    checkpoint, heads = random_checkpoint(kind, size), SIZES[size][2][1]
     export_published(checkpoint, folder / kind, "lerobot")
-    towers = {
-        part: {"width": own.width, "depth": sizes.num_layers, "mlp_dim": own.mlp_dim, "num_heads": own.num_heads}
-        | {"head_dim": own.head_dim}
-        for part, own in (("language", sizes.language), ("expert", sizes.expert))
-    }
-    vision = {"hidden_size": sizes.vision_width, "num_hidden_layers": sizes.vision_layers, "num_attention_heads": heads}
-    vision |= {"intermediate_size": sizes.vision_mlp_dim, "patch_size": 14, "projection_dim": sizes.language.width}
-    (folder / "sizes.json").write_text(json.dumps({**towers, "vision": vision, "vocab_size": sizes.vocab_size}))
+    (folder / "sizes.json").write_text(json.dumps(lerobot_sizes(pi_sizes(kind, size), heads)))
     return sum(value.numel() for value in checkpoint["model"].values())
 
 

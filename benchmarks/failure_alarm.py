@@ -1,6 +1,6 @@
 """Will it fail? The alarm on a policy's uncertainty beside two simpler alarms, over closed-loop episodes.
 
-    python benchmarks/failure_alarm.py [--quick] [--json alarm.json] [--demos 8] [--steps 1000]
+    python benchmarks/failure_alarm.py [--quick] [--json alarm.json] [--demos 5] [--steps 700]
 
 Trains a policy of two Meta-World tasks that is meant to fail often (few demonstrations, few steps), rolls it out, and
 asks of four signals how well they foresee failure:
@@ -36,6 +36,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from benchmarks._recipe import Recipe
+from data.processing import collate_fn
 from envs import FIRST_EVALUATION_SEED, env_maker
 from inference.alarm import Alarm, alarm_score, calibrated
 from inference.closed_loop.episode import EpisodeRequest, Plan
@@ -69,12 +70,10 @@ class WatchedPolicy(ModelPolicy):
     def plan_many(self, requests: Sequence[EpisodeRequest]) -> list[Plan]:
         with self.notes.open("a", encoding="utf-8") as file:
             for asked in requests:
-                last = asked.request.history[-1]
-                images = {camera: [frame[camera] for frame in asked.request.history] for camera in self.several.cameras}
-                batch = self.several.observe(images=images, prompt=asked.request.prompt, state=last["state"])
+                batch = collate_fn([self._sample(asked.request)])
                 seed = derive_seed("rollout", asked.seed, asked.number)
                 spread = self.several.predict_measured(batch, [[seed]]).uncertainty_KB[0, 0]
-                distance = np.linalg.norm(self.states - last["state"] / self.scale, axis=1).min()
+                distance = np.linalg.norm(self.states - asked.request.history[-1]["state"] / self.scale, axis=1).min()
                 place = {"prompt": asked.request.prompt, "seed": asked.seed, "number": asked.number}
                 file.write(json.dumps({**place, "spread": float(spread), "distance": float(distance)}) + "\n")
         return super().plan_many(requests)
@@ -195,10 +194,10 @@ def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
-    parser.add_argument("--demos", type=int, default=8, help="of each task (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="of training (default %(default)s)")
+    parser.add_argument("--demos", type=int, default=5, help="of each task (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help="of training (default %(default)s)")
     parser.add_argument("--calibration", type=int, default=60, help="episodes of each task (default %(default)s)")
-    parser.add_argument("--episodes", type=int, default=110, help="judged, of each task (default %(default)s)")
+    parser.add_argument("--episodes", type=int, default=100, help="judged, of each task (default %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="record and train again, whatever is there")
     args = parser.parse_args()
     torch.set_num_threads(1)

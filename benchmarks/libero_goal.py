@@ -6,8 +6,8 @@ Records the scripted experts in the wide layout, trains configs/libero_goal.yaml
 loop on seeds from 10000 upwards:
 
 * language: four tasks that start from the same picture and state, to the bit (checked first). Each cell of the matrix
-  is how often the column's goal was reached under the row's prompt; beside it success under LIBERO-PRO's paraphrases,
-  on which nothing was trained.
+  is how often the column's goal was reached, at any step, under the row's prompt: an episode goes on to the step limit
+  whatever is reached, and one episode fills a row. Beside it LIBERO-PRO's paraphrases, on which nothing was trained.
 * every task, in the standard and in the wide layout: policy, grey images (blind), a recorded demonstration played back
   (replay), the next task's prompt (swapped), and the expert.
 
@@ -22,14 +22,20 @@ import pathlib
 import sys
 from typing import Any
 
+import gymnasium
 import numpy as np
+import torch
 
 if not __package__:
     import _repository  # noqa: F401
 
-from benchmarks._recipe import Recipe, counted
+from benchmarks._recipe import Recipe, counted, timed
 from envs import FIRST_EVALUATION_SEED, expand_tasks, make_env
 from envs.libero_tasks import instructions_of
+from inference.closed_loop.episode import Episode
+from inference.closed_loop.policies import local_planner
+from inference.closed_loop.rollout import ModelPolicy
+from inference.predictor import VLAPredictor
 from utils.arguments import CommandParser
 from utils.text_table import text_table
 
@@ -59,15 +65,45 @@ def starts_are_identical(seeds: range, image_size: int) -> bool:
     return all(np.array_equal(first[key], other[key]) for first, *rest in scenes for other in rest for key in first)
 
 
-def language_matrix(recipe: Recipe, episodes: int) -> dict[str, dict[str, Any]]:
-    """Prompt of a task -> goal of a task -> its summary."""
-    matrix = {}
-    for told in LANGUAGE:
-        words = instructions_of(told)[0]
-        flags = ["--prompt_override", words]
-        name = f"language/{told.partition('.')[2]}"
-        matrix[told] = recipe.evaluate(name, episodes, flags, tasks=LANGUAGE)["tasks"]
-    return matrix
+class AllGoals(gymnasium.Wrapper):
+    """Goes on to the step limit, and notes which tasks' goals were reached at any step."""
+
+    def reset(self, **options: Any) -> Any:
+        self.reached: set[str] = set()
+        return self.env.reset(**options)
+
+    def step(self, action: np.ndarray) -> Any:
+        observation, reward, _, truncated, info = self.env.step(action)
+        self.reached |= {task for task in LANGUAGE if self.env.unwrapped.holds(task)}
+        return observation, reward, False, truncated, {**info, "success": False}
+
+
+def language_matrix(recipe: Recipe, episodes: int, paraphrase: int = 0) -> dict[str, dict[str, int]]:
+    """Prompt of a task -> goal of a task -> in how many episodes it was reached.
+
+    Args:
+        recipe: a trained one. Finished episodes are kept in its folder, and not run again.
+        episodes: of each prompt, with seeds from 10000 upwards.
+        paraphrase: which of a task's instructions is told; 0 is the one trained on.
+    """
+    path = recipe.experiment / f"language_{paraphrase}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    done = {(line["told"], line["seed"]): line["reached"] for line in map(json.loads, lines)}
+    seeds = range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + episodes)
+    missing = [(told, seed) for told in LANGUAGE for seed in seeds if (told, seed) not in done]
+    if missing:
+        torch.set_num_threads(1)
+        policy = ModelPolicy(VLAPredictor.from_checkpoint(str(recipe.checkpoint)))
+        env = AllGoals(make_env("libero", LANGUAGE[0], **recipe.env_options))
+        for told, seed in missing:
+            words = instructions_of(told)[paraphrase]
+            episode = Episode(env, policy.execution, seed, prompt=words, max_seq_len=policy.max_seq_len)
+            episode.run(local_planner(policy, env, seed))
+            done[told, seed] = sorted(env.reached)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"told": told, "words": words, "seed": seed, "reached": done[told, seed]}) + "\n")
+        env.close()
+    return {told: {goal: sum(goal in done[told, seed] for seed in seeds) for goal in LANGUAGE} for told in LANGUAGE}
 
 
 def layouts(recipe: Recipe, episodes: int) -> dict[str, dict[str, Any]]:
@@ -88,18 +124,19 @@ def layouts(recipe: Recipe, episodes: int) -> dict[str, dict[str, Any]]:
     return results
 
 
-def print_tables(matrix: dict[str, Any], paraphrased: dict[str, Any], results: dict[str, Any]) -> None:
-    """The matrix and the two layouts."""
+def print_matrix(matrix: dict[str, dict[str, int]], episodes: int, paraphrase: int = 0) -> None:
+    """The matrix, and its means."""
     names = [task.partition(".")[2] for task in LANGUAGE]
-    rows = [
-        [instructions_of(told)[0], *(f"{goals[task]['successes']}/{goals[task]['episodes']}" for task in LANGUAGE)]
-        for told, goals in matrix.items()
-    ]
-    print("\n" + text_table(["prompt", *names], rows))
-    own = [matrix[task][task]["success_rate"] for task in LANGUAGE]
-    other = [matrix[told][task]["success_rate"] for told in LANGUAGE for task in LANGUAGE if told != task]
-    print(f"mean of the diagonal {100 * np.mean(own):.0f} %, of the rest {100 * np.mean(other):.0f} %")
-    print("under paraphrases never trained on: " + counted(paraphrased["summary"]))
+    rows = [[instructions_of(told)[paraphrase], *goals.values()] for told, goals in matrix.items()]
+    print(f"\ngoals reached in {episodes} episodes\n" + text_table(["prompt", *names], rows))
+    own = [goals[told] for told, goals in matrix.items()]
+    other = [count for told, goals in matrix.items() for goal, count in goals.items() if goal != told]
+    for name, counts in (("diagonal", own), ("rest", other)):
+        print(f"{name}: " + counted({"successes": sum(counts), "episodes": episodes * len(counts)}))
+
+
+def print_layouts(results: dict[str, Any]) -> None:
+    """The policy beside its controls, in both layouts."""
     for layout, runs in results.items():
         tasks = runs["policy"]["tasks"]
         rows = [[task, *(counted(runs[run]["tasks"][task]) for run in RUNS)] for task in tasks]
@@ -117,11 +154,16 @@ def main() -> None:
     parser.add_argument("--demos", type=int, default=50, help="per task")
     parser.add_argument("--episodes", type=int, default=20, help="per task and column")
     parser.add_argument("--tasks", nargs="+", default=[*GOAL, "libero_object"], help="beside the four of the matrix")
+    help_text = "the four tasks of the matrix alone, and no table of layouts"
+    parser.add_argument("--matrix_only", action="store_true", help=help_text)
+    parser.add_argument("--noise_scale", type=float, default=0.1, help="of the recording (default %(default)s)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the training")
     parser.add_argument("--fresh", action="store_true", help="record and train again, whatever is there")
     args = parser.parse_args()
-    name = "libero_goal_quick" if args.quick else "libero_goal"
-    tasks = expand_tasks("libero", [*LANGUAGE, *args.tasks])
+    data = "libero_goal_quick" if args.quick else "libero_goal"
+    name = f"{data}_matrix" if args.matrix_only else data
+    tasks = LANGUAGE if args.matrix_only else expand_tasks("libero", [*LANGUAGE, *args.tasks])
     demos, episodes, settings, options = args.demos, args.episodes, [], {"image_size": 96, "layout": "wide"}
     if args.quick:
         tasks, demos, episodes = LANGUAGE, 1, 1
@@ -129,18 +171,23 @@ def main() -> None:
         options |= {"max_episode_steps": 120}
     if not starts_are_identical(range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + min(3, episodes)), 96):
         sys.exit("error: the tasks of the matrix start from different images or states; it would not test the prompt")
-    recipe = Recipe(name, "configs/libero_goal.yaml", "libero", tasks, options, {}, settings, args.num_workers)
+    config = "configs/libero_goal.yaml"
+    settings += args.set
+    recipe = Recipe(name, config, "libero", tasks, options, {}, settings, args.num_workers, data_name=data)
     if args.fresh:
         recipe.forget()
-    recipe.record(demos, held_out=1)
+    recipe.record(demos, held_out=1, flags=["--noise_scale", str(args.noise_scale)])
     recipe.train()
-    matrix = language_matrix(recipe, episodes)
-    paraphrased = recipe.evaluate("paraphrased", episodes, ["--paraphrase", "1"], tasks=LANGUAGE)
-    results = layouts(recipe, episodes)
-    print_tables(matrix, paraphrased, results)
-    print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in recipe.seconds.items()))
+    matrices = {}
+    for name, paraphrase in (("own words", 0), ("paraphrases never trained on", 1)):
+        matrices[name] = language_matrix(recipe, episodes, paraphrase)
+        print(f"\n{name}", end="")
+        print_matrix(matrices[name], episodes, paraphrase)
+    results = {} if args.matrix_only else layouts(recipe, episodes)
+    print_layouts(results)
+    print(timed(recipe.seconds))
     if args.json:
-        content = {"matrix": matrix, "paraphrased": paraphrased, "layouts": results, "seconds": recipe.seconds}
+        content = {"matrices": matrices, "layouts": results, "seconds": recipe.seconds}
         args.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

@@ -1,18 +1,24 @@
 """Mistakes planted between a policy and its robot: how many does one command name from a recorded session?
 
     python benchmarks/planted_mistakes.py --checkpoint_path C --tasks button-press-topdown-v3 [--quick] [--json F]
+    python benchmarks/planted_mistakes.py --env aloha --expert --checkpoint_path C --tasks transfer_cube
 
 A session is 200 steps or more of the policy in closed loop, recorded as `main_eval.py --record` records it, with one
 mistake between the simulator and the policy. What `inspect_parquet.py --data_path SESSION --against C` names is
 compared with what was planted. Clean sessions on other seeds count false alarms.
+
+With --expert the simulator's scripted expert acts instead of the policy, whose checkpoint then only says what its
+training data look like: mistakes show in what is recorded, and mislead nobody.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import sys
 import tempfile
 from collections import deque
@@ -31,10 +37,12 @@ from data.comparison.against import held_against
 from data.convert.rollouts import RolloutRecorder
 from envs import make_env
 from inference.closed_loop.episode import Episode
+from inference.closed_loop.policies import ExpertPolicy
 from inference.closed_loop.rollout import ModelPolicy
 from inference.policy_files import read_policy
 from inference.predictor import VLAPredictor
 from utils.arguments import CommandParser
+from utils.cli import key_values
 from utils.comparison.kinds import Mismatch
 from utils.misc import atomic_path
 from utils.recordings import resolve_recordings
@@ -53,6 +61,7 @@ class Mistake:
         picture: what the first camera's frames become.
         state: what the state becomes.
         state_late, images_late: by how many steps they lag behind.
+        exchanged: the first two cameras are.
         repeat: how many simulator steps each action lasts.
         frozen: the first camera shows its first frame throughout.
         prompt: what becomes of the instruction.
@@ -64,6 +73,7 @@ class Mistake:
     state: Picture | None = None
     state_late: int = 0
     images_late: int = 0
+    exchanged: bool = False
     repeat: int = 1
     frozen: bool = False
     prompt: Callable[[str], str] | None = None
@@ -121,7 +131,55 @@ def of_another_robot(statistics: dict[str, Any]) -> dict[str, Any]:
     return {**statistics, "state": {**statistics["state"], **state}}
 
 
-MISTAKES: dict[str, Mistake] = {
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """Which dimensions of a simulator's state the mistakes are planted in.
+
+    Attributes:
+        order: of the state, three joints in a cycle.
+        sign: a dimension that gets the other sign.
+        gripper: its dimension, and the sum of open and closed.
+        hangs: a dimension that stays where it is, and there.
+        cameras: how many are looked at.
+    """
+
+    order: tuple[int, int, int]
+    sign: int
+    gripper: tuple[int, float]
+    hangs: tuple[int, float]
+    cameras: int = 1
+
+
+BODIES = {
+    "metaworld": Body((1, 2, 0), 0, (3, 1.0), (2, 0.2)),
+    "aloha": Body((1, 2, 0), 1, (6, 1.0), (2, 1.0), cameras=2),
+    "libero": Body((1, 2, 0), 1, (6, 0.04), (2, 1.1), cameras=2),
+}
+
+
+def in_order(order: tuple[int, ...]) -> Picture:
+    """The first dimensions of the state in another order."""
+    return lambda state: np.concatenate([state[list(order)], state[len(order) :]])
+
+
+def mistakes_of(body: Body) -> dict[str, Mistake]:
+    """Every mistake that is planted in a robot."""
+    gripper, ends = body.gripper
+    two = {"cameras exchanged": Mistake(("cameras_exchanged",), exchanged=True)} if body.cameras > 1 else {}
+    return {
+        **IN_PICTURES,
+        **two,
+        "degrees for radians": Mistake(("degrees_for_radians",), state=np.degrees),
+        "millimetres for metres": Mistake(("thousandfold",), state=lambda s: s * np.float32(1000)),
+        "permuted joints": Mistake(("dimensions_exchanged",), state=in_order(body.order)),
+        "a joint with the other sign": Mistake(("sign_reversed", "inverted"), state=one(body.sign, lambda v: -v)),
+        "gripper inverted": Mistake(("inverted",), state=one(gripper, lambda v: ends - v)),
+        "a joint that hangs": Mistake(("stuck",), state=one(body.hangs[0], lambda v: body.hangs[1])),
+        **OTHERS,
+    }
+
+
+IN_PICTURES: dict[str, Mistake] = {
     "colours exchanged": Mistake(("red_and_blue_exchanged",), picture=lambda f: f[..., ::-1]),
     "mirrored": Mistake(("mirrored",), picture=lambda f: f[:, ::-1]),
     "upside down": Mistake(("upside_down", "turned_by_180_degrees"), picture=lambda f: f[::-1]),
@@ -137,12 +195,8 @@ MISTAKES: dict[str, Mistake] = {
     "overexposed (150 %)": Mistake(("brighter",), picture=lambda f: np.minimum(f * 1.5, 255).astype(np.uint8)),
     "black camera": Mistake(("camera_black",), picture=np.zeros_like),
     "frozen camera": Mistake(("camera_frozen",), frozen=True),
-    "degrees for radians": Mistake(("degrees_for_radians",), state=np.degrees),
-    "millimetres for metres": Mistake(("thousandfold",), state=lambda s: s * np.float32(1000)),
-    "permuted joints": Mistake(("dimensions_exchanged",), state=lambda s: s[[1, 2, 0, *range(3, len(s))]]),
-    "x with the other sign": Mistake(("sign_reversed", "inverted"), state=one(0, lambda v: -v)),
-    "gripper inverted": Mistake(("inverted",), state=one(3, lambda v: 1 - v)),
-    "a joint that hangs": Mistake(("stuck",), state=one(2, lambda v: 0.2)),
+}
+OTHERS: dict[str, Mistake] = {
     "state one step late": Mistake(("state_late",), state_late=1),
     "images two steps late": Mistake(("images_late",), images_late=2),
     "half the control rate": Mistake(("another_rate",), repeat=2),
@@ -184,28 +238,42 @@ class Robot(gymnasium.Wrapper):
             self._first = frames[first] if self._first is None else self._first
             frame = self._first if mistake.frozen else frames[first]
             frames[first] = np.ascontiguousarray(frame if mistake.picture is None else mistake.picture(frame))
+            if mistake.exchanged:
+                second = list(frames)[1]
+                frames[first], frames[second] = frames[second], frames[first]
         state = state if mistake.state is None else mistake.state(state).astype(np.float32)
         return {**frames, "state": state}
 
 
 def record_session(
-    policy: ModelPolicy, task: str, options: dict[str, Any], mistake: Mistake, seed: int, steps: int, folder: Path
+    policy: ModelPolicy | ExpertPolicy,
+    simulator: str,
+    task: str,
+    options: dict[str, Any],
+    mistake: Mistake,
+    seed: int,
+    steps: int,
+    folder: Path,
 ) -> Path:
     """Episodes of consecutive seeds until a session has that many steps; returns their folder."""
-    recorder, taken = RolloutRecorder(folder), 0
+    if folder.is_dir():
+        return folder
+    partial, taken = folder.with_name(f".{folder.name}"), 0
+    shutil.rmtree(partial, ignore_errors=True)
+    recorder = RolloutRecorder(partial)
     recorder.check({"planted": folder.name}, [])
-    env = Robot(make_env("metaworld", task, **options), mistake)
+    env = Robot(make_env(simulator, task, **options), mistake)
     try:
         while taken < steps:
             prompt = env.unwrapped.instruction if mistake.prompt is None else mistake.prompt(env.unwrapped.instruction)
             policy.reset(env, seed)
             episode = Episode(env, policy.execution, seed, prompt=prompt, keep_steps=True)
             result = episode.run(lambda request: policy.plan(request.history, request.prompt, request.prefix))
-            recorder.write(task, result, prompt, {})
+            recorder.write(task, result, prompt, {"control_hz": env.unwrapped.control_hz / mistake.repeat})
             taken, seed = taken + result.steps, seed + 1
     finally:
         env.close()
-    return folder
+    return partial.rename(folder)
 
 
 def named_in(folder: Path, checkpoint: dict[str, Any]) -> list[Mismatch]:
@@ -215,12 +283,17 @@ def named_in(folder: Path, checkpoint: dict[str, Any]) -> list[Mismatch]:
 
 def parse_args() -> argparse.Namespace:
     parser = CommandParser(__doc__)
-    parser.add_argument("--checkpoint_path", type=Path, required=True, help="a policy of Meta-World")
+    parser.add_argument("--checkpoint_path", type=Path, required=True, help="a policy of that simulator")
+    parser.add_argument("--env", choices=BODIES, default="metaworld", help="simulator (default %(default)s)")
+    parser.add_argument("--expert", action="store_true", help="the simulator's expert acts, not the policy")
+    parser.add_argument("--only", nargs="+", help="these mistakes alone, by name")
     parser.add_argument("--tasks", nargs="+", required=True, help="tasks of the simulator; mistakes take turns on them")
     parser.add_argument("--env_options", nargs="*", default=[], metavar="KEY=VALUE", help="of the simulator")
     parser.add_argument("--steps", type=int, default=200, help="of a session, at least")
     parser.add_argument("--seed", type=int, default=20000, help="of the first session")
     parser.add_argument("--clean", type=int, default=20, help="sessions without a mistake")
+    help_text = "keep the sessions here; those that are there already are judged again, not driven again"
+    parser.add_argument("--sessions", type=Path, metavar="FOLDER", help=help_text)
     parser.add_argument("--quick", action="store_true", help="six mistakes, three clean sessions")
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args()
@@ -229,15 +302,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     checkpoint = read_policy(args.checkpoint_path)
-    policy = ModelPolicy(VLAPredictor.from_checkpoint(args.checkpoint_path))
-    options = dict(item.split("=", 1) for item in args.env_options)
-    options = {key: json.loads(value) if value[:1].isdigit() else value for key, value in options.items()}
-    mistakes = list(MISTAKES.items())[:: 4 if args.quick else 1]
+    policy = ExpertPolicy() if args.expert else ModelPolicy(VLAPredictor.from_checkpoint(args.checkpoint_path))
+    options = key_values(args.env_options, "--env_options")
+    mistakes = list(mistakes_of(BODIES[args.env]).items())[:: 4 if args.quick else 1]
+    mistakes = [pair for pair in mistakes if args.only is None or pair[0] in args.only]
     clean, rows, alarms = 3 if args.quick else args.clean, [], []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() if args.sessions is None else contextlib.nullcontext(args.sessions) as scratch:
         for i, (name, mistake) in enumerate(mistakes):
-            task, folder = args.tasks[i % len(args.tasks)], Path(scratch) / f"mistake_{i}"
-            record_session(policy, task, options, mistake, args.seed + 100 * i, args.steps, folder)
+            task, folder = args.tasks[i % len(args.tasks)], Path(scratch) / name.replace(" ", "_")
+            record_session(policy, args.env, task, options, mistake, args.seed + 100 * i, args.steps, folder)
             spoilt = checkpoint
             if mistake.statistics is not None:
                 spoilt = {**checkpoint, "statistics": [mistake.statistics(one) for one in checkpoint["statistics"]]}
@@ -246,7 +319,9 @@ def main() -> int:
             print(*rows[-1], sep=" | ", file=sys.stderr)
         for i in range(clean):
             task, folder = args.tasks[i % len(args.tasks)], Path(scratch) / f"clean_{i}"
-            record_session(policy, task, options, Mistake(()), args.seed + 50_000 + 100 * i, args.steps, folder)
+            record_session(
+                policy, args.env, task, options, Mistake(()), args.seed + 50_000 + 100 * i, args.steps, folder
+            )
             alarms.append((task, list(map(str, named_in(folder, checkpoint)))))
             print("clean", *alarms[-1], sep=" | ", file=sys.stderr)
     print(text_table(("planted", "task", "named", "right"), rows))

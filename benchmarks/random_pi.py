@@ -41,6 +41,24 @@ def pi_sizes(kind: str, size: str) -> PiSizes:
     return PiSizes(kind, language, expert, layers, vocabulary, *vision, image_size, state, MAX_DIM)
 
 
+def lerobot_sizes(sizes: PiSizes, vision_heads: int) -> dict[str, Any]:
+    """`sizes.json` of lerobot_side.py: what LeRobot's constructors must be told of a policy."""
+    towers = {
+        part: {"width": own.width, "depth": sizes.num_layers, "mlp_dim": own.mlp_dim, "num_heads": own.num_heads}
+        | {"head_dim": own.head_dim}
+        for part, own in (("language", sizes.language), ("expert", sizes.expert))
+    }
+    vision = {
+        "hidden_size": sizes.vision_width,
+        "num_hidden_layers": sizes.vision_layers,
+        "num_attention_heads": vision_heads,
+        "intermediate_size": sizes.vision_mlp_dim,
+        "patch_size": sizes.patch_size,
+        "projection_dim": sizes.language.width,
+    }
+    return {**towers, "vision": vision, "vocab_size": sizes.vocab_size}
+
+
 def pi_config(kind: str, size: str, changes: dict[str, Any] | None = None) -> Config:
     """The settings of such a policy, float32; `changes` by dotted names."""
     expert, horizon = SIZES[size][1], SIZES[size][-1]

@@ -1,6 +1,6 @@
 """Does `main_eval.py --sensitivity` agree with the truth where it is known? Three small policies on made-up data.
 
-    python benchmarks/sensitivity_truth.py [--quick] [--json truth.json] [--steps 800]
+    python benchmarks/sensitivity_truth.py [--quick] [--json truth.json] [--steps 500]
 
 The action to be learned is a position. In every recording one part of the observation shows it, and the other parts
 hold chance: pictures with a square at some other place, or states that say nothing.
@@ -34,6 +34,9 @@ from utils.arguments import CommandParser
 from utils.text_table import text_table
 
 SIZE, STATE, STEPS_PER_EPISODE = 32, 4, 8  # pixels; values of the state; steps of an episode
+BACKBONE = ["--image_size", str(SIZE), "--patch_size", "8", "--vision_width", "64", "--vision_layers", "2"]
+BACKBONE += ["--text_width", "64", "--text_layers", "1"]
+HEAD = {"horizon": 1, "per_action_dim": 2, "hidden_dim": 64, "num_layers": 2, "noise_draws_per_sample": 4}
 PROMPTS = ("push the red cube", "open the green drawer")
 POLICIES = {"blank images": [], "no state": ["model.action_head_config.use_state_input=false"], "one camera": []}
 SHOWS = {  # what shows the position, and what of the table therefore has to be large
@@ -99,11 +102,10 @@ def sensitivity(folder: pathlib.Path, name: str, steps: int, samples: int) -> di
         shutil.rmtree(out, ignore_errors=True)
         write_recording(train, name, 200, 0)
         write_recording(val, name, 20, 1)
-        run("scripts/make_tiny_paligemma.py", "--output_dir", str(out / "backbone"), "--image_size", str(SIZE),
-            "--patch_size", "8")  # fmt: skip
+        run("scripts/make_tiny_paligemma.py", "--output_dir", str(out / "backbone"), *BACKBONE)
         data = ["--config_path", "configs/quickstart.yaml", "--train_data_override", str(train)]
         common = ["data.cameras=[image_1, image_2]", f"data.state_dim={STATE}", "data.val_parquet_files=[]"]
-        common += ["model.action_head_config.horizon=1", "model.action_head_config.per_action_dim=2", *POLICIES[name]]
+        common += [*(f"model.action_head_config.{key}={value}" for key, value in HEAD.items()), *POLICIES[name]]
         common += ["inference.n_action_steps=1", "data.num_workers=0"]
         run("utils/calculate_normalization_stats.py", *data, "--output_path", str(statistics), "--set", *common)
         common += [f"data.normalization_stats_path={statistics}", f"training.checkpoint_dir={out / 'experiments'}"]
@@ -128,7 +130,7 @@ def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
-    parser.add_argument("--steps", type=int, default=800, help="of each training (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="of each training (default %(default)s)")
     parser.add_argument("--folder", type=pathlib.Path, help="of everything made (default demos/sensitivity_truth)")
     args = parser.parse_args()
     folder = args.folder or pathlib.Path("demos", f"sensitivity_truth{'_quick' if args.quick else ''}")

@@ -27,6 +27,7 @@ from utils.backbones import BACKBONE_SPECS
 from utils.batch import Batch
 from utils.config_utils import Config, config_from_dict
 from utils.foreign_files import ForeignFileError, check_processor_folder
+from utils.hub import hub_options
 from utils.text import printable
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class VLAImageProcessor:
 
         try:
             check_processor_folder(Path(name_or_path))
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_options(name_or_path))
         except (OSError, ForeignFileError) as error:
             reason = str(error).splitlines()[0]
             raise ObservationError(

@@ -20,6 +20,7 @@ from data.decoding import ObservationError
 from utils.backbones import BACKBONE_SPECS
 from utils.config_utils import Config
 from utils.foreign_files import check_processor_folder
+from utils.hub import hub_options
 from utils.normalization import StateNormalizer
 from utils.text import printable
 
@@ -105,7 +106,9 @@ class PromptTokenizer:
 
         try:
             check_processor_folder(Path(name_or_path))
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name_or_path, trust_remote_code=False, **hub_options(name_or_path)
+            )
         except Exception as error:  # its Rust part raises the bare class, its Python part any other
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ObservationError(

@@ -33,6 +33,7 @@ INTERVENTION = "intervention"  # optional: at this step somebody corrected the p
 SUCCESS = "success"  # optional: whether the episode succeeded, the same in all of its rows
 LABELS = (INTERVENTION, SUCCESS)
 PLAN = "plan"  # optional: the actions planned at this step, one after the other; null where none were
+NOISE_SEED = "noise_seed"  # optional: seed of the noise that the plan was sampled from
 MAIN_CAMERA = "image_1"  # whoever reads a camera of this name needs it in every row
 
 
@@ -76,7 +77,7 @@ COLUMN_TYPES = {
     **{name: ColumnType(_is_vector, "a list of float32", None) for name in VECTORS},
     **{name: ColumnType(pa.types.is_boolean, "bool", pa.bool_()) for name in (*FLAGS, *LABELS)},
     PROMPT: ColumnType(_is_text, "string", pa.string()),
-    **{name: ColumnType(pa.types.is_integer, "int64", pa.int64()) for name in (*INDICES, SEED)},
+    **{name: ColumnType(pa.types.is_integer, "int64", pa.int64()) for name in (*INDICES, SEED, NOISE_SEED)},
     TIMESTAMP: ColumnType(_is_time, "seconds", pa.float32()),
     PLAN: ColumnType(_is_vector, "a list of float32", pa.list_(pa.float32())),
 }

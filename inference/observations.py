@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data.processing import Frame, ObservationError
@@ -82,6 +83,26 @@ def checked_seeds(seeds_B: Sequence[int], batch_size: int) -> list[int]:
         if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise ObservationError(f"seed is {seed!r}; wanted a whole number, 0 or more and below 2**63")
     return [int(seed) for seed in seeds_B]
+
+
+def checked_noise(noise: np.ndarray, seed: int | None, drawn: Tensor | None) -> Tensor:
+    """Where sampling starts, as the model takes it: one draw of one sample, float32 (1, 1, ...).
+
+    Args:
+        noise, seed: as `VLAPredictor.predict` takes them.
+        drawn: what the model draws for that itself; None: it samples nothing.
+
+    Raises:
+        ValueError: a seed as well, a policy that samples nothing, another shape.
+    """
+    if seed is not None:
+        raise ValueError("seed and noise both say where sampling starts; give one of them")
+    if drawn is None:
+        raise ValueError("noise was given, but this policy's head samples nothing")
+    values = torch.as_tensor(np.asarray(noise), dtype=torch.float32)
+    if values.shape != drawn.shape[2:]:
+        raise ValueError(f"noise has shape {tuple(values.shape)}; this policy takes {tuple(drawn.shape[2:])}")
+    return values[None, None]
 
 
 State = Sequence[float] | np.ndarray | Mapping[str, Sequence[float] | float | np.ndarray]

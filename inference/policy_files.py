@@ -37,6 +37,7 @@ from inference.alarm import Calibration, CalibrationError
 from inference.published import published_checkpoint
 from utils.checkpoint import FORMAT, CheckpointError, check_content, load_checkpoint
 from utils.foreign_files import TOKENIZER_FILES, ForeignFileError, inside, read_json, read_yaml
+from utils.hub import hub_options, is_local
 from utils.misc import atomic_path
 from utils.policy_folder import is_policy_folder
 from utils.text import printable
@@ -136,9 +137,9 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def local_folder(name_or_path: str | Path) -> Path:
     """The path itself, or where the hub repository of that id was downloaded to; CheckpointError where it can't be."""
-    path = Path(name_or_path)
-    is_hub_id = not path.exists() and len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".tar"
-    return _download(str(name_or_path)) if is_hub_id else path
+    text = str(name_or_path)
+    is_hub_id = not is_local(text) and "/" in text and not text.endswith(".tar")
+    return _download(text) if is_hub_id else Path(text)
 
 
 def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:
@@ -149,6 +150,16 @@ def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:
     if path is None or not path.is_file():
         return None
     return [path.stat().st_size, path.stat().st_mtime]
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """A short text that tells a policy's weights from others': a digest of the names, shapes and first values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_export(name_or_path: str | Path) -> dict[str, Any]:
@@ -262,7 +273,8 @@ def digest(path: Path) -> str:
 
 def _download(repository: str) -> Path:
     try:
-        return Path(snapshot_download(repository, ignore_patterns=[f"*{suffix}" for suffix in sorted(PICKLES)]))
+        ignored = [f"*{suffix}" for suffix in sorted(PICKLES)]
+        return Path(snapshot_download(repository, ignore_patterns=ignored, **hub_options(repository)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

@@ -31,8 +31,15 @@ from data.processing import (
 from inference.alarm import Alarm, Calibration
 from inference.engine import Engine
 from inference.monitor import Monitor
-from inference.observations import State, checked_seeds, checked_state, frames_by_camera, outside_training
-from inference.policy_files import read_policy
+from inference.observations import (
+    State,
+    checked_noise,
+    checked_seeds,
+    checked_state,
+    frames_by_camera,
+    outside_training,
+)
+from inference.policy_files import fingerprint, read_policy
 from inference.settings import changed_settings, choose_dataset
 from inference.uncertainty import Measured, alarm_settings, best_of_draws, check_best_of, draw_seeds, matching
 from model.context import ActionPrefix
@@ -58,6 +65,7 @@ class VLAPredictor:
         state_widths: values of each column that the state is joined from, in order.
         num_inference_steps, n_action_steps, compile, quantization: those of `settings`.
         weight_dtype: that its matrices are stored in.
+        fingerprint: tells its weights from others'; "" where the model did not come from a file.
         training_data: what its training data look like, for `Monitor`; None where its checkpoint does not say.
         uncertainty: of the last `predict`, NaN where there is no such number; see `inference.uncertainty`.
         alarm: whether it stands after the last `predict` (`alarm.on`): that the policy will fail. None where nobody
@@ -116,6 +124,7 @@ class VLAPredictor:
         self.uncertainty = math.nan
         self.calibrations: list[Calibration] = []
         self.alarm, self.no_alarm = self.new_alarm()
+        self.fingerprint = ""
         self.training_data: Profile | None = None
         self._monitor: Monitor | None = None
         self._warned: set[str] = set()
@@ -197,9 +206,11 @@ class VLAPredictor:
     ) -> VLAPredictor:
         config = config_from_dict(checkpoint["config"], source=source)
         model, processors = VLAModel.from_checkpoint(checkpoint), processors_from_checkpoint(checkpoint)
+        weights = fingerprint(model.state_dict())  # before they are quantized
         predictor = cls(model, config, *processors, device=device, dataset=dataset, use_amp=use_amp, **inference)
         predictor.calibrations = checkpoint.get("alarm") or []
         predictor.alarm, predictor.no_alarm = predictor.new_alarm()
+        predictor.fingerprint = weights
         profiles = checkpoint.get("training_data") or []
         if len(profiles) > predictor.dataset_index and is_profile(profiles[predictor.dataset_index]):
             predictor.training_data = profiles[predictor.dataset_index]
@@ -263,7 +274,7 @@ class VLAPredictor:
         if noise is not None and self.settings.best_of > 1:
             raise ValueError("noise is that of one draw, and best_of takes several; give a seed instead, or best_of=1")
         if noise is not None:
-            batch["noise"] = self._checked_noise(noise, seed)[None, None]
+            batch["noise"] = checked_noise(noise, seed, self.model.draw_noise([[0]], self.num_inference_steps))
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         actions, uncertainty = self.predict_measured(batch, [[seed]], num_inference_steps, prefix)
         self.uncertainty = float(uncertainty[0, 0])
@@ -408,17 +419,6 @@ class VLAPredictor:
         if warnings is None:
             self._log_once(told)
         return sample
-
-    def _checked_noise(self, noise: np.ndarray, seed: int | None) -> torch.Tensor:
-        if seed is not None:
-            raise ValueError("seed and noise both say where sampling starts; give one of them")
-        drawn = self.model.draw_noise([[0]], self.num_inference_steps)
-        if drawn is None:
-            raise ValueError("noise was given, but this policy's head samples nothing")
-        values = torch.as_tensor(np.asarray(noise), dtype=torch.float32)
-        if values.shape != drawn.shape[2:]:
-            raise ValueError(f"noise has shape {tuple(values.shape)}; this policy takes {tuple(drawn.shape[2:])}")
-        return values
 
     def mean_action(self, state_NS: np.ndarray) -> np.ndarray:
         """The training data's mean action for each state, float32 (N, A), physical units.

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, SiglipVisionConfig
 from transformers.utils import logging
 
 from utils.config_utils import ConfigError, VLMConfig
+from utils.hub import hub_options, is_local
 
 
 def read_model_config(
@@ -35,7 +36,7 @@ def read_model_config(
     is_dir = Path(name_or_path).is_dir()
     problem = "no config.json with a model_type in it" if is_dir else "no such directory, nor such a model on the hub"
     try:
-        values, _ = PretrainedConfig.get_config_dict(name_or_path)
+        values, _ = PretrainedConfig.get_config_dict(name_or_path, **hub_options(name_or_path))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{setting}: {problem} ({reason}); {remedy}") from error
@@ -65,8 +66,10 @@ def load_weights(
     Raises:
         ConfigError: no weights, damaged ones, or others than the architecture's.
     """
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # no table of the tensors left over: what matters of it is an error below
+    if is_local(name_or_path):
+        logging.disable_progress_bar()  # a download shows its own
     try:
         model, report = model_class.from_pretrained(
             name_or_path,
@@ -75,6 +78,7 @@ def load_weights(
             ignore_mismatched_sizes=True,  # so that they are reported below
             output_loading_info=True,
             trust_remote_code=False,
+            **hub_options(name_or_path),
             **options,
         )
     except (OSError, SafetensorError) as error:
@@ -84,6 +88,8 @@ def load_weights(
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     for problem, tensors in (
         ("lack", report["missing_keys"]),
         ("have another size for", [key for key, *_ in report["mismatched_keys"]]),

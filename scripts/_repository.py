@@ -7,4 +7,6 @@ installed copy nor another checkout on PYTHONPATH is taken.
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(ROOT / "clients/python"))  # the robot's side of the policy server

@@ -6,6 +6,8 @@
 
     python scripts/serve_policy.py --checkpoint_path C --protocol vla-eval --set serving.image_1_key=agentview
 
+    python scripts/serve_policy.py --checkpoint_path C --record sessions/monday --record_max_mb 20000
+
 Clients: the openpi-client package, or scripts/client_example.py; with --protocol vla-eval AllenAI's evaluation harness.
 SIGTERM or Ctrl-C finishes what is in flight.
 """
@@ -14,18 +16,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import subprocess
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 if not __package__:
     import _repository  # noqa: F401
 
+from data.convert.episode_writer import ImageEncoding
+from data.convert.served import FULL, OLDEST, ServedFolder, start_writer
 from inference.predictor import VLAPredictor
 from inference.serving.harness import HarnessServer
+from inference.serving.recording import Recorder
 from inference.serving.server import PolicyServer
 from utils.arguments import CommandParser, at_least, run_command
 from utils.cli import add_setting_flags
@@ -34,6 +43,8 @@ from utils.misc import set_up_logging
 
 logger = logging.getLogger(__name__)
 PROTOCOLS = {"openpi": PolicyServer, "vla-eval": HarnessServer}
+RECORDING_DEFAULTS = {"record_max_mb": 10_000, "record_when_full": FULL, "record_images": "png"}
+RECORDING_END_S = 10.0  # for the last episodes to be written when the server ends
 SETTINGS = ("num_inference_steps", "best_of", "compile", "quantization", "expert_quantization")  # of `inference`
 
 
@@ -59,8 +70,60 @@ def parse_args() -> argparse.Namespace:
     add_setting_flags(parser.add_argument_group("instead of the checkpoint's settings"), InferenceConfig, SETTINGS)
     parser.add_argument("--num_threads", type=at_least(1), help="CPU threads of torch")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise of requests that carry no seed")
+    add_recording_flags(parser.add_argument_group("recording: what the policy sees and plans, as training data"))
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="serving.key=value", dest="set_args")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.record is None:
+        given = [name for name in RECORDING_DEFAULTS if getattr(args, name) is not None]
+        if given:
+            parser.error(f"--{given[0]} needs --record FOLDER")
+    return args
+
+
+def add_recording_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of --record; None where they are not given (`RECORDING_DEFAULTS`)."""
+    group.add_argument("--record", type=Path, metavar="FOLDER", help="write an episode from each reset to the next")
+    group.add_argument("--record_max_mb", type=at_least(1), help="of the folder's episodes (default 10000)")
+    text = "stop: keep the oldest episodes; drop_oldest: make room for new ones (default stop)"
+    group.add_argument("--record_when_full", choices=(FULL, OLDEST), help=text)
+    text = "of frames that come as pixels: png keeps every bit, jpeg a tenth of the size (default png)"
+    group.add_argument("--record_images", choices=("png", "jpeg"), help=text)
+
+
+@contextlib.contextmanager
+def recording(args: argparse.Namespace, predictor: VLAPredictor) -> Iterator[Recorder | None]:
+    """The recorder that --record asks for, and the process behind it; None where it does not.
+
+    Raises:
+        WriteError: the folder can't be written to.
+    """
+    if args.record is None:
+        yield None
+        return
+    chosen = {name: default if (given := getattr(args, name)) is None else given
+              for name, default in RECORDING_DEFAULTS.items()}  # fmt: skip
+    served = {
+        "checkpoint": str(args.checkpoint_path),
+        "policy": predictor.config.training.experiment_name,
+        "fingerprint": predictor.fingerprint,
+        "horizon": predictor.horizon,
+        "n_action_steps": predictor.n_action_steps,
+    }
+    folder = ServedFolder(
+        args.record,
+        served,
+        ImageEncoding(chosen["record_images"]),
+        chosen["record_max_mb"] * 1_000_000,
+        chosen["record_when_full"],
+    )
+    pipe, process = start_writer(folder)
+    recorder = Recorder(pipe)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it ends by itself, later
+            process.wait(timeout=RECORDING_END_S)
 
 
 def read_token(name: str | None, host: str) -> str | None:
@@ -132,7 +195,9 @@ def main() -> None:
     if predictor.compile != "none":  # no client should wait for a compiler
         for batch_size in range(2, serving.max_batch_size + 1):
             predictor.warm_up(batch_size)
-    asyncio.run(serve(PROTOCOLS[args.protocol](predictor, serving, token, args.seed), args.host, args.port))
+    with recording(args, predictor) as recorder:
+        server = PROTOCOLS[args.protocol](predictor, serving, token, args.seed, recorder)
+        asyncio.run(serve(server, args.host, args.port))
     end_at_once()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -96,7 +97,9 @@ def expected_memory(policy: VLAModel, config: Config, world_size: int = 1) -> di
     if config.training.ema_decay is not None:
         memory["averaged weights"] = sum(4 * p.numel() for p in trained) / share
     if config.model.vlm_config.dtype != "float32":
-        memory["16-bit copies of trained matrices (autocast)"] = _copied_bytes(policy)
+        memory["16-bit copies of trained matrices (autocast)"] = _copied_bytes(
+            policy, [*policy.backbone.vision_parts(), *policy.action_head.exact_parts()]
+        )
     return memory | activation_bytes(policy, config, micro_batch_size(config, world_size))
 
 
@@ -117,13 +120,15 @@ def activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -> dict
     """
     vlm = config.model.vlm_config
     tokens = tokens_per_sample(policy, config)
-    compute = 4 if vlm.dtype == "float32" else 2
     memory = {}
     upstream = False  # whether something below asks for a gradient, so that it must flow through frozen layers too
     for name, key in (("vision tower", "vision"), ("language model", "language")):
         tower = policy.components()[name]
         upstream = upstream or any(parameter.requires_grad for parameter in tower.parameters())
+        compute = 4 if vlm.dtype == "float32" or tower in policy.backbone.vision_parts() else 2
         layers, layer = tower.config.num_hidden_layers, _layer_bytes(tower, compute)
+        if key == "language" and not policy.action_head.wants_tokens:
+            layers -= 1  # of the last one only keys and values are computed
         if vlm.gradient_checkpointing:
             residual = 4 * tower.config.hidden_size
             kept = layers * residual + layer
@@ -173,7 +178,7 @@ def _head_activation_bytes(policy: VLAModel, config: Config, micro_batch: int) -
         ):
             torch.func.functional_call(_Loss(head), state, (context, action_BTA, is_pad_BT))
     size = sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
-    return size - (_copied_bytes(head) if half else 0)
+    return size - (_copied_bytes(head, head.exact_parts()) if half else 0)
 
 
 def _unquantized_head(policy: VLAModel, config: Config) -> ActionHeadBase:
@@ -199,10 +204,11 @@ class _Loss(nn.Module):
         return self.head.loss(*args)
 
 
-def _copied_bytes(module: nn.Module) -> int:
-    """Bytes of the 16-bit copies that autocast makes of the matrices that train."""
+def _copied_bytes(module: nn.Module, exact: Iterable[nn.Module]) -> int:
+    """Bytes of the 16-bit copies that autocast makes of the matrices that train, those within `exact` apart."""
+    outside = {layer for part in exact for layer in part.modules()}
     layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))]
-    return 2 * sum(layer.weight.numel() for layer in layers if layer.weight.requires_grad)
+    return 2 * sum(layer.weight.numel() for layer in layers if layer.weight.requires_grad and layer not in outside)
 
 
 def meta_policy(config: Config) -> VLAModel:

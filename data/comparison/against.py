@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from data.comparison.fit import DimensionFit, statistics_fit
+from data.comparison.fit import DimensionFit, as_table, statistics_fit
 from data.comparison.profile import profile_of
 from data.dataset import MixtureDataset, VLADataset
 from data.processing import processors_from_checkpoint
 from utils.comparison.facts import Profile, is_profile
 from utils.comparison.kinds import Mismatch
 from utils.comparison.mismatch import mismatches
-from utils.config_utils import ConfigError, config_from_dict
+from utils.config_utils import Config, ConfigError, config_from_dict
 from utils.recordings import Recording
+
+logger = logging.getLogger(__name__)
+FIT_ROWS = 20_000  # steps of a dataset that its statistics are compared with before training
 
 
 def training_profiles(train: MixtureDataset) -> list[Profile]:
@@ -25,6 +29,49 @@ def training_profiles(train: MixtureDataset) -> list[Profile]:
         profile_of(dataset.store, dataset.cameras, dataset.image_processor, dataset.episodes)
         for dataset in train.datasets
     ]
+
+
+def announce_fit(train: MixtureDataset, statistics: Sequence[dict[str, Any]], config: Config, *, kept: bool) -> None:
+    """Log how the statistics of a run fit its training data: one line where nothing is wrong, else each finding.
+
+    Args:
+        train: the training data; as many as FIT_ROWS steps of each dataset are looked at, spread evenly.
+        statistics: of each dataset.
+        config: the run's, whose `data` section says how they are used.
+        kept: whether they are a base policy's, made of other data: then every dimension is shown.
+    """
+    for dataset, of_dataset in zip(train.datasets, statistics, strict=True):
+        columns, steps = _sampled(dataset, config)
+        table, found = statistics_fit(columns, of_dataset, config.data.normalization_type)
+        whose = "statistics kept from the base policy" if kept else "statistics"
+        if not table:
+            logger.info("%s of %s: they do not say how far values went, so nothing is compared", whose, dataset.name)
+            continue
+        if not found and not kept:
+            logger.info("%s of %s fit %d of its steps in all %d dimensions", whose, dataset.name, steps, len(table))
+            continue
+        logger.info("%s of %s beside %d of its steps:\n%s", whose, dataset.name, steps, as_table(table))
+        for mismatch in found:
+            logger.warning("statistics of %s: %s", dataset.name, mismatch)
+
+
+def _sampled(dataset: VLADataset, config: Config) -> tuple[dict[str, np.ndarray], int]:
+    """State and action of some training steps, actions as they are normalized; and the number of these steps."""
+    store, starts = dataset.store, dataset.store.episode_starts
+    ends = starts[1:][dataset.episodes]
+    lengths = ends - starts[:-1][dataset.episodes]
+    chosen = np.unique(np.linspace(0, lengths.sum() - 1, min(FIT_ROWS, int(lengths.sum()))).round().astype(np.int64))
+    episode = np.cumsum(lengths).searchsorted(chosen, side="right")
+    rows = starts[:-1][dataset.episodes][episode] + chosen - (np.cumsum(lengths) - lengths)[episode]
+    state, action = np.asarray(store.state[rows]), np.asarray(store.action[rows])
+    columns = {"state": state} if config.reads_state else {}
+    if config.data.action_mode == "delta":
+        ahead = np.arange(len(rows)) % dataset.horizon  # steps from the state to the action, as in training
+        action = np.asarray(store.action[np.minimum(rows + ahead, ends[episode] - 1)])
+        relative = [d for d in range(action.shape[1]) if d not in config.data.absolute_action_dims]
+        action = action.copy()
+        action[:, relative] -= state[:, relative]
+    return {**columns, "action": action}, len(rows)
 
 
 def held_against(

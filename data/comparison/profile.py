@@ -8,7 +8,8 @@ image processor. A profile is plain lists and numbers:
      "cameras": {name: {"thumbnails": (E, GRID, GRID, 3) mean picture of each episode looked at, 0 to 255,
                         "picture": (PICTURE, PICTURE, 3) mean over all frames,
                         "detail", "blocks", "change", "still": one number per episode looked at,
-                        "view": how the state is read off its pictures, and how well that goes (`_view`)}},
+                        "view": how the state is read off its pictures, and how well that goes (`_view`),
+                        "seen_as": of a session alone, how well it goes with turned pictures (`_seen_as`)}},
      "state", "action": {"quantiles": (width, 9) at QUANTILES, "steps": (width, 3) median, 99 % and largest change,
                          "spread": (width,) how far one episode's quantiles lie from those of all, in ranges},
      "begin": {"state", "action": quantiles of the first BEGIN steps of every episode},
@@ -29,7 +30,17 @@ import numpy as np
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, VLAImageProcessor
 from data.tables import open_table
-from utils.comparison.facts import LAGS, QUANTILES, FrameFacts, Profile, frame_facts, quantile_distance
+from utils.comparison.facts import (
+    GRID,
+    LAGS,
+    QUANTILES,
+    TURNS,
+    WELL_SEEN,
+    FrameFacts,
+    Profile,
+    frame_facts,
+    quantile_distance,
+)
 from utils.parquet_utils import DataError
 from utils.recordings import Recording
 
@@ -158,8 +169,28 @@ def _camera_profile(
         parts["change"].append(round(float(np.median(change)) if len(change) else 0.0, 4))
         parts["still"].append(round(float((change == 0).mean()) if len(change) else 0.0, 4))
         pairs.append((thumbnails.reshape(len(facts), -1).astype(np.float64), state[rows].astype(np.float64)))
-    parts["view"] = _view(pairs) if trained_view is None else _through(pairs, trained_view)
+    if trained_view is None:
+        parts["view"] = _view(pairs)
+    else:
+        parts["view"] = _through(pairs, trained_view)
+        parts["seen_as"] = _seen_as(pairs, trained_view)
     return parts
+
+
+def _seen_as(pairs: Sequence[tuple[np.ndarray, np.ndarray]], view: dict[str, Any]) -> dict[str, float]:
+    """How well the training's view reads the state off a session's pictures after each of TURNS, and before ("").
+
+    The mean correlation over the dimensions that it read well in training; empty where these are fewer than two.
+    """
+    known = np.flatnonzero(np.array(view["correlation"]).diagonal() > WELL_SEEN)
+    if len(known) < 2:
+        return {}
+    fit = {name: np.array(view[name]) for name in ("mean", "scale", "weights", "bias")}
+    result = {}
+    for kind, turn in (("", lambda frames: frames), *TURNS.items()):
+        changed = [(turn(x.reshape(-1, GRID, GRID, 3)).reshape(len(x), -1), state) for x, state in pairs]
+        result[kind] = round(float(_through_fit(changed, fit)["correlation"].diagonal()[known].mean()), 3)
+    return result
 
 
 def _view(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:

@@ -134,10 +134,11 @@ def convert_files(
             for file, rows in zip(missing, run_jobs(convert, missing, num_workers), strict=True):
                 made[file.path] = rows
                 progress.update(len(file.episodes))
+        empty = [file for file in missing if not file.path.exists()]  # no step of it was kept
     return ConversionSummary(
-        written=len(missing),
+        written=len(missing) - len(empty),
         skipped=len(files) - len(missing),
-        episodes=episodes,
+        episodes=episodes - sum(len(file.episodes) for file in empty),
         rows=sum(_rows(file, made) for file in files),
         seconds=time.perf_counter() - started,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ _STATE = re.compile(r"state|qpos|proprio|eef|ee_|joint|gripper|position", re.IGN
 _ACTION = re.compile(r"(^|[/.#_])actions?($|[/.\[_#])", re.IGNORECASE)
 _SUCCESS = re.compile(r"(^|[/._])(is_)?success$", re.IGNORECASE)
 _INTERVENTION = re.compile(r"(^|[/._])(is_)?interventions?$", re.IGNORECASE)
+_IN_JSON = re.compile(r"instruction|^lang", re.IGNORECASE)
 _PROMPT = re.compile(r"instruction|language|task|prompt", re.IGNORECASE)
 
 
@@ -122,6 +124,8 @@ def _format_name(reader: Reader) -> str:
 def _guess(keys: dict[str, Key], attributes: dict[str, Any], reader: Reader) -> dict[str, Any]:
     """Entries that the names suggest; what nothing suggests says so in words, and the conversion refuses it."""
     unknown = "?"
+    if any(name.startswith("obs/") for name in keys):  # robomimic: what comes after the action is no observation of it
+        keys = {name: key for name, key in keys.items() if not name.startswith("next_obs/")}
     cameras = [name for name, key in keys.items() if _is_camera(key)]
     numbers = [
         name for name, key in keys.items() if len(key.shape) == 1 and key.kind[:3] in ("flo", "int", "uin", "num")
@@ -131,12 +135,17 @@ def _guess(keys: dict[str, Key], attributes: dict[str, Any], reader: Reader) -> 
     states = [name for name in numbers if _STATE.search(name) and name not in actions]
     texts = [name for name, key in keys.items() if key.kind == "text" and _PROMPT.search(name)]
     texts.sort(key=lambda name: not re.search(r"instruction|^task$", name))
-    prompt: Any = texts[0] if texts else {"text": unknown}
-    for name in attributes if not texts else ():
-        if _PROMPT.search(name):
-            prompt = f"@{name}"
-    guess: dict[str, Any] = {f"image_{i}": name for i, name in enumerate(cameras, start=1)} or {"image_1": unknown}
-    guess |= {"state": states or unknown, "action": actions[:1] or unknown, "prompt": prompt}
+    texts += [f"@{name}" for name in _text_attributes(attributes)]
+    flip = {"flip": "auto"} if "macros_image_convention" in attributes else {}
+    guess: dict[str, Any] = {
+        f"image_{i}": {"from": name, **flip} if flip else name for i, name in enumerate(cameras, start=1)
+    }
+    guess = guess or {"image_1": unknown}
+    guess |= {
+        "state": states or unknown,
+        "action": actions[:1] or unknown,
+        "prompt": texts[0] if texts else {"text": unknown},
+    }
     ends = [name for name in keys if re.search(r"is_terminal|(^|[/.])dones?$|terminations", name)]
     guess |= {"terminal": ends[0] if ends else "never"}
     outcomes = [name for name in [*keys, *(f"@{name}" for name in attributes)] if _SUCCESS.search(name.lstrip("@"))]
@@ -144,6 +153,21 @@ def _guess(keys: dict[str, Key], attributes: dict[str, Any], reader: Reader) -> 
     guess |= {SUCCESS: outcomes[0]} if outcomes else {}
     guess |= {INTERVENTION: corrected[0]} if corrected else {}
     return guess if reader.fps() else {**guess, "fps": unknown}
+
+
+def _text_attributes(attributes: dict[str, Any]) -> list[str]:
+    """Attributes that look like instructions, and keys in the JSON of one: `problem_info:language_instruction`."""
+    found = []
+    for name, value in attributes.items():
+        try:
+            content = json.loads(value) if isinstance(value, str | bytes) else None
+        except ValueError:
+            content = None
+        if isinstance(content, dict):
+            found += [f"{name}:{key}" for key, text in content.items() if _IN_JSON.search(key) and text]
+        elif _PROMPT.search(name):
+            found.append(name)
+    return found
 
 
 def _is_camera(key: Key) -> bool:

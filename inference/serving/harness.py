@@ -90,6 +90,7 @@ class HarnessServer(PolicyServer):
                 (observation[key] for key in STATE_KEYS if key in observation), None
             )
             request["seed"] = derive_seed("vla-eval", episode.seed, episode.plans)
+            request["reset"] = not episode.plans
             reply = await super()._answer(pack(request), connection, gone)
             if isinstance(reply, str):
                 return reply

@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from inference.serving.recording import Recorder
+
 RECENT = 1024  # answers that the latency percentiles are taken over
 PERCENTILES = (50, 95, 99)
 LOG_LINES, LOG_SECONDS = 20, 10.0  # warnings that clients may cause in so many seconds; the rest is counted
 
 
 class ServerMetrics:
-    """Counters of one server; `waiting` tells the length of its queue."""
+    """Counters of one server; `waiting` tells the length of its queue, `recorder` what it keeps of its requests."""
 
-    def __init__(self, waiting: Callable[[], int]) -> None:
+    def __init__(self, waiting: Callable[[], int], recorder: Recorder | None = None) -> None:
         self.registry = CollectorRegistry()
         self.num_clients = 0
         self.recent: deque[float] = deque(maxlen=RECENT)
@@ -39,6 +41,13 @@ class ServerMetrics:
         )
         Gauge("vla_clients", "Connected clients", registry=self.registry).set_function(lambda: self.num_clients)
         Gauge("vla_queue", "Requests that wait for the model", registry=self.registry).set_function(waiting)
+        if recorder is not None:
+            for name, text, number in (
+                ("vla_recorded_steps", "Steps of recorded episodes that are files", lambda: recorder.written),
+                ("vla_recording_lost_steps", "Steps that were not recorded", lambda: recorder.lost),
+                ("vla_recording_trouble", "1 while recording fails", lambda: recorder.trouble is not None),
+            ):
+                Gauge(name, text, registry=self.registry).set_function(number)
         percentiles = Gauge(
             "vla_request_seconds_recent", f"Percentiles of the last {RECENT}", ["percentile"], registry=self.registry
         )

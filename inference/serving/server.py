@@ -25,7 +25,8 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from websockets.asyncio.server import Request, Response, serve
+from websockets.asyncio.server import Request as HttpRequest
+from websockets.asyncio.server import Response, serve
 from websockets.exceptions import ConnectionClosed
 
 from data.processing import ObservationError, Sample, collate_fn
@@ -33,7 +34,8 @@ from inference.predictor import VLAPredictor
 from inference.serving.batching import BusyError, Prediction, PredictionError, RequestBatcher
 from inference.serving.connections import Connection, IdleError, Room
 from inference.serving.metrics import ServerMetrics
-from inference.serving.requests import RequestError, RequestReader
+from inference.serving.recording import Recorder
+from inference.serving.requests import Request, RequestError, RequestReader
 from inference.serving.wire import WireError, pack
 from utils.config_utils import ServingConfig
 from utils.text import printable
@@ -53,16 +55,24 @@ CLOSE_S = 2.0  # for a client's own part in closing its connection
 class PolicyServer:
     """Serves one policy to several clients until it is stopped."""
 
-    def __init__(self, predictor: VLAPredictor, config: ServingConfig, token: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        predictor: VLAPredictor,
+        config: ServingConfig,
+        token: str | None = None,
+        seed: int = 0,
+        recorder: Recorder | None = None,
+    ) -> None:
         """
         Args:
             predictor: the policy.
             config: names of the keys in requests, and every limit.
             token: what clients must send as `Authorization: Api-Key <token>` (or Bearer); None: nothing.
             seed: of the sampling noise of requests that carry none.
+            recorder: keeps what the policy sees and plans; None: nobody does.
         """
-        self.predictor, self.config = predictor, config
-        self.metrics = ServerMetrics(waiting=lambda: len(self.batcher.waiting))
+        self.predictor, self.config, self.recorder = predictor, config, recorder
+        self.metrics = ServerMetrics(waiting=lambda: len(self.batcher.waiting), recorder=recorder)
         self.room = Room(config, token)
         self.reader = RequestReader(predictor, config, seed)
         self.port: int | None = None  # while running
@@ -130,7 +140,7 @@ class PolicyServer:
             if not task.cancelled() and task.exception() is not None:
                 raise task.exception()
 
-    async def _before_handshake(self, connection: Connection, request: Request) -> Response | None:
+    async def _before_handshake(self, connection: Connection, request: HttpRequest) -> Response | None:
         """HTTP requests, and clients that may not come in."""
         if request.path in ("/healthz", "/health"):
             return connection.respond(http.HTTPStatus.OK, "ok\n")
@@ -170,6 +180,8 @@ class PolicyServer:
                 await connection.close(GOING_AWAY, f"no reply was read within {self.config.timeout_s:g} s")
             finally:
                 gone.cancel()
+                if self.recorder is not None:
+                    self.recorder.end(id(connection))
 
     async def _next_message(self, connection: Connection) -> bytes | str | None:
         """What the client sends next; None when the server stops first."""
@@ -228,6 +240,8 @@ class PolicyServer:
             if sample is None:
                 sample = await self._in(self._heavy, self.reader.sample, request, *rest)
             warnings |= {key: f"requests carry keys that nothing reads: {key}" for key in request.unread}
+            if self.recorder is not None and self.recorder.trouble and "recording" not in connection.told:
+                warnings["recording"] = self.recorder.trouble
             for kind in list(warnings.keys() - connection.told)[: MAX_TOLD - len(connection.told)]:
                 self.room.log.warning("%s", printable(warnings[kind], MAX_TEXT))
                 connection.told.add(kind)
@@ -239,7 +253,19 @@ class PolicyServer:
         if not np.isfinite(prediction.actions).all():
             raise RequestError("the policy predicted actions that are not finite; nothing was sent to the robot")
         prediction.alarm = connection.history.alarmed(self.predictor, prediction.uncertainty, request.reset)
+        if self.recorder is not None:
+            self._record(self.recorder, connection, request, sample, prediction)
         return prediction, list(warnings.values())
+
+    def _record(
+        self, recorder: Recorder, connection: Connection, request: Request, sample: Sample, prediction: Prediction
+    ) -> None:
+        """Keep a request and its answer."""
+        frames = {camera: request.images.get(camera) for camera in self.predictor.cameras}
+        newest = {camera: given[-1] for camera, given in frames.items() if given}
+        state = sample["state"].numpy()[: self.predictor.state_dim]
+        where = id(connection), newest, state, request.prompt
+        recorder.add(*where, prediction.actions, request.seed, begins=request.reset)
 
     def _in(self, pool: Executor, work: Any, *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
@@ -277,6 +303,9 @@ class PolicyServer:
             "per_action_dim": predictor.per_action_dim,
             "n_action_steps": predictor.n_action_steps,
             "alarm": None if predictor.alarm is None else asdict(predictor.alarm.calibration),
+            "num_inference_steps": predictor.num_inference_steps,
+            "quantization": predictor.quantization,
+            "fingerprint": predictor.fingerprint,
         }
 
     def _predict(self, samples: Sequence[Sample], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

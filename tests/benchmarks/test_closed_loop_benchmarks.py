@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import latency, metaworld_mt50
+from benchmarks import _recipe, latency, metaworld_mt50
 from envs.metaworld_tasks import TIERS
 from inference.closed_loop.rollout import summarize_tasks
 
@@ -22,9 +22,9 @@ def test_mt50_evaluates_policy_blind_and_replay_alike(tmp_path, monkeypatch):
         (output / "rollouts.json").write_text(json.dumps({"of": output.name}))
         commands.append(command)
 
-    monkeypatch.setattr(metaworld_mt50, "run", run)
-    data = Path("demos/mt50")
-    results = metaworld_mt50.evaluate("policy.pth.tar", data, ["push-v3", "soccer-v3"], 10, num_envs=4, step_limit=500)
+    monkeypatch.setattr(_recipe, "run", run)
+    recipe = _recipe.Recipe("mt50", "c.yaml", "metaworld", ["push-v3", "soccer-v3"], num_workers=4)
+    results = metaworld_mt50.evaluate(recipe, 10, step_limit=500)
     assert results == {name: {"of": name} for name in ("policy", "blind", "replay")}
     shared = "--env metaworld --tasks push-v3 soccer-v3 --episodes 10"
     for command in commands:
@@ -33,7 +33,7 @@ def test_mt50_evaluates_policy_blind_and_replay_alike(tmp_path, monkeypatch):
     policy, blind, replay = commands
     assert "--blind" in blind and "--blind" not in policy
     assert "--checkpoint_path" in policy and "--checkpoint_path" in blind and "--checkpoint_path" not in replay
-    assert replay[-4:] == ("--control", "replay", "--demos_path", "demos/mt50/train")
+    assert "--control replay --demos_path demos/mt50/train/push-v3.parquet demos/mt50/train/soccer" in " ".join(replay)
 
 
 def test_mt50_table_weighs_tiers_alike(capsys):

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import pytest
 
 from benchmarks import _recipe, aloha_transfer, libero_goal, metaworld_mt50
@@ -42,7 +44,7 @@ def commands(tmp_path, monkeypatch):
         elif script in ("main_train.py", "main_train_ddp.py"):
             words = arguments[2:] if script == "main_train_ddp.py" else arguments
             config = config_from_args(train_parser(None).parse_args(words))
-            (config.experiment_dir / "checkpoints").mkdir(parents=True)
+            (config.experiment_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             (config.experiment_dir / "checkpoints/model_best.pth.tar").touch()
 
     monkeypatch.setattr(_recipe, "run", run)
@@ -51,23 +53,95 @@ def commands(tmp_path, monkeypatch):
 
 def test_libero(commands, monkeypatch, capsys):
     monkeypatch.setattr(libero_goal, "starts_are_identical", lambda seeds, image_size: True)
+    counts = {told: dict.fromkeys(libero_goal.LANGUAGE, 0) | {told: 2} for told in libero_goal.LANGUAGE}
+    counts[libero_goal.LANGUAGE[0]] |= {libero_goal.LANGUAGE[1]: 4}
+    monkeypatch.setattr(libero_goal, "language_matrix", lambda recipe, episodes, paraphrase: counts)
     monkeypatch.setattr(sys, "argv", ["libero_goal.py", "--episodes", "2"])
     libero_goal.main()
     recorded = [arguments for script, arguments in commands if script == "scripts/record_demos.py"]
-    tasks = recording_parser().parse_args(recorded[0]).tasks
-    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < set(tasks)
+    tasks = {task for arguments in recorded for task in recording_parser().parse_args(arguments).tasks}
+    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < tasks and len(recorded) == 32
     evaluations = [arguments for script, arguments in commands if script == "main_eval.py"]
-    assert len(evaluations) == 4 + 1 + 2 * len(libero_goal.RUNS)
-    assert sum("--prompt_override" in arguments for arguments in evaluations) == 4
+    assert len(evaluations) == 2 * len(libero_goal.RUNS)
     printed = capsys.readouterr().out
-    assert "mean of the diagonal 50 %" in printed and "MuJoCo 3.3.0" in printed and "wide layout" in printed
+    assert "diagonal: 8/8" in printed and "rest: 4/24" in printed and "paraphrases never trained on" in printed
+    assert "MuJoCo 3.3.0" in printed and "wide layout" in printed
+
+
+class Scene(gymnasium.Env):
+    """Reaches the first task's goal at its second step, and the second one's for one step in between."""
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return {"state": np.zeros(8)}, {"success": False}
+
+    def step(self, action):
+        self.steps += 1
+        return {"state": np.zeros(8)}, 0.0, self.holds(libero_goal.LANGUAGE[0]), self.steps == 4, {"success": True}
+
+    def holds(self, task):
+        first, second, *_ = libero_goal.LANGUAGE
+        return (task == first and self.steps >= 2) or (task == second and self.steps == 3)
+
+
+def test_an_episode_of_the_matrix_goes_on_and_counts_every_goal():
+    env = libero_goal.AllGoals(Scene())
+    env.reset(seed=0)
+    ends = []
+    for _ in range(4):
+        _, _, terminated, truncated, info = env.step(np.zeros(7))
+        ends.append((terminated, truncated, info["success"]))
+    assert ends == [(False, False, False)] * 3 + [(False, True, False)]
+    assert env.reached == set(libero_goal.LANGUAGE[:2])
+    env.reset(seed=1)
+    assert env.reached == set()
+
+
+def test_finished_episodes_of_the_matrix_are_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = _recipe.Recipe("r", "c.yaml", "libero", libero_goal.LANGUAGE)
+    recipe.experiment.mkdir(parents=True)
+    with (recipe.experiment / "language_0.jsonl").open("w") as file:
+        for told in libero_goal.LANGUAGE:
+            reached = [told] if told != libero_goal.LANGUAGE[2] else [libero_goal.LANGUAGE[0]]
+            file.write(json.dumps({"told": told, "seed": 10_000, "reached": reached}) + "\n")
+    matrix = libero_goal.language_matrix(recipe, 1)
+    assert [list(goals.values()) for goals in matrix.values()] == [
+        [1, 0, 0, 0],
+        [0, 1, 0, 0],
+        [1, 0, 0, 0],
+        [0, 0, 0, 1],
+    ]
+
+
+def test_stages_go_on_where_they_were(commands, monkeypatch, tmp_path):
+    """A training that was killed is resumed, not taken for a complete one; a complete one is not repeated."""
+    recipe = _recipe.Recipe("r", str(ROOT / "configs/aloha_transfer.yaml"), "aloha", ["transfer_cube"])
+    run = _recipe.run
+
+    def killed(script, *arguments):
+        run(script, *arguments)
+        if script == "main_train.py":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_recipe, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train()
+    assert recipe.checkpoint.is_file() and not recipe.seconds["train"]["complete"]
+    monkeypatch.setattr(_recipe, "run", run)
+    recipe.train()
+    recipe.train()
+    trainings = [arguments for script, arguments in commands if script == "main_train.py"]
+    assert len(trainings) == 2 and all("--resume_checkpoint auto" in " ".join(words) for words in trainings)
+    assert recipe.seconds["train"]["complete"] and recipe.seconds["train"]["wall"] > 0
 
 
 def test_aloha(commands, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["aloha_transfer.py", "--num_workers", "2"])
+    monkeypatch.setattr(sys, "argv", ["aloha_transfer.py", "--num_workers", "2", "--set", "training.max_hours=3"])
     aloha_transfer.main()
     trained = [arguments for script, arguments in commands if script == "main_train_ddp.py"]
     assert len(trained) == 2 and "model.action_head_config.denoiser=unet" in trained[1]
+    assert all("training.max_hours=3" in arguments for arguments in trained)
     assert sum(script == "scripts/record_demos.py" for script, _ in commands) >= 2
     printed = capsys.readouterr().out
     assert "unet, blind" in printed and "replay" in printed
@@ -80,8 +154,11 @@ def test_configs_are_those_of_their_data(name):
     assert (config.data.state_dim, config.model.action_head_config.per_action_dim) == widths
 
 
-def test_mt50_on_two_cores_trains_in_two_processes(monkeypatch, tmp_path):
-    commands = []
-    monkeypatch.setattr(metaworld_mt50, "run", lambda *command: commands.append(command))
-    metaworld_mt50.train(tmp_path / "mt50", "configs/metaworld_mt50_cpu.yaml", metaworld_mt50.CPU_BACKBONE, [], 2)
-    assert commands[-1][:3] == ("main_train_ddp.py", "--nproc", "2")
+def test_mt50_on_two_cores_trains_in_two_processes(commands, monkeypatch):
+    monkeypatch.setattr(metaworld_mt50, "print_table", lambda results: None)
+    monkeypatch.setattr(sys, "argv", ["metaworld_mt50.py", "--cpu"])
+    metaworld_mt50.main()
+    (trained,) = [arguments for script, arguments in commands if script == "main_train_ddp.py"]
+    assert trained[:2] == ("--nproc", "2") and "configs/metaworld_mt50_cpu.yaml" in trained
+    recorded = [arguments for script, arguments in commands if script == "scripts/record_demos.py"]
+    assert len(recorded) == 100 and ("--episodes", "50") == recorded[0][recorded[0].index("--episodes") :][:2]

@@ -41,6 +41,7 @@ SMALLER = (
     (r"(benchmarks/latency\.py)", r"\1 --quick --variants synchronous"),
     (r"(benchmarks/bench_inference\.py)", r"\1 --device cpu --quick --rounds 3 --ways naive cached"),
     (r"(diagnose_ddp\.py)", r"\1 --nproc 2 --size_mb 1"),
+    (r"--record_max_mb 20000", "--record_max_mb 20"),
     (r"--nproc_per_node=8", "--nproc_per_node=2"),
     (r"(run_ddp_training\.sh)", r"\1 --nproc 2"),
     (r"(test_vla_offline\.py .*)", r"\1 || [ $? = 1 ]"),  # a policy of three steps fails its checks, as it should
@@ -84,6 +85,7 @@ RUN = {
     r"python scripts/compare_heads\.py": r"wrote \S+compare_heads\.md",
     r"python benchmarks/latency\.py": r"kept of the success without delay",
     r"python benchmarks/bench_inference\.py": r"cached_speedup \d",
+    r"python scripts/replay\.py": r"mean distance",
     r"python scripts/serve_policy\.py": r"serving on \S+ port \d+",
     r"python scripts/client_example\.py": r"8 actions in [\d.]+ ms\n(([+-]\d\.\d{3} ?)+\n){4}",
     r"python scripts/export_policy\.py": r"wrote \S+",
@@ -189,6 +191,7 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     r"pip install -r requirements-(aloha|libero|gym)\.txt$": ("the same", only_exact_versions),
     r"python .*--env libero": ("loads 1.7 GB of packages; tests/envs/test_libero_env.py", has_flags),
     r"python .*--env gym": ("needs a policy of that environment; tests/envs/test_gym_env.py", has_flags),
+    r"python scripts/calibrate_alarm\.py": ("takes dozens of episodes; tests/inference/test_alarm.py", has_flags),
     r"python benchmarks/(libero_goal|aloha_transfer)\.py": ("takes minutes even at its smallest", has_flags),
     r"pip install \./clients/python$": ("needs the network, for its build", is_a_package),
     r"hf auth login$": ("needs an account", takes),
@@ -265,7 +268,7 @@ def test_a_page_from_top_to_bottom(name, terminal):
             continue
         for larger, smaller in SMALLER:
             command = re.sub(larger, smaller, command)
-        command = command.replace("--port 8000", f"--port {port}")
+        command = command.replace("--port 8000", f"--port {port}").replace(":8000", f":{port}")
         said = terminal.serve(command, port) if "serve_policy.py" in command else terminal.run(command)
         assert re.search(RUN[pattern], said), f"{command}\ndid not print {RUN[pattern]}:\n{said}"
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaModel
+from transformers.utils import logging
 
 from model.context import Context
 from model.keys_values import collecting
@@ -430,6 +431,12 @@ def test_missing_and_truncated_weights_files(tiny_paligemma_dir: Path, tmp_path:
     weights.unlink()
     with pytest.raises(ConfigError, match=r"broken'.*cannot be read.*model\.safetensors"):
         load(broken)
+
+
+def test_loading_a_folder_draws_no_progress_bar(tiny_paligemma_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load(tiny_paligemma_dir)
+    assert "%" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()  # what is written or downloaded later shows its own
 
 
 def test_wrong_directories(tiny_paligemma_dir: Path, tmp_path: Path) -> None:

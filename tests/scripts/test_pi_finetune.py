@@ -4,6 +4,9 @@ sensor under their own names, actions relative by name, evaluated, handed back t
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,21 @@ from vla_client import PolicyClient
 
 import main_eval
 import main_train
+from benchmarks.random_pi import lerobot_sizes
+from benchmarks.sides import MARK
 from inference.predictor import VLAPredictor
+from inference.serving.export_published import sizes_of
 from scripts import export_policy, import_policy
 from tests.helpers import episode_rows, write_rows
 from tests.inference.serving.servers import running
 from tests.pi_fixtures import KINDS, folder
 from tests.policies import merged
 from utils import calculate_normalization_stats
+from utils.checkpoint import load_checkpoint
+from utils.config_utils import config_from_dict
 
 REPOSITORY = Path(__file__).parents[2]
+LEROBOT = os.environ.get("LEROBOT_PYTHON")  # of an environment with `pip install lerobot`
 CAMERAS = ("scene", "wrist.left", "wrist.right")  # in the order of pi0's slots
 JOINTS = ["shoulder", "elbow", "wrist", "roll", "gripper_opening"]
 
@@ -77,23 +86,27 @@ def config_of(kind: str, folder: Path, demos: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_fine_tuned_for_another_robot(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def fine_tuned(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoint of a published policy trained for that robot, beside `demos.parquet` and `stats.json`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     base, demos = tmp_path / "base.pth.tar", write_demos(tmp_path / "demos.parquet")
     unsaid = ["--tokenizer_name_or_path", folder(kind) / "tokenizer", "--vision_num_attention_heads", 2]
     run(import_policy, monkeypatch, "--policy_dir", folder(kind) / "policy", "--output", base, *unsaid)
     config = config_of(kind, tmp_path, demos)
     run(calculate_normalization_stats, monkeypatch, "--config_path", config)
+    main_train.main(["--config_path", str(config), "--init_checkpoint", str(base)])
+    return next((tmp_path / "runs" / "own" / "checkpoints").glob("checkpoint_*.pth.tar"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fine_tuned_for_another_robot(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, demos = fine_tuned(kind, tmp_path, monkeypatch), tmp_path / "demos.parquet"
+    assert "statistics: those of this run's data" in capsys.readouterr().err
     statistics = json.loads((tmp_path / "stats.json").read_text())
     assert statistics["absolute_action_dims"] == [4]
     assert statistics["datasets"]["default"]["state_columns"] == {"state": 5, "force": 2}
-
-    main_train.main(["--config_path", str(config), "--init_checkpoint", str(base)])
-    assert "statistics: those of this run's data" in capsys.readouterr().err
-    trained = next((tmp_path / "runs" / "own" / "checkpoints").glob("checkpoint_*.pth.tar"))
     predictor = VLAPredictor.from_checkpoint(trained, device="cpu")
     assert (predictor.cameras, predictor.horizon, predictor.per_action_dim) == (CAMERAS, 4, 5)
     assert predictor.config.data.absolute_action_dims == (4,)
@@ -135,3 +148,41 @@ def test_fine_tuned_for_another_robot(
         request = {**frames, "state": state, "prompt": "press the button", "seed": 3}
         np.testing.assert_allclose(client.predict(request), actions, atol=1e-5)
         client.close()
+
+
+@pytest.mark.skipif(LEROBOT is None, reason="LEROBOT_PYTHON names no Python that has lerobot")
+@pytest.mark.parametrize("kind", KINDS)
+def test_lerobot_acts_alike_with_what_was_trained_here(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three cameras, 7 and 5 values and 4 steps where the base has 8, 7 and 10; then without the last camera."""
+    trained = fine_tuned(kind, tmp_path, monkeypatch)
+    out = tmp_path / kind
+    run(export_policy, monkeypatch, "--checkpoint_path", trained, "--output_dir", out, "--format", "lerobot")
+    checkpoint = load_checkpoint(trained)
+    sizes = sizes_of(checkpoint["backbone_config"], config_from_dict(checkpoint["config"]), kind)
+    (tmp_path / "sizes.json").write_text(json.dumps(lerobot_sizes(sizes, 2)))
+    shutil.copytree(folder(kind) / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "prompts.json").write_text(json.dumps(["press the button"]))
+    rng = np.random.default_rng(5)
+    frames = {camera: rng.integers(0, 256, (3, 30, 50), dtype=np.uint8) for camera in CAMERAS}
+    state, noise = rng.normal(size=7).astype(np.float32), rng.normal(size=(4, 32)).astype(np.float32)
+    inputs = {f"image_{camera}": frame[None] for camera, frame in frames.items()}
+    np.savez(tmp_path / "inputs.npz", state=state[None], noise=noise[None], **inputs)
+    predictor = VLAPredictor.from_checkpoint(trained, device="cpu", use_amp=False)
+
+    shown = [list(CAMERAS), list(CAMERAS[:2])]
+    questions = [{"ask": "load", "kind": kind}, *({"ask": "latency", "cameras": one, "repeats": 1} for one in shown)]
+    done = subprocess.run(
+        [LEROBOT, REPOSITORY / "benchmarks" / "lerobot_side.py", tmp_path],
+        input="".join(json.dumps(question) + "\n" for question in questions),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    answers = [json.loads(line.removeprefix(MARK)) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    assert len(answers) == 3, done.stderr[-2000:]
+    for cameras, answer in zip(shown, answers[1:], strict=True):
+        images = {camera: frames[camera].transpose(1, 2, 0) for camera in cameras}
+        ours = predictor.predict(images=images, prompt="press the button", state=state, noise=noise)
+        np.testing.assert_allclose(ours, np.reshape(answer["value"], ours.shape), atol=2e-5, rtol=0)

@@ -21,12 +21,13 @@ from training.fit_estimate import (
     tokens_per_sample,
 )
 from training.optimizer import build_optimizer
+from utils.batch import Batch
 from utils.config_utils import load_config
 
 SHAPE = {"model.vlm_config.model_name_or_path": "configs/paligemma-3b-pt-224"}
 
 
-def kept_bytes(policy: VLAModel, size: int) -> int:
+def kept_bytes(policy: VLAModel, batch: Batch) -> int:
     """Bytes that autograd saves in a forward pass, parameters and buffers apart, each storage once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*policy.parameters(), *policy.buffers())}
     kept: dict[int, torch.Tensor] = {}
@@ -36,7 +37,7 @@ def kept_bytes(policy: VLAModel, size: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        policy(make_batch(size))
+        policy(batch)
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
 
 
@@ -62,7 +63,31 @@ def test_activations_are_what_autograd_keeps(tmp_path, vlm):
     expected = sum(activation_bytes(policy, config, 8).values())
     memory = expected_memory(policy, config)
     expected += memory.get("16-bit copies of trained matrices (autocast)", 0)
-    assert kept_bytes(policy, 8) == pytest.approx(expected, rel=0.15)
+    assert kept_bytes(policy, make_batch(8)) == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("time", ["token", "adaptive_norm"])
+def test_an_action_expert_keeps_what_autograd_keeps(tmp_path, time, dtype):
+    """A policy like pi0 or pi0.5: vision and everything that adapts to time compute in float32, and are not copied."""
+    make_tiny_paligemma(
+        tmp_path, ["a b"], image_size=32, patch_size=4, vision_width=64, text_width=64, text_layers=3, vocab_size=512
+    )
+    expert = {"width": 64, "mlp_dim": 128, "num_heads": 4, "time": time, "state_token": time == "token"}
+    model = {
+        "vlm_config": {"dtype": dtype, "vision_dtype": "float32"},
+        "action_head_config": {"type": "action_expert", "horizon": 16, "expert": expert},
+    }
+    data = {"prompt_max_len": 6, "batch_size": 8, "prompt_format": "pi0" if time == "token" else "pi05"}
+    config = policy_config(tmp_path, tmp_path, model=model, data=data)
+    policy = make_policy(config).train()
+    memory = expected_memory(policy, config)
+    assert all(size > 0 for size in memory.values()), memory
+    assert memory == expected_memory(meta_policy(config), config)
+    expected = sum(activation_bytes(policy, config, 8).values())
+    expected += memory.get("16-bit copies of trained matrices (autocast)", 0)
+    batch = make_batch(8) | {"action": torch.rand(8, 16, 4), "action_is_pad": torch.zeros(8, 16, dtype=torch.bool)}
+    assert kept_bytes(policy, batch) == pytest.approx(expected, rel=0.15)
 
 
 HEADS = {
@@ -110,7 +135,7 @@ def test_checkpointing_keeps_one_tensor_a_layer(tmp_path):
         vlm = {"gradient_checkpointing": True}
         config = policy_config(directory, tmp_path, model={"vlm_config": vlm}, data={"prompt_max_len": 6})
         policy = make_policy(config).train()
-        kept.append(kept_bytes(policy, 4))
+        kept.append(kept_bytes(policy, make_batch(4)))
         expected.append(activation_bytes(policy, config, 4)["activations, language model"])
     assert kept[1] - kept[0] == expected[1] - expected[0] == 4 * 4 * 96 * 4 * (64 + 6)
 

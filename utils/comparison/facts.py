@@ -10,6 +10,13 @@ Profile = dict[str, Any]
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 GRID, PICTURE = 6, 24  # fields a side of a thumbnail, and of a camera's mean picture
+WELL_SEEN = 0.8  # correlation with the state from which a camera shows a dimension well
+TURNS = {  # of frames (N, H, W, 3): each undoes itself
+    "mirrored": lambda frames: frames[:, :, ::-1],
+    "upside_down": lambda frames: frames[:, ::-1],
+    "turned_by_180_degrees": lambda frames: frames[:, ::-1, ::-1],
+    "red_and_blue_exchanged": lambda frames: frames[..., ::-1],
+}
 LAGS = 4  # steps by which pictures or states may be early or late
 
 

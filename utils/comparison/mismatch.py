@@ -18,6 +18,7 @@ from utils.comparison.numbers import UNITS, number_mismatches
 from utils.comparison.pictures import camera_mismatches
 
 LATE = 0.6  # steps from which a delay is one
+SURE = 3.0  # standard errors that a delay has to have
 
 
 def mismatches(session: Profile, training: Profile) -> list[Mismatch]:
@@ -64,26 +65,35 @@ def _delays(session: Profile, training: Profile, cameras: set[str]) -> Iterator[
         yield Mismatch("state_late", "state", evidence, "read the state when the action is due; look for a slow motor")
         return
     for camera, delay in views.items():
-        if delay is not None and delay > LATE and (answers is None or abs(answers) < LATE):
+        if delay is not None and delay > LATE:  # a late state would make them early
             evidence = f"what it shows comes {delay:.1f} steps later than in training, beside the state"
             yield Mismatch("images_late", camera, evidence, "send the frame that was taken with the state")
 
 
 def _delay(session: list[float], training: list[float]) -> float | None:
-    """By how many steps a session's lag curve has its peak later than the training's; None: that can't be told."""
-    peaks = [_peak(np.array(curve)) for curve in (session, training)]
-    return None if None in peaks else peaks[0] - peaks[1]
+    """By how many steps a session's lag curve lies later than the training's; None: that can't be told.
 
-
-def _peak(curve: np.ndarray) -> float | None:
-    """Where a curve over lags has its largest value, between the steps; None where it has no clear one."""
-    if curve.max() < 0.25 or np.ptp(curve) < 0.05:
+    The training's curve is moved and scaled until it fits the session's best. How steep it is and how well it fits say
+    how surely: where the delay is less than SURE times its standard error, it is taken for none at all.
+    """
+    new, known = np.array(session), np.array(training)
+    if known.max() < 0.2 or new.max() < 0.2 or np.ptp(known) < 0.05:
         return None
-    around = np.arange(2, len(curve) - 2)
-    best = int(around[curve[2:-2].argmax()])
-    bend, slope, _ = np.polyfit(np.arange(-2, 3), curve[best - 2 : best + 3], 2)
-    shift = -slope / (2 * bend) if bend < 0 else 0.0
-    return best - LAGS + float(np.clip(shift, -2, 2))
+    lags = np.arange(-LAGS, LAGS + 1.0)
+    best: tuple[float, float, float] | None = None  # (squared residual, shift, its standard error)
+    for shift in np.linspace(-3, 3, 61):
+        inside = np.abs(lags - shift) <= LAGS
+        moved = np.interp(lags[inside] - shift, lags, known)
+        design = np.stack([moved, np.ones_like(moved)], axis=1)
+        (scale, offset), *_ = np.linalg.lstsq(design, new[inside], rcond=None)
+        residual = new[inside] - scale * moved - offset
+        variance = float((residual**2).sum()) / max(1, inside.sum() - 3)
+        slope = scale * np.gradient(moved)
+        if scale > 0 and (best is None or variance < best[0]):
+            best = variance, float(shift), float(np.sqrt(variance / max((slope**2).sum(), 1e-9)))
+    if best is None or abs(best[1]) > 2.9:
+        return None
+    return 0.0 if abs(best[1]) < SURE * best[2] else best[1]
 
 
 def prompt_mismatches(prompts: Iterable[str], training: Profile) -> Iterator[Mismatch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from utils.comparison.kinds import Mismatch
 
 FAR = 1.6  # times the distance of training episodes from all of them, from which a session's values lie otherwise
 FAR_OUT = 5.0  # ranges beyond the training's, which only another unit explains
+MOST_EXCHANGED = 5  # dimensions that may be exchanged among each other
 ORDER = "send the values in the training data's order"
 
 UNITS = {  # what the session's numbers would have to be multiplied with -> what was sent
@@ -42,8 +44,12 @@ def _column(column: str, session: Profile, training: Profile, cameras: set[str])
     if exchanged is not None:
         yield exchanged
         return
-    turned = list(_turned(session, training, cameras)) if column == "state" else []
     begin = np.array(session["begin"][column])
+    if column == "state" and (order := _exchanged_at_the_start(begin, training)):
+        names = ", ".join(f"{column}[{i}] begins like [{j}]" for i, j in order)
+        yield Mismatch("dimensions_exchanged", column, names, ORDER)
+        return
+    turned = list(_turned(session, training, cameras)) if column == "state" else []
     yield from other_distribution(column, new, known, limit, left_out=stuck, turned=turned, begin=begin)
 
 
@@ -134,6 +140,30 @@ def _exchanged_by_sight(session: Profile, training: Profile, cameras: set[str]) 
             pairs = ", ".join(f"state[{known[d]}] moves as {camera} shows [{known[best[d]]}]" for d in moved)
             return Mismatch("dimensions_exchanged", "state", pairs, ORDER)
     return None
+
+
+def _exchanged_at_the_start(begin: np.ndarray, training: Profile) -> list[tuple[int, int]]:
+    """Pairs (session's dimension, training's that it looks like) where episodes begin in exchanged places.
+
+    Robots begin where they did in training, whatever a misled policy does later. Only dimensions whose own beginnings
+    were elsewhere are looked at; each must begin within those of another one, and that in one way alone.
+    """
+    if "begin" not in training:
+        return []
+    known = np.array(training["begin"]["state"])
+    reach = known[:, -1] - known[:, 0]
+    margin = 0.1 * reach + 0.01 * max(float(reach.max()), 1e-9)
+    low, high = known[:, 0] - margin, known[:, -1] + margin
+    middle = begin[:, 1:-1]  # without the outermost values
+    fits = ((middle[:, None] >= low[:, None]) & (middle[:, None] <= high[:, None])).all(axis=2)
+    apart = ((middle > high[:, None]) | (middle < low[:, None])).all(axis=1)
+    wrong = np.flatnonzero(~fits.diagonal()).tolist()
+    if not 2 <= len(wrong) <= MOST_EXCHANGED or apart[wrong].sum() < 2:
+        return []
+    orders = [
+        order for order in itertools.permutations(wrong) if all(fits[i, j] for i, j in zip(wrong, order, strict=True))
+    ]
+    return list(zip(wrong, orders[0], strict=True)) if len(orders) == 1 else []
 
 
 def _turned(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:

@@ -12,6 +12,8 @@ from utils.comparison.kinds import Mismatch
 
 NOISE = 2.0  # grey levels by which mean pictures of one scene may differ anyway
 FAR = 1.6  # times the training episodes' own distances, from which a session is unlike all of them
+UNSEEN, SEEN = 0.3, 0.7  # correlations below which the state is not read off pictures, and from which it is
+FAINT = 0.3  # grey levels of tint below which a scene has no colours
 EXPLAINED = 0.55  # share of the distance that may be left where a mistake explains it
 
 
@@ -82,10 +84,52 @@ def _camera(
     sharpness = list(_sharpness(camera, seen, trained))
     if _distance(new, known, scale) > limit:
         explained = _explained(camera, seen, training)
-        # Where the scene differs too, as it does after a policy was misled, what is left to see is the sharpness.
-        yield from sharpness if sharpness and explained.kind == "unlike_training" else [explained]
-    else:
-        yield from sharpness
+        if explained.kind == "unlike_training":
+            # Where the scene differs too, as it does after a policy was misled, what is left to see is how it is read,
+            # and its sharpness.
+            turned = _turned(camera, seen)
+            yield from [turned] if turned else sharpness or [explained]
+        else:
+            yield explained
+        return
+    turned = _turned(camera, seen) or _colours(camera, new, known)
+    yield from [turned] if turned else sharpness
+
+
+def _turned(camera: str, seen: dict[str, Any]) -> Mismatch | None:
+    """A picture whose mean says nothing, as in a symmetric scene, but off which the state can only be read when it is
+    turned."""
+    reads = dict(seen.get("seen_as", {}))
+    as_it_is = reads.pop("", 1.0)
+    kind = max(reads, key=reads.get, default="")
+    if as_it_is > UNSEEN or reads.get(kind, 0.0) < SEEN:
+        return None
+    evidence = (
+        f"the state is read off it with a correlation of {as_it_is:.2f}, and of {reads[kind]:.2f} after turning it"
+    )
+    return Mismatch(kind, camera, evidence, PICTURE_MISTAKES[kind][1])
+
+
+def _colours(camera: str, new: np.ndarray, known: np.ndarray) -> Mismatch | None:
+    """Red and blue exchanged in a scene of few colours, whose mean pictures hardly change by it.
+
+    What is redder than blue in training's mean picture is held against each part of the session: 1 is as in training,
+    -1 exchanged. Only where every training episode, held against the others, is clearly positive.
+    """
+    if len(known) < 8:
+        return None
+    tint, here = known[..., 0] - known[..., 2], new[..., 0] - new[..., 2]
+    others = (tint.sum(axis=0) - tint) / (len(tint) - 1)
+    usual = (tint * others).sum(axis=(1, 2)) / ((others**2).sum(axis=(1, 2)) + 1e-6)
+    mean = tint.mean(axis=0)
+    shares = (here * mean).sum(axis=(1, 2)) / ((mean**2).sum() + 1e-6)
+    if np.sqrt((mean**2).mean()) < FAINT or np.quantile(usual, 0.05) < 0.3 or np.median(shares) > -0.5:
+        return None
+    if (shares < 0).mean() < 0.9:
+        return None
+    evidence = f"what is red in training is blue: {np.median(shares):.2f} of the usual tint, in training at least "
+    remedy = PICTURE_MISTAKES["red_and_blue_exchanged"][1]
+    return Mismatch("red_and_blue_exchanged", camera, f"{evidence}{usual.min():.2f}", remedy)
 
 
 def _sharpness(camera: str, seen: dict[str, Any], trained: dict[str, Any]) -> Iterator[Mismatch]:

@@ -39,6 +39,8 @@ class PolicyClient:
     Attributes:
         policy: what the server says of itself: keys, widths, horizon, n_action_steps.
         warnings: what spoke against the last observation; each is logged once, numbers aside.
+        uncertainty: of the last actions; None where the policy has none.
+        alarm: whether the policy will probably fail, since the last `reset`; None where nobody calibrated that.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class PolicyClient:
             PolicyError: nobody answers there, or it is no policy server, wants another token, or is full.
         """
         self.uri, self.timeout_s, self.warnings = server_uri(host, port), timeout_s, list[str]()
+        self.uncertainty: float | None = None
+        self.alarm: bool | None = None
         self._told: set[str] = set()
         self._closing = contextlib.ExitStack()
         headers = {"Authorization": f"Api-Key {token}"} if token else None
@@ -113,6 +117,9 @@ class PolicyClient:
             if kind not in self._told and len(self._told) < MAX_TOLD:
                 self._told.add(kind)
                 logger.warning("%s", text)
+        unsure, alarm = answer.get("uncertainty"), answer.get("alarm")
+        self.uncertainty = unsure if isinstance(unsure, float) else None
+        self.alarm = alarm if isinstance(alarm, bool) else None
         return actions
 
     def close(self) -> None:

@@ -320,6 +320,14 @@ def test_inspection_lists_keys_and_a_mapping_that_converts(tmp_path):
     assert "episodes: data/demo_*" in text and "problem_info" in text
 
 
+def test_inspection_sees_instructions_in_json_flips_and_what_is_no_observation():
+    text = describe(open_reader("hdf5", FORMATS / "libero_hdf5", {}))
+    assert "prompt: '@problem_info:language_instruction'" in text and "flip: auto" in text
+    text = describe(open_reader("hdf5", FORMATS / "robomimic_hdf5" / "image.hdf5", {}))
+    assert "next_obs/agentview_image" in text  # among the keys
+    assert "next_obs" not in text.partition("# a mapping to edit")[2]
+
+
 def test_strip_shows_first_middle_and_last(recording, tmp_path):
     source = open_source(None, FORMATS / "libero_hdf5", read_entries("libero", ()))
     film_strip(source, tmp_path / "strip.png", episodes=["1"])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from inference.predictor import VLAPredictor
+from inference.serving.recording import Recorder
 from inference.serving.server import PolicyServer
 from utils.config_utils import ServingConfig
 
@@ -20,10 +21,11 @@ def running(
     *,
     host: str = "127.0.0.1",
     kind: type[PolicyServer] = PolicyServer,
+    recorder: Recorder | None = None,
     **limits: Any,
 ) -> Iterator[PolicyServer]:
     """A server that listens on `server.port`, stopped on leaving; `limits` are fields of ServingConfig."""
-    server = kind(predictor, ServingConfig(**limits), token)
+    server = kind(predictor, ServingConfig(**limits), token, recorder=recorder)
     loop, stopping = asyncio.new_event_loop(), asyncio.Event()
     listening = threading.Event()
 

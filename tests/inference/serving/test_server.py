@@ -28,8 +28,10 @@ from vla_client.client import is_local, server_uri
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from inference.alarm import Calibration
 from inference.predictor import VLAPredictor
 from inference.serving.wire import pack, unpack
+from inference.uncertainty import alarm_settings
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
 from tests.inference.serving.servers import running
@@ -82,6 +84,28 @@ def test_openpis_client_gets_the_actions_of_the_process(server, predictor):
         reply = client.infer(observation(seed))
         np.testing.assert_allclose(reply["actions"], expected(predictor, seed), atol=1e-6)
         assert reply["server_timing"]["infer_ms"] > 0
+
+
+def test_a_reply_says_how_unsure_and_each_connection_has_its_alarm(checkpoint):
+    policy = VLAPredictor.from_checkpoint(checkpoint, "cpu")
+    settings = alarm_settings(policy.model.action_head, policy.settings, policy.dataset.name)
+    with running(policy) as server, PolicyClient(port=server.port) as client:
+        client.predict(observation(1))
+        policy.predict(frame(1), prompt="open it", state=STATE, seed=1)
+        assert client.uncertainty == pytest.approx(policy.uncertainty, rel=1e-3) and client.uncertainty > 0
+        assert client.alarm is None and client.policy["alarm"] is None  # never calibrated
+    policy.calibrations = [Calibration(0.0, 0.0, 2, 3, 0.05, 40, "test", settings)]
+    policy.alarm, _ = policy.new_alarm()
+    with running(policy) as server, PolicyClient(port=server.port) as client:
+        assert client.policy["alarm"]["needed"] == 2
+        found = []
+        for reset in (True, False, False, True, False):
+            client.predict(observation(1), reset=reset)
+            found.append(client.alarm)
+        assert found == [False, True, True, False, True]
+        with PolicyClient(port=server.port) as other:
+            other.predict(observation(1))
+            assert other.alarm is False
 
 
 def test_encoded_frames_own_names_and_lists(server, predictor):
