@@ -214,7 +214,7 @@ class VLAPredictor:
         profiles = checkpoint.get("training_data") or []
         if len(profiles) > predictor.dataset_index and is_profile(profiles[predictor.dataset_index]):
             predictor.training_data = profiles[predictor.dataset_index]
-            predictor._monitor = Monitor(predictor.training_data)
+            predictor._monitor = Monitor(predictor.training_data, predictor.horizon)
         if predictor.compile != "none" or predictor.device.type == "cuda":
             predictor.warm_up()
         return predictor
@@ -282,13 +282,13 @@ class VLAPredictor:
             self.alarm.add(self.uncertainty)
         return actions[0, 0]
 
-    def new_alarm(self, execution: str | None = None) -> tuple[Alarm | None, str]:
+    def new_alarm(self) -> tuple[Alarm | None, str]:
         """The alarm of one stream of predictions, or None and why there is none; see `inference.alarm`.
 
         Call `alarm.restart()` where an episode begins.
         """
-        place = self.model.action_head, self.settings, self.dataset.name, execution
-        calibration, reason = matching(self.calibrations, alarm_settings(*place))
+        settings = alarm_settings(self.model.action_head, self.settings, self.dataset.name)
+        calibration, reason = matching(self.calibrations, settings)
         return (None if calibration is None else Alarm(calibration)), reason
 
     def predict_batch(

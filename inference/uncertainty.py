@@ -76,21 +76,11 @@ def best_of_draws(action_MBTA: np.ndarray, normalized_MBTA: np.ndarray, best_of:
     return Measured(chosen, np.sqrt(draws_KNBF.var(axis=1, ddof=1).mean(axis=-1)))
 
 
-def alarm_settings(
-    head: ActionHeadBase, settings: InferenceConfig, dataset: str, execution: str | None = None
-) -> dict[str, Any]:
-    """What decides how large uncertainties are and how often they come: an alarm holds for these alone.
-
-    Args:
-        execution: instead of that of `settings`.
-    """
-    return {
-        "kind": uncertainty_kind(head, settings),
-        "dataset": dataset,
-        "execution": execution or settings.execution,
-        **{name: getattr(settings, name) for name in ("num_inference_steps", "best_of", "n_action_steps")},
-        "latency_steps": settings.latency_steps,
-    }
+def alarm_settings(head: ActionHeadBase, settings: InferenceConfig, dataset: str) -> dict[str, Any]:
+    """What decides how large uncertainties are and how often they come: an alarm holds for these alone."""
+    names = ("num_inference_steps", "best_of", "n_action_steps", "execution", "latency_steps")
+    kind = uncertainty_kind(head, settings)
+    return {"kind": kind, "dataset": dataset, **{name: getattr(settings, name) for name in names}}
 
 
 def matching(calibrations: Sequence[Calibration], settings: Mapping[str, Any]) -> tuple[Calibration | None, str]:
