@@ -10,7 +10,6 @@ the larger of 1 and their size. Exits with 1 where one is larger.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -26,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.pi0_attention import attention
+from benchmarks.pi0_reference import LOSS, VALUE, Reference, Row, largest, loss_arguments, prefix_embeddings
 from data.processing import collate_fn
 from data.prompts import state_bins
 from inference.predictor import VLAPredictor
@@ -35,72 +36,9 @@ from model.action_head.guidance import guidance_weight, soft_mask
 from model.context import Context
 from model.pi_weights import TABLE_OF_OUTPUT, UNREAD, canonical, our_name
 from utils.arguments import CommandParser
-from utils.batch import Batch
 from utils.normalization import published_scaling
 from utils.policy_folder import read_relative_dims
 from utils.text_table import text_table
-
-LOSS, VALUE = 1e-4, 2e-5  # largest differences allowed
-Row = tuple[str, str, float, float]  # part, array, difference, allowed
-
-
-class Reference:
-    """A folder of arrays beside the policy that they belong to."""
-
-    def __init__(self, folder: Path, policy_dir: Path, predictor: VLAPredictor) -> None:
-        self.folder, self.policy_dir = folder, policy_dir
-        self.predictor, self.model = predictor, predictor.model
-        self.head, self.backbone = predictor.model.action_head, predictor.model.backbone
-        self.width, self.cameras = predictor.per_action_dim, predictor.cameras
-        # Slots of cameras that no data has (`empty_cameras`) come last; openpi's three may be more than there are.
-        count = sum(key.startswith("image_") and key != "image_mask" for key in self.arrays("model"))
-        self.slots = (*self.cameras, *(f"empty_{i}" for i in range(len(self.cameras), count)))[:count]
-        self.prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-
-    def arrays(self, name: str) -> dict[str, Tensor]:
-        """Of `name`.npz; none where there is no such file."""
-        path = self.folder / f"{name}.npz"
-        if not path.is_file():
-            return {}
-        with np.load(path) as file:
-            return {key: torch.from_numpy(np.asarray(file[key])) for key in file}
-
-    def observation(self, row: int, cameras: tuple[str, ...]) -> dict[str, Any]:
-        """Raw images, prompt and state of one row."""
-        raw = self.arrays("processors")
-        frames = {name: raw[f"raw_image_{i}"][row].permute(1, 2, 0).numpy() for i, name in enumerate(self.cameras)}
-        return {
-            "images": {camera: frames[camera] for camera in cameras},
-            "prompt": self.prompts["tasks"][row],
-            "state": raw["raw_state"][row].numpy(),
-        }
-
-    def batch(self) -> Batch:
-        """The model's inputs as a batch, its images between 0 and 1."""
-        found = self.arrays("model")
-        frames = {name: (found[f"image_{i}"] + 1)[:, None] / 2 for i, name in enumerate(self.slots)}
-        return {
-            **frames,
-            "image_mask": found["image_mask"],
-            "vlm_attention_mask": torch.ones(len(found["state"]), 1, dtype=torch.bool),
-            "input_ids": found["tokens"],
-            "prompt_mask": found["token_mask"],
-            "state": found["state"][:, : self.predictor.state_dim],
-            "dataset_index": torch.zeros(len(found["state"]), dtype=torch.int64),
-        }
-
-    def encoded(self, **options: bool) -> Context:
-        """What the backbone makes of them."""
-        cameras, self.backbone.cameras = self.backbone.cameras, self.slots
-        context = self.backbone(self.batch(), **options)
-        self.backbone.cameras = cameras
-        return context
-
-    def context(self) -> Context:
-        """What the head gets for them; the state is normalized already."""
-        context = self.encoded(keys_values=True, tokens=False)
-        state = self.arrays("model")["state"][:, : self.predictor.state_dim]
-        return dataclasses.replace(context, state_BS=state)
 
 
 def processors(reference: Reference) -> Iterator[Row]:
@@ -382,95 +320,9 @@ def openpi(reference: Reference) -> Iterator[Row]:
     yield "openpi", "loss_per_element", largest(element, wanted["loss_per_element"]), LOSS
 
 
-def largest(ours: Tensor, theirs: Tensor) -> float:
-    """The largest absolute difference; infinite where shapes differ or one is not finite."""
-    if ours.numel() != theirs.numel():
-        return float("inf")
-    difference = (ours.double().reshape(theirs.shape) - theirs.double()).abs().max().item()
-    return difference if np.isfinite(difference) else float("inf")
-
-
-def prefix_embeddings(reference: Reference) -> Tensor:
-    """Tokens of every slot and of the whole padded prompt, as they enter the language model."""
-    found, backbone = reference.arrays("model"), reference.backbone
-    with torch.autocast("cpu", enabled=False) if backbone.vision_dtype else contextlib.nullcontext():
-        images = [backbone.image_features(found[f"image_{i}"]) for i in range(len(reference.slots))]
-    text = backbone.embed_prompt(found["tokens"])
-    return torch.cat([*(image.to(text.dtype) for image in images), text], dim=1)
-
-
 def padded_mask(lengths_B: Tensor, width: int) -> Tensor:
     """bool (B, width), True for the first tokens of each row."""
     return torch.arange(width) < lengths_B[:, None]
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[list[Tensor]]:
-    """As a context: the masks of all attention within, as its kernel is given them."""
-    kernel, masks = F.scaled_dot_product_attention, []
-
-    def watch(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if attn_mask is not None:
-            masks.append(attn_mask)
-        return kernel(*args, attn_mask=attn_mask, **kwargs)
-
-    F.scaled_dot_product_attention = watch
-    try:
-        yield masks
-    finally:
-        F.scaled_dot_product_attention = kernel
-
-
-def attention(reference: Reference) -> Iterator[Row]:
-    """Who sees whom, and positions, as attention and rotation are given them; ours leave out what does not exist."""
-    found, head = reference.arrays("model"), reference.head
-    exists, positions = found["prefix_pad_mask"], []
-    rotary = reference.backbone.backbone.language_model.rotary_emb
-    hook = rotary.register_forward_pre_hook(
-        lambda _, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
-    )
-    with watched() as masks:
-        context = reference.context()
-    hook.remove()
-    with watched() as of_state:
-        memory = head.encode_context(context)
-    with watched() as of_actions:
-        head.velocity(found["x_t"], 0.5 * torch.ones(len(exists)), memory)
-    length, suffix = exists.shape[1], found["suffix_pad_mask"].shape[1]
-    horizon = found["x_t"].shape[1]
-    seen = torch.zeros_like(found["att_2d"])
-    placed = torch.full_like(found["position_ids"], -1)
-    for row, there in enumerate(exists):
-        where, compact = there.nonzero().flatten(), context.mask_BL[row].nonzero().flatten()
-        places = torch.cat([where, torch.arange(length, length + suffix)])
-        here = torch.cat([compact, torch.arange(context.mask_BL.shape[1], context.mask_BL.shape[1] + suffix)])
-        seen[row, where[:, None], where] = masks[0][row, 0].expand(-1, masks[0].shape[3])[0, compact]
-        placed[row, where] = positions[0][row, compact]
-        first = memory.next_position_B[row] - (suffix - horizon)
-        placed[row, length:] = first + torch.arange(suffix)
-        if of_state:
-            known = here[: len(where) + 1]
-            seen[row, length, places[: len(where) + 1]] = of_state[0][row, 0, 0, known]
-        seen[row, length + suffix - horizon :, places] = of_actions[0][row, 0, 0, here]
-    yield "model", "att_2d", largest(seen, found["att_2d"]), 0.0
-    read = exists.new_ones(len(exists), length + suffix)
-    read[:, :length] = exists  # positions of what does not exist are never read
-    yield "model", "position_ids", largest(placed[read], found["position_ids"][read]), 0.0
-    # Blocks: a token sees those of its own block and of earlier ones.
-    whole = torch.stack([seen[row, :length, :length][there][:, there].all() for row, there in enumerate(exists)])
-    prefix_blocks = (~whole)[:, None].expand_as(found["prefix_att_mask"])
-    yield "model", "prefix_att_mask", largest(prefix_blocks, found["prefix_att_mask"]), 0.0
-    starts = seen[:, length:, length:].diagonal(offset=1, dim1=1, dim2=2).logical_not()
-    blocks = torch.cat([exists.new_ones(len(exists), 1), starts], dim=1)
-    yield "model", "suffix_att_mask", largest(blocks, found["suffix_att_mask"]), 0.0
-    yield "model", "suffix_pad_mask", largest(seen[:, -1, length:], found["suffix_pad_mask"]), 0.0
-
-
-def loss_arguments(reference: Reference) -> tuple[Tensor, ...]:
-    """Of `loss_at`: the stored actions, noise and time."""
-    found = reference.arrays("model")
-    is_pad = torch.zeros(found["actions"].shape[:2], dtype=torch.bool)
-    return found["actions"][..., : reference.width], is_pad, found["noise"], 1 - found["time"].double()
 
 
 def part_of(name: str) -> str:

@@ -20,8 +20,10 @@ from utils.comparison.kinds import Mismatch
 from utils.comparison.mismatch import prompt_mismatches
 from utils.comparison.numbers import UNITS, number_mismatches
 from utils.comparison.pictures import camera_mismatches
+from utils.comparison.rate import KIND, request_rate_mismatch
 
 WINDOW, CHECK = 48, 16  # observations that are compared together, and between two comparisons
+RATE_WINDOW, RATE_CHECK = 64, 48  # intervals between requests that are looked at together, and between two looks
 COST = 0.015  # share of the time between observations that looking at them may take
 ENOUGH_NUMBERS = (*(kind for kind, _ in UNITS.values()), "outside_training", "stuck")  # what a short stretch can show
 
@@ -29,8 +31,18 @@ ENOUGH_NUMBERS = (*(kind for kind, _ in UNITS.values()), "outside_training", "st
 class Monitor:
     """Compares one stream of observations with the training data; see the head of this file."""
 
-    def __init__(self, training: Profile) -> None:
-        self.training = training
+    def __init__(self, training: Profile, horizon: int | None = None) -> None:
+        """
+        Args:
+            training: what the training data look like.
+            horizon: actions of a plan, for the rate of the requests. None: the stream keeps no time, as that of a
+                simulator, and its rate is not looked at.
+        """
+        self.training, self.horizon = training, horizon
+        self._intervals: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._moved: deque[np.ndarray] = deque(maxlen=RATE_WINDOW)
+        self._asked = 0
+        self._before: tuple[float, np.ndarray] | None = None
         self._looked_at = 0
         self._frames: dict[str, deque[FrameFacts]] = {name: deque(maxlen=WINDOW) for name in training["cameras"]}
         self._same: dict[str, deque[bool]] = {name: deque(maxlen=WINDOW) for name in training["cameras"]}
@@ -56,6 +68,7 @@ class Monitor:
         self._began = started if self._began is None else self._began
         if prompt not in self.training["prompts"] and "instruction_unknown prompt" not in self._told:
             self._tell(prompt_mismatches([prompt], self.training))
+        self._keep_time(started, state)
         if self._looked_at >= CHECK and self._spent > COST * (started - self._began):
             return self._told
         for camera, frame in images.items():
@@ -72,6 +85,19 @@ class Monitor:
             self._tell(self._compared())
         self._spent += time.perf_counter() - started
         return self._told
+
+    def _keep_time(self, now: float, state: np.ndarray | None) -> None:
+        """Take in when an observation came, and from time to time look at the rate."""
+        state = np.zeros(0) if state is None else state
+        if self._before is not None and self.horizon is not None and state.shape == self._before[1].shape:
+            self._intervals.append(now - self._before[0])
+            self._moved.append(np.abs(state - self._before[1]))
+            self._asked += 1
+            if self._asked % RATE_CHECK == 0 and not any(key.startswith(KIND) for key in self._told):
+                rates = np.array(self._intervals), np.stack(self._moved)
+                found = request_rate_mismatch(*rates, self.training, self.horizon)
+                self._tell([] if found is None else [found])
+        self._before = now, state
 
     def _tell(self, found: Iterable[Mismatch]) -> None:
         for mismatch in found:

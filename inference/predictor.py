@@ -213,7 +213,7 @@ class VLAPredictor:
         profiles = checkpoint.get("training_data") or []
         if len(profiles) > predictor.dataset_index and is_profile(profiles[predictor.dataset_index]):
             predictor.training_data = profiles[predictor.dataset_index]
-            predictor._monitor = Monitor(predictor.training_data)
+            predictor._monitor = Monitor(predictor.training_data, predictor.horizon)
         if predictor.compile != "none" or predictor.device.type == "cuda":
             predictor.warm_up()
         return predictor

@@ -37,6 +37,8 @@ PREPROCESSOR_STEPS = (
     "normalizer_processor",
 )
 POSTPROCESSOR_STEPS = ("unnormalizer_processor", "absolute_actions_processor", "device_processor")
+# What older versions of LeRobot leave unsaid in config.json.
+PUBLISHED = {"chunk_size": 50, "n_action_steps": 50, "num_inference_steps": 10, "image_resolution": None}
 Statistics = dict[str, dict[str, list[float]]]
 
 
@@ -89,9 +91,9 @@ class PublishedPolicy:
 
 
 def is_policy_folder(folder: str | Path) -> bool:
-    """Whether a folder holds a pi0 or pi0.5 policy as LeRobot or openpi write it."""
+    """Whether a folder says that it holds a pi0 or pi0.5 policy as LeRobot or openpi write it."""
     folder = Path(folder)
-    if not (folder / WEIGHTS).is_file() or not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         return False
     try:
         config = parse_json((folder / "config.json").read_bytes())
@@ -132,6 +134,11 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """
     path = Path(folder) / WEIGHTS
     if not path.is_file():
+        if (path.parent / "adapter_config.json").is_file():
+            raise PolicyFolderError(
+                f"{path.parent}: adapters of PEFT alone, without the policy that they adapt; merge them first "
+                "(merge_and_unload of the peft library) and save the whole policy"
+            )
         raise PolicyFolderError(f"{path}: no such file; download the policy again, whole")
     try:
         return load_file(path)
@@ -151,9 +158,10 @@ def _read_lerobot(folder: Path, config: dict[str, Any], norm_stats: str | Path |
     place = folder / "config.json"
     if config["type"] not in ("pi0", "pi05"):
         raise PolicyFolderError(f"{place}: type is {config['type']!r}; only pi0 and pi05 are read here")
-    for key in ("use_visual_memory", "use_proprioceptive_memory"):
+    for key in ("use_visual_memory", "use_proprioceptive_memory", "adapt_to_pi_aloha"):
         if config.get(key):
             raise PolicyFolderError(f"{place}: {key} is on, which is not built here; give a policy without it")
+    said = {**PUBLISHED, "tokenizer_max_length": {"pi0": 48, "pi05": 200}[config["type"]], **config}
     features, outputs = _features(config, "input_features", place), _features(config, "output_features", place)
     cameras = tuple(name.removeprefix(IMAGES) for name, one in features.items() if one["type"] == "VISUAL")
     cameras = tuple(name for name in cameras if not name.startswith("empty_camera_"))
@@ -185,10 +193,10 @@ def _read_lerobot(folder: Path, config: dict[str, Any], norm_stats: str | Path |
         cameras=cameras,
         state_dim=state_dim,
         action_dim=action_dim,
-        horizon=config["chunk_size"],
-        n_action_steps=config["n_action_steps"],
-        num_inference_steps=config["num_inference_steps"],
-        prompt_max_len=config["tokenizer_max_length"],
+        horizon=said["chunk_size"],
+        n_action_steps=said["n_action_steps"],
+        num_inference_steps=said["num_inference_steps"],
+        prompt_max_len=said["tokenizer_max_length"],
         normalization={"state": _mode(modes, "STATE", place), "action": _mode(modes, "ACTION", place)},
         arithmetic="lerobot",
         eps=normalizer["config"].get("eps", 1e-8) if normalizer else 1e-8,
@@ -196,7 +204,7 @@ def _read_lerobot(folder: Path, config: dict[str, Any], norm_stats: str | Path |
         statistics_files=files,
         relative_action_dims=_relative_dims(steps.get("relative_actions_processor"), action_dim),
         renamed=steps.get("rename_observations_processor", {}).get("config", {}).get("rename_map", {}),
-        image_size=tuple(config["image_resolution"]),
+        image_size=None if said["image_resolution"] is None else tuple(said["image_resolution"]),
     )
     _check_widths(policy)
     return policy

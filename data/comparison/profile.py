@@ -5,6 +5,7 @@ same function; `utils/comparison/mismatch.py` compares the two. Frames are looke
 image processor. A profile is plain lists and numbers:
 
     {"episodes", "steps", "frames_per_camera", "control_hz",
+     "request_hz": of what a server recorded, whose rows are requests and not control steps,
      "cameras": {name: {"thumbnails": (E, GRID, GRID, 3) mean picture of each episode looked at, 0 to 255,
                         "picture": (PICTURE, PICTURE, 3) mean over all frames,
                         "detail", "blocks", "change", "still": one number per episode looked at,
@@ -90,6 +91,7 @@ def profile_of(
         "steps": len(rows),
         "frames_per_camera": sum(len(part) for part in looked_at),
         "control_hz": control_rate(store.files),
+        "request_hz": control_rate(store.files, ("request_hz",)),
         "cameras": shown,
         "state": _column_profile(store.state[rows], joined),
         "action": _column_profile(store.action[rows], joined),
@@ -99,13 +101,13 @@ def profile_of(
     }
 
 
-def control_rate(recordings: Sequence[Recording]) -> float | None:
+def control_rate(recordings: Sequence[Recording], keys: Sequence[str] = ("control_hz", "fps")) -> float | None:
     """Control steps a second as the first one's metadata say (recorders and converters write it); None: unknown."""
     with open_table(recordings[0]) as table:
         metadata = table.schema.metadata or {}
-    for key in (b"control_hz", b"fps"):
+    for key in keys:
         try:
-            rate = json.loads(metadata[key])
+            rate = json.loads(metadata[key.encode()])
         except (KeyError, ValueError):
             continue
         if isinstance(rate, int | float) and not isinstance(rate, bool) and rate > 0:

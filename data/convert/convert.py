@@ -131,7 +131,7 @@ def _convert_file(
     ) as writer:
         for index, episode in zip(file.episodes, file.places, strict=True):
             with reading(episode.files[0]):
-                length = writer.write_episode(index, None, _checked(columns, episode, widths))
+                length = writer.write_episode(index, None, _checked(columns, episode, widths), episode.name)
             total += length
             if length == 0:
                 logger.warning("%s: the mapping keeps none of its steps: left out", episode.name)

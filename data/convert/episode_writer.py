@@ -185,24 +185,28 @@ class EpisodeFileWriter:
         remedy = "what is complete is kept: make room, or choose another --output_dir, and start again"
         return writing(self._path, f"it needs more than {self._bytes:,} bytes; {remedy}")
 
-    def write_episode(self, episode_index: int, length: int | None, blocks: Iterable[Steps]) -> int:
+    def write_episode(
+        self, episode_index: int, length: int | None, blocks: Iterable[Steps], where: str | None = None
+    ) -> int:
         """Append one episode, and say how many steps it has.
 
         Args:
             episode_index: its number in the source.
             length: its number of steps, which the blocks must add up to; None: as many as the blocks have.
             blocks: its steps in order, none of them empty.
+            where: how messages name it; None: by the source and its number.
 
         Raises:
             DataError: a number that is not finite (in float32), an empty prompt, another number of steps.
             WriteError: the disk is full.
         """
         begin, size = 0, 0
+        where = where or f"{self._source} episode {episode_index}"
         for steps, is_last in _with_last(blocks):
             end = begin + len(steps.prompts)
             if length is not None and end > length:
-                raise self._wrong_length(episode_index, f"more than {length}", length)
-            self._check(steps, episode_index, begin)
+                raise self._wrong_length(where, f"more than {length}", length)
+            self._check(steps, where, begin)
             ends = is_last if length is None else end == length
             self._pending.append(self._table(steps, episode_index, begin, ends))
             begin += len(steps.prompts)
@@ -211,36 +215,36 @@ class EpisodeFileWriter:
                 self._flush()
                 size = 0
         if length is not None and begin != length:
-            raise self._wrong_length(episode_index, str(begin), length)
+            raise self._wrong_length(where, str(begin), length)
         self._flush()
         return begin
 
-    def _wrong_length(self, episode_index: int, found: str, announced: int) -> DataError:
+    def _wrong_length(self, where: str, found: str, announced: int) -> DataError:
         return DataError(
-            f"{self._source} episode {episode_index}: found {found} steps, its description says {announced}; the "
+            f"{where}: found {found} steps, its description says {announced}; the "
             "source is damaged or incomplete, so fetch or record it again"
         )
 
-    def _check(self, steps: Steps, episode_index: int, begin: int) -> None:
+    def _check(self, steps: Steps, where: str, begin: int) -> None:
         for name, values in (*self._columns(steps).items(), (ACTION, steps.action)):
             with np.errstate(over="ignore"):
                 finite = np.isfinite(values.astype(np.float32))
             if not finite.all():
                 row, dim = (int(index) for index in np.argwhere(~finite)[0])
                 raise DataError(
-                    f"{self._source} episode {episode_index} frame {begin + row}: {name}[{dim}] is "
+                    f"{where} frame {begin + row}: {name}[{dim}] is "
                     f"{values[row, dim]}; every value must be a finite number in float32, so leave that episode out "
                     "(--episodes)"
                 )
         for i, prompt in enumerate(steps.prompts):
             if not prompt.strip():
                 raise DataError(
-                    f"{self._source} episode {episode_index} frame {begin + i}: the instruction is {prompt!r}; every "
+                    f"{where} frame {begin + i}: the instruction is {prompt!r}; every "
                     "step needs one, so mend the source, or leave that episode out (--episodes)"
                 )
             if prompt[:1] in "[bn<" and _NO_INSTRUCTION.fullmatch(prompt):
                 raise DataError(
-                    f"{self._source} episode {episode_index} frame {begin + i}: the instruction is {prompt!r}, what "
+                    f"{where} frame {begin + i}: the instruction is {prompt!r}, what "
                     "Python shows of an object and no instruction; mend the source, or give one yourself"
                 )
 

@@ -78,14 +78,15 @@ def _turned(pixels: np.ndarray, flip: str) -> np.ndarray:
 
 
 def _pixels(values: np.ndarray, camera: Camera, column: str, where: Place) -> np.ndarray:
-    if camera.layout == "chw":
-        values = np.moveaxis(values, 1, -1) if values.ndim == 4 else values
-    channels = len(camera.channels)
+    stored, channels = values.shape[1:], len(camera.channels)
+    if camera.layout == "chw" and values.ndim == 4:
+        values = np.moveaxis(values, 1, -1)
     if values.ndim != 4 or values.shape[3] != channels:
-        hint = "; is it `layout: chw`?" if values.ndim == 4 and values.shape[1] == channels else ""
-        raise DataError(
-            f"{where.step(0)}: {column} is {values.dtype} {values.shape[1:]}; wanted (height, width, {channels}){hint}"
-        )
+        wanted = f"({channels}, height, width)" if camera.layout == "chw" else f"(height, width, {channels})"
+        other = "hwc" if camera.layout == "chw" else "chw"
+        fits = len(stored) == 3 and stored[2 if other == "hwc" else 0] == channels
+        hint = f"; is it `layout: {other}`?" if fits else ""
+        raise DataError(f"{where.step(0)}: {column} is {values.dtype} {stored}; wanted {wanted}{hint}")
     if values.dtype != np.uint8:
         values = _eight_bits(values, camera, column, where)
     elif camera.scale is not None:

@@ -220,7 +220,8 @@ def lerobot_config(
     data, head, expert = config.data, config.model.action_head_config, config.model.action_head_config.expert
     size = backbone_config["vision_config"]["image_size"]
     frames = original.get("input_features", {})
-    theirs = [renamed.get(f"{IMAGES}{name}", f"{IMAGES}{name}") for name in config.cameras]
+    # A policy may call its camera something without that prefix, such as observation.image.
+    theirs = [name if name in frames else renamed.get(f"{IMAGES}{name}", f"{IMAGES}{name}") for name in config.cameras]
     cameras = {name: frames.get(name, {"type": "VISUAL", "shape": [3, size, size]}) for name in theirs}
     empty = {name: feature for name, feature in frames.items() if name.startswith(f"{IMAGES}empty_camera_")}
     words = {ours: theirs for theirs, ours in MODES.items()}

@@ -51,6 +51,7 @@ class HarnessServer(PolicyServer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.reader.keeps_time = False  # its clients are simulators
         self._episodes: WeakKeyDictionary[Connection, _Episode] = WeakKeyDictionary()
 
     def _greeting(self) -> None:

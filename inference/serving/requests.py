@@ -96,7 +96,13 @@ class History:
 
 
 class RequestReader:
-    """Reads requests for one policy; used by several threads."""
+    """Reads requests for one policy; used by several threads.
+
+    Attributes:
+        keeps_time: whether clients are robots, so that the rate of their requests means something.
+    """
+
+    keeps_time = True
 
     def __init__(self, predictor: VLAPredictor, config: ServingConfig, seed: int) -> None:
         """
@@ -182,7 +188,8 @@ class RequestReader:
 
     def _monitor(self, history: History) -> Monitor | None:
         if history.monitor is None and self.predictor.training_data is not None:
-            history.monitor = Monitor(self.predictor.training_data)
+            horizon = self.predictor.horizon if self.keeps_time else None
+            history.monitor = Monitor(self.predictor.training_data, horizon)
         return history.monitor
 
     def _take(self, request: dict[Any, Any], name: str) -> Any:

@@ -104,3 +104,48 @@ def test_missing_cameras_and_states_are_no_obstacle(training):
     monitor = Monitor(training)
     for _ in range(2 * CHECK):
         assert monitor.look({}, None, "push the blob") == {}
+
+
+def asked(training, interval, *, every=1, slower=1.0, unsteady=0.0, pauses=(), horizon=8, hz=20.0):
+    """What a monitor says of the rate of requests that come so many seconds apart, each `every` steps of a motion."""
+    monitor, rng, now = Monitor({**training, "control_hz": hz}, horizon), np.random.default_rng(0), 0.0
+    path = motion(np.random.default_rng(7), 4000)
+    for number in range(200):
+        now += interval * (1 + unsteady * rng.uniform(-1, 1)) + (30.0 if number in pauses else 0.0)
+        monitor._keep_time(now, path[int(number * every * slower)].astype(np.float32))
+    return [text for key, text in monitor._told.items() if key.startswith("another_rate")]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        {"interval": 0.05},  # one request a step
+        {"interval": 0.2, "every": 4},  # as many actions of each plan as the policy is meant to execute
+        {"interval": 0.1, "every": 2},  # fewer
+        {"interval": 0.4, "every": 8},  # all of them
+        {"interval": 0.2, "every": 4, "pauses": (50, 90, 120)},
+        {"interval": 0.2, "every": 4, "unsteady": 0.4},
+        {"interval": 0.05, "unsteady": 1.0},
+        {"interval": 0.2, "every": 4, "slower": 0.4},  # a policy that moves slowly
+        {"interval": 1.0, "every": 4, "hz": None},
+    ],
+)
+def test_requests_at_the_training_datas_rate_raise_nothing(stream, training):
+    assert asked(training, **stream) == []
+
+
+@pytest.mark.parametrize(
+    ("stream", "evidence"),
+    [
+        ({"interval": 0.6, "every": 4}, "12.0 steps, and a plan has 8"),  # the robot waits for its plans
+        ({"interval": 0.025}, "more than one request a step"),
+        ({"interval": 0.05, "every": 3}, "as fast as it does at most in training"),  # three times the rate
+    ],
+)
+def test_requests_at_another_rate_are_said_once(stream, evidence, training):
+    (text,) = asked(training, **stream)
+    assert evidence in text and "run the control loop at the training data's rate" in text
+
+
+def test_a_stream_that_keeps_no_time_has_no_rate(training):
+    assert asked(training, 5.0, horizon=None) == []

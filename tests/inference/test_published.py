@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from data.processing import ObservationError
 from inference.predictor import VLAPredictor
 from inference.published import published_checkpoint
+from inference.serving.export_published import export_published
 from tests.pi_fixtures import CAMERAS, KINDS, arrays, folder, plain
 from utils.checkpoint import CheckpointError
 from utils.config_utils import ConfigError, config_from_dict
@@ -232,3 +233,15 @@ def test_a_state_that_nothing_reads_is_refused() -> None:
         config_from_dict(
             {"data": {"prompt_format": "pi05"}, "model": {"action_head_config": {"use_state_input": False}}}
         )
+
+
+def test_a_camera_without_the_usual_prefix_comes_back(tmp_path: Path) -> None:
+    place = copied("pi0", tmp_path)
+    for name in ("config.json", "policy_preprocessor.json", "policy_postprocessor.json"):
+        path = place / name
+        path.write_text(path.read_text().replace("observation.images.base_0_rgb", "observation.image"))
+    predictor = load("pi0", place)
+    assert predictor.cameras == ("observation.image", *CAMERAS[1:])
+    settings = {"tokenizer_name_or_path": str(folder("pi0") / "tokenizer"), "vision_num_attention_heads": 2}
+    out = export_published(published_checkpoint(place, **settings), tmp_path / "out", "lerobot")
+    assert json.loads((out / "config.json").read_text()) == json.loads((place / "config.json").read_text())

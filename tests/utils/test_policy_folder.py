@@ -42,6 +42,16 @@ def test_openpis_folder(kind: str) -> None:
     assert is_policy_folder(folder(kind) / "openpi") and not is_policy_folder(folder(kind))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_older_versions_leave_unsaid_has_the_published_value(kind: str, tmp_path: Path) -> None:
+    shutil.copytree(folder(kind) / "policy", tmp_path, dirs_exist_ok=True)
+    unsaid = ("n_action_steps", "num_inference_steps", "image_resolution", "tokenizer_max_length", "chunk_size")
+    _changed("config.json", lambda c: [c.pop(name) for name in unsaid])(tmp_path)
+    policy = read_policy_folder(tmp_path)
+    assert (policy.horizon, policy.n_action_steps, policy.num_inference_steps) == (50, 50, 10)
+    assert (policy.prompt_max_len, policy.image_size) == ({"pi0": 48, "pi05": 200}[kind], None)
+
+
 def test_relative_actions_by_name_of_joint(tmp_path: Path) -> None:
     shutil.copytree(folder("pi0") / "policy", tmp_path, dirs_exist_ok=True)
     shutil.copytree(folder("pi0") / "relative", tmp_path, dirs_exist_ok=True)
@@ -86,6 +96,7 @@ STATISTICS = "policy_preprocessor_step_6_normalizer_processor.safetensors"
         (_changed("config.json", lambda c: c.pop("input_features")), "no input_features with types and shapes"),
         (_changed("config.json", lambda c: c.update(type="pi05")), "step pi05_prepare_state.* is missing|new_line"),
         (_changed("config.json", lambda c: c.update(use_visual_memory=True)), "use_visual_memory is on"),
+        (_changed("config.json", lambda c: c.update(adapt_to_pi_aloha=True)), "adapt_to_pi_aloha is on"),
         (
             _changed("policy_preprocessor.json", lambda c: c["steps"].insert(2, _step("my_crop_processor"))),
             "policy_preprocessor.json: step 2 is 'my_crop_processor', whose effect is not known here",
@@ -135,3 +146,14 @@ def test_openpi_needs_one_robots_statistics(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "assets")
     with pytest.raises(PolicyFolderError, match="found none"):
         read_policy_folder(tmp_path)
+
+
+def test_adapters_alone_are_no_policy(tmp_path: Path) -> None:
+    shutil.copytree(folder("pi0") / "policy", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    assert is_policy_folder(tmp_path)
+    with pytest.raises(PolicyFolderError, match="model.safetensors: no such file; download the policy again, whole"):
+        read_weights(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(PolicyFolderError, match="adapters of PEFT alone.*merge them first"):
+        read_weights(tmp_path)

@@ -32,8 +32,11 @@ def mismatches(session: Profile, training: Profile) -> list[Mismatch]:
     found = list(camera_mismatches(session, training))
     as_trained = set(training["cameras"]) & set(session["cameras"]) - {mismatch.where for mismatch in found}
     of_numbers = list(number_mismatches(session, training, as_trained))
-    rate = [] if any(mismatch.kind in scaled for mismatch in of_numbers) else list(_rate(session, training))
-    delays = [] if rate or of_numbers else list(_delays(session, training, as_trained))
+    # Rows that are requests lie as many control steps apart as actions of each plan were executed, which nobody knows.
+    timed = session.get("request_hz") is None
+    scaled_units = any(mismatch.kind in scaled for mismatch in of_numbers)
+    rate = list(_rate(session, training)) if timed and not scaled_units else []
+    delays = list(_delays(session, training, as_trained)) if timed and not rate and not of_numbers else []
     return [*found, *of_numbers, *rate, *delays, *prompt_mismatches(session["prompts"], training)]
 
 

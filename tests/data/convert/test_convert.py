@@ -59,6 +59,7 @@ def recording(tmp_path: Path) -> Path:
         file["jpegs"] = np.array([jpeg(image) for image in rgb], dtype="S")
         file["state"] = np.arange(40.0).reshape(10, 4)
         file["action"] = np.arange(10.0).repeat(2).reshape(10, 2) / 10
+        file["nan"] = np.where(np.arange(20).reshape(10, 2) == 7, np.nan, 0.0)
         file["valid"] = np.arange(10) % 5 != 2
         file["done"] = np.arange(10) == 9
         file["text"] = np.array([b"first"] * 5 + ["zweiter, für alle".encode()] * 5, dtype="S")
@@ -227,6 +228,11 @@ def test_cameras_of_any_name(recording, tmp_path):
         (["state=text"], "step 0: state is made from 'text', which is no array of numbers; choose another key"),
         (["image_1=state"], r"image_1 is made from 'state', which is float64 \(4,\); wanted images"),
         (["image_1=chw"], r"image_1 is uint8 \(3, 24, 32\); wanted \(height, width, 3\); is it `layout: chw`"),
+        (
+            ["image_1=rgb,layout=chw"],
+            r"image_1 is uint8 \(24, 32, 3\); wanted \(3, height, width\); is it `layout: hwc`",
+        ),
+        (["state=nan"], r"SCENE3_open_the_drawer_demo.hdf5 frame 3: state\[1\] is nan; every value must be a"),
         (["image_1=unit"], "image_1 is float32 from 0 to 1, where 0 to 255 was expected; say `scale: 255`"),
         (["image_1=rgb,flip=up"], "flip of image_1 is 'up'; wanted none, vertical"),
         (["image_1=rgb,flip=auto"], "no attribute macros_image_convention says whether frames are upside down"),
