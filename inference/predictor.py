@@ -121,8 +121,7 @@ class VLAPredictor:
         )
         self.model, self.weight_dtype = self.engine.model, self.engine.weight_dtype
         check_best_of(model.action_head, self.settings.best_of)
-        self.uncertainty = math.nan
-        self.calibrations: list[Calibration] = []
+        self.uncertainty, self.calibrations = math.nan, list[Calibration]()
         self.alarm, self.no_alarm = self.new_alarm()
         self.fingerprint = ""
         self.training_data: Profile | None = None

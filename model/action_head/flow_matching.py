@@ -201,10 +201,8 @@ class FlowMatching(ActionHeadBase):
                 x_NTA = torch.where(clean_BT[..., None], prefix.target_BTA(), x_NTA)
         x_NTA = integrate(field, x_NTA, num_inference_steps, self.config.integrator)
         action_NTA = x_NTA[..., : self.per_action_dim] * exists_N1A
-        if prefix is None and num_inference_steps > 1:
-            unsure_NT = wandering(met, exists_N1A)
-        else:
-            unsure_NT = torch.full_like(action_NTA[..., 0], torch.nan)
+        has_measure = prefix is None and num_inference_steps > 1
+        unsure_NT = wandering(met if has_measure else [action_NTA], exists_N1A)
         return tuple(values.unflatten(0, (-1, count)).transpose(0, 1) for values in (action_NTA, unsure_NT))
 
     def _as_wide(self, prefix: ActionPrefix) -> ActionPrefix:
