@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ def look_at_frames(
         submit: Callable[..., Any] = _Done
         if num_workers:
             context = multiprocessing.get_context("spawn")  # a fork would copy pyarrow's threads' locks
+            stack.enter_context(_main_file_hidden())
             pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=context))
             submit = pool.submit
         for camera, first, frames in _encoded(rows, findings):
@@ -81,6 +83,23 @@ def look_at_frames(
         while waiting:
             progress.update(_take(waiting.popleft(), seen))
     return seen
+
+
+@contextmanager
+def _main_file_hidden() -> Iterator[None]:
+    """Processes that are started meanwhile do not run the program's main file anew.
+
+    Its imports, torch among them, would cost each of them seconds, and decoding needs none of them.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    for name in hidden:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
 
 
 def pictures_of(rows: Rows, wanted: np.ndarray, size: int) -> dict[str, dict[int, np.ndarray]]:

@@ -38,7 +38,7 @@ from tests.data.planted_faults import (
     spoil_pages,
     write,
 )
-from tests.helpers import write_rows
+from tests.helpers import write_episodes, write_rows
 from utils.parquet_utils import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -301,3 +301,18 @@ def test_nothing_readable(tmp_path):
     assert seen.findings.counts == {"unreadable_file": 1} and not seen.may_train
     assert seen.to_dict()["datasets"]["train"]["episodes"] == 0
     assert write_plots(seen, tmp_path / "plots") == []
+
+
+def test_decoding_processes_do_not_run_the_main_file_anew(tmp_path):
+    data = write_episodes(tmp_path / "data.parquet", [6, 6], image_size=16)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "print('the main file runs')\n"
+        "if __name__ == '__main__':\n"
+        "    import pathlib, sys\n"
+        f"    sys.path.insert(0, {str(ROOT)!r})\n"
+        "    from data.doctor.examine import examine\n"
+        f"    print(len(examine([pathlib.Path({str(data)!r})], num_workers=2).frames.facts['image_1']))\n"
+    )
+    ran = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == ["the main file runs", "12"]
