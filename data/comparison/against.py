@@ -42,7 +42,7 @@ def announce_fit(train: MixtureDataset, statistics: Sequence[dict[str, Any]], co
     """
     for dataset, of_dataset in zip(train.datasets, statistics, strict=True):
         columns, steps = _sampled(dataset, config)
-        table, found = statistics_fit(columns, of_dataset, config.data.normalization_type)
+        table, found = statistics_fit(columns, of_dataset, config.data.normalization_type, of_training=True)
         whose = "statistics kept from the base policy" if kept else "statistics"
         if not table:
             logger.info("%s of %s: they do not say how far values went, so nothing is compared", whose, dataset.name)

@@ -35,7 +35,11 @@ class DimensionFit:
 
 
 def statistics_fit(
-    values: Mapping[str, np.ndarray], statistics: Mapping[str, Mapping[str, Sequence[float]]], mode: str
+    values: Mapping[str, np.ndarray],
+    statistics: Mapping[str, Mapping[str, Sequence[float]]],
+    mode: str,
+    *,
+    of_training: bool = False,
 ) -> tuple[list[DimensionFit], list[Mismatch]]:
     """Data beside the statistics that they are to be normalized with.
 
@@ -43,6 +47,8 @@ def statistics_fit(
         values: `state` and `action`, (N, width), physical units; either may be missing.
         statistics: of the same columns.
         mode: `data.normalization_type`: `min_max`, `quantile` or `mean_std`.
+        of_training: whether the values are the training data. Then what is wrong with these alone is said too; beside
+            other values it is no difference: dimensions that are equal in both, and a wild value in the statistics.
 
     Returns:
         Every dimension, and suspected mistakes.
@@ -55,13 +61,18 @@ def statistics_fit(
         data = data[:, : len(known)].astype(np.float64)
         new = np.quantile(data, QUANTILES, axis=0).T
         constant = np.ptp(known[:, [0, -1]], axis=1) <= 1e-6 * np.abs(known).max(axis=1).clip(1)
-        of_column = list(_duplicates(column, data, constant))
+        of_column = [
+            mismatch
+            for d, other, mismatch in _duplicates(column, data, constant)
+            if of_training or not np.array_equal(known[d], known[other])
+        ]
         limit = np.full(len(known), LIMIT)
         of_column += other_distribution(column, new, known, limit, left_out=np.flatnonzero(constant).tolist())
         for d, scale in enumerate(_scales(statistics[column], mode)):
             low, high = ((new[d, i] - scale[0]) / scale[1] for i in (1, -2))
             outside = float(((data[:, d] < known[d, 1]) | (data[:, d] > known[d, -2])).mean())
             of_column += _scale_mistakes(f"{column}[{d}]", new[d], known[d], (low, high), bool(constant[d]))
+            of_column += _flattened(f"{column}[{d}]", known[d]) if of_training and not constant[d] else ()
             here = [m.kind.replace("_", " ") for m in of_column if m.where in (column, f"{column}[{d}]")]
             table.append(DimensionFit(f"{column}[{d}]", outside, (low, high), ", ".join(here)))
         found += of_column
@@ -101,6 +112,9 @@ def _scale_mistakes(
     if max(abs(mapped[0]), abs(mapped[1])) > BLOWN_UP:
         evidence = f"98 % of the data become {mapped[0]:.3g} to {mapped[1]:.3g}"
         yield Mismatch("blown_up", name, evidence, "make statistics of these data, or check its units")
+
+
+def _flattened(name: str, known: np.ndarray) -> Iterator[Mismatch]:
     span = known[-1] - known[0]
     if known[-2] - known[1] < FLATTENED * span:
         evidence = f"98 % of its values within {100 * (known[-2] - known[1]) / span:.1f} % of min to max"
@@ -108,13 +122,15 @@ def _scale_mistakes(
         yield Mismatch("flattened", name, evidence, remedy)
 
 
-def _duplicates(column: str, data: np.ndarray, constant: np.ndarray) -> Iterator[Mismatch]:
+def _duplicates(column: str, data: np.ndarray, constant: np.ndarray) -> Iterator[tuple[int, int, Mismatch]]:
+    """Dimensions that are always equal: both, and what there is to say."""
     moving = [d for d in np.flatnonzero(~constant).tolist() if np.ptp(data[:, d]) > 0]
     for i, d in enumerate(moving):
         for other in moving[:i]:
             if np.array_equal(data[:, d], data[:, other]):
                 evidence = f"always equal to {column}[{other}]"
-                yield Mismatch("duplicated", f"{column}[{d}]", evidence, "see that each joint is written to its place")
+                remedy = "see that each joint is written to its place"
+                yield d, other, Mismatch("duplicated", f"{column}[{d}]", evidence, remedy)
 
 
 def _relative(

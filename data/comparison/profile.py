@@ -14,7 +14,8 @@ image processor. A profile is plain lists and numbers:
      "state", "action": {"quantiles": (width, 9) at QUANTILES, "steps": (width, 3) median, 99 % and largest change,
                          "spread": (width,) how far one episode's quantiles lie from those of all, in ranges},
      "begin": {"state", "action": quantiles of the first BEGIN steps of every episode},
-     "response": {"correlation": (A, S) of actions with the state's change after them, "lag": 2 * LAGS + 1 numbers},
+     "response": {"correlation": (A, S) of actions with the state's change after them,
+                  "lags": (parts of episodes, 2 * LAGS + 1), see `_lag_curves`},
      "prompts": {instruction: episodes}}
 """
 
@@ -96,7 +97,7 @@ def profile_of(
         "state": _column_profile(store.state[rows], joined),
         "action": _column_profile(store.action[rows], joined),
         "begin": {name: _begin(getattr(store, name), starts, ends) for name in ("state", "action")},
-        "response": _response(store.state, store.action, list(zip(starts, ends, strict=True))),
+        "response": _response(store.state, store.action, list(zip(starts, ends, strict=True)), looked_at),
         "prompts": dict(prompts.most_common(PROMPTS)),
     }
 
@@ -200,8 +201,8 @@ def _view(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
 
     Returns:
         `mean` and `scale` (fields,), `weights` (fields, S) and `bias` (S,) of the fit to all episodes; `explained`
-        (S,), `correlation` (S, S) of what is read (first axis) with what is so, and `lag`, of fits to one half of the
-        episodes on the other.
+        (S,), `correlation` (S, S) of what is read (first axis) with what is so, and `lags` (`_lag_curves`), of fits to
+        one half of the episodes on the other.
     """
     fit = _fit(pairs)
     # By fours, because the parts of episodes that are looked at take turns so.
@@ -214,7 +215,7 @@ def _view(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
         return rounded | {
             "explained": [0.0] * width,
             "correlation": np.zeros((width, width)).tolist(),
-            "lag": [0.0] * (2 * LAGS + 1),
+            "lags": [],
         }
     return (
         rounded
@@ -222,7 +223,7 @@ def _view(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
             name: np.round(np.minimum(*(part[name] for part in seen)), 3).tolist()
             for name in ("explained", "correlation")
         }
-        | {"lag": np.round(np.mean([part["lag"] for part in seen], axis=0), 3).tolist()}
+        | {"lags": np.round(np.concatenate([part["lags"] for part in seen]), 3).tolist()}
     )
 
 
@@ -252,7 +253,7 @@ def _through_fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]], fit: dict[str, 
         "explained": np.clip(explained, -9.0, 1.0),
         "correlation": _correlations(np.concatenate(read), np.concatenate(states)),
         "offset": left.mean(axis=0),
-        "lag": _lag_curve([np.diff(values, axis=0) for values in read], [np.diff(values, axis=0) for values in states]),
+        "lags": _lag_curves([np.diff(part, axis=0) for part in read], [np.diff(part, axis=0) for part in states]),
     }
 
 
@@ -265,10 +266,11 @@ def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(norm > 1e-9, (a.T @ b) / np.maximum(norm, 1e-9), 0.0)
 
 
-def _lag_curve(late: Sequence[np.ndarray], early: Sequence[np.ndarray]) -> np.ndarray:
-    """Correlation of late[t + k] with early[t], k from -LAGS to LAGS: mean over columns that change and over episodes.
+def _lag_curves(late: Sequence[np.ndarray], early: Sequence[np.ndarray]) -> np.ndarray:
+    """Correlation of late[t + k] with early[t], k from -LAGS to LAGS: its mean over columns that change.
 
-    Where the first signal comes late, the peak lies at a positive k.
+    Returns (parts, 2 * LAGS + 1). Where the first signal comes late, the peak lies at a positive k. Parts that are
+    short or still have no curve.
     """
     curves = []
     for a, b in zip(late, early, strict=True):
@@ -278,7 +280,7 @@ def _lag_curve(late: Sequence[np.ndarray], early: Sequence[np.ndarray]) -> np.nd
         moving = (a.std(axis=0) > 0) & (b.std(axis=0) > 0)
         if moving.any():
             curves.append([_correlations(x, y).diagonal()[moving].mean() for x, y in parts])
-    return np.mean(curves, axis=0) if curves else np.zeros(2 * LAGS + 1)
+    return np.array(curves).reshape(-1, 2 * LAGS + 1)
 
 
 def _column_profile(values: np.ndarray, joined: np.ndarray) -> dict[str, Any]:
@@ -307,22 +309,26 @@ def _rounded(values: np.ndarray) -> list[list[float]]:
     return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
 
 
-def _response(state: np.ndarray, action: np.ndarray, episodes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _response(
+    state: np.ndarray, action: np.ndarray, episodes: Sequence[tuple[int, int]], looked_at: Sequence[range]
+) -> dict[str, Any]:
     """How the state answers to actions: correlation (A, S) of an action with the state's change over the following
-    RESPONSE steps, and the lag between both signals' accelerations over dimensions that go together."""
-    commands, changes, fast, slow = [], [], [], []
+    RESPONSE steps, and the lags between both signals' accelerations over dimensions that go together, of each part
+    that is looked at."""
+    commands, changes = [], []
     for begin, end in episodes[:: max(1, len(episodes) // EPISODES)]:
         if end - begin < 4 * LAGS + 2:
             continue
-        given, moved = action[begin:end].astype(np.float64), state[begin:end].astype(np.float64)
-        commands.append(given[:-RESPONSE])
+        moved = state[begin:end].astype(np.float64)
+        commands.append(action[begin:end].astype(np.float64)[:-RESPONSE])
         changes.append(moved[RESPONSE:] - moved[:-RESPONSE])
-        slow.append(np.diff(given, axis=0)[:-1])
-        fast.append(np.diff(moved, n=2, axis=0))
-    if not commands:
-        empty = np.zeros((action.shape[1], state.shape[1]))
-        return {"correlation": empty.tolist(), "lag": [0.0] * (2 * LAGS + 1)}
-    correlation = _correlations(np.concatenate(commands), np.concatenate(changes))
     width = min(action.shape[1], state.shape[1])
-    lag = _lag_curve([x[:, :width] for x in fast], [x[:, :width] for x in slow])
-    return {"correlation": np.round(correlation, 3).tolist(), "lag": np.round(lag, 3).tolist()}
+    parts = [slice(rows.start, rows.stop) for rows in looked_at if len(rows) > 2]
+    slow = [np.diff(action[part, :width].astype(np.float64), axis=0)[:-1] for part in parts]
+    fast = [np.diff(state[part, :width].astype(np.float64), n=2, axis=0) for part in parts]
+    empty = np.zeros((action.shape[1], state.shape[1]))
+    correlation = _correlations(np.concatenate(commands), np.concatenate(changes)) if commands else empty
+    return {
+        "correlation": np.round(correlation, 3).tolist(),
+        "lags": np.round(_lag_curves(fast, slow), 3).tolist(),
+    }

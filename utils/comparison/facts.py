@@ -83,7 +83,7 @@ def is_profile(value: Any) -> bool:
             shapes.append((quantiles.shape, (len(quantiles), len(QUANTILES))))
             shapes.append((np.array(part["steps"], np.float64).shape, (len(quantiles), 3)))
             shapes.append((np.array(part["spread"], np.float64).shape, (len(quantiles),)))
-        lags = [value["response"]["lag"]]
+        lags = list(value["response"].get("lags", []))  # which profiles of earlier versions lack
         for facts in value["cameras"].values():
             number, view = len(facts["thumbnails"]), facts["view"]
             fields = GRID * GRID * 3
@@ -96,7 +96,7 @@ def is_profile(value: Any) -> bool:
             shapes.append((np.array(view["weights"], np.float64).shape, (fields, len(state))))
             shapes.append((np.array(view["bias"], np.float64).shape, (len(state),)))
             shapes.append((np.array(view["correlation"], np.float64).shape, (len(state), len(state))))
-            lags.append(view["lag"])
+            lags += view.get("lags", [])
         shapes += [(np.array(lag, np.float64).shape, (2 * LAGS + 1,)) for lag in lags]
         rate, prompts = value["control_hz"], value["prompts"]
         plain = (rate is None or rate > 0) and all(isinstance(prompt, str) for prompt in prompts)

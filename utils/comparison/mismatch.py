@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,11 @@ from utils.comparison.kinds import Mismatch
 from utils.comparison.numbers import UNITS, number_mismatches
 from utils.comparison.pictures import camera_mismatches
 
-LATE = 0.6  # steps from which a delay is one
-SURE = 3.0  # standard errors that a delay has to have
+FASTER = 1.6  # times the training's changes from step to step, from which another rate is suspected
+# Standard errors that a delay has to have: below 0.1 % by chance with eight other lags in each of four signals, and
+# the sparse parts that the errors are taken from.
+SURE = 4.5
+PARTS = 3, 8  # parts of a session and of training from which delays are told
 
 
 def mismatches(session: Profile, training: Profile) -> list[Mismatch]:
@@ -41,62 +45,74 @@ def mismatches(session: Profile, training: Profile) -> list[Mismatch]:
 
 
 def _rate(session: Profile, training: Profile) -> Iterator[Mismatch]:
+    """Another control rate: as the recorders noted it, or, where one did not, as the state moves.
+
+    Movement alone says little: policies are slower than their demonstrations, or faster, without any mistake. It counts
+    where no rate is known, and every dimension moves faster from step to step than it ever did in training.
+    """
     rates = session["control_hz"], training["control_hz"]
-    if all(rates) and not 0.8 < rates[0] / rates[1] < 1.25:
-        evidence = f"{rates[0]:g} steps a second, in training {rates[1]:g}"
-        yield Mismatch("another_rate", "control rate", evidence, "run the control loop at the training data's rate")
+    if all(rates):
+        if not 0.8 < rates[0] / rates[1] < 1.25:
+            evidence = f"{rates[0]:g} steps a second, in training {rates[1]:g}"
+            yield Mismatch("another_rate", "control rate", evidence, "run the control loop at the training data's rate")
         return
-    new, known = (np.array(profile["state"]["steps"])[:, 1] for profile in (session, training))
-    moving = (known > 0) & (new > 0)
-    ratio = float(np.exp(np.median(np.log(new[moving] / known[moving])))) if moving.any() else 1.0
-    if not 0.6 < ratio < 1.6:
-        evidence = f"states change {ratio:.2f} times as fast from step to step as in training"
+    (_, new, _), (_, known, most) = (np.array(profile["state"]["steps"]).T for profile in (session, training))
+    moving = known > 0
+    if not moving.any() or not (new > most)[moving].all():
+        return
+    ratio = float(np.median(new[moving] / known[moving]))
+    if ratio > FASTER:
+        evidence = f"states change {ratio:.2f} times as fast from step to step as in training, in every dimension"
         yield Mismatch("another_rate", "control rate", evidence, "check the rate of the control loop")
 
 
 def _delays(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
-    answers = _delay(session["response"]["lag"], training["response"]["lag"])
+    answers = _delay(session["response"], training["response"])
     views = {
-        camera: _delay(*(profile["cameras"][camera]["view"]["lag"] for profile in (session, training)))
+        camera: _delay(*(profile["cameras"][camera]["view"] for profile in (session, training)))
         for camera in sorted(cameras)
     }
     known = [delay for delay in views.values() if delay is not None]
     # A late state is late beside the actions and beside the pictures; either alone may be how a policy moves.
-    late = None if answers is None else min(answers, -max(known)) if known else answers - 1.0
-    if late is not None and late > LATE:
-        evidence = f"it answers to actions {answers:.1f} steps later than in training"
+    late = None if answers is None else min(answers, -max(known)) if known else answers - 1
+    if late is not None and late > 0:
+        steps = "1 step" if answers == 1 else f"{answers} steps"
+        evidence = f"it answers to actions {steps} later than in training"
         yield Mismatch("state_late", "state", evidence, "read the state when the action is due; look for a slow motor")
         return
     for camera, delay in views.items():
-        if delay is not None and delay > LATE:  # a late state would make them early
-            evidence = f"what it shows comes {delay:.1f} steps later than in training, beside the state"
+        if delay is not None and delay > 0:  # a late state would make them early
+            steps = "1 step" if delay == 1 else f"{delay} steps"
+            evidence = f"what it shows comes {steps} later than in training, beside the state"
             yield Mismatch("images_late", camera, evidence, "send the frame that was taken with the state")
 
 
-def _delay(session: list[float], training: list[float]) -> float | None:
-    """By how many steps a session's lag curve lies later than the training's; None: that can't be told.
+def _delay(session: dict[str, Any], training: dict[str, Any]) -> int | None:
+    """By how many whole steps a session's signals go together later than the training's; None: that can't be told.
 
-    The training's curve is moved and scaled until it fits the session's best. How steep it is and how well it fits say
-    how surely: where the delay is less than SURE times its standard error, it is taken for none at all.
+    The lag at which they go together best must differ from the training's in the session and in either half of it. And
+    what they gain by it must be more than chance twice: by the errors of a mean over the session's parts, since a
+    session is short; and by how much single training episodes differ, since a policy's way to move is no mistake.
     """
-    new, known = np.array(session), np.array(training)
-    if known.max() < 0.2 or new.max() < 0.2 or np.ptp(known) < 0.05:
+    if "lags" not in training:
+        return None  # a profile of an earlier version, which kept the mean alone
+    new, known = (np.array(profile["lags"]).reshape(-1, 2 * LAGS + 1) for profile in (session, training))
+    if len(new) < PARTS[0] or len(known) < PARTS[1]:
         return None
-    lags = np.arange(-LAGS, LAGS + 1.0)
-    best: tuple[float, float, float] | None = None  # (squared residual, shift, its standard error)
-    for shift in np.linspace(-3, 3, 61):
-        inside = np.abs(lags - shift) <= LAGS
-        moved = np.interp(lags[inside] - shift, lags, known)
-        design = np.stack([moved, np.ones_like(moved)], axis=1)
-        (scale, offset), *_ = np.linalg.lstsq(design, new[inside], rcond=None)
-        residual = new[inside] - scale * moved - offset
-        variance = float((residual**2).sum()) / max(1, inside.sum() - 3)
-        slope = scale * np.gradient(moved)
-        if scale > 0 and (best is None or variance < best[0]):
-            best = variance, float(shift), float(np.sqrt(variance / max((slope**2).sum(), 1e-9)))
-    if best is None or abs(best[1]) > 2.9:
-        return None
-    return 0.0 if abs(best[1]) < SURE * best[2] else best[1]
+    usual, best = int(known.mean(axis=0).argmax()), int(new.mean(axis=0).argmax())
+    if not {usual, best} <= set(range(1, 2 * LAGS)):
+        return None  # no peak
+    if best == usual:
+        return 0
+    middle = len(new) // 2
+    halves = [int(half.mean(axis=0).argmax()) - usual for half in (new[:middle], new[middle:])]
+    if any(half * (best - usual) <= 0 for half in halves):
+        return 0
+    gain, usual_gain = (curves[:, best] - curves[:, usual] for curves in (new, known))
+    variance, usual_variance = gain.var(ddof=1), usual_gain.var(ddof=1)
+    displaced = gain.mean() / np.sqrt((variance + usual_variance) / len(gain) + 1e-9)
+    unusual = (gain.mean() - usual_gain.mean()) / np.sqrt(variance / len(gain) + usual_variance + 1e-9)
+    return best - usual if min(displaced, unusual) > SURE else 0
 
 
 def prompt_mismatches(prompts: Iterable[str], training: Profile) -> Iterator[Mismatch]:

@@ -21,9 +21,9 @@ def arm():
     return np.stack([rng.uniform(-1.2, 0.4, 4000), rng.uniform(0.5, 2.5, 4000), rng.beta(0.3, 1.2, 4000)], axis=1)
 
 
-def kinds(values, made_of, mode="min_max"):
+def kinds(values, made_of, mode="min_max", *, of_training=False):
     statistics = {name: statistics_of(data) for name, data in made_of.items()}
-    table, found = statistics_fit(values, statistics, mode)
+    table, found = statistics_fit(values, statistics, mode, of_training=of_training)
     return table, {(mismatch.kind, mismatch.where) for mismatch in found}
 
 
@@ -58,9 +58,17 @@ def test_a_tiny_scale_blows_up_and_a_wild_value_flattens(arm):
     assert ("blown_up", "state[0]") in found and abs(table[0].mapped[0]) > 100
     wild = arm.copy()
     wild[7, 1] = 4000.0
-    assert ("flattened", "state[1]") in kinds({"state": wild}, {"state": wild})[1]
+    assert ("flattened", "state[1]") in kinds({"state": wild}, {"state": wild}, of_training=True)[1]
     still[:, 0] = 0.3
     assert ("constant_in_statistics", "state[0]") in kinds({"state": arm}, {"state": still})[1]
+
+
+def test_what_training_shows_too_is_said_of_training_alone(arm):
+    twins = arm[:, [0, 0, 2]]
+    twins[7, 2] = 4000.0
+    said = {("duplicated", "state[1]"), ("flattened", "state[2]")}
+    assert kinds({"state": twins}, {"state": twins}, of_training=True)[1] == said
+    assert kinds({"state": twins[8:]}, {"state": twins})[1] == set()
 
 
 def test_relative_where_absolute_was_declared(arm):

@@ -11,7 +11,7 @@ from data.episode_store import EpisodeStore
 from data.processing import VLAImageProcessor
 from tests.data.comparison.synthetic import SIZE, encoded, write_session
 from utils.comparison.facts import is_profile
-from utils.comparison.mismatch import mismatches
+from utils.comparison.mismatch import _delay, mismatches
 
 CAMERAS = ("image_1", "image_2")
 
@@ -102,6 +102,45 @@ def test_the_rate_that_a_recorder_notes_is_compared(training, tmp_path):
     assert mismatch.kind == "another_rate" and mismatch.evidence == "10 steps a second, in training 20"
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_movement_says_nothing_where_both_rates_are_known_and_agree(every, training, tmp_path):
+    assert named(tmp_path, training, every=every, control_hz=20.0) == []
+
+
+def test_a_policy_that_moves_slowly_is_not_at_another_rate(training, tmp_path):
+    def stretched(values):  # every step of the session is taken in three
+        where = np.arange(len(values)) / 3
+        return np.stack([np.interp(where, np.arange(len(values)), column) for column in values.T], axis=1)
+
+    kinds = {mismatch.kind for mismatch in named(tmp_path, training, state=stretched)}
+    assert "another_rate" not in kinds
+
+
+def curves(rng, peak, parts, spread=0.02, height=0.5):
+    """Lag curves of parts that have their peak at a lag, and differ by so much."""
+    lags = np.arange(-4, 5)
+    return {"lags": (height * np.exp(-(((lags - peak) / 2) ** 2)) + spread * rng.standard_normal((parts, 9))).tolist()}
+
+
+def test_a_delay_is_told_by_a_peak_that_moved_and_by_nothing_less():
+    rng = np.random.default_rng(0)
+    known = curves(rng, 0, 32)
+    assert [_delay(curves(rng, peak, 4), known) for peak in (0, 1, 2, -2)] == [0, 1, 2, -2]
+    assert _delay(curves(rng, 0.3, 4), known) == 0, "a part of a step is none"
+    assert _delay(curves(rng, 2, 4), curves(rng, 0, 32, spread=0.2)) == 0, "training episodes differ by as much"
+    torn = {"lags": curves(rng, 3, 3)["lags"] + curves(rng, 0, 3)["lags"]}
+    assert _delay(torn, known) == 0, "in one half of the session alone"
+    assert _delay(curves(rng, 1, 2), known) is None and _delay({}, {"lag": [0.0] * 9}) is None
+    assert _delay(curves(rng, 4, 4), known) is None, "no peak among the lags"
+
+
+def test_a_delay_is_seldom_chance():
+    """No lag is best: whatever curve looks delayed is so by chance, and 20,000 sessions bring none."""
+    rng = np.random.default_rng(1)
+    known = curves(rng, 0, 32, height=0.0)
+    assert not any(_delay(curves(rng, 0, 4, height=0.0), known) for _ in range(20_000))
+
+
 @pytest.mark.parametrize("seed", range(10, 30))
 def test_a_clean_session_raises_nothing(seed, training, tmp_path):
     assert named(tmp_path, training, seed=seed) == []
@@ -116,7 +155,7 @@ def test_a_mismatch_reads_as_a_sentence(training, tmp_path):
 def test_a_profile_is_small_and_is_told_from_other_things(training):
     import json
 
-    assert is_profile(training) and len(json.dumps(training)) < 60_000
+    assert is_profile(training) and len(json.dumps(training)) < 70_000
     for other in (None, [], {}, {"cameras": {}}, training | {"state": {"quantiles": [["a"]]}}):
         assert not is_profile(other)
     broken = json.loads(json.dumps(training))
