@@ -23,7 +23,7 @@ from torch import Tensor
 from model.adapters import ADAPTER, is_adapted
 from model.backbone import backbone_class
 from model.vla_model import VLAModel
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, output_file, run_command
 from utils.checkpoint import evaluation_weights, load_checkpoint
 from utils.config_utils import Config, config_from_dict
 from utils.misc import atomic_path
@@ -244,8 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--base", help="checkpoint or backbone directory to compare with")
-    parser.add_argument("--plot", type=Path, help="PNG to write; default: beside the checkpoint")
-    parser.add_argument("--json", type=Path, help="write the tables here as well")
+    parser.add_argument("--plot", type=output_file, help="PNG to write; default: beside the checkpoint")
+    parser.add_argument("--json", type=output_file, help="write the tables here as well")
     args = parser.parse_args(arguments)
     checkpoint = load_checkpoint(args.checkpoint_path)
     policy = VLAModel.from_checkpoint(checkpoint, must_be_finite=False)

@@ -26,7 +26,7 @@ from data.doctor.examine import Requirements, examine
 from data.doctor.page import doctor_page
 from data.doctor.report import as_text, merge_reports, write_plots
 from inference.policy_files import read_policy
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, output_file
 from utils.config_utils import Config, MixtureEntry, load_config
 from utils.misc import atomic_path, user_message, writing
 from utils.page.build import write_page
@@ -44,8 +44,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_path", help="YAML config to check widths, horizon, cameras and prompts against")
     parser.add_argument("--against", type=pathlib.Path, help="policy (checkpoint or folder) to hold the data against")
     parser.add_argument("--dataset", help="with --against a policy of several datasets: which of them")
-    parser.add_argument("--report", type=pathlib.Path, help="JSON to write")
-    parser.add_argument("--html", type=pathlib.Path, help="page to write: findings with frames, episodes to scrub")
+    parser.add_argument("--report", type=output_file, help="JSON to write")
+    parser.add_argument("--html", type=output_file, help="page to write: findings with frames, episodes to scrub")
     parser.add_argument("--plots_dir", type=pathlib.Path, help="folder for contact sheet, state and action plots")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors in the exit code")
     parser.add_argument("--skip_images", action="store_true", help="leave image columns unread (no contact sheet)")

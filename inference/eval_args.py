@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, output_file
 from utils.cli import add_setting_flags, key_values
 from utils.config_utils import ConfigError, InferenceConfig
 
@@ -156,7 +156,7 @@ def _add_flags(flags: _EvalParser) -> None:
     add("checkpoint_path", policy=True, help="*.pth.tar written by training; not needed with --control")
     add("output_dir", default="eval_results")
     add("save_predictions", default=False, **switch, help="write predictions.csv, or actions.json and actions.csv")
-    add("html", help="page to write: results, episodes to scrub through, videos")
+    add("html", type=output_file, help="page to write: results, episodes to scrub through, videos")
     add("device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("use_amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; default: as trained")
     flags.add_settings(SETTINGS)

@@ -23,7 +23,7 @@ from data.convert.convert import convert, open_source
 from data.convert.inspection import describe, film_strip
 from data.convert.mapping import presets, read_entries
 from data.convert.readers import FORMATS, open_reader
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, output_file, run_command
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +39,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a YAML file, or column=source ...; both take the place of the preset's entries",
     )
     parser.add_argument("--inspect", action="store_true", help="print what PATH holds, and a mapping to edit")
-    parser.add_argument("--strip", type=Path, metavar="PNG", help="draw first, middle and last frames of some episodes")
+    parser.add_argument(
+        "--strip", type=output_file, metavar="PNG", help="draw first, middle and last frames of some episodes"
+    )
     add_conversion_arguments(parser, required=False)
     args = parser.parse_args(argv)
     if not args.inspect and args.output_dir is None and args.strip is None:

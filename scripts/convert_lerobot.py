@@ -18,6 +18,7 @@ import pathlib
 if not __package__:
     import _repository  # noqa: F401
 
+from data.convert.columns_left import labels_of, left_behind
 from data.convert.conversion import add_conversion_arguments, encoding_of, parse_cameras
 from data.convert.lerobot import convert_lerobot
 from data.convert.lerobot_export import Layout, export_lerobot, read_facts
@@ -42,7 +43,7 @@ FROM_LEROBOT = (
     "terminal",
     "follow_links",
 )
-TO_LEROBOT = ("data_path", "state_columns", "fps", "robot_type", "next_done", "video", "video_codec", "crf")
+TO_LEROBOT = ("data_path", "state_columns", "fps", "robot_type", "next_done", "labels", "video", "video_codec", "crf")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -96,6 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write is_terminal as next.done; lerobot then can't merge the dataset with its own recordings",
     )
+    help_text = "write success and intervention too, as next.success and intervention; as to merging, see --next_done"
+    back.add_argument("--labels", action="store_true", help=help_text)
     back.add_argument("--video", action="store_true", help="encode the frames as video instead of keeping the images")
     back.add_argument("--video_codec", choices=list(ENCODERS), help="default: the first that PyAV can encode")
     back.add_argument("--crf", type=int, help="video quality, lower is better (default: av1 30, h264 23)")
@@ -155,12 +158,18 @@ def to_lerobot(args: argparse.Namespace) -> str:
         state_names=facts.get("state_names"),
         action_names=facts.get("action_names"),
         next_done=args.next_done,
+        labels=labels_of(files) if args.labels else (),
         video=VideoEncoding.choose(args.video_codec, args.crf) if args.video else None,
     )
     episodes, steps = export_lerobot(
         files, args.output_dir, layout, num_workers=args.num_workers, overwrite=args.overwrite
     )
-    return f"{args.output_dir}: LeRobot v3.0, {episodes} episodes, {steps} steps"
+    lines = [f"{args.output_dir}: LeRobot v3.0, {episodes} episodes, {steps} steps"]
+    if left := left_behind(files, layout):
+        lines.append(
+            f"left out: {', '.join(f'{name} ({flag} writes it)' if flag else name for name, flag in left.items())}"
+        )
+    return "\n".join(lines)
 
 
 def local(source: Source) -> pathlib.Path:

@@ -21,7 +21,7 @@ from av.error import FFmpegError
 from PIL import Image
 
 from inference.closed_loop.video import read_video
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, output_file, run_command
 from utils.misc import atomic_path
 
 GAP = 4  # pixels between frames
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--videos", nargs="+", type=pathlib.Path, required=True, metavar="MP4", help="one row each")
     parser.add_argument("--frames", type=int, default=6, help="columns (default 6)")
     parser.add_argument("--height", type=int, default=160, help="of a frame in pixels (default 160)")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="*.png")
+    parser.add_argument("--output", type=output_file, required=True, help="*.png")
     args = parser.parse_args(arguments)
     if args.frames < 2 or args.height < 8:
         parser.error(f"--frames {args.frames} --height {args.height}: give at least 2 frames of 8 pixels")

@@ -11,7 +11,6 @@ everything else that evaluates takes them.
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ if not __package__:
 from model.adapters import merge_adapters
 from model.checkpointing import is_plain
 from model.vla_model import VLAModel
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, output_file, run_command
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import config_from_dict, config_to_dict
 
@@ -72,7 +71,7 @@ def merge_checkpoint(
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint_path", required=True)
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="file to write, such as merged.pth.tar")
+    parser.add_argument("--output", required=True, type=output_file, help="file to write, such as merged.pth.tar")
     for key in BASES:
         parser.add_argument(f"--{key}", help="base of a checkpoint that does not hold its frozen weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the merged weights")

@@ -26,9 +26,14 @@ from data.dataset_card import dataset_card
 from data.doctor.examine import examine
 from inference.policy_files import MANIFEST, read_manifest
 from utils.arguments import CommandParser
-from utils.parquet_utils import files_below
+from utils.hub import unreachable
+from utils.parquet_utils import files_below, one_line
 
 CARD = "README.md"
+
+
+class UnreachableError(ValueError):
+    """The hub does not answer, or stopped answering."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     validate_repo_id(args.repo_id)
     if args.folder is not None and (args.license or args.num_workers is not None):
         parser.error("--license and --num_workers are about a --dataset")
+    if not args.dry_run and (problem := unreachable()) is not None:
+        raise UnreachableError(f"{problem}; connect to it, or see with --dry_run what would be sent")
     contents = _policy(args.folder) if args.folder is not None else _dataset(args)
     sizes = {name: len(part) if isinstance(part, bytes) else part.stat().st_size for name, part in contents.items()}
     for name, size in sizes.items():
@@ -56,15 +63,31 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(f"would send {total}")
         return
-    api, kind = HfApi(), "model" if args.folder is not None else "dataset"
-    api.create_repo(args.repo_id, private=args.private, exist_ok=True, repo_type=kind)
+    _send(contents, args)
+    print(f"sent {total}")
+
+
+def _send(contents: dict[str, pathlib.Path | bytes], args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UnreachableError: the connection broke off.
+    """
+    kind = "model" if args.folder is not None else "dataset"
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=part if isinstance(part, bytes) else str(part))
         for name, part in contents.items()
     ]
     default = "A policy trained with PaliGemma-VLA" if kind == "model" else "Episodes for PaliGemma-VLA"
-    api.create_commit(args.repo_id, operations, commit_message=args.message or default, repo_type=kind)
-    print(f"sent {total}")
+    try:
+        api = HfApi()
+        api.create_repo(args.repo_id, private=args.private, exist_ok=True, repo_type=kind)
+        api.create_commit(args.repo_id, operations, commit_message=args.message or default, repo_type=kind)
+    except (OSError, ValueError, RuntimeError):
+        raise  # those of the hub's client itself
+    except Exception as error:  # of whichever library it takes its sessions from
+        raise UnreachableError(
+            f"the connection to the hub broke off ({one_line(error)}); run the command again"
+        ) from None
 
 
 def _policy(folder: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -20,7 +20,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ from data.comparison.distortions import Distortion
 from inference.policy_files import read_policy
 from inference.predictor import VLAPredictor
 from scripts._replaying import SENT, InProcess, Replay, Served, cause_of, explained, settings_that_differ
-from utils.arguments import CommandParser, at_least, run_command
+from utils.arguments import CommandParser, at_least, output_file, run_command
 from utils.config_utils import ConfigError
 from utils.misc import atomic_path, set_up_logging
 from utils.recordings import resolve_recordings
@@ -64,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=1e-3, help=text)
     text = "how frames go to the server: resized, padded: to its image_size, as clients do it; jpeg: of quality 75"
     parser.add_argument("--send", choices=SENT, default=SENT[0], help=text)
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=output_file, help="write the result here")
     add_distortion_flags(parser.add_argument_group("single mistakes that may explain what was recorded"))
     args = parser.parse_args()
     if args.checkpoint is None and args.server is None:
@@ -124,7 +123,7 @@ def chosen_distortions(args: argparse.Namespace, replay: Replay, prompts: Sequen
     if args.state_order is not None and sorted(args.state_order) != list(range(width)):
         found = " ".join(map(str, args.state_order))
         raise ConfigError(f"--state_order {found}: wanted each of 0 to {width - 1} once, in the order they come in")
-    for name, low, high in (("crop", 0.05, 1), ("letterbox", 0.05, 1), ("brightness", 0, 100), ("jpeg", 1, 95)):
+    for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ConfigError(f"--{name} is {value:g}; wanted {low:g} to {high:g}")
@@ -138,6 +137,14 @@ def chosen_distortions(args: argparse.Namespace, replay: Replay, prompts: Sequen
     return result
 
 
+LIMITS = {
+    "crop": (0.05, 1),
+    "letterbox": (0.05, 1),
+    "brightness": (0, 100),
+    "blur": (0, 224),
+    "jpeg": (1, 95),
+    "state_scale": (-1e6, 1e6),
+}
 PICTURES = {
     "swap_channels": lambda _: distortions.swapped_channels,
     "mirror": lambda _: lambda frame: frame[:, ::-1],
@@ -225,11 +232,8 @@ def compared(replay: Replay, process: InProcess, server: Served, tolerance: floa
     return result | {"first": replay.place(first), "cause": cause}
 
 
-def explain(args: argparse.Namespace, replay: Replay, answerer: InProcess | Served, prompts: list[str]) -> dict:
+def explain(replay: Replay, answerer: InProcess | Served, tried: list[Distortion]) -> dict[str, Any]:
     """Which single mistake explains what was recorded; prints it."""
-    tried = chosen_distortions(args, replay, prompts)
-    if not tried:
-        return {}
     ranked = explained(replay, answerer, tried, lambda name: logging.debug("trying: %s", name))
     (_, plain), best = ranked[0], ranked[1]
     rows = [
@@ -266,6 +270,8 @@ def main() -> int:
                 )
     asked = [one for one in (process, server) if one is not None]
     replay = Replay(args.data, asked[0].needs(), args.steps)
+    known = process.predictor.training_data["prompts"] if process and process.predictor.training_data else {}
+    tried = chosen_distortions(args, replay, [*dict.fromkeys([*replay.store.prompts, *known])])
     what = "planned" if replay.has_plans else "done"
     print(
         f"{args.data}: {len(replay.store)} steps of {replay.store.num_episodes} episodes, {len(replay.steps)} replayed"
@@ -281,10 +287,8 @@ def main() -> int:
     print(text_table(("plans of", "beside what was", "mean distance", "largest"), rows))
     print("distances: root mean squares over a plan, in spreads (standard deviations) of the recorded actions")
     result["recorded"] = [{"plans_of": row[0], "beside": what, "mean": row[2], "largest": row[3]} for row in rows]
-    known = process.predictor.training_data["prompts"] if process and process.predictor.training_data else {}
-    prompts = [prompt for prompt in dict.fromkeys([*replay.store.prompts, *known])]
-    if (found := explain(args, replay, asked[0], prompts)) != {}:
-        result["explained"] = found
+    if tried:
+        result["explained"] = explain(replay, asked[0], tried)
     if args.explain and process:
         named = held_against(read_policy(args.checkpoint), resolve_recordings([args.data], "--data"), args.dataset)[1]
         print("\nthe recorded pictures and states beside the training data:")

@@ -24,7 +24,7 @@ from data.processing import processors_from_checkpoint
 from inference.closed_loop.page import read_evaluation, rollout_sections, rollout_verdict
 from inference.policy_files import read_policy
 from training.page import run_page
-from utils.arguments import CommandParser, run_command
+from utils.arguments import CommandParser, output_file, run_command
 from utils.config_utils import config_from_dict
 from utils.page.build import write_page
 from utils.page.content import Section
@@ -35,7 +35,7 @@ BEST = Path("checkpoints") / "model_best.pth.tar"
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, experiments/<name>")
-    parser.add_argument("--html", type=Path, required=True, help="page to write")
+    parser.add_argument("--html", type=output_file, required=True, help="page to write")
     help_text = "--output_dir of closed-loop evaluations elsewhere: of this policy, and of controls"
     parser.add_argument("--evaluations", type=Path, nargs="+", default=[], metavar="DIR", help=help_text)
     return parser.parse_args(argv)

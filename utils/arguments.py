@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.misc import errors_in_one_line
@@ -45,6 +46,19 @@ def at_least(least: int) -> Callable[[str], int]:
 
     number.__name__ = "whole number"  # argparse names it where the text is no number
     return number
+
+
+def output_file(text: str) -> Path:
+    """The type of a flag that names a file which is written when the work is done: what can't be one is said before."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give the name of a file in it")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} can't be written, because {there} is a file; choose another place")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} can't be written, because {there} is read-only; choose another place")
+    return path
 
 
 def run_command(main: Callable[[], int | None], *also: type[Exception]) -> NoReturn:

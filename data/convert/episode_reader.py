@@ -54,24 +54,29 @@ class Episode:
     action: np.ndarray  # (T, per_action_dim) float32
     is_terminal: np.ndarray  # (T,) bool
     prompts: list[str]  # T
+    labels: dict[str, np.ndarray]  # of each of LABELS that was asked for (T,) bool
 
     def __len__(self) -> int:
         return len(self.prompts)
 
 
-def read_episodes(files: Sequence[Path], state_columns: Sequence[str] = (STATE,)) -> list[Episode]:
+def read_episodes(
+    files: Sequence[Path], state_columns: Sequence[str] = (STATE,), labels: Sequence[str] = ()
+) -> list[Episode]:
     """Everything but the images of a list of files, a hundred bytes or so for each step.
 
     Args:
         files: in order; an episode may go on from one file into the next.
         state_columns: what makes up the state.
+        labels: those of LABELS that are read.
 
     Raises:
         DataError: a file breaks the schema, or widths differ between files.
     """
     numeric = (*state_columns, ACTION)
-    required = [*numeric, *FLAGS, PROMPT]
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*numeric, *FLAGS)}
+    bools = (*FLAGS, *labels)
+    required = [*numeric, *bools, PROMPT]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*numeric, *bools)}
     all_prompts: list[str] = []
     file_starts = [0]
     for path in files:
@@ -81,7 +86,7 @@ def read_episodes(files: Sequence[Path], state_columns: Sequence[str] = (STATE,)
             column = as_list(table[name])
             width = parts[name][0].shape[1] if parts[name] else vector_width(column, name, path)
             parts[name].append(vectors(column, name, width, path, 0, width_from="the first row's width,"))
-        for name in FLAGS:
+        for name in bools:
             parts[name].append(flags(table[name], name, path, 0))
         all_prompts += map(sys.intern, prompts(table[PROMPT], path, 0))
         file_starts.append(file_starts[-1] + len(table))
@@ -96,6 +101,7 @@ def read_episodes(files: Sequence[Path], state_columns: Sequence[str] = (STATE,)
             action=columns["action"][begin:end],
             is_terminal=columns["is_terminal"][begin:end],
             prompts=all_prompts[begin:end],
+            labels={name: columns[name][begin:end] for name in labels},
         )
         for index, (begin, end) in enumerate(itertools.pairwise(starts))
     ]

@@ -1,8 +1,9 @@
 """The schema of docs/data_format.md into a LeRobot v3.0 dataset that the lerobot library reads.
 
 Cameras, `state`, `action`, `prompt` and `is_terminal` become camera features, `observation.state`, `action`, tasks and,
-where asked for, `next.done`; the layout follows lerobot's own writer (datasets/dataset_writer.py). Images go in as the
-bytes they are, or are encoded as video. The dataset is written beside its place and renamed when it is whole.
+where asked for, `next.done`; labels where asked for. The layout follows lerobot's own writer
+(datasets/dataset_writer.py). Images go in as the bytes they are, or are encoded as video. The dataset is written beside
+its place and renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from data.convert.conversion import run_jobs
 from data.convert.episode_reader import Episode, Span, read_episodes, read_images
 from data.convert.episode_writer import RECORD
 from data.convert.lerobot_files import CHUNKS_SIZE, DATA_PATH, ROWS_PER_BLOCK, VIDEO_PATH, DataFiles, VideoFiles
-from data.convert.lerobot_rows import DONE
+from data.convert.lerobot_rows import DONE, LABEL_FEATURES
 from data.convert.lerobot_stats import Stats, count_pixels, image_stats, sampled_frames, vector_stats
 from data.convert.video import VideoEncoding, encode_video, video_info
 from data.decoding import upright
+from data.schema import SUCCESS
 from utils.encoded_images import RECORDED_FORMATS
 from utils.misc import writing
 from utils.parquet_utils import DataError, open_parquet
@@ -58,6 +60,8 @@ class Layout:
         video: how to encode frames as video; None: the images as they are.
         next_done: whether `is_terminal` goes over as the feature `next.done`. lerobot's recorder writes none, and
             lerobot merges only datasets of equal features.
+        labels: those of LABELS that go over, under lerobot's names; `next.success` is true at the last step alone, as
+            nothing says when an episode succeeded.
         data_files_size_in_mb, video_files_size_in_mb: a file that would grow beyond is followed by another.
     """
 
@@ -69,6 +73,7 @@ class Layout:
     action_names: list[str] | None = None
     video: VideoEncoding | None = None
     next_done: bool = False
+    labels: tuple[str, ...] = ()
     data_files_size_in_mb: float = 100
     video_files_size_in_mb: float = 200
 
@@ -149,7 +154,7 @@ def export_lerobot(
     for feature in layout.cameras.values():
         if "/" in feature or feature in (*map(state_feature, layout.state_columns), ACTION, DONE):
             raise DataError(f"--cameras: {feature!r} can't be a camera's name in LeRobot; choose another")
-    episodes = read_episodes(files, layout.state_columns)
+    episodes = read_episodes(files, layout.state_columns, layout.labels)
     with writing(output_dir, "make room, or choose another --output_dir"), _beside(output_dir) as temporary:
         root, scratch = temporary / "dataset", temporary / "scratch"
         scratch.mkdir()
@@ -284,6 +289,7 @@ class _Writer:
             **{state_feature(column): values for column, values in episode.states.items()},
             ACTION: episode.action,
             **({DONE: episode.is_terminal} if self._layout.next_done else {}),
+            **{LABEL_FEATURES[name]: _label(name, values) for name, values in episode.labels.items()},
             "timestamp": frames / self._layout.fps,
             "frame_index": frames,
             "episode_index": np.full(len(episode), episode.index),
@@ -386,10 +392,16 @@ def _features(layout: Layout, episode: Episode, frames: dict[str, _Frames]) -> d
     for key, values, names in (*states, (ACTION, episode.action, layout.action_names)):
         features[key] = {"dtype": "float32", "shape": [values.shape[1]], "names": names}
     indices = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"}
-    done = {DONE: "bool"} if layout.next_done else {}
-    for key, dtype in {**done, **indices, "task_index": "int64"}.items():
+    flags = {DONE: "bool"} if layout.next_done else {}
+    flags |= {LABEL_FEATURES[name]: "bool" for name in layout.labels}
+    for key, dtype in {**flags, **indices, "task_index": "int64"}.items():
         features[key] = {"dtype": dtype, "shape": [1], "names": None}
     return features
+
+
+def _label(name: str, values: np.ndarray) -> np.ndarray:
+    """A label as lerobot records it; ours of an episode's outcome stands in all of its rows."""
+    return values & (np.arange(len(values)) == len(values) - 1) if name == SUCCESS else values
 
 
 def _measure_images(scratch: Path, layout: Layout, job: tuple[int, int, tuple[Span, ...]]) -> dict[str, _Frames]:

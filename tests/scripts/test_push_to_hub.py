@@ -26,6 +26,7 @@ def dataset(tmp_path):
 def hub(monkeypatch):
     """What would be sent: calls of the hub's own client."""
     calls = {}
+    monkeypatch.setattr(push_to_hub, "unreachable", lambda: None)
     monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **options: calls.update(create=(args, options)))
     monkeypatch.setattr(HfApi, "create_commit", lambda self, *args, **options: calls.update(commit=(args, options)))
     return calls
@@ -90,3 +91,26 @@ def test_flags_of_a_dataset_are_not_those_of_a_policy(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         push_to_hub.main(["--folder", str(tmp_path), "--repo_id", "me/p", "--license", "mit"])
     assert "--license and --num_workers are about a --dataset" in capsys.readouterr().err
+
+
+def test_a_hub_that_is_not_there_is_one_line(dataset, hub, monkeypatch):
+    class ConnectError(Exception):
+        """Of a library that is neither the hub's nor Python's."""
+
+    def breaks_off(self, *args, **options):
+        raise ConnectError("[Errno -2] Name or service not known")
+
+    with monkeypatch.context() as change:
+        change.setattr(HfApi, "create_commit", breaks_off)
+        with pytest.raises(
+            ValueError, match=r"^the connection to the hub broke off \(\[Errno -2\] .*\); run .* again$"
+        ):
+            push(dataset)
+    hub.clear()
+    monkeypatch.setattr(push_to_hub, "unreachable", lambda: "https://hub does not answer (no route)")
+    with pytest.raises(
+        ValueError, match=r"^https://hub does not answer \(no route\); connect to it, or see with --dry_run"
+    ):
+        push(dataset)
+    assert hub == {}
+    push(dataset, "--dry_run")

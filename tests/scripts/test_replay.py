@@ -206,6 +206,8 @@ def test_what_a_user_gets_wrong(session, predictor, run, tmp_path, capsys):
         (("--state_order", "0", "1"), "wanted each of 0 to 3 once"),
         (("--state_negate", "9"), "the state has 4 values, 0 to 3"),
         (("--crop", "2"), "--crop is 2; wanted 0.05 to 1"),
+        (("--blur", "-1"), "--blur is -1; wanted 0 to 224"),
+        (("--state_scale", "nan"), "--state_scale is nan; wanted -1e\\+06 to 1e\\+06"),
         (("--shift", "0"), "--shift is 0; wanted by how many steps"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from utils.arguments import CommandParser, at_least, run_command
+from utils.arguments import CommandParser, at_least, output_file, run_command
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -118,3 +119,23 @@ def test_a_file_where_a_folder_should_be(command, tmp_path):
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr
     assert "error: " in done.stderr.strip().splitlines()[-1]
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path, capsys, monkeypatch):
+    parser = CommandParser("Words.")
+    parser.add_argument("--html", type=output_file)
+    (tmp_path / "file").touch()
+    for name, said in (
+        ("", "is a folder; give the name of a file in it"),
+        ("file/page.html", f"can't be written, because {tmp_path / 'file'} is a file; choose another place"),
+        ("file/deeper/page.html", f"can't be written, because {tmp_path / 'file'} is a file; choose another place"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(["--html", str(tmp_path / name)])
+        assert f"error: argument --html: {tmp_path / name} {said}" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--html", str(tmp_path / "new" / "page.html")])
+    assert f"because {tmp_path} is read-only; choose another place" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert parser.parse_args(["--html", str(tmp_path / "new" / "page.html")]).html == tmp_path / "new" / "page.html"

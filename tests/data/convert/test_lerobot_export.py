@@ -289,3 +289,36 @@ def test_further_sensors_and_cameras_there_and_back(tmp_path):
     assert facts["state_columns"] == ["state", "force"] and list(facts["cameras"].values()) == list(cameras)
     with pytest.raises(DataError, match="--state_key 'a=action': wanted <key>, or <key>=<column>"):
         convert_lerobot(tmp_path / "lerobot", tmp_path / "b", options, state_keys=["a=action"])
+
+
+def test_labels_go_over_when_asked_for_and_are_said_to_stay_otherwise(tmp_path):
+    rows = [row for seed in range(2) for row in episode_rows(6, seed=seed, image_size=16)]
+    for i, row in enumerate(rows):
+        row |= {"intervention": i % 6 > 3, "success": i < 6, "seed": i // 6, "force": [float(i)], "plan": [0.0] * 4}
+    source = write_rows(tmp_path / "ours.parquet", rows)
+
+    def said(name, *flags):
+        arguments = ["--to_lerobot", "--data_path", str(source), "--output_dir", str(tmp_path / name), "--fps", "10"]
+        return to_lerobot(parse_args([*arguments, "--num_workers", "1", *flags])).splitlines()
+
+    assert said("plain")[1] == (
+        "left out: intervention (--labels writes it), success (--labels writes it), seed, "
+        "force (--state_columns state force writes it), plan"
+    )
+    assert said("whole", "--labels", "--state_columns", "state", "force")[1] == "left out: seed, plan"
+    columns = pq.read_table(next((tmp_path / "whole" / "data").rglob("*.parquet")))
+    assert columns["next.success"].to_pylist() == [i == 5 for i in range(12)]  # true where the episode ends
+    convert_lerobot(tmp_path / "whole", tmp_path / "back", ["observation.images.image_1=image_1"])
+    back = read(tmp_path / "back")
+    for name in ("intervention", "success"):
+        assert back[name].to_pylist() == [row[name] for row in rows], name
+    plain = write_episodes(tmp_path / "unlabelled.parquet", [3], image_size=16)
+    with pytest.raises(
+        DataError, match=r"--labels: .*unlabelled.parquet .* neither intervention nor success; leave it"
+    ):
+        export(plain, tmp_path / "none", "--fps", "10", "--labels")
+    source = tmp_path / "*.parquet"
+    with pytest.raises(
+        DataError, match=r"--labels: .*unlabelled.parquet has no intervention, which .*ours.parquet has"
+    ):
+        said("some", "--labels")
