@@ -12,6 +12,7 @@ from data.schema import (
     COLUMN_TYPES,
     IMAGE,
     LABELS,
+    NOISE_SEED,
     PLAN,
     SEED,
     TIMESTAMP,
@@ -68,7 +69,7 @@ def test_a_camera_has_one_spelling():
 
 
 def test_what_is_written_can_be_read():
-    extra = (TIMESTAMP, SEED, *LABELS, PLAN)
+    extra = (TIMESTAMP, SEED, *LABELS, PLAN, NOISE_SEED)
     schema = written_schema(["image_1", "wrist"], {"state": 7}, 6, extra=extra, metadata={"fps": "20"})
     assert all(column_type(column.name).fits(column.type) for column in schema)
     assert set(schema.names) == {"image_1", "wrist", *COLUMN_TYPES} and schema.metadata == {b"fps": b"20"}
