@@ -228,9 +228,21 @@ def _view(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
 
 
 def _through(pairs: Sequence[tuple[np.ndarray, np.ndarray]], view: dict[str, Any]) -> dict[str, Any]:
-    """A session's states beside what the training's view reads off its pictures: see `_view`."""
+    """A session's states beside what the training's view reads off its pictures: see `_view`.
+
+    `agrees` (S, S) is the share of the variance of a state (second axis) that what is read of a dimension (first axis)
+    explains in that dimension's own units, apart from an offset; `agrees_turned` (S,) of its own, with the other sign.
+    A view of pictures unlike those it was fitted to reads anything, which may well correlate, but does not agree.
+    """
     fit = {name: np.array(view[name]) for name in ("mean", "scale", "weights", "bias")}
-    return {name: np.round(values, 3).tolist() for name, values in _through_fit(pairs, fit).items()}
+    result = _through_fit(pairs, fit)
+    read = np.concatenate([_read(thumbnails, fit) for thumbnails, _ in pairs])
+    states = np.concatenate([states[:, : read.shape[1]] for _, states in pairs])
+    variance = np.where(states.var(axis=0) > 0, states.var(axis=0), np.inf)
+    left = np.stack([(states - one[:, None]).var(axis=0) for one in read.T])
+    result["agrees"] = np.clip(1 - left / variance, -9.0, 1.0)
+    result["agrees_turned"] = np.clip(1 - (states + read).var(axis=0) / variance, -9.0, 1.0)
+    return {name: np.round(values, 3).tolist() for name, values in result.items()}
 
 
 def _fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -241,9 +253,14 @@ def _fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray
     return {"mean": mean, "scale": scale, "weights": np.linalg.solve(gram, x.T @ (states - bias)), "bias": bias}
 
 
+def _read(thumbnails: np.ndarray, fit: dict[str, np.ndarray]) -> np.ndarray:
+    """The states that thumbnails, (N, fields), show: (N, S)."""
+    return ((thumbnails - fit["mean"]) / fit["scale"]) @ fit["weights"] + fit["bias"]
+
+
 def _through_fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]], fit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     width = len(fit["bias"])
-    read = [((thumbnails - fit["mean"]) / fit["scale"]) @ fit["weights"] + fit["bias"] for thumbnails, _ in pairs]
+    read = [_read(thumbnails, fit) for thumbnails, _ in pairs]
     states = [states[:, :width] for _, states in pairs]
     left = np.concatenate(states) - np.concatenate(read)
     variance = np.concatenate(states).var(axis=0)

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from utils.comparison.facts import Profile, quantile_distance
+from utils.comparison.facts import WELL_SEEN, Profile, quantile_distance
 from utils.comparison.kinds import Mismatch
 
 FAR = 1.6  # times the distance of training episodes from all of them, from which a session's values lie otherwise
 FAR_OUT = 5.0  # ranges beyond the training's, which only another unit explains
 MOST_EXCHANGED = 5  # dimensions that may be exchanged among each other
+FOLLOWS = 0.6  # correlation with an action from which a dimension follows it
+AGREES = 0.5  # share of a dimension's variance that what the pictures show has to explain, in its own units
 ORDER = "send the values in the training data's order"
 
 UNITS = {  # what the session's numbers would have to be multiplied with -> what was sent
@@ -129,13 +131,14 @@ def _exchanged_by_sight(session: Profile, training: Profile, cameras: set[str]) 
     """Dimensions that go with what the pictures show of other dimensions, and not with what they show of themselves."""
     for camera in sorted(cameras):
         seen, trained = (np.array(p["cameras"][camera]["view"]["correlation"]) for p in (session, training))
-        known = np.flatnonzero(trained.diagonal() > 0.8)
+        known = np.flatnonzero(trained.diagonal() > WELL_SEEN)
         if len(known) < 2:
             continue
         seen = seen[np.ix_(known, known)]
         best = seen.argmax(axis=0)  # of each dimension that was told, the one that the pictures show to move so
         gain = seen[best, np.arange(len(known))] - seen.diagonal()
-        moved = np.flatnonzero((gain > 0.4) & (seen[best, np.arange(len(known))] > 0.7))
+        agrees = np.array(session["cameras"][camera]["view"]["agrees"])[np.ix_(known, known)]
+        moved = np.flatnonzero((gain > 0.4) & (agrees[best, np.arange(len(known))] > AGREES))
         if len(moved) >= 2 and set(best[moved]) == set(moved):
             pairs = ", ".join(f"state[{known[d]}] moves as {camera} shows [{known[best[d]]}]" for d in moved)
             return Mismatch("dimensions_exchanged", "state", pairs, ORDER)
@@ -172,13 +175,15 @@ def _turned(session: Profile, training: Profile, cameras: set[str]) -> Iterator[
     moving = np.ptp(new[:, 1:-1], axis=1) > 0.1 * np.ptp(known[:, 1:-1], axis=1)
     for d in np.flatnonzero(moving).tolist():
         against = []
+        usual, here = (np.array(profile["response"]["correlation"])[:, d] for profile in (training, session))
+        strong = np.abs(usual) > FOLLOWS
+        if (here * np.sign(usual) > FOLLOWS)[strong].any():
+            continue  # it follows an action as ever, whatever the pictures seem to show
         for camera in sorted(cameras):
             seen, trained = (profile["cameras"][camera]["view"] for profile in (session, training))
-            if trained["correlation"][d][d] > 0.8 and seen["correlation"][d][d] < -0.5:
+            if trained["correlation"][d][d] > WELL_SEEN and seen["agrees_turned"][d] > AGREES:
                 against.append(f"what {camera} shows")
-        usual = np.array(training["response"]["correlation"])[:, d]
-        here = np.array(session["response"]["correlation"])[:, d]
-        for a in np.flatnonzero((np.abs(usual) > 0.6) & (usual * here < -0.25)).tolist():
+        for a in np.flatnonzero(strong & (here * np.sign(usual) < -FOLLOWS)).tolist():
             against.append(f"action[{a}]")
         if not against:
             continue
@@ -202,10 +207,17 @@ def _outside(new: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _stuck(column: str, session: Profile, training: Profile) -> list[int]:
+    """Dimensions that never move, where they do in training, and where they do not rest in training either.
+
+    A gripper that stays open has a policy that leaves it so; a joint that stays anywhere else hangs.
+    """
     new, known = (np.array(profile[column]["steps"]) for profile in (session, training))
     acts = column == "state" and np.array(session["action"]["steps"])[:, 2].max() > 0
     others_move = acts or (new[:, 2] > 0).any()  # a robot that waits is not stuck
-    return [d for d in range(len(known)) if others_move and new[d, 2] == 0 and known[d, 0] > 0]
+    values, usual = (np.array(profile[column]["quantiles"]) for profile in (session, training))
+    near = np.abs(usual - values[:, [4]]) <= 1e-3 * np.ptp(usual, axis=1)[:, None]
+    rests = near.sum(axis=1) > 1  # at the same value for at least the shares between two quantiles
+    return [d for d in range(len(known)) if others_move and new[d, 2] == 0 and known[d, 0] > 0 and not rests[d]]
 
 
 def _permutation(new: np.ndarray, known: np.ndarray, limit: np.ndarray, dims: list[int]) -> list[tuple[int, int]]:

@@ -116,6 +116,17 @@ def test_a_policy_that_moves_slowly_is_not_at_another_rate(training, tmp_path):
     assert "another_rate" not in kinds
 
 
+def test_a_gripper_that_stays_open_is_not_stuck(tmp_path):
+    train = write_session(tmp_path / "train.parquet", 24, seed=0, state=column(2, lambda v: np.clip(3 * v, 0, 1)))
+    training = profile_of(store(train, tmp_path), CAMERAS, processor())
+    assert training["state"]["quantiles"][2][5:] == [1.0] * 4 and training["state"]["steps"][2][0] >= 0
+    training["state"]["steps"][2][0] = 0.01  # it moves at most steps
+    kinds = {(m.kind, m.where) for m in named(tmp_path, training, state=column(2, lambda v: v * 0 + 1))}
+    assert ("stuck", "state[2]") not in kinds
+    kinds = {(m.kind, m.where) for m in named(tmp_path, training, seed=2, state=column(2, lambda v: v * 0 + 0.437))}
+    assert ("stuck", "state[2]") in kinds
+
+
 def curves(rng, peak, parts, spread=0.02, height=0.5):
     """Lag curves of parts that have their peak at a lag, and differ by so much."""
     lags = np.arange(-4, 5)
