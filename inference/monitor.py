@@ -126,7 +126,6 @@ class Monitor:
             },
             "action": self.training["action"]
             | {"steps": np.zeros((len(self.training["action"]["steps"]), 3)).tolist()},
-            "begin": {"state": quantiles, "action": self.training["action"]["quantiles"]},
             "response": {"correlation": np.zeros_like(self.training["response"]["correlation"]).tolist()},
         }
         present = self.training | {

@@ -13,7 +13,7 @@ image processor. A profile is plain lists and numbers:
                         "seen_as": of a session alone, how well it goes with turned pictures (`_seen_as`)}},
      "state", "action": {"quantiles": (width, 9) at QUANTILES, "steps": (width, 3) median, 99 % and largest change,
                          "spread": (width,) how far one episode's quantiles lie from those of all, in ranges},
-     "begin": {"state", "action": quantiles of the first BEGIN steps of every episode},
+     "begin": {"state", "action": quantiles of the first BEGIN steps of every episode; of a session the first START},
      "response": {"correlation": (A, S) of actions with the state's change after them,
                   "lags": (parts of episodes, 2 * LAGS + 1), see `_lag_curves`},
      "prompts": {instruction: episodes}}
@@ -48,6 +48,7 @@ from utils.recordings import Recording
 
 EPISODES = 32  # of each dataset, spread evenly, whose frames are looked at
 BEGIN = 16  # steps of an episode in which a policy can't have gone far yet
+START = 2  # of a session's: even one that is misled is still where it began
 STEPS = 48  # consecutive steps of each of them
 RIDGE = 0.02  # of the fit that reads the state off thumbnails, in shares of the fields' variance
 RESPONSE = 2  # steps within which the state answers to an action
@@ -96,7 +97,10 @@ def profile_of(
         "cameras": shown,
         "state": _column_profile(store.state[rows], joined),
         "action": _column_profile(store.action[rows], joined),
-        "begin": {name: _begin(getattr(store, name), starts, ends) for name in ("state", "action")},
+        "begin": {
+            name: _begin(getattr(store, name), starts, ends, BEGIN if against is None else START)
+            for name in ("state", "action")
+        },
         "response": _response(store.state, store.action, list(zip(starts, ends, strict=True)), looked_at),
         "prompts": dict(prompts.most_common(PROMPTS)),
     }
@@ -316,9 +320,9 @@ def _column_profile(values: np.ndarray, joined: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _begin(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[list[float]]:
-    """Quantiles of the first BEGIN steps of episodes, (width, 9)."""
-    first = [values[begin : min(begin + BEGIN, end)] for begin, end in zip(starts, ends, strict=True)]
+def _begin(values: np.ndarray, starts: np.ndarray, ends: np.ndarray, steps: int) -> list[list[float]]:
+    """Quantiles of so many first steps of episodes, (width, 9)."""
+    first = [values[begin : min(begin + steps, end)] for begin, end in zip(starts, ends, strict=True)]
     return _rounded(np.quantile(np.concatenate(first).astype(np.float64), QUANTILES, axis=0).T)
 
 

@@ -46,11 +46,12 @@ def _column(column: str, session: Profile, training: Profile, cameras: set[str])
     if exchanged is not None:
         yield exchanged
         return
-    begin = np.array(session["begin"][column])
-    if column == "state" and (order := _exchanged_at_the_start(begin, training)):
-        names = ", ".join(f"{column}[{i}] begins like [{j}]" for i, j in order)
-        yield Mismatch("dimensions_exchanged", column, names, ORDER)
-        return
+    begin = np.array(session["begin"][column]) if "begin" in session else None
+    if column == "state" and begin is not None and "begin" in training:
+        at_the_start = _at_the_start(begin, np.array(training["begin"]["state"]), known)
+        if at_the_start is not None:
+            yield at_the_start
+            return
     turned = list(_turned(session, training, cameras)) if column == "state" else []
     yield from other_distribution(column, new, known, limit, left_out=stuck, turned=turned, begin=begin)
 
@@ -145,28 +146,51 @@ def _exchanged_by_sight(session: Profile, training: Profile, cameras: set[str]) 
     return None
 
 
-def _exchanged_at_the_start(begin: np.ndarray, training: Profile) -> list[tuple[int, int]]:
-    """Pairs (session's dimension, training's that it looks like) where episodes begin in exchanged places.
+def _at_the_start(begin: np.ndarray, usual: np.ndarray, known: np.ndarray) -> Mismatch | None:
+    """The one mistake that explains why the state begins elsewhere; None where there is none, or several.
 
-    Robots begin where they did in training, whatever a misled policy does later. Only dimensions whose own beginnings
-    were elsewhere are looked at; each must begin within those of another one, and that in one way alone.
+    Robots begin where they did in training, whatever a misled policy does later. Every dimension that begins apart from
+    its own beginnings has to begin within them when it is read in another unit, in another order or turned.
+
+    Args:
+        begin, usual: quantiles of where the episodes of the session and of training begin, (width, 9).
+        known: quantiles of all of training.
     """
-    if "begin" not in training:
-        return []
-    known = np.array(training["begin"]["state"])
-    reach = known[:, -1] - known[:, 0]
+    reach = usual[:, -1] - usual[:, 0]
     margin = 0.1 * reach + 0.01 * max(float(reach.max()), 1e-9)
-    low, high = known[:, 0] - margin, known[:, -1] + margin
+    low, high = usual[:, 0] - margin, usual[:, -1] + margin
+
+    def within(values: np.ndarray) -> np.ndarray:  # (rows, 7) -> bool (rows, width)
+        return ((values[:, None] >= low[:, None]) & (values[:, None] <= high[:, None])).all(axis=2)
+
     middle = begin[:, 1:-1]  # without the outermost values
-    fits = ((middle[:, None] >= low[:, None]) & (middle[:, None] <= high[:, None])).all(axis=2)
-    apart = ((middle > high[:, None]) | (middle < low[:, None])).all(axis=1)
+    fits = within(middle)
     wrong = np.flatnonzero(~fits.diagonal()).tolist()
-    if not 2 <= len(wrong) <= MOST_EXCHANGED or apart[wrong].sum() < 2:
-        return []
-    orders = [
-        order for order in itertools.permutations(wrong) if all(fits[i, j] for i, j in zip(wrong, order, strict=True))
-    ]
-    return list(zip(wrong, orders[0], strict=True)) if len(orders) == 1 else []
+    apart = np.flatnonzero(((middle > high[:, None]) | (middle < low[:, None])).all(axis=1)).tolist()
+    if not apart:
+        return None
+    beyond = ((middle < known[:, [0]]) | (middle > known[:, [-1]])).all(axis=1)
+    found = []
+    for factor, (kind, remedy) in UNITS.items():
+        # Near zero, what is divided by much fits whatever it is: then it has to lie outside of all of training.
+        if len(apart) > 1 and within(middle * factor).diagonal()[wrong].all() and (factor > 1 or beyond[apart].all()):
+            d = apart[0]
+            found.append(Mismatch(kind, "state", f"state[{d}] begins at {_spans(begin[d], usual[d])}", remedy))
+    if len(wrong) <= MOST_EXCHANGED and len(apart) > 1:
+        permutations = itertools.permutations(wrong)
+        orders = [order for order in permutations if all(fits[i, j] for i, j in zip(wrong, order, strict=True))]
+        if len(orders) == 1:
+            names = ", ".join(f"state[{i}] begins like [{j}]" for i, j in zip(wrong, orders[0], strict=True))
+            found.append(Mismatch("dimensions_exchanged", "state", names, ORDER))
+    if len(wrong) == 1:
+        (d,) = wrong
+        # The other end of its range, or of 0 to 1, where it may have been closed to a part alone.
+        ends = [known[d, 0] + known[d, -1], *([1.0] if 0 <= known[d, 0] and known[d, -1] <= 1 else [])]
+        if any(within(total - middle)[d, d] for total in ends):
+            remedy = "open and closed are exchanged: send it the other way round"
+            evidence = f"begins at {_spans(begin[d], usual[d])}"
+            found.append(Mismatch("inverted", f"state[{d}]", evidence, remedy))
+    return found[0] if len(found) == 1 else None
 
 
 def _turned(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
