@@ -163,13 +163,16 @@ def _at_the_start(begin: np.ndarray, usual: np.ndarray, known: np.ndarray) -> Mi
     def within(values: np.ndarray) -> np.ndarray:  # (rows, 7) -> bool (rows, width)
         return ((values[:, None] >= low[:, None]) & (values[:, None] <= high[:, None])).all(axis=2)
 
+    def clear_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:  # bool (width,)
+        return (middle > high[:, None]).all(axis=1) | (middle < low[:, None]).all(axis=1)
+
     middle = begin[:, 1:-1]  # without the outermost values
     fits = within(middle)
     wrong = np.flatnonzero(~fits.diagonal()).tolist()
-    apart = np.flatnonzero(((middle > high[:, None]) | (middle < low[:, None])).all(axis=1)).tolist()
+    apart = np.flatnonzero(clear_of(low, high)).tolist()
     if not apart:
         return None
-    beyond = ((middle < known[:, [0]]) | (middle > known[:, [-1]])).all(axis=1)
+    beyond = clear_of(known[:, 0], known[:, -1])
     found = []
     for factor, (kind, remedy) in UNITS.items():
         # Near zero, what is divided by much fits whatever it is: then it has to lie outside of all of training.
