@@ -52,8 +52,11 @@ def _column(column: str, session: Profile, training: Profile, cameras: set[str])
         if at_the_start is not None:
             yield at_the_start
             return
-    turned = list(_turned(session, training, cameras)) if column == "state" else []
-    yield from other_distribution(column, new, known, limit, left_out=stuck, turned=turned, begin=begin)
+    follows = _following(session, training) if column == "state" else []
+    turned = list(_turned(session, training, cameras, follows)) if column == "state" else []
+    yield from other_distribution(
+        column, new, known, limit, left_out=stuck, follows=follows, turned=turned, begin=begin
+    )
 
 
 def other_distribution(
@@ -63,6 +66,7 @@ def other_distribution(
     limit: np.ndarray,
     *,
     left_out: Sequence[int] = (),
+    follows: Sequence[int] = (),
     turned: Sequence[Mismatch] = (),
     begin: np.ndarray | None = None,
 ) -> Iterator[Mismatch]:
@@ -73,6 +77,7 @@ def other_distribution(
         new, known: quantiles of the session and of training, (width, 9), at `QUANTILES`.
         limit: (width,), the `quantile_distance` up to which a dimension is as it was.
         left_out: dimensions that are not looked at.
+        follows: dimensions that follow an action as they did, so that they are not turned.
         begin: quantiles of the first steps of the session's episodes. A mistake shows from the first step on; a policy
             that fails leaves what it was trained on later, by itself. None: there are no such steps.
         turned: what is known to move the wrong way; it is yielded unless the order of dimensions explains more.
@@ -92,7 +97,7 @@ def other_distribution(
     for d in looked_at:
         if f"{column}[{d}]" in named:
             continue
-        inverted = _inverted(new[d], known[d], limit[d])
+        inverted = None if d in follows else _inverted(new[d], known[d], limit[d])
         if inverted:
             yield Mismatch(inverted[0], f"{column}[{d}]", _spans(new[d], known[d]), inverted[1])
         elif (distance[d] > limit[d] and outside[d] > 0.15) or outside[d] > 0.5:
@@ -196,16 +201,25 @@ def _at_the_start(begin: np.ndarray, usual: np.ndarray, known: np.ndarray) -> Mi
     return found[0] if len(found) == 1 else None
 
 
-def _turned(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
-    """Dimensions that move against what the pictures show, or against what the actions ask for."""
+def _following(session: Profile, training: Profile) -> list[int]:
+    """Dimensions that follow an action as in training."""
+    usual, here = (np.array(profile["response"]["correlation"]) for profile in (training, session))
+    return np.flatnonzero(((np.abs(usual) > FOLLOWS) & (here * np.sign(usual) > FOLLOWS)).any(axis=0)).tolist()
+
+
+def _turned(session: Profile, training: Profile, cameras: set[str], follows: Sequence[int]) -> Iterator[Mismatch]:
+    """Dimensions that move against what the pictures show, or against what the actions ask for.
+
+    What `follows` an action as ever is none of them, whatever the pictures seem to show.
+    """
     new, known = (np.array(profile["state"]["quantiles"]) for profile in (session, training))
     moving = np.ptp(new[:, 1:-1], axis=1) > 0.1 * np.ptp(known[:, 1:-1], axis=1)
     for d in np.flatnonzero(moving).tolist():
+        if d in follows:
+            continue
         against = []
         usual, here = (np.array(profile["response"]["correlation"])[:, d] for profile in (training, session))
         strong = np.abs(usual) > FOLLOWS
-        if (here * np.sign(usual) > FOLLOWS)[strong].any():
-            continue  # it follows an action as ever, whatever the pictures seem to show
         for camera in sorted(cameras):
             seen, trained = (profile["cameras"][camera]["view"] for profile in (session, training))
             if trained["correlation"][d][d] > WELL_SEEN and seen["agrees_turned"][d] > AGREES:
