@@ -46,17 +46,16 @@ def _column(column: str, session: Profile, training: Profile, cameras: set[str])
     if exchanged is not None:
         yield exchanged
         return
-    begin = np.array(session["begin"][column]) if "begin" in session else None
-    if column == "state" and begin is not None and "begin" in training:
-        at_the_start = _at_the_start(begin, np.array(training["begin"]["state"]), known)
+    begin, usual = (np.array(p["begin"][column]) if "begin" in p else None for p in (session, training))
+    sound = _following(session, training) if column == "state" else []
+    if begin is not None and usual is not None:
+        at_the_start = _at_the_start(begin, usual, known) if column == "state" else None
         if at_the_start is not None:
             yield at_the_start
             return
-    follows = _following(session, training) if column == "state" else []
-    turned = list(_turned(session, training, cameras, follows)) if column == "state" else []
-    yield from other_distribution(
-        column, new, known, limit, left_out=stuck, follows=follows, turned=turned, begin=begin
-    )
+        sound += np.flatnonzero(_begin_within(begin, usual).diagonal()).tolist()
+    turned = list(_turned(session, training, cameras)) if column == "state" else []
+    yield from other_distribution(column, new, known, limit, left_out=stuck, sound=sound, turned=turned, begin=begin)
 
 
 def other_distribution(
@@ -66,7 +65,7 @@ def other_distribution(
     limit: np.ndarray,
     *,
     left_out: Sequence[int] = (),
-    follows: Sequence[int] = (),
+    sound: Sequence[int] = (),
     turned: Sequence[Mismatch] = (),
     begin: np.ndarray | None = None,
 ) -> Iterator[Mismatch]:
@@ -77,13 +76,14 @@ def other_distribution(
         new, known: quantiles of the session and of training, (width, 9), at `QUANTILES`.
         limit: (width,), the `quantile_distance` up to which a dimension is as it was.
         left_out: dimensions that are not looked at.
-        follows: dimensions that follow an action as they did, so that they are not turned.
+        sound: dimensions that follow an action or begin as they did. A policy may use another part of their range;
+            that alone does not say that they are turned or exchanged.
         begin: quantiles of the first steps of the session's episodes. A mistake shows from the first step on; a policy
             that fails leaves what it was trained on later, by itself. None: there are no such steps.
         turned: what is known to move the wrong way; it is yielded unless the order of dimensions explains more.
     """
     looked_at = [d for d in range(len(known)) if d not in left_out]
-    order = _permutation(new, known, limit, looked_at)
+    order = _permutation(new, known, limit, [d for d in looked_at if d not in sound])
     if order:
         names = ", ".join(f"{column}[{i}] looks like [{j}]" for i, j in order)
         yield Mismatch("dimensions_exchanged", column, names, ORDER)
@@ -97,7 +97,7 @@ def other_distribution(
     for d in looked_at:
         if f"{column}[{d}]" in named:
             continue
-        inverted = None if d in follows else _inverted(new[d], known[d], limit[d])
+        inverted = None if d in sound else _inverted(new[d], known[d], limit[d])
         if inverted:
             yield Mismatch(inverted[0], f"{column}[{d}]", _spans(new[d], known[d]), inverted[1])
         elif (distance[d] > limit[d] and outside[d] > 0.15) or outside[d] > 0.5:
@@ -161,18 +161,13 @@ def _at_the_start(begin: np.ndarray, usual: np.ndarray, known: np.ndarray) -> Mi
         begin, usual: quantiles of where the episodes of the session and of training begin, (width, 9).
         known: quantiles of all of training.
     """
-    reach = usual[:, -1] - usual[:, 0]
-    margin = 0.1 * reach + 0.01 * max(float(reach.max()), 1e-9)
-    low, high = usual[:, 0] - margin, usual[:, -1] + margin
-
-    def within(values: np.ndarray) -> np.ndarray:  # (rows, 7) -> bool (rows, width)
-        return ((values[:, None] >= low[:, None]) & (values[:, None] <= high[:, None])).all(axis=2)
+    low, high = _reach(usual)
+    middle = begin[:, 1:-1]  # without the outermost values
 
     def clear_of(low: np.ndarray, high: np.ndarray) -> np.ndarray:  # bool (width,)
         return (middle > high[:, None]).all(axis=1) | (middle < low[:, None]).all(axis=1)
 
-    middle = begin[:, 1:-1]  # without the outermost values
-    fits = within(middle)
+    fits = _begin_within(begin, usual)
     wrong = np.flatnonzero(~fits.diagonal()).tolist()
     apart = np.flatnonzero(clear_of(low, high)).tolist()
     if not apart:
@@ -181,7 +176,8 @@ def _at_the_start(begin: np.ndarray, usual: np.ndarray, known: np.ndarray) -> Mi
     found = []
     for factor, (kind, remedy) in UNITS.items():
         # Near zero, what is divided by much fits whatever it is: then it has to lie outside of all of training.
-        if len(apart) > 1 and within(middle * factor).diagonal()[wrong].all() and (factor > 1 or beyond[apart].all()):
+        fitting = _begin_within(begin * factor, usual).diagonal()[wrong]
+        if len(apart) > 1 and fitting.all() and (factor > 1 or beyond[apart].all()):
             d = apart[0]
             found.append(Mismatch(kind, "state", f"state[{d}] begins at {_spans(begin[d], usual[d])}", remedy))
     if len(wrong) <= MOST_EXCHANGED and len(apart) > 1:
@@ -194,7 +190,7 @@ def _at_the_start(begin: np.ndarray, usual: np.ndarray, known: np.ndarray) -> Mi
         (d,) = wrong
         # The other end of its range, or of 0 to 1, where it may have been closed to a part alone.
         ends = [known[d, 0] + known[d, -1], *([1.0] if 0 <= known[d, 0] and known[d, -1] <= 1 else [])]
-        if any(within(total - middle)[d, d] for total in ends):
+        if any(_begin_within(total - begin, usual)[d, d] for total in ends):
             remedy = "open and closed are exchanged: send it the other way round"
             evidence = f"begins at {_spans(begin[d], usual[d])}"
             found.append(Mismatch("inverted", f"state[{d}]", evidence, remedy))
@@ -207,11 +203,26 @@ def _following(session: Profile, training: Profile) -> list[int]:
     return np.flatnonzero(((np.abs(usual) > FOLLOWS) & (here * np.sign(usual) > FOLLOWS)).any(axis=0)).tolist()
 
 
-def _turned(session: Profile, training: Profile, cameras: set[str], follows: Sequence[int]) -> Iterator[Mismatch]:
+def _begin_within(begin: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """Whether dimension i of a session begins where j begins in training, but for the outermost; (width, width)."""
+    low, high = _reach(usual)
+    middle = begin[:, None, 1:-1]
+    return ((middle >= low[:, None]) & (middle <= high[:, None])).all(axis=2)
+
+
+def _reach(usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From where to where each dimension begins, with a margin, each (width,)."""
+    reach = usual[:, -1] - usual[:, 0]
+    margin = 0.1 * reach + 0.01 * max(float(reach.max()), 1e-9)
+    return usual[:, 0] - margin, usual[:, -1] + margin
+
+
+def _turned(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
     """Dimensions that move against what the pictures show, or against what the actions ask for.
 
-    What `follows` an action as ever is none of them, whatever the pictures seem to show.
+    What follows an action as ever is none of them, whatever the pictures seem to show.
     """
+    follows = _following(session, training)
     new, known = (np.array(profile["state"]["quantiles"]) for profile in (session, training))
     moving = np.ptp(new[:, 1:-1], axis=1) > 0.1 * np.ptp(known[:, 1:-1], axis=1)
     for d in np.flatnonzero(moving).tolist():
