@@ -2,11 +2,13 @@
 
     python benchmarks/bench_serving.py --checkpoint_path C [--seconds 60] [--clients 8] [--quick] [--json serving.json]
 
-Latency: the same observations through `VLAPredictor.predict` and through a server process on loopback, in turns;
-overhead is the difference of the medians. Load: several clients ask as fast as they can; every answer is compared
-with the one of the same process, and the server's resident memory is read at the start and at the end.
+Latency: the same observations through `VLAPredictor.predict`, through a server process on loopback, and through another
+that records what it sees and plans (--record), in turns; overhead is the difference of the medians. Load: several
+clients ask as fast as they can; every answer is compared with the one of the same process, and the server's resident
+memory is read at the start and at the end.
 
-JSON keys: in_process_ms, served_ms, overhead_ms, wrong_answers (wanted 0), memory_growth (wanted below 1.05).
+JSON keys: in_process_ms, served_ms, overhead_ms, recording_ms (wanted below 1), wrong_answers (wanted 0), memory_growth
+(wanted below 1.05).
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import pathlib
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -58,16 +61,32 @@ def predict(predictor: VLAPredictor, observation: dict[str, object]) -> np.ndarr
     return predictor.predict(*images, **named)
 
 
-def measure_latency(predictor: VLAPredictor, client: Any, asked: list, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each prediction, in process and served, in turns."""
-    times: dict[str, list[float]] = {"in_process": [], "served": []}
+def measure_latency(calls: dict[str, Callable], asked: list, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each prediction by each of `calls`, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 5):
         observation = asked[i % len(asked)]
-        for name, call in (("in_process", lambda o: predict(predictor, o)), ("served", client.predict)):
+        for name, call in calls.items():
             started = time.perf_counter()
             call(observation)
             if i >= 5:
                 times[name].append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def latencies(checkpoint: str, predictor: VLAPredictor, port: int, asked: list, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each prediction: in process, by the server at `port`, and by one that records, in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        recording, other_port = start_server(checkpoint, "--record", folder)
+        try:
+            clients = {"served": open_client(port), "recorded": open_client(other_port)}
+            calls = {name: client.predict for name, client in clients.items()}
+            times = measure_latency({"in_process": lambda o: predict(predictor, o), **calls}, asked, rounds)
+            for client in clients.values():
+                client.close()
+        finally:
+            recording.send_signal(signal.SIGTERM)
+            recording.wait(timeout=30)
     return times
 
 
@@ -112,9 +131,7 @@ def main() -> None:
     expected = [predict(predictor, observation) for observation in asked]
     server, port = start_server(args.checkpoint_path)
     try:
-        client = open_client(port)
-        times = measure_latency(predictor, client, asked, rounds)
-        client.close()
+        times = latencies(args.checkpoint_path, predictor, port, asked, rounds)
         run_clients(
             port, args.clients, asked, expected, min(5.0, seconds)
         )  # buffers of every client exist from here on
@@ -129,6 +146,7 @@ def main() -> None:
         "in_process_ms": medians["in_process"],
         "served_ms": medians["served"],
         "overhead_ms": medians["served"] - medians["in_process"],
+        "recording_ms": medians["recorded"] - medians["served"],
         "clients": args.clients,
         "seconds": seconds,
         "answers": answers,
@@ -141,6 +159,7 @@ def main() -> None:
     rows = [[name, medians[name], float(np.percentile(values, 95))] for name, values in times.items()]
     print(text_table(["", "p50 ms", "p95 ms"], rows))
     print(f"overhead of serving: {result['overhead_ms']:.2f} ms (median)")
+    print(f"of recording besides: {result['recording_ms']:.2f} ms (median; wanted below 1)")
     print(
         f"\n{args.clients} clients, {seconds:.0f} s: {answers} answers ({result['answers_per_second']:.0f} per second)"
     )

@@ -13,10 +13,10 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def start_server(checkpoint: str) -> tuple[subprocess.Popen, int]:
-    """A server process on a free port, and the port."""
+def start_server(checkpoint: str, *flags: str) -> tuple[subprocess.Popen, int]:
+    """A server process on a free port, and the port; `flags` are further ones of serve_policy.py."""
     command = [sys.executable, "scripts/serve_policy.py", "--checkpoint_path", checkpoint, "--port", "0"]
-    server = subprocess.Popen([*command, "--num_threads", "1"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    server = subprocess.Popen([*command, "--num_threads", "1", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     for line in server.stderr:
         if found := re.search(r"serving on \S+ port (\d+)", line):
             threading.Thread(target=server.stderr.read, daemon=True).start()  # so that its log never blocks it
