@@ -30,8 +30,6 @@ from data.schema import (
     PROMPT,
     STATE,
     VECTORS,
-    StateColumns,
-    Table,
     encoded_frames,
     episode_starts,
     flags,
@@ -40,7 +38,8 @@ from data.schema import (
     require_frames,
     vectors,
 )
-from data.tables import open_table
+from data.state_columns import StateColumns
+from data.tables import Table, open_table
 from utils.misc import file_checksum
 from utils.parquet_utils import DataError
 from utils.recordings import Recording

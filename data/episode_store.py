@@ -37,7 +37,8 @@ from data.episode_cache import (
     locked,
     meta_checksum,
 )
-from data.schema import STATE, SUCCESS, VECTORS, StateColumns, flags
+from data.schema import STATE, SUCCESS, VECTORS, flags
+from data.state_columns import StateColumns
 from data.tables import open_table
 from utils.misc import file_checksum
 from utils.parquet_utils import DataError, Source

@@ -9,16 +9,14 @@ and remedy. The doctor, which goes on and reports every fault, uses the names an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from utils.parquet_utils import DataError, Source
-from utils.statistics import state_labels
 from utils.text import printable
 
 VECTORS = ("state", "action")
@@ -275,130 +273,6 @@ def vectors(
             "every value must be a finite number, so drop or mend that episode"
         )
     return matrix
-
-
-class Table(Protocol):
-    """What a recording offers to those who read it."""
-
-    @property
-    def path(self) -> object:
-        """How messages name it."""
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Its columns; of cameras only those whose encoded frames are a column."""
-
-    @property
-    def num_rows(self) -> int:
-        """Time steps of all its episodes."""
-
-    @property
-    def cameras(self) -> Collection[str]:
-        """Names of its cameras."""
-
-    def image_columns(self, cameras: Sequence[str], required: Sequence[str] = ()) -> dict[str, str]:
-        """camera -> its column, of those cameras whose encoded frames are a column; a DataError where none of the
-        cameras is there, or one of the `required` columns is not."""
-
-    def video_cameras(self, cameras: Sequence[str]) -> dict[str, str]:
-        """camera -> what it is called there, of those cameras whose frames are in video files."""
-
-    def batches(self, columns: list[str], batch_size: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(first row, at most `batch_size` rows) of some columns."""
-
-    def bytes_needed(self, columns: Sequence[str]) -> int:
-        """Stored bytes that have to be read for some columns."""
-
-    def __enter__(self) -> Table: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-
-@dataclass(frozen=True)
-class StateColumns:
-    """Which numeric columns make up the state, in order, and how many values each has.
-
-    Attributes:
-        widths: values of each column by name; a column of plain numbers has 1. Empty: nothing reads a state, and the
-            files have none.
-        width: of the state; zeros where `widths` is empty.
-        width_from: the config key that sets it, for messages.
-    """
-
-    widths: dict[str, int]
-    width: int
-    width_from: str = "data.state_dim"
-
-    @classmethod
-    def of_tables(
-        cls,
-        names: Sequence[str],
-        width: int,
-        tables: Iterable[Table],
-        width_from: str = "data.state_dim",
-        *,
-        needed: bool = True,
-    ) -> StateColumns:
-        """Look up the columns in the recordings' first rows.
-
-        Args:
-            names: `data.state_columns`.
-            width: that they must have together.
-            tables: the recordings, opened as they are asked for; of most only the schema is read, if at all.
-            width_from: the config key that sets the width.
-            needed: whether something reads the state; if not, files may lack it.
-
-        Raises:
-            DataError: a column is missing, no numbers, or together they have another width.
-        """
-        if needed and len(names) == 1:
-            return cls({names[0]: width}, width, width_from)
-        first = None
-        for table in tables:
-            with table:
-                if first is None and (needed or set(names) <= set(table.schema.names)):
-                    table.image_columns((), names)
-                    first = table.path, next(table.batches(list(names), 1))[1]
-                if needed:
-                    break
-                if not set(names) <= set(table.schema.names):
-                    return cls({}, width, width_from)
-        if len(names) == 1:
-            return cls({names[0]: width}, width, width_from)
-        path, row = first
-        widths = {name: vector_width(as_list(row.column(name)), name, path) for name in names}
-        if sum(widths.values()) != width:
-            listed = " + ".join(f"{name} {each}" for name, each in widths.items())
-            raise DataError(
-                f"{path}: data.state_columns have {listed} = {sum(widths.values())} values, config wants "
-                f"{width_from} {width}; correct one of them"
-            )
-        return cls(widths, width, width_from)
-
-    @property
-    def names(self) -> list[str]:
-        """The columns to read."""
-        return list(self.widths)
-
-    @property
-    def labels(self) -> list[str]:
-        """What each value of the state is called: `force[2]`."""
-        return state_labels(self.widths or {STATE: self.width})
-
-    def read(self, batch: pa.RecordBatch, path: Source, first_row: int) -> np.ndarray:
-        """The states of some rows, float32 (rows, width); errors as `vectors`."""
-        if not self.widths:
-            return np.zeros((batch.num_rows, self.width), dtype=np.float32)
-        several = len(self.widths) > 1
-        parts = [
-            vectors(
-                as_list(batch.column(name)),
-                *(name, width, path, first_row),
-                width_from="its width in the first row," if several else self.width_from,
-            )
-            for name, width in self.widths.items()
-        ]
-        return np.concatenate(parts, axis=1) if several else parts[0]
 
 
 def as_list(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:

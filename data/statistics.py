@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from data.schema import ACTION, STATE, StateColumns, episode_numbers, flags, vectors
+from data.schema import ACTION, STATE, episode_numbers, flags, vectors
+from data.state_columns import StateColumns
 from data.tables import open_table
 from utils.config_utils import Config
 from utils.recordings import Recording, fingerprint, resolve_recordings

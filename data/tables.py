@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
 import pyarrow as pa
 
-from data.schema import Table, camera_column, image_columns, missing_camera
+from data.schema import camera_column, image_columns, missing_camera
 from utils.parquet_utils import DataError, Source, batches, bytes_needed, open_parquet, require_columns
 from utils.recordings import LeRobotFolder, Recording
+
+
+class Table(Protocol):
+    """What a recording offers to those who read it."""
+
+    @property
+    def path(self) -> object:
+        """How messages name it."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its columns; of cameras only those whose encoded frames are a column."""
+
+    @property
+    def num_rows(self) -> int:
+        """Time steps of all its episodes."""
+
+    @property
+    def cameras(self) -> Collection[str]:
+        """Names of its cameras."""
+
+    def image_columns(self, cameras: Sequence[str], required: Sequence[str] = ()) -> dict[str, str]:
+        """camera -> its column, of those cameras whose encoded frames are a column; a DataError where none of the
+        cameras is there, or one of the `required` columns is not."""
+
+    def video_cameras(self, cameras: Sequence[str]) -> dict[str, str]:
+        """camera -> what it is called there, of those cameras whose frames are in video files."""
+
+    def batches(self, columns: list[str], batch_size: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(first row, at most `batch_size` rows) of some columns."""
+
+    def bytes_needed(self, columns: Sequence[str]) -> int:
+        """Stored bytes that have to be read for some columns."""
+
+    def __enter__(self) -> Table: ...
+
+    def __exit__(self, *exception: object) -> None: ...
 
 
 class ParquetTable:
