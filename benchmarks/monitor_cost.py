@@ -75,6 +75,7 @@ def beside_a_large_policy(predictor: VLAPredictor, predictions: int, large_s: fl
         monitor.look(newest, observation["state"], observation["prompt"])
         spent += time.process_time() - started
         time.sleep(large_s)
+        monitor.predicted(large_s)
     return spent / (predictions * large_s)
 
 

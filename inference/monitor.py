@@ -24,7 +24,7 @@ from utils.comparison.rate import KIND, request_rate_mismatch
 
 WINDOW, CHECK = 48, 16  # observations that are compared together, and between two comparisons
 RATE_WINDOW, RATE_CHECK = 64, 48  # intervals between requests that are looked at together, and between two looks
-COST = 0.015  # share of the time between observations that looking at them may take
+COST = 0.015  # share of the time of predictions that looking at their observations may take
 ENOUGH_NUMBERS = (*(kind for kind, _ in UNITS.values()), "outside_training", "stuck")  # what a short stretch can show
 
 
@@ -49,7 +49,7 @@ class Monitor:
         self._last: dict[str, int] = {}
         self._states: deque[np.ndarray] = deque(maxlen=WINDOW)
         self._spent = 0.0
-        self._began: float | None = None
+        self._predicting = 0.0
         self._told: dict[str, str] = {}
         self._new: list[str] = []
 
@@ -65,11 +65,10 @@ class Monitor:
             Everything that was found to differ so far, as texts by kind and place.
         """
         started = time.perf_counter()
-        self._began = started if self._began is None else self._began
         if prompt not in self.training["prompts"] and "instruction_unknown prompt" not in self._told:
             self._tell(prompt_mismatches([prompt], self.training))
         self._keep_time(started, state)
-        if self._looked_at >= CHECK and self._spent > COST * (started - self._began):
+        if self._looked_at >= CHECK and self._spent > COST * self._predicting:
             return self._told
         for camera, frame in images.items():
             if camera in self._frames:
@@ -85,6 +84,10 @@ class Monitor:
             self._tell(self._compared())
         self._spent += time.perf_counter() - started
         return self._told
+
+    def predicted(self, seconds: float) -> None:
+        """Take in how long a prediction took: looking at observations may cost a share of it."""
+        self._predicting += seconds
 
     def _keep_time(self, now: float, state: np.ndarray | None) -> None:
         """Take in when an observation came, and from time to time look at the rate."""

@@ -275,7 +275,10 @@ class VLAPredictor:
         if noise is not None:
             batch["noise"] = checked_noise(noise, seed, self.model.draw_noise([[0]], self.num_inference_steps))
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        started = time.perf_counter()
         actions, uncertainty = self.predict_measured(batch, [[seed]], num_inference_steps, prefix)
+        if self._monitor is not None:
+            self._monitor.predicted(time.perf_counter() - started)
         self.uncertainty = float(uncertainty[0, 0])
         if self.alarm is not None and num_inference_steps in (None, self.num_inference_steps):
             self.alarm.add(self.uncertainty)

@@ -245,9 +245,11 @@ class PolicyServer:
             for kind in list(warnings.keys() - connection.told)[: MAX_TOLD - len(connection.told)]:
                 self.room.log.warning("%s", printable(warnings[kind], MAX_TEXT))
                 connection.told.add(kind)
-            if connection.history.monitor is not None:
-                self.metrics.suspected(connection.history.monitor.new_kinds())
+            if (monitor := connection.history.monitor) is not None:
+                self.metrics.suspected(monitor.new_kinds())
             prediction = await self.batcher.submit(sample, request.seed)
+            if monitor is not None:
+                monitor.predicted(prediction.model_seconds / prediction.batch_size)
         finally:
             wanted = False
         if not np.isfinite(prediction.actions).all():

@@ -94,7 +94,7 @@ def test_exports_carry_the_profile_and_older_checkpoints_say_that_they_have_none
 def test_the_predictor_says_once_what_differs(policy, caplog):
     caplog.set_level(logging.WARNING)
     predictor = VLAPredictor.from_checkpoint(policy, "cpu")
-    predictor._monitor._began = -1e9  # of which it may then spend as much as it needs
+    predictor._monitor.predicted(1e9)  # of which it may then spend as much as it needs
     for state in motion(np.random.default_rng(3), 40):
         frames = {"image_1": draw(0, state)[..., ::-1].copy(), "image_2": torch.from_numpy(draw(1, state))}
         predictor.observe(images=frames, prompt="push the blob", state=state.astype(np.float32))
