@@ -9,13 +9,14 @@ image processor. A profile is plain lists and numbers:
      "cameras": {name: {"thumbnails": (E, GRID, GRID, 3) mean picture of each episode looked at, 0 to 255,
                         "picture": (PICTURE, PICTURE, 3) mean over all frames,
                         "detail", "blocks", "change", "still": one number per episode looked at,
-                        "view": how the state is read off its pictures, and how well that goes (`_view`),
+                        "view": how the state is read off its pictures, and how well that goes (`_view`, `_through`),
                         "seen_as": of a session alone, how well it goes with turned pictures (`_seen_as`)}},
      "state", "action": {"quantiles": (width, 9) at QUANTILES, "steps": (width, 3) median, 99 % and largest change,
                          "spread": (width,) how far one episode's quantiles lie from those of all, in ranges},
      "begin": {"state", "action": quantiles of the first BEGIN steps of every episode; of a session the first START},
      "response": {"correlation": (A, S) of actions with the state's change after them,
-                  "lags": (parts of episodes, 2 * LAGS + 1), see `_lag_curves`},
+                  "motion": how the state moves in training (`state_motion`),
+                  "unexplained": of a session alone, what that leaves at every delay},
      "prompts": {instruction: episodes}}
 """
 
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from data.comparison.delays import Steps, state_motion, unexplained_motion, unexplained_pictures
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, VLAImageProcessor
 from data.tables import open_table
@@ -51,6 +53,7 @@ BEGIN = 16  # steps of an episode in which a policy can't have gone far yet
 START = 2  # of a session's: even one that is misled is still where it began
 STEPS = 48  # consecutive steps of each of them
 RIDGE = 0.02  # of the fit that reads the state off thumbnails, in shares of the fields' variance
+MOVING = 128  # of each dataset, spread evenly, by which the way that the state moves is told
 RESPONSE = 2  # steps within which the state answers to an action
 PROMPTS = 200  # the most frequent instructions that are kept
 
@@ -87,6 +90,7 @@ def profile_of(
         if frames:
             shown[camera] = _camera_profile(frames, store.state, trained.get(camera, {}).get("view"))
     prompts = Counter(store.prompts[i] for i in store.prompt_index[starts].tolist())
+    parts = [slice(*ends_of) for ends_of in zip(starts, ends, strict=True)]
     joined = np.isin(rows[1:], starts, invert=True)  # steps from one row to the next of the same episode
     return {
         "episodes": len(episodes),
@@ -101,7 +105,7 @@ def profile_of(
             name: _begin(getattr(store, name), starts, ends, BEGIN if against is None else START)
             for name in ("state", "action")
         },
-        "response": _response(store.state, store.action, list(zip(starts, ends, strict=True)), looked_at),
+        "response": _response([(store.state[part], store.action[part]) for part in parts], against),
         "prompts": dict(prompts.most_common(PROMPTS)),
     }
 
@@ -205,8 +209,8 @@ def _view(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
 
     Returns:
         `mean` and `scale` (fields,), `weights` (fields, S) and `bias` (S,) of the fit to all episodes; `explained`
-        (S,), `correlation` (S, S) of what is read (first axis) with what is so, and `lags` (`_lag_curves`), of fits to
-        one half of the episodes on the other.
+        (S,) and `correlation` (S, S) of what is read (first axis) with what is so, of fits to one half of the episodes
+        on the other.
     """
     fit = _fit(pairs)
     # By fours, because the parts of episodes that are looked at take turns so.
@@ -219,34 +223,30 @@ def _view(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
         return rounded | {
             "explained": [0.0] * width,
             "correlation": np.zeros((width, width)).tolist(),
-            "lags": [],
         }
-    return (
-        rounded
-        | {
-            name: np.round(np.minimum(*(part[name] for part in seen)), 3).tolist()
-            for name in ("explained", "correlation")
-        }
-        | {"lags": np.round(np.concatenate([part["lags"] for part in seen]), 3).tolist()}
-    )
+    return rounded | {
+        name: np.round(np.minimum(*(part[name] for part in seen)), 3).tolist() for name in ("explained", "correlation")
+    }
 
 
 def _through(pairs: Sequence[tuple[np.ndarray, np.ndarray]], view: dict[str, Any]) -> dict[str, Any]:
     """A session's states beside what the training's view reads off its pictures: see `_view`.
 
     `agrees` (S, S) is the share of the variance of a state (second axis) that what is read of a dimension (first axis)
-    explains in that dimension's own units, apart from an offset; `agrees_turned` (S,) of its own, with the other sign.
+    explains in that dimension's own units, apart from an offset; `agrees_turned` (S,) of its own, with the other sign;
+    `unexplained` is what remains at every delay (`unexplained_pictures`).
     A view of pictures unlike those it was fitted to reads anything, which may well correlate, but does not agree.
     """
     fit = {name: np.array(view[name]) for name in ("mean", "scale", "weights", "bias")}
     result = _through_fit(pairs, fit)
-    read = np.concatenate([_read(thumbnails, fit) for thumbnails, _ in pairs])
-    states = np.concatenate([states[:, : read.shape[1]] for _, states in pairs])
+    parts = [(_read(thumbnails, fit), states[:, : len(fit["bias"])]) for thumbnails, states in pairs]
+    read, states = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
     variance = np.where(states.var(axis=0) > 0, states.var(axis=0), np.inf)
     left = np.stack([(states - one[:, None]).var(axis=0) for one in read.T])
     result["agrees"] = np.clip(1 - left / variance, -9.0, 1.0)
     result["agrees_turned"] = np.clip(1 - (states + read).var(axis=0) / variance, -9.0, 1.0)
-    return {name: np.round(values, 3).tolist() for name, values in result.items()}
+    rounded = {name: np.round(values, 3).tolist() for name, values in result.items()}
+    return rounded | {"unexplained": unexplained_pictures(parts).tolist()}
 
 
 def _fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -274,7 +274,6 @@ def _through_fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]], fit: dict[str, 
         "explained": np.clip(explained, -9.0, 1.0),
         "correlation": _correlations(np.concatenate(read), np.concatenate(states)),
         "offset": left.mean(axis=0),
-        "lags": _lag_curves([np.diff(part, axis=0) for part in read], [np.diff(part, axis=0) for part in states]),
     }
 
 
@@ -285,23 +284,6 @@ def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = (x - x.mean(axis=0) for x in (a, b))
     norm = np.sqrt((a**2).sum(axis=0))[:, None] * np.sqrt((b**2).sum(axis=0))
     return np.where(norm > 1e-9, (a.T @ b) / np.maximum(norm, 1e-9), 0.0)
-
-
-def _lag_curves(late: Sequence[np.ndarray], early: Sequence[np.ndarray]) -> np.ndarray:
-    """Correlation of late[t + k] with early[t], k from -LAGS to LAGS: its mean over columns that change.
-
-    Returns (parts, 2 * LAGS + 1). Where the first signal comes late, the peak lies at a positive k. Parts that are
-    short or still have no curve.
-    """
-    curves = []
-    for a, b in zip(late, early, strict=True):
-        if len(a) < 4 * LAGS:
-            continue
-        parts = [(a[k:], b[: len(b) - k]) if k >= 0 else (a[:k], b[-k:]) for k in range(-LAGS, LAGS + 1)]
-        moving = (a.std(axis=0) > 0) & (b.std(axis=0) > 0)
-        if moving.any():
-            curves.append([_correlations(x, y).diagonal()[moving].mean() for x, y in parts])
-    return np.array(curves).reshape(-1, 2 * LAGS + 1)
 
 
 def _column_profile(values: np.ndarray, joined: np.ndarray) -> dict[str, Any]:
@@ -330,26 +312,24 @@ def _rounded(values: np.ndarray) -> list[list[float]]:
     return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
 
 
-def _response(
-    state: np.ndarray, action: np.ndarray, episodes: Sequence[tuple[int, int]], looked_at: Sequence[range]
-) -> dict[str, Any]:
+def _response(episodes: Sequence[Steps], against: Profile | None) -> dict[str, Any]:
     """How the state answers to actions: correlation (A, S) of an action with the state's change over the following
-    RESPONSE steps, and the lags between both signals' accelerations over dimensions that go together, of each part
-    that is looked at."""
-    commands, changes = [], []
-    for begin, end in episodes[:: max(1, len(episodes) // EPISODES)]:
-        if end - begin < 4 * LAGS + 2:
-            continue
-        moved = state[begin:end].astype(np.float64)
-        commands.append(action[begin:end].astype(np.float64)[:-RESPONSE])
-        changes.append(moved[RESPONSE:] - moved[:-RESPONSE])
-    width = min(action.shape[1], state.shape[1])
-    parts = [slice(rows.start, rows.stop) for rows in looked_at if len(rows) > 2]
-    slow = [np.diff(action[part, :width].astype(np.float64), axis=0)[:-1] for part in parts]
-    fast = [np.diff(state[part, :width].astype(np.float64), n=2, axis=0) for part in parts]
-    empty = np.zeros((action.shape[1], state.shape[1]))
-    correlation = _correlations(np.concatenate(commands), np.concatenate(changes)) if commands else empty
-    return {
-        "correlation": np.round(correlation, 3).tolist(),
-        "lags": np.round(_lag_curves(fast, slow), 3).tolist(),
-    }
+    RESPONSE steps, and how it moves, or of a session what the training's way to move leaves unexplained."""
+    (_, states), (_, actions) = (part.shape for part in episodes[0])
+    some = [
+        (state.astype(np.float64), action.astype(np.float64))
+        for state, action in episodes[:: max(1, len(episodes) // EPISODES)]
+        if len(state) >= 4 * LAGS + 2
+    ]
+    correlation = np.zeros((actions, states))
+    if some:
+        commands = np.concatenate([action[:-RESPONSE] for _, action in some])
+        correlation = _correlations(commands, np.concatenate([s[RESPONSE:] - s[:-RESPONSE] for s, _ in some]))
+    result = {"correlation": np.round(correlation, 3).tolist()}
+    if against is None:
+        return result | {"motion": state_motion(episodes[:: max(1, len(episodes) // MOVING)])}
+    trained = against["response"]
+    same_widths = np.shape(trained["correlation"]) == (actions, states)
+    if not same_widths or not trained.get("motion"):
+        return result | {"unexplained": []}
+    return result | {"unexplained": unexplained_motion(episodes, trained["motion"]).tolist()}

@@ -17,7 +17,7 @@ TURNS = {  # of frames (N, H, W, 3): each undoes itself
     "turned_by_180_degrees": lambda frames: frames[:, ::-1, ::-1],
     "red_and_blue_exchanged": lambda frames: frames[..., ::-1],
 }
-LAGS = 4  # steps by which pictures or states may be early or late
+LAGS = 4  # steps by which pictures or states may be late
 
 
 class FrameFacts(NamedTuple):
@@ -83,7 +83,12 @@ def is_profile(value: Any) -> bool:
             shapes.append((quantiles.shape, (len(quantiles), len(QUANTILES))))
             shapes.append((np.array(part["steps"], np.float64).shape, (len(quantiles), 3)))
             shapes.append((np.array(part["spread"], np.float64).shape, (len(quantiles),)))
-        lags = list(value["response"].get("lags", []))  # which profiles of earlier versions lack
+        motion = value["response"].get("motion")  # which profiles of earlier versions lack
+        if motion:
+            features = len(motion["mean"])
+            shapes += [(np.array(motion[name], np.float64).shape, (features,)) for name in ("mean", "scale")]
+            shapes.append((np.array(motion["weights"], np.float64).shape, (features, len(state))))
+            shapes.append((np.array(motion["telling"], np.float64).shape, (len(state),)))
         for facts in value["cameras"].values():
             number, view = len(facts["thumbnails"]), facts["view"]
             fields = GRID * GRID * 3
@@ -96,8 +101,6 @@ def is_profile(value: Any) -> bool:
             shapes.append((np.array(view["weights"], np.float64).shape, (fields, len(state))))
             shapes.append((np.array(view["bias"], np.float64).shape, (len(state),)))
             shapes.append((np.array(view["correlation"], np.float64).shape, (len(state), len(state))))
-            lags += view.get("lags", [])
-        shapes += [(np.array(lag, np.float64).shape, (2 * LAGS + 1,)) for lag in lags]
         rate, prompts = value["control_hz"], value["prompts"]
         plain = (rate is None or rate > 0) and all(isinstance(prompt, str) for prompt in prompts)
     except (TypeError, ValueError, LookupError, AttributeError):

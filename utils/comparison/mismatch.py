@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
-from utils.comparison.facts import LAGS, Profile
+from utils.comparison.facts import WELL_SEEN, Profile
 from utils.comparison.kinds import Mismatch
 from utils.comparison.numbers import UNITS, number_mismatches
 from utils.comparison.pictures import camera_mismatches
 
 FASTER = 1.6  # times the training's changes from step to step, from which another rate is suspected
-# Standard errors that a delay has to have: below 0.1 % by chance with eight other lags in each of four signals, and
-# the sparse parts that the errors are taken from.
-SURE = 4.5
-PARTS = 3, 8  # parts of a session and of training from which delays are told
+# Shares of what is unexplained that a delay of the state and one of pictures must explain: no clean session comes near.
+STATE_LATE, IMAGES_LATE = 0.1, 0.15
+# How far a step's delay must raise the logarithm of the unexplained in training for a dimension to count, and the most
+# that one counts for.
+TELLING, MOST_TELLING = 0.1, 2.0
 
 
 def mismatches(session: Profile, training: Profile) -> list[Mismatch]:
@@ -67,52 +67,41 @@ def _rate(session: Profile, training: Profile) -> Iterator[Mismatch]:
 
 
 def _delays(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
-    answers = _delay(session["response"], training["response"])
-    views = {
-        camera: _delay(*(profile["cameras"][camera]["view"] for profile in (session, training)))
-        for camera in sorted(cameras)
-    }
-    known = [delay for delay in views.values() if delay is not None]
-    # A late state is late beside the actions and beside the pictures; either alone may be how a policy moves.
-    late = None if answers is None else min(answers, -max(known)) if known else answers - 1
-    if late is not None and late > 0:
-        steps = "1 step" if answers == 1 else f"{answers} steps"
-        evidence = f"it answers to actions {steps} later than in training"
+    """A state that comes late after actions; only without one, pictures that come late after the state."""
+    motion = training["response"].get("motion")  # which profiles of earlier versions lack
+    weights = np.clip((motion or {}).get("telling", []), 0, MOST_TELLING)
+    late, less = _best_delay(session["response"]["unexplained"], np.where(weights < TELLING, 0, weights))
+    if late and less > STATE_LATE:
+        evidence = f"its changes follow actions {_steps(late)} later than in training, by a model that then errs "
+        evidence += f"{less:.0%} less"
         yield Mismatch("state_late", "state", evidence, "read the state when the action is due; look for a slow motor")
         return
-    for camera, delay in views.items():
-        if delay is not None and delay > 0:  # a late state would make them early
-            steps = "1 step" if delay == 1 else f"{delay} steps"
-            evidence = f"what it shows comes {steps} later than in training, beside the state"
+    for camera in sorted(cameras):
+        shown, known = (profile["cameras"][camera]["view"] for profile in (session, training))
+        seen = np.array(known["correlation"]).diagonal() > WELL_SEEN
+        late, less = _best_delay(shown["unexplained"], seen.astype(float))
+        if late and less > IMAGES_LATE:
+            evidence = f"the state that it shows is the one of {_steps(late)} earlier: it then differs {less:.0%} less"
             yield Mismatch("images_late", camera, evidence, "send the frame that was taken with the state")
 
 
-def _delay(session: dict[str, Any], training: dict[str, Any]) -> int | None:
-    """By how many whole steps a session's signals go together later than the training's; None: that can't be told.
+def _best_delay(unexplained: list[list[float]], weights: np.ndarray) -> tuple[int, float]:
+    """By how many steps signals have to be moved back to go together best, and by which share less is then unexplained.
 
-    The lag at which they go together best must differ from the training's in the session and in either half of it. And
-    what they gain by it must be more than chance twice: by the errors of a mean over the session's parts, since a
-    session is short; and by how much single training episodes differ, since a policy's way to move is no mistake.
+    Args:
+        unexplained: mean squares, (LAGS + 1, S), or nothing.
+        weights: of the dimensions, (S,); where all are 0, nothing can be told.
     """
-    if "lags" not in training:
-        return None  # a profile of an earlier version, which kept the mean alone
-    new, known = (np.array(profile["lags"]).reshape(-1, 2 * LAGS + 1) for profile in (session, training))
-    if len(new) < PARTS[0] or len(known) < PARTS[1]:
-        return None
-    usual, best = int(known.mean(axis=0).argmax()), int(new.mean(axis=0).argmax())
-    if not {usual, best} <= set(range(1, 2 * LAGS)):
-        return None  # no peak
-    if best == usual:
-        return 0
-    middle = len(new) // 2
-    halves = [int(half.mean(axis=0).argmax()) - usual for half in (new[:middle], new[middle:])]
-    if any(half * (best - usual) <= 0 for half in halves):
-        return 0
-    gain, usual_gain = (curves[:, best] - curves[:, usual] for curves in (new, known))
-    variance, usual_variance = gain.var(ddof=1), usual_gain.var(ddof=1)
-    displaced = gain.mean() / np.sqrt((variance + usual_variance) / len(gain) + 1e-9)
-    unusual = (gain.mean() - usual_gain.mean()) / np.sqrt(variance / len(gain) + usual_variance + 1e-9)
-    return best - usual if min(displaced, unusual) > SURE else 0
+    if not len(unexplained) or not weights.any():
+        return 0, 0.0
+    logarithm = np.log(np.array(unexplained))
+    gain = (logarithm[0] - logarithm) @ weights / weights.sum()
+    late = int(gain.argmax())
+    return late, 1 - float(np.exp(-gain[late]))
+
+
+def _steps(number: int) -> str:
+    return "1 step" if number == 1 else f"{number} steps"
 
 
 def prompt_mismatches(prompts: Iterable[str], training: Profile) -> Iterator[Mismatch]:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from data.comparison.delays import state_motion, unexplained_motion
 from data.comparison.profile import profile_of
 from data.episode_store import EpisodeStore
 from data.processing import VLAImageProcessor
 from tests.data.comparison.synthetic import SIZE, encoded, write_session
 from utils.comparison.facts import is_profile
-from utils.comparison.mismatch import _delay, mismatches
+from utils.comparison.mismatch import _best_delay, mismatches
 
 CAMERAS = ("image_1", "image_2")
 
@@ -127,29 +128,43 @@ def test_a_gripper_that_stays_open_is_not_stuck(tmp_path):
     assert ("stuck", "state[2]") in kinds
 
 
-def curves(rng, peak, parts, spread=0.02, height=0.5):
-    """Lag curves of parts that have their peak at a lag, and differ by so much."""
-    lags = np.arange(-4, 5)
-    return {"lags": (height * np.exp(-(((lags - peak) / 2) ** 2)) + spread * rng.standard_normal((parts, 9))).tolist()}
+def test_a_delay_is_what_explains_more_of_the_dimensions_that_tell():
+    curve = np.exp(np.abs(np.arange(5) - 2))[:, None] * [1.0, 1.0]  # least two steps late
+    assert _best_delay(curve.tolist(), np.ones(2)) == (2, pytest.approx(1 - np.exp(-2)))
+    assert _best_delay(curve[2:].tolist(), np.ones(2)) == (0, 0.0), "as in training"
+    curve[:, 1] = 1.0
+    assert _best_delay(curve.tolist(), np.array([1.0, 1.0])) == (2, pytest.approx(1 - np.exp(-1)))
+    assert _best_delay(curve.tolist(), np.array([0.0, 1.0])) == (0, 0.0), "the other dimension tells nothing"
+    assert _best_delay(curve.tolist(), np.zeros(2)) == (0, 0.0) == _best_delay([], np.ones(2))
 
 
-def test_a_delay_is_told_by_a_peak_that_moved_and_by_nothing_less():
-    rng = np.random.default_rng(0)
-    known = curves(rng, 0, 32)
-    assert [_delay(curves(rng, peak, 4), known) for peak in (0, 1, 2, -2)] == [0, 1, 2, -2]
-    assert _delay(curves(rng, 0.3, 4), known) == 0, "a part of a step is none"
-    assert _delay(curves(rng, 2, 4), curves(rng, 0, 32, spread=0.2)) == 0, "training episodes differ by as much"
-    torn = {"lags": curves(rng, 3, 3)["lags"] + curves(rng, 0, 3)["lags"]}
-    assert _delay(torn, known) == 0, "in one half of the session alone"
-    assert _delay(curves(rng, 1, 2), known) is None and _delay({}, {"lag": [0.0] * 9}) is None
-    assert _delay(curves(rng, 4, 4), known) is None, "no peak among the lags"
+def walks(seed, late=0, number=6):
+    """Episodes of smooth commands that a state follows with inertia, and the state as it arrives."""
+    rng = np.random.default_rng(seed)
+    for _ in range(number):
+        actions = np.cumsum(rng.standard_normal((60, 3)) * 0.1, axis=0)
+        states = np.zeros((60, 3))
+        for t in range(1, 60):
+            states[t] = states[t - 1] + 0.2 * actions[t - 1] + (0.5 * (states[t - 1] - states[t - 2]) if t > 1 else 0)
+        states[:, 2] = rng.standard_normal()  # stands still
+        yield np.concatenate([states[:1]] * late + [states[: 60 - late]]), actions
 
 
-def test_a_delay_is_seldom_chance():
-    """No lag is best: whatever curve looks delayed is so by chance, and 20,000 sessions bring none."""
-    rng = np.random.default_rng(1)
-    known = curves(rng, 0, 32, height=0.0)
-    assert not any(_delay(curves(rng, 0, 4, height=0.0), known) for _ in range(20_000))
+@pytest.mark.parametrize("late", [0, 1, 2, 3])
+def test_the_way_that_a_state_moves_tells_how_late_it_comes(late):
+    motion = state_motion(list(walks(0, number=24)))
+    telling = np.array(motion["telling"])
+    assert (telling[:2] > 1).all() and telling[2] == 0, "a dimension that stands still tells nothing"
+    assert _best_delay(unexplained_motion(list(walks(1, late)), motion).tolist(), telling)[0] == late
+    assert len(unexplained_motion(list(walks(1, late, number=1)), motion)) == 0, "too few steps"
+    assert state_motion(list(walks(0, number=1))) == {}
+
+
+def test_a_checkpoint_that_knows_no_motion_tells_no_late_state(training, tmp_path):
+    earlier = {**training, "response": {"correlation": training["response"]["correlation"], "lags": []}}
+    assert is_profile(earlier) and named(tmp_path, earlier, late_state=1) == []
+    broken = {**training, "response": {**training["response"], "motion": {"mean": [0.0]}}}
+    assert not is_profile(broken)
 
 
 @pytest.mark.parametrize("seed", range(10, 30))
