@@ -21,6 +21,7 @@ from utils.recordings import Recording
 
 logger = logging.getLogger(__name__)
 FIT_ROWS = 20_000  # steps of a dataset that its statistics are compared with before training
+OF_RANGES = {"outside_training", "sign_reversed", "inverted", "dimensions_exchanged"}  # kinds that a profile judges
 
 
 def training_profiles(train: MixtureDataset) -> list[Profile]:
@@ -121,8 +122,8 @@ def held_against(
     session = profile_of(store, list(training["cameras"]), image_processor, against=training)
     named = mismatches(session, training)
     places = {mismatch.where for mismatch in named}
-    # The profile judges better what lies outside of training: it tells a mistake from a policy that left it by itself.
-    rest = [mismatch for mismatch in found if mismatch.where not in places and mismatch.kind != "outside_training"]
+    # Ranges alone don't tell a mistake from a policy that goes elsewhere by itself; the profile knows where it began.
+    rest = [mismatch for mismatch in found if mismatch.where not in places and mismatch.kind not in OF_RANGES]
     return table, [*named, *rest], True
 
 

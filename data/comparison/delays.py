@@ -58,20 +58,22 @@ def unexplained_motion(episodes: Sequence[Steps], motion: dict[str, Any]) -> np.
 
 
 def unexplained_pictures(parts: Iterable[Steps]) -> np.ndarray:
-    """Mean squares of what is read off pictures beside the states, apart from an offset, (LAGS + 1, S), or nothing.
+    """Mean squares of what is read off pictures beside the states, apart from an offset, of each part of a session.
 
     Args:
-        parts: of a session, what was read (T, S) and the states (T, S). Row k takes the pictures for k steps late.
+        parts: what was read (T, S) and the states (T, S).
+
+    Returns:
+        (parts, LAGS + 1, S), or nothing of few steps. Row k takes the pictures for k steps late.
     """
-    left = []
+    left, steps = [], 0
     for read, states in parts:
         if len(read) > 2 * LAGS:
             after = np.arange(LAGS, len(read))
             apart = np.stack([read[after] - states[after - late] for late in range(LAGS + 1)])
-            left.append((apart - apart.mean(axis=1, keepdims=True)) ** 2)
-    if sum(part.shape[1] for part in left) < ENOUGH:
-        return np.empty((0, 0))
-    return np.concatenate(left, axis=1).mean(axis=1) + 1e-14
+            left.append(apart.var(axis=1) + 1e-14)
+            steps += len(after)
+    return np.array(left if steps >= ENOUGH else [])
 
 
 def _motion_fit(episodes: Sequence[Steps]) -> Fit:

@@ -18,8 +18,8 @@ from utils.comparison.numbers import UNITS, number_mismatches
 from utils.comparison.pictures import camera_mismatches
 
 FASTER = 1.6  # times the training's changes from step to step, from which another rate is suspected
-# Shares of what is unexplained that a delay of the state and one of pictures must explain: no clean session comes near.
-STATE_LATE, IMAGES_LATE = 0.1, 0.15
+STATE_LATE = IMAGES_LATE = 0.1  # share of what is unexplained that a delay must explain
+SURE = 3.0  # standard errors over the parts of a session that the gain of late pictures has to have
 # How far a step's delay must raise the logarithm of the unexplained in training for a dimension to count, and the most
 # that one counts for.
 TELLING, MOST_TELLING = 0.1, 2.0
@@ -79,7 +79,7 @@ def _delays(session: Profile, training: Profile, cameras: set[str]) -> Iterator[
     for camera in sorted(cameras):
         shown, known = (profile["cameras"][camera]["view"] for profile in (session, training))
         seen = np.array(known["correlation"]).diagonal() > WELL_SEEN
-        late, less = _best_delay(shown["unexplained"], seen.astype(float))
+        late, less = _delay_of_pictures(shown["unexplained"], seen.astype(float))
         if late and less > IMAGES_LATE:
             evidence = f"the state that it shows is the one of {_steps(late)} earlier: it then differs {less:.0%} less"
             yield Mismatch("images_late", camera, evidence, "send the frame that was taken with the state")
@@ -98,6 +98,17 @@ def _best_delay(unexplained: list[list[float]], weights: np.ndarray) -> tuple[in
     gain = (logarithm[0] - logarithm) @ weights / weights.sum()
     late = int(gain.argmax())
     return late, 1 - float(np.exp(-gain[late]))
+
+
+def _delay_of_pictures(parts: list[list[list[float]]], weights: np.ndarray) -> tuple[int, float]:
+    """As `_best_delay`, of (parts, LAGS + 1, S): no delay where the session's parts don't agree on it."""
+    if len(parts) < 2 or not weights.any():
+        return 0, 0.0
+    late, less = _best_delay(np.mean(parts, axis=0).tolist(), weights)
+    logarithm = np.log(np.array(parts)) @ weights / weights.sum()
+    gain = logarithm[:, 0] - logarithm[:, late]
+    sure = gain.mean() > SURE * gain.std(ddof=1) / np.sqrt(len(gain))
+    return (late, less) if sure else (0, 0.0)
 
 
 def _steps(number: int) -> str:

@@ -12,7 +12,7 @@ from data.episode_store import EpisodeStore
 from data.processing import VLAImageProcessor
 from tests.data.comparison.synthetic import SIZE, encoded, write_session
 from utils.comparison.facts import is_profile
-from utils.comparison.mismatch import _best_delay, mismatches
+from utils.comparison.mismatch import _best_delay, _delay_of_pictures, mismatches
 
 CAMERAS = ("image_1", "image_2")
 
@@ -136,6 +136,13 @@ def test_a_delay_is_what_explains_more_of_the_dimensions_that_tell():
     assert _best_delay(curve.tolist(), np.array([1.0, 1.0])) == (2, pytest.approx(1 - np.exp(-1)))
     assert _best_delay(curve.tolist(), np.array([0.0, 1.0])) == (0, 0.0), "the other dimension tells nothing"
     assert _best_delay(curve.tolist(), np.zeros(2)) == (0, 0.0) == _best_delay([], np.ones(2))
+
+
+def test_parts_of_a_session_have_to_agree_on_late_pictures():
+    curve = np.exp(np.abs(np.arange(5) - 2) / 5)[:, None]
+    assert _delay_of_pictures([curve, 1.1 * curve, curve], np.ones(1))[0] == 2
+    assert _delay_of_pictures([curve**3, curve[::-1], 0 * curve + 1], np.ones(1)) == (0, 0.0), "one part alone says so"
+    assert _delay_of_pictures([curve], np.ones(1)) == (0, 0.0) == _delay_of_pictures([], np.ones(1))
 
 
 def walks(seed, late=0, number=6):
