@@ -33,7 +33,9 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> torch.optim.Opt
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     if config.type == "AdamW8bit":
         return _adamw_8bit(groups, config, devices)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=devices == {"cuda"})
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=devices in ({"cuda"}, {"cpu"})
+    )
 
 
 def what_trains(model: VLAModel) -> str:

@@ -187,3 +187,13 @@ def test_float32_masters_move_where_bfloat16_masters_would_not(make):
 def test_what_trains_is_told_and_true(make, vlm, told):
     policy, _ = make(model={"vlm_config": vlm})
     assert what_trains(policy) == told
+
+
+def test_a_run_that_began_with_another_implementation_keeps_it(make):
+    """Fused AdamW rounds otherwise: a checkpoint of an earlier version goes on to every digit as it would have."""
+    policy, config = make()
+    optimizer = build_optimizer(policy, config.optimizer)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    earlier = torch.optim.AdamW([{**group, "fused": False} for group in optimizer.param_groups])
+    optimizer.load_state_dict(earlier.state_dict())
+    assert not any(group["fused"] for group in optimizer.param_groups)
