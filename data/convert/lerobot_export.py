@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
-import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,19 +21,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 from tqdm import tqdm
 
 from data.convert.conversion import run_jobs
-from data.convert.episode_reader import Episode, Span, read_episodes, read_images
+from data.convert.episode_reader import Episode, read_episodes
 from data.convert.episode_writer import RECORD
-from data.convert.lerobot_files import CHUNKS_SIZE, DATA_PATH, ROWS_PER_BLOCK, VIDEO_PATH, DataFiles, VideoFiles
+from data.convert.lerobot_files import CHUNKS_SIZE, DATA_PATH, VIDEO_PATH, DataFiles, VideoFiles
+from data.convert.lerobot_images import Frames, image_blocks, measure_images
 from data.convert.lerobot_rows import DONE, LABEL_FEATURES
-from data.convert.lerobot_stats import Stats, count_pixels, image_stats, sampled_frames, vector_stats
-from data.convert.video import VideoEncoding, encode_video, video_info
-from data.decoding import upright
+from data.convert.lerobot_stats import Stats, image_stats, vector_stats
+from data.convert.video import VideoEncoding, video_info
 from data.schema import SUCCESS
-from utils.encoded_images import RECORDED_FORMATS
 from utils.misc import writing
 from utils.parquet_utils import DataError, open_parquet
 
@@ -76,16 +72,6 @@ class Layout:
     labels: tuple[str, ...] = ()
     data_files_size_in_mb: float = 100
     video_files_size_in_mb: float = 200
-
-
-@dataclass(frozen=True)
-class _Frames:
-    """The images of one camera in an episode, measured in one pass."""
-
-    shape: tuple[int, int, int]  # height, width, 3
-    counts: np.ndarray  # see count_pixels
-    num_sampled: int
-    video: Path | None  # a temporary file; None: stays as images
 
 
 def state_feature(column: str) -> str:
@@ -158,7 +144,7 @@ def export_lerobot(
     with writing(output_dir, "make room, or choose another --output_dir"), _beside(output_dir) as temporary:
         root, scratch = temporary / "dataset", temporary / "scratch"
         scratch.mkdir()
-        measure = functools.partial(_measure_images, scratch, layout)
+        measure = functools.partial(measure_images, scratch, layout.cameras, layout.fps, layout.video)
         jobs = ((episode.index, len(episode), episode.spans) for episode in episodes)
         with _Writer(root, layout) as writer, tqdm(total=len(episodes), unit="episode", disable=None) as progress:
             for episode, frames in zip(episodes, run_jobs(measure, jobs, num_workers), strict=True):
@@ -236,7 +222,7 @@ class _Writer:
         if error is None:
             self._write_metadata()
 
-    def append(self, episode: Episode, frames: dict[str, _Frames]) -> None:
+    def append(self, episode: Episode, frames: dict[str, Frames]) -> None:
         """Add an episode whose images have been measured; `frames` by feature."""
         if not self._features:
             self._features = _features(self._layout, episode, frames)
@@ -272,7 +258,7 @@ class _Writer:
         self._num_rows += len(episode)
         self._num_episodes += 1
 
-    def _check_shapes(self, episode: Episode, frames: dict[str, _Frames]) -> None:
+    def _check_shapes(self, episode: Episode, frames: dict[str, Frames]) -> None:
         for feature, measured in frames.items():
             height, width, _ = self._features[feature]["shape"]
             if measured.shape[:2] != (height, width):
@@ -301,7 +287,7 @@ class _Writer:
         columns: dict[str, pa.Array | pa.ChunkedArray] = {}
         for camera, feature in self._layout.cameras.items():
             if feature not in self._videos:
-                columns[feature] = pa.chunked_array(_image_blocks(episode, camera))
+                columns[feature] = pa.chunked_array(image_blocks(episode, camera))
         for key, values in numbers.items():
             kind = self._features[key]["dtype"]
             flat = pa.array(values.astype(kind).reshape(-1))
@@ -367,17 +353,7 @@ class _Writer:
         tasks.to_parquet(meta / "tasks.parquet")
 
 
-def _image_blocks(episode: Episode, camera: str) -> Iterator[pa.StructArray]:
-    """One camera's frames as the datasets library embeds them: their bytes, and the name that a file would have."""
-    images = enumerate(read_images(episode.spans, camera))
-    while block := list(itertools.islice(images, ROWS_PER_BLOCK)):
-        suffix = "png" if block[0][1].startswith(b"\x89PNG") else "jpg"
-        paths = [f"frame-{i:06d}.{suffix}" for i, _ in block]
-        fields = [pa.array([image for _, image in block], pa.binary()), pa.array(paths, pa.string())]
-        yield pa.StructArray.from_arrays(fields, ["bytes", "path"])
-
-
-def _features(layout: Layout, episode: Episode, frames: dict[str, _Frames]) -> dict[str, dict[str, Any]]:
+def _features(layout: Layout, episode: Episode, frames: dict[str, Frames]) -> dict[str, dict[str, Any]]:
     """The `features` of info.json."""
     features: dict[str, dict[str, Any]] = {}
     for feature, measured in frames.items():
@@ -402,52 +378,6 @@ def _features(layout: Layout, episode: Episode, frames: dict[str, _Frames]) -> d
 def _label(name: str, values: np.ndarray) -> np.ndarray:
     """A label as lerobot records it; ours of an episode's outcome stands in all of its rows."""
     return values & (np.arange(len(values)) == len(values) - 1) if name == SUCCESS else values
-
-
-def _measure_images(scratch: Path, layout: Layout, job: tuple[int, int, tuple[Span, ...]]) -> dict[str, _Frames]:
-    """Check, measure and perhaps encode an episode's images; feature -> its images, measured."""
-    index, length, spans = job
-    measured = {}
-    for number, (camera, feature) in enumerate(layout.cameras.items()):
-        pixels = _Pixels(spans, camera, set(sampled_frames(length)), decode_all=layout.video is not None)
-        video = scratch / f"{index:06d}_{number}.mp4" if layout.video else None
-        if video:
-            encode_video(video, pixels, layout.fps, layout.video)
-        else:
-            for _ in pixels:
-                pass
-        measured[feature] = _Frames(pixels.shape, pixels.counts, len(pixels.sampled), video)
-    return measured
-
-
-class _Pixels:
-    """Iterates over decoded frames, uint8 (H, W, 3), and measures them in passing."""
-
-    def __init__(self, spans: Sequence[Span], camera: str, sampled: set[int], *, decode_all: bool) -> None:
-        self._spans, self._camera, self._decode_all, self.sampled = spans, camera, decode_all, sampled
-        self.counts = np.zeros((3, 256), np.int64)
-        self.shape = (0, 0, 0)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for i, data in enumerate(read_images(self._spans, self._camera)):
-            where = f"{self._spans[0].path} row {self._spans[0].begin} (first of the episode) + {i}: {self._camera}"
-            try:
-                with Image.open(io.BytesIO(data), formats=RECORDED_FORMATS) as image:
-                    turned = upright(image)
-                    shape, mode = (turned.height, turned.width, 3), turned.mode
-                    if mode == "RGB" and (self._decode_all or i in self.sampled):
-                        pixels = np.asarray(turned)
-            except OSError as error:
-                raise DataError(f"{where} can't be decoded ({error}); drop or mend that episode") from None
-            if mode != "RGB" or (i and shape != self.shape):
-                raise DataError(
-                    f"{where} is {mode} of {shape[1]}x{shape[0]}; wanted RGB of one size for all frames of a camera"
-                )
-            self.shape = shape
-            if i in self.sampled:
-                self.counts += count_pixels(pixels)
-            if self._decode_all:
-                yield pixels
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
