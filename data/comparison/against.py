@@ -21,7 +21,8 @@ from utils.recordings import Recording
 
 logger = logging.getLogger(__name__)
 FIT_ROWS = 20_000  # steps of a dataset that its statistics are compared with before training
-OF_RANGES = {"outside_training", "sign_reversed", "inverted", "dimensions_exchanged"}  # kinds that a profile judges
+# Kinds that a profile judges better.
+OF_RANGES = {"outside_training", "sign_reversed", "inverted", "dimensions_exchanged", "constant_in_statistics"}
 
 
 def training_profiles(train: MixtureDataset) -> list[Profile]:
