@@ -14,6 +14,7 @@ image processor. A profile is plain lists and numbers:
      "state", "action": {"quantiles": (width, 9) at QUANTILES, "steps": (width, 3) median, 99 % and largest change,
                          "spread": (width,) how far one episode's quantiles lie from those of all, in ranges},
      "begin": {"state", "action": quantiles of the first BEGIN steps of every episode; of a session the first START},
+     "start": {"state": of the first START steps in either},
      "response": {"correlation": (A, S) of actions with the state's change after them,
                   "motion": how the state moves in training (`state_motion`),
                   "unexplained": of a session alone, what that leaves at every delay},
@@ -105,6 +106,7 @@ def profile_of(
             name: _begin(getattr(store, name), starts, ends, BEGIN if against is None else START)
             for name in ("state", "action")
         },
+        "start": {"state": _begin(store.state, starts, ends, START)},
         "response": _response([(store.state[part], store.action[part]) for part in parts], against),
         "prompts": dict(prompts.most_common(PROMPTS)),
     }

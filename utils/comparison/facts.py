@@ -83,7 +83,9 @@ def is_profile(value: Any) -> bool:
             shapes.append((quantiles.shape, (len(quantiles), len(QUANTILES))))
             shapes.append((np.array(part["steps"], np.float64).shape, (len(quantiles), 3)))
             shapes.append((np.array(part["spread"], np.float64).shape, (len(quantiles),)))
-        motion = value["response"].get("motion")  # which profiles of earlier versions lack
+        if "start" in value:  # which profiles of earlier versions lack, as motion
+            shapes.append((np.array(value["start"]["state"], np.float64).shape, state.shape))
+        motion = value["response"].get("motion")
         if motion:
             features = len(motion["mean"])
             shapes += [(np.array(motion[name], np.float64).shape, (features,)) for name in ("mean", "scale")]

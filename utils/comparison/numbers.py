@@ -203,6 +203,21 @@ def _following(session: Profile, training: Profile) -> list[int]:
     return np.flatnonzero(((np.abs(usual) > FOLLOWS) & (here * np.sign(usual) > FOLLOWS)).any(axis=0)).tolist()
 
 
+def _begins_upright(session: Profile, training: Profile) -> np.ndarray:
+    """Which dimensions of the state begin where they did, and would not with the other sign or the other way round."""
+    known = np.array(training["state"]["quantiles"])
+    if "start" not in training:  # a profile of an earlier version
+        return np.zeros(len(known), bool)
+    begin, usual = np.array(session["begin"]["state"]), np.array(training["start"]["state"])
+    margin = 0.1 * np.ptp(known, axis=1)[:, None]
+
+    def within(values: np.ndarray) -> np.ndarray:
+        middle = values[:, 1:-1]
+        return ((middle >= usual[:, [0]] - margin) & (middle <= usual[:, [-1]] + margin)).all(axis=1)
+
+    return within(begin) & ~within(-begin) & ~within(known[:, [0]] + known[:, [-1]] - begin)
+
+
 def _begin_within(begin: np.ndarray, usual: np.ndarray) -> np.ndarray:
     """Whether dimension i of a session begins where j begins in training, but for the outermost; (width, width)."""
     low, high = _reach(usual)
@@ -220,9 +235,10 @@ def _reach(usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _turned(session: Profile, training: Profile, cameras: set[str]) -> Iterator[Mismatch]:
     """Dimensions that move against what the pictures show, or against what the actions ask for.
 
-    What follows an action as ever is none of them, whatever the pictures seem to show.
+    What follows an action as ever is none of them, whatever the pictures seem to show. Nor is what pictures alone speak
+    against, where it begins as it did and would not if it were turned.
     """
-    follows = _following(session, training)
+    follows, begins = _following(session, training), _begins_upright(session, training)
     new, known = (np.array(profile["state"]["quantiles"]) for profile in (session, training))
     moving = np.ptp(new[:, 1:-1], axis=1) > 0.1 * np.ptp(known[:, 1:-1], axis=1)
     for d in np.flatnonzero(moving).tolist():
@@ -237,7 +253,7 @@ def _turned(session: Profile, training: Profile, cameras: set[str]) -> Iterator[
                 against.append(f"what {camera} shows")
         for a in np.flatnonzero(strong & (here * np.sign(usual) < -FOLLOWS)).tolist():
             against.append(f"action[{a}]")
-        if not against:
+        if not against or (begins[d] and not any(place.startswith("action") for place in against)):
             continue
         evidence = f"it moves against {' and '.join(against)}, which it follows in training"
         low, high = known[d][1], known[d][-2]
