@@ -82,13 +82,17 @@ class Recipe:
     def record(self, demos: int, held_out: int = 2, flags: Sequence[str] = ()) -> None:
         """Demonstrations of the experts: `demos` of each task to train on, and a few to validate."""
         for split, episodes, seed in (("train", demos, 0), ("val", held_out, HELD_OUT_SEED)):
-            for task in self.tasks:  # one command each, so that an interruption costs no more than a task
-                if (self.data / split / f"{task}.parquet").is_file():
-                    continue
-                command = ["scripts/record_demos.py", "--env", self.env, "--tasks", task, *flags]
-                command += ["--episodes", str(episodes), "--seed", str(seed), "--num_workers", str(self.num_workers)]
-                with self._timed("record"):
-                    run(*command, "--output_dir", str(self.data / split), *_options(self.env_options))
+            self.record_split(split, episodes, seed, flags, self.env_options)
+
+    def record_split(self, split: str, episodes: int, seed: int, flags: Sequence[str], options: dict[str, Any]) -> None:
+        """So many demonstrations of each task into a folder, unless they are there."""
+        for task in self.tasks:  # one command each, so that an interruption costs no more than a task
+            if (self.data / split / f"{task}.parquet").is_file():
+                continue
+            command = ["scripts/record_demos.py", "--env", self.env, "--tasks", task, *flags]
+            command += ["--episodes", str(episodes), "--seed", str(seed), "--num_workers", str(self.num_workers)]
+            with self._timed("record"):
+                run(*command, "--output_dir", str(self.data / split), *_options(options))
 
     def train(self) -> None:
         """Backbone, statistics and training, unless that was done."""
@@ -117,6 +121,7 @@ class Recipe:
         control: str | None = None,
         tasks: Sequence[str] | None = None,
         options: dict[str, Any] | None = None,
+        replayed: str = "train",
     ) -> dict[str, Any]:
         """rollouts.json of an evaluation on seeds from 10000 upwards.
 
@@ -126,6 +131,7 @@ class Recipe:
             flags: further ones of main_eval.py.
             control: "expert" or "replay", in the policy's place.
             tasks, options: instead of the recipe's.
+            replayed: the split whose demonstrations the control "replay" plays back.
         """
         output = self.experiment / name
         command = ["main_eval.py", "--env", self.env, "--tasks", *(tasks or self.tasks), "--episodes", str(episodes)]
@@ -136,7 +142,7 @@ class Recipe:
         else:
             command += ["--control", control]
         if control == "replay":
-            command += ["--demos_path", *self.demonstrations("train")]
+            command += ["--demos_path", *self.demonstrations(replayed)]
         with self._timed(name):
             run(*command, *_options(self.env_options if options is None else options))
         return json.loads((output / "rollouts.json").read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ LIBERO's own layouts vary by about a centimetre, so that replay succeeds there: 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -52,6 +53,7 @@ GOAL = [
 ]
 LANGUAGE = GOAL[:4]  # the tasks of the matrix
 RUNS = ("policy", "blind", "replay", "swapped", "expert")
+REPLAYED, REPLAY_SEED = 5, 9000  # demonstrations of each task that are played back in turn, and their first seed
 
 
 def starts_are_identical(seeds: range, image_size: int) -> bool:
@@ -107,10 +109,14 @@ def language_matrix(recipe: Recipe, episodes: int, paraphrase: int = 0) -> dict[
 
 
 def layouts(recipe: Recipe, episodes: int) -> dict[str, dict[str, Any]]:
-    """Layout -> run -> rollouts.json."""
+    """Layout -> run -> rollouts.json.
+
+    What is replayed was recorded in the layout itself and without noise, whose labels are not what was done.
+    """
     results: dict[str, dict[str, Any]] = {}
     for layout in ("standard", "wide"):
-        options = {**recipe.env_options, "layout": layout}
+        options, replayed = {**recipe.env_options, "layout": layout}, f"replay_{layout}"
+        recipe.record_split(replayed, min(REPLAYED, episodes), REPLAY_SEED, ["--noise_scale", "0"], options)
         results[layout] = {
             run: recipe.evaluate(
                 f"{layout}/{run}",
@@ -118,6 +124,7 @@ def layouts(recipe: Recipe, episodes: int) -> dict[str, dict[str, Any]]:
                 {"blind": ["--blind"], "swapped": ["--swap_prompts"]}.get(run, []),
                 control=run if run in ("replay", "expert") else None,
                 options=options,
+                replayed=replayed,
             )
             for run in RUNS
         }
@@ -125,7 +132,7 @@ def layouts(recipe: Recipe, episodes: int) -> dict[str, dict[str, Any]]:
 
 
 def print_matrix(matrix: dict[str, dict[str, int]], episodes: int, paraphrase: int = 0) -> None:
-    """The matrix, and its means."""
+    """The matrix, its means, and what it was measured on."""
     names = [task.partition(".")[2] for task in LANGUAGE]
     rows = [[instructions_of(told)[paraphrase], *goals.values()] for told, goals in matrix.items()]
     print(f"\ngoals reached in {episodes} episodes\n" + text_table(["prompt", *names], rows))
@@ -133,6 +140,8 @@ def print_matrix(matrix: dict[str, dict[str, int]], episodes: int, paraphrase: i
     other = [count for told, goals in matrix.items() for goal, count in goals.items() if goal != told]
     for name, counts in (("diagonal", own), ("rest", other)):
         print(f"{name}: " + counted({"successes": sum(counts), "episodes": episodes * len(counts)}))
+    last = FIRST_EVALUATION_SEED + episodes - 1
+    print(f"seeds {FIRST_EVALUATION_SEED} to {last}, wide layout, MuJoCo {importlib.metadata.version('mujoco')}")
 
 
 def print_layouts(results: dict[str, Any]) -> None:
@@ -169,7 +178,7 @@ def main() -> None:
         tasks, demos, episodes = LANGUAGE, 1, 1
         settings = ["training.max_steps=5", "data.batch_size=8", "inference.num_inference_steps=2"]
         options |= {"max_episode_steps": 120}
-    if not starts_are_identical(range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + min(3, episodes)), 96):
+    if not starts_are_identical(range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + episodes), 96):
         sys.exit("error: the tasks of the matrix start from different images or states; it would not test the prompt")
     config = "configs/libero_goal.yaml"
     settings += args.set

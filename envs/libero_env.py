@@ -270,11 +270,20 @@ class LiberoEnv(RobotEnv):
     def _observe(self) -> dict[str, np.ndarray]:
         assert self._raw is not None
         images = {} if self._images_on_request else self.images()
-        rotation = np.zeros(3)
-        x, y, z, w = self._raw["robot0_eef_quat"]
-        self._mujoco.mju_quat2Vel(rotation, np.array([w, x, y, z]) * (1 if w >= 0 else -1), 1.0)
+        rotation = rotation_vector(self._raw["robot0_eef_quat"])
         parts = [self._raw["robot0_eef_pos"], rotation, self._raw["robot0_gripper_qpos"]]
         return {**images, "state": np.concatenate(parts).astype(np.float32)}
+
+
+def rotation_vector(quaternion_xyzw: np.ndarray) -> np.ndarray:
+    """Axis times angle, (3,), rad, of a unit quaternion, by the angle from 0 to 2 pi that its sign names.
+
+    The gripper points down, an angle of about pi: a vector of the angle below pi would jump to its negative whenever
+    the hand turns past it. LIBERO's published demonstrations and policies have this form, as robosuite computes it.
+    """
+    *axis, w = np.asarray(quaternion_xyzw, np.float64)
+    sine = np.linalg.norm(axis)
+    return np.zeros(3) if sine < 1e-9 else np.array(axis) / sine * 2 * np.arctan2(sine, w)
 
 
 def _make_control(suite: str, name: str) -> tuple[Any, type[Exception]]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from envs import expand_tasks, make_env
+from envs.libero_env import rotation_vector
 from envs.libero_tasks import PARAPHRASES, STEP_LIMITS, SUITES, TASKS, instructions_of, suite_of
 from tests.helpers import needs
 
@@ -45,6 +46,16 @@ def test_instructions_and_their_paraphrases():
 
 
 @INSTALLED
+@pytest.mark.parametrize("degrees", [0, 1, 90, 179, 180, 181, 270])
+def test_rotation_vectors_go_on_past_half_a_turn(degrees):
+    """robosuite's `quat2axisangle`: 2 arccos(w) times the axis, for any sign of w."""
+    angle = np.radians(degrees)
+    axis = np.array([0.6, -0.8, 0.0])
+    quaternion = [*(axis * np.sin(angle / 2)), np.cos(angle / 2)]
+    np.testing.assert_allclose(rotation_vector(quaternion), axis * angle, atol=1e-9)
+    np.testing.assert_allclose(rotation_vector([0.0, 0.0, 0.0, -1.0]), 0.0)
+
+
 def test_options_that_cannot_be():
     for options, message in (
         ({"layout": "wild"}, "layout is 'wild'; give one of standard, wide"),
@@ -108,15 +119,17 @@ class TestTheSimulator:
         stove.close()
 
     def test_the_expert_succeeds_and_asking_it_changes_nothing(self, plate):
-        plate.reset(seed=1, options={"images_on_request": True})
-        success = False
+        observation, _ = plate.reset(seed=1, options={"images_on_request": True})
+        success, states = False, [observation["state"]]
         while not success:
             for _ in range(2):
                 action = plate.expert_action()
-            *_, truncated, info = plate.step(action)
+            observation, *_, truncated, info = plate.step(action)
+            states.append(observation["state"])
             success = info["success"]
             assert not truncated
         assert np.abs(action).max() <= 1.0
+        assert np.abs(np.diff(states, axis=0)).max() < 0.5, "no rotation vector jumps to its negative"
 
     def test_goals_of_other_tasks_of_the_scene(self, plate):
         plate.reset(seed=0, options={"images_on_request": True})
