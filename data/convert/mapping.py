@@ -313,6 +313,8 @@ def _prompt(value: Any) -> Prompt:
     empty = None
     if isinstance(value, dict):
         check_names(value, ("text", "from", "empty"), "option", "mapping: prompt")
+        if "text" in value and len(value) > 1:
+            raise DataError("mapping: prompt has a text, which is every step's; leave out from and empty")
         empty = value.get("empty")
         value = f"text:{value['text']}" if "text" in value else value.get("from")
     if not isinstance(value, str) or not value.strip() or (empty is not None and not str(empty).strip()):
@@ -359,6 +361,8 @@ def _outcome(value: Any) -> Outcome:
         return Outcome(TERMINAL[not value], Where(""))
     where = _where(SUCCESS, value)
     if where.key in TERMINAL:
+        if where != Where(where.key):
+            raise DataError(f"mapping: success is {where.key}, whatever a file holds; leave out equals and invert")
         return Outcome(where.key, Where(""))
     if where.key.startswith(_PATTERN):
         where = dataclasses.replace(where, key=where.key.removeprefix(_PATTERN))

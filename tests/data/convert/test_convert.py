@@ -250,11 +250,20 @@ def test_cameras_of_any_name(recording, tmp_path):
         (["clip=1"], "no entry 'clip'"),
         (["state=state,clip=3"], r"clip of state is 3; wanted \[least, most\]"),
         (["cameras.action=rgb"], "a camera can't be called 'action'"),
+        (["success=always,invert=true"], "success is always, whatever a file holds; leave out equals"),
+        (["success=never,equals=3"], "success is never, whatever a file holds; leave out equals"),
     ],
 )
 def test_faulty_mappings(recording, tmp_path, items, message):
     with pytest.raises(DataError, match=message):
         run(recording, tmp_path / "out", *items)
+
+
+@pytest.mark.parametrize("beside", [{"from": "text"}, {"empty": "go"}])
+def test_a_prompt_that_is_a_text_has_nothing_beside_it(beside):
+    entries = {**read_entries(None, BASE), "prompt": {"text": "go", **beside}}
+    with pytest.raises(DataError, match="prompt has a text, which is every step's; leave out from and empty"):
+        parse_mapping(entries, ())
 
 
 def test_what_is_missing_is_said(recording):
