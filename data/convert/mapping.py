@@ -353,6 +353,9 @@ def _expression(name: str, pattern: str) -> re.Pattern[str]:
 
 def _where(name: str, value: Any) -> Where:
     options = _options(name, value, _WHERE_OPTIONS)
+    equals = options.get("equals", "")
+    if not (isinstance(equals, str | bool) or _is_number(equals)):
+        raise DataError(f"mapping: equals of {name} is {equals!r}; wanted a text in quotes, a number, true or false")
     return Where(_key(name, options), options.get("equals"), _flag(name, options))
 
 
