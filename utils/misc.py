@@ -163,7 +163,8 @@ def writing(path: str | Path, remedy: str = "make room there, or choose another 
     """Turn the system's refusal to write a file or folder into one line.
 
     Raises:
-        WriteError: naming `path`, the reason, the bytes that are free where the disk is full, and the remedy.
+        WriteError: naming `path`, the reason, and the remedy.
+        DiskFullError: the disk or a quota is full; also naming the bytes that are free.
     """
     try:
         yield
@@ -174,7 +175,8 @@ def writing(path: str | Path, remedy: str = "make room there, or choose another 
         if error.errno in FULL:
             free = shutil.disk_usage(next(folder for folder in Path(path).absolute().parents if folder.is_dir())).free
             reason += f", {free:,} bytes are free"
-        raise WriteError(f"{path}: not written ({reason}); {remedy}") from None
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else WriteError
+        raise kind(f"{path}: not written ({reason}); {remedy}") from None
 
 
 @contextlib.contextmanager

@@ -313,6 +313,8 @@ def _prompt(value: Any) -> Prompt:
     empty = None
     if isinstance(value, dict):
         check_names(value, ("text", "from", "empty"), "option", "mapping: prompt")
+        if "text" in value and len(value) > 1:
+            raise DataError("mapping: prompt has a text, which is every step's; leave out from and empty")
         empty = value.get("empty")
         value = f"text:{value['text']}" if "text" in value else value.get("from")
     if not isinstance(value, str) or not value.strip() or (empty is not None and not str(empty).strip()):
@@ -351,6 +353,9 @@ def _expression(name: str, pattern: str) -> re.Pattern[str]:
 
 def _where(name: str, value: Any) -> Where:
     options = _options(name, value, _WHERE_OPTIONS)
+    equals = options.get("equals", "")
+    if not (isinstance(equals, str | bool) or _is_number(equals)):
+        raise DataError(f"mapping: equals of {name} is {equals!r}; wanted a text in quotes, a number, true or false")
     return Where(_key(name, options), options.get("equals"), _flag(name, options))
 
 
@@ -359,6 +364,8 @@ def _outcome(value: Any) -> Outcome:
         return Outcome(TERMINAL[not value], Where(""))
     where = _where(SUCCESS, value)
     if where.key in TERMINAL:
+        if where != Where(where.key):
+            raise DataError(f"mapping: success is {where.key}, whatever a file holds; leave out equals and invert")
         return Outcome(where.key, Where(""))
     if where.key.startswith(_PATTERN):
         where = dataclasses.replace(where, key=where.key.removeprefix(_PATTERN))

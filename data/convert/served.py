@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ import numpy as np
 from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, Steps
 from data.decoding import array_pixels
 from data.schema import NOISE_SEED, PLAN, TIMESTAMP
-from utils.misc import WriteError, writing
+from utils.misc import DiskFullError, WriteError, writing
 from utils.parquet_utils import DataError
 
 SERVED = "served"  # metadata key: what was served, as JSON
@@ -38,6 +39,7 @@ PREFIX = "served_"  # of the names of its files, which go on with the time
 MAX_STEPS = 2000  # of a file; a longer episode goes on in another
 MAX_BYTES = 64 * 2**20  # of the frames of an episode that is not a file yet
 MAX_BYTES_TOGETHER = 256 * 2**20  # of those of all connections
+LEFT_AFTER_S = 3600  # without a change, a file that was not finished is one that a killed process left
 FULL, OLDEST = "stop", "drop_oldest"  # what happens at the limit of the folder
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,9 +73,12 @@ class ServedFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".{PREFIX}probe.tmp"
             probe.write_bytes(b"")
-            probe.unlink()
-        for left in self.path.glob(f".{PREFIX}*.tmp"):  # of a process that was killed
-            left.unlink(missing_ok=True)
+            now = probe.stat().st_mtime  # by the clock of the folder's machine
+            probe.unlink(missing_ok=True)
+            for left in self.path.glob(f".{PREFIX}*.tmp"):  # other servers may be writing theirs
+                with contextlib.suppress(FileNotFoundError):
+                    if now - left.stat().st_mtime > LEFT_AFTER_S:
+                        left.unlink()
 
     def files(self) -> list[Path]:
         """The episodes that were written, the oldest first."""
@@ -83,33 +88,53 @@ class ServedFolder:
         """Write an episode, whole or not at all.
 
         Raises:
-            WriteError: there is no room for it.
+            FolderFullError: there is no room for it within `max_bytes`.
+            WriteError: it can't be written.
             DataError: a number that is not finite, or an empty instruction.
         """
+        self._make_room(episode.size)
         while True:
             try:
-                self._make_room(episode.size)
                 self._write(episode)
                 return
-            except FolderFullError:
-                raise
-            except WriteError:
-                if self.when_full != OLDEST or not self.files():
+            except DiskFullError:
+                sizes = self._sizes()
+                free = shutil.disk_usage(self.path).free
+                if self.when_full != OLDEST or not sizes or sum(sizes.values()) + free < episode.size:
                     raise
-                self.files()[0].unlink(missing_ok=True)
+                self._remove(next(iter(sizes)))
 
     def _make_room(self, size: int) -> None:
-        files = self.files()
-        sizes = [path.stat().st_size for path in files]
-        if self.when_full == OLDEST:
-            while files and sum(sizes) + size > self.max_bytes:
-                files.pop(0).unlink(missing_ok=True)
-                sizes.pop(0)
-        if sum(sizes) + size > self.max_bytes:
+        if size > self.max_bytes:
             raise FolderFullError(
-                f"{self.path}: its episodes have {sum(sizes):,} bytes, the next one {size:,}, and --record_max_mb "
-                f"allows {self.max_bytes:,}: nothing more is recorded; raise it, or let --record_when_full drop_oldest"
+                f"{self.path}: an episode has {size:,} bytes, and --record_max_mb allows {self.max_bytes:,} for all of "
+                "them: it is left out; raise --record_max_mb"
             )
+        sizes = self._sizes()
+        while sum(sizes.values()) + size > self.max_bytes:
+            if self.when_full != OLDEST:
+                raise FolderFullError(
+                    f"{self.path}: its episodes have {sum(sizes.values()):,} bytes, the next one {size:,}, and "
+                    f"--record_max_mb allows {self.max_bytes:,}: nothing more is recorded; raise it, or let "
+                    "--record_when_full drop_oldest"
+                )
+            oldest = next(iter(sizes))
+            self._remove(oldest)
+            del sizes[oldest]
+
+    def _sizes(self) -> dict[Path, int]:
+        """Bytes of each episode that was written, the oldest first."""
+        sizes = {}
+        with writing(self.path, "let the server read its episodes, or choose another --record"):
+            for path in self.files():
+                with contextlib.suppress(FileNotFoundError):  # another server removed it
+                    sizes[path] = path.stat().st_size
+        return sizes
+
+    def _remove(self, oldest: Path) -> None:
+        remedy = f"{oldest.name}, the oldest, can't be removed to make room: allow it, or choose another --record"
+        with writing(self.path, remedy):
+            oldest.unlink(missing_ok=True)
 
     def _write(self, episode: ServedEpisode) -> None:
         length = len(episode.prompts)
@@ -198,7 +223,7 @@ class _Desk:
         trouble = None
         try:
             self.folder.write(episode)
-        except (WriteError, DataError) as error:
+        except (WriteError, DataError, OSError) as error:  # an OSError: its temporary file can't be removed
             trouble = type(error).__name__, str(error)
         steps = len(episode.prompts)
         report = {"written": 0 if trouble else steps, "lost": steps if trouble else 0, "trouble": trouble}

@@ -61,39 +61,60 @@ def _values(term: Term, block: Block, length: int, column: str, where: Place) ->
 
 
 def truths(values: np.ndarray | list[Any], key: str, where: Place) -> np.ndarray:
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf" or array.size != len(array):
-        raise DataError(f"{where.step(0)}: {key!r} is {array.dtype} {array.shape}; wanted true or false a step")
-    return array.reshape(-1).astype(bool)
+    array = _numbers(values, key, where, "true or false")
+    if (missing := np.flatnonzero(np.isnan(array))).size:
+        raise DataError(f"{where.step(int(missing[0]))}: {key!r} is nan; wanted true or false a step")
+    return array.astype(bool)
 
 
 def where_true(values: np.ndarray | list[Any], where: Where, place: Place) -> np.ndarray:
-    """bool (N,), the rows that a condition holds at."""
+    """bool (N,), the rows that a condition holds at.
+
+    Raises:
+        DataError: values that are neither true nor false, or of another kind than the one they should equal.
+    """
     if where.equals is None:
         result = truths(values, where.key, place)
     elif isinstance(where.equals, str):
-        texts = [v if isinstance(v, str) else text_of(v, where.key, place.step(i)) for i, v in enumerate(values)]
+        remedy = f"; equals is the text {where.equals!r}, so write a number without quotes"
+        texts = [
+            v if isinstance(v, str) else text_of(v, where.key, place.step(i), remedy) for i, v in enumerate(values)
+        ]
         result = np.array([text == where.equals for text in texts], dtype=bool)
     else:
-        result = np.asarray(values).reshape(len(values), -1)[:, 0] == where.equals
+        wanted = f"one number, as equals is {where.equals!r} (write a text in quotes),"
+        result = _numbers(values, where.key, place, wanted) == where.equals
     return ~result if where.invert else result
 
 
-def text_of(value: Any, key: str, where: str) -> str:
-    """Bytes in UTF-8, or code points padded with zeros, as text."""
+def _numbers(values: np.ndarray | list[Any], key: str, where: Place, wanted: str) -> np.ndarray:
+    """(N,), the number or truth of each step."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf" or array.size != len(array):
+        raise DataError(f"{where.step(0)}: {key!r} is {array.dtype} {array.shape}; wanted {wanted} a step")
+    return array.reshape(-1)
+
+
+def text_of(value: Any, key: str, where: str, remedy: str = "") -> str:
+    """Bytes in UTF-8, or code points padded with zeros, as text.
+
+    Raises:
+        DataError: it is no text, a single number among others, naming the `remedy` or asking for another key.
+    """
     try:
         if isinstance(value, bytes):
             return value.rstrip(b"\0").decode()
         array = np.asarray(value)
         if array.dtype.kind == "S" and array.size == 1:
             return bytes(array.item()).decode()
-        if array.dtype == np.uint8:
+        is_number = array.size == 1
+        if array.dtype == np.uint8 and not is_number:
             return array.tobytes().rstrip(b"\0").decode()
-        if array.dtype.kind in "iu":
+        if array.dtype.kind in "iu" and not is_number:
             return "".join(map(chr, array[array != 0].tolist()))
     except (UnicodeDecodeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: {key!r} is no text in UTF-8 ({printable(error)}); {_CHOOSE}") from None
-    raise DataError(f"{where}: {key!r} is {printable(repr(value), 60)}; wanted a text; {_CHOOSE}")
+    raise DataError(f"{where}: {key!r} is {printable(repr(value), 60)}; wanted a text{remedy or f'; {_CHOOSE}'}")
 
 
 _CHOOSE = "choose another key (--inspect lists them)"

@@ -61,6 +61,8 @@ def recording(tmp_path: Path) -> Path:
         file["action"] = np.arange(10.0).repeat(2).reshape(10, 2) / 10
         file["nan"] = np.where(np.arange(20).reshape(10, 2) == 7, np.nan, 0.0)
         file["valid"] = np.arange(10) % 5 != 2
+        file["modes"], file["score"] = np.arange(10) % 2, np.where(np.arange(10) == 3, np.nan, 0.0)
+        file.attrs["ended"] = "1"
         file["done"] = np.arange(10) == 9
         file["text"] = np.array([b"first"] * 5 + ["zweiter, für alle".encode()] * 5, dtype="S")
         file["codes"] = np.array([[ord(c) for c in "gö"] + [0, 0]] * 10, dtype=np.int32)
@@ -170,6 +172,10 @@ def test_rows_that_are_left_out(recording, tmp_path):
         ("success=@task,equals=press the button", True),
         ("success=@info:lang,equals=drop it", False),
         ("success=@won", True),
+        ("success=@won,equals=1", True),
+        ("success=@ended,equals='1'", True),
+        ("success=modes,equals=1.0", True),
+        ("success=codes,equals=gö", True),
         ("success=outcome", True),  # one value for the whole episode
         ("success=file:^SCENE", True),
         ("success=file:failure", False),
@@ -194,8 +200,8 @@ def test_corrections_go_with_their_actions(recording, tmp_path, monkeypatch):
     moved = run(recording, tmp_path / "moved", "intervention=valid,invert=true", "action_shift=2", "drop_first=1")
     assert column(moved, "action")[:, 0].tolist() == (np.arange(3, 10) / 10).astype(np.float32).tolist()
     assert np.flatnonzero(moved["intervention"]).tolist() == [4]  # stored step 7
-    modes = run(recording, tmp_path / "modes", "intervention=codes,equals=103")
-    assert np.asarray(modes["intervention"]).all()
+    modes = run(recording, tmp_path / "modes", "intervention=modes,equals=1")
+    assert np.flatnonzero(modes["intervention"]).tolist() == [1, 3, 5, 7, 9]
 
 
 def test_inspection_finds_outcomes_and_corrections(recording):
@@ -250,11 +256,31 @@ def test_cameras_of_any_name(recording, tmp_path):
         (["clip=1"], "no entry 'clip'"),
         (["state=state,clip=3"], r"clip of state is 3; wanted \[least, most\]"),
         (["cameras.action=rgb"], "a camera can't be called 'action'"),
+        (["success=@ended,equals=1"], "'ended' is <U1 .*wanted one number, as equals is 1 .write a text in quotes"),
+        (["success=@ended"], "'ended' is <U1 .*wanted true or false"),
+        (["success=text,equals=1"], r"'text' is \|S\d+ .*wanted one number, as equals is 1"),
+        (["success=state,equals=1"], r"'state' is float64 \(10, 4\); wanted one number"),
+        (
+            ["success=modes,equals='1'"],
+            "'modes' is .*0.*; wanted a text; equals is the text '1', so write a",
+        ),
+        (["success=score"], "step 3: 'score' is nan; wanted true or false"),
+        (["keep=modes,equals=[1]"], r"equals of keep is \[1\]; wanted a text in quotes, a number, true or false"),
+        (["prompt=modes"], "step 0: 'modes' is .*; wanted a text; choose another key"),
+        (["success=always,invert=true"], "success is always, whatever a file holds; leave out equals"),
+        (["success=never,equals=3"], "success is never, whatever a file holds; leave out equals"),
     ],
 )
 def test_faulty_mappings(recording, tmp_path, items, message):
     with pytest.raises(DataError, match=message):
         run(recording, tmp_path / "out", *items)
+
+
+@pytest.mark.parametrize("beside", [{"from": "text"}, {"empty": "go"}])
+def test_a_prompt_that_is_a_text_has_nothing_beside_it(beside):
+    entries = {**read_entries(None, BASE), "prompt": {"text": "go", **beside}}
+    with pytest.raises(DataError, match="prompt has a text, which is every step's; leave out from and empty"):
+        parse_mapping(entries, ())
 
 
 def test_what_is_missing_is_said(recording):

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -35,7 +36,7 @@ from scripts import serve_policy
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
 from tests.inference.serving.servers import running
-from utils.misc import WriteError
+from utils.misc import DiskFullError, WriteError
 
 FLOW = Path(__file__).resolve().parents[2] / "fixtures/policies/flow.pth.tar"
 
@@ -233,6 +234,69 @@ def test_the_oldest_go_where_the_disk_itself_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(pq.ParquetWriter, "write_table", write)
     folder.write(episode("3"))
     assert [path.name for path in folder.files()] == ["served_2.parquet", "served_3.parquet"]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EFBIG, errno.EACCES])
+def test_no_recording_goes_where_that_makes_no_room(tmp_path, monkeypatch, number):
+    folder = folder_at(tmp_path, when_full=OLDEST)
+    for name in "012":
+        folder.write(episode(name))
+
+    def write(*_, **__):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", write)
+    with pytest.raises(WriteError, match=os.strerror(number)):
+        folder.write(episode("3"))
+    assert len(folder.files()) == 3
+
+
+def test_an_episode_that_no_room_is_enough_for_costs_no_other(tmp_path, monkeypatch):
+    folder = folder_at(tmp_path, max_bytes=15_000, when_full=OLDEST)
+    folder.write(episode("0"))
+    large = episode("1")
+    large.size = 15_001
+    with pytest.raises(FolderFullError, match="15,001 bytes, and --record_max_mb allows 15,000 for all of them"):
+        folder.write(large)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", no_space)
+    monkeypatch.setattr(served.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    large.size = 10_000  # more than the disk has with the other removed
+    with pytest.raises(DiskFullError, match="No space left on device, 10 bytes are free"):
+        folder.write(large)
+    assert len(folder.files()) == 1
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_oldest_that_can_not_be_removed_ends_no_writer(tmp_path, monkeypatch):
+    folder, plan, remove = (
+        folder_at(tmp_path, max_bytes=7_000, when_full=OLDEST),
+        np.zeros((2, 2), np.float32),
+        Path.unlink,
+    )
+
+    def unlink(self, missing_ok=False):
+        if self.suffix == ".parquet":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        remove(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with recorder_to(folder) as recorder:
+        for number in range(4):
+            recorder.add(1, {"image_1": np.zeros((8, 8, 3), np.uint8)}, plan[0], "go", plan, number, True)
+    assert recorder.written >= 1 and recorder.lost >= 1 and recorder.written + recorder.lost == 4
+    assert "Permission denied); served_" in recorder.trouble and "can't be removed to make room" in recorder.trouble
+
+
+def test_what_another_server_is_writing_stays(tmp_path):
+    fresh, left = (tmp_path / f".served_{name}.parquet.tmp" for name in ("fresh", "left"))
+    for path in (fresh, left):
+        path.write_bytes(b"PAR1")
+    os.utime(left, (time.time() - 2 * served.LEFT_AFTER_S,) * 2)
+    folder_at(tmp_path).prepare()
+    assert list(tmp_path.iterdir()) == [fresh]
 
 
 def test_numbers_that_are_no_data_lose_their_episode_alone(tmp_path):
