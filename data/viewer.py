@@ -16,6 +16,7 @@ from data.comparison.profile import control_rate
 from data.dataset import VLADataset
 from data.decoding import decode_frame
 from data.schema import ACTION, PLAN, STATE, camera_column, image_columns, vector_names
+from utils.config_utils import Config
 from utils.page.content import Curve, Episode, Film, Mark, Section
 from utils.page.episodes import MAX_EPISODES, curves_of, sampled_steps
 from utils.page.pictures import chosen_steps, film, film_frames
@@ -70,11 +71,11 @@ class DatasetEpisodes:
             marks=list(marks),
         )
 
-    def fit(self, title: str, statistics: Mapping[str, Any], mode: str, *, actions: bool) -> Section:
+    def fit(self, title: str, statistics: Mapping[str, Any], config: Config) -> Section:
         """The dataset beside the statistics of a policy; without the actions where these are not what it normalizes."""
-        store = self._dataset.store
-        columns = {"state": np.asarray(store.state)} | ({"action": np.asarray(store.action)} if actions else {})
-        return fit_section(title, *statistics_fit(columns, statistics, mode))
+        store, delta = self._dataset.store, config.data.action_mode == "delta"
+        columns = {"state": np.asarray(store.state)} | ({} if delta else {"action": np.asarray(store.action)})
+        return fit_section(title, *statistics_fit(columns, statistics, config.data))
 
 
 def rollout_episodes(path: Callable[[str, int], Path], lines: Sequence[Mapping[str, Any]]) -> list[Episode]:

@@ -74,7 +74,7 @@ def statistics_sections(run: Path) -> tuple[list[Section], list[str]]:
         columns = {"state": np.asarray(dataset.store.state)}
         if config.data.action_mode != "delta":
             columns["action"] = np.asarray(dataset.store.action)
-        fit = statistics_fit(columns, checkpoint["statistics"][i], config.data.normalization_type, of_training=True)
+        fit = statistics_fit(columns, checkpoint["statistics"][i], config.data, of_training=True)
         title = "Do the statistics fit?" if len(train.datasets) == 1 else f"Do the statistics fit {dataset.name}?"
         sections.append(fit_section(title, *fit))
     return sections, []
