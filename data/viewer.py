@@ -65,7 +65,7 @@ class DatasetEpisodes:
             films=_films(cameras, end - begin, films, lambda camera, step: store.image(camera, begin + step)),
             curves=[
                 *curves(sampled),
-                *curves_of("action", names[ACTION], action, sampled, drawn=drawn_KTA),
+                *curves_of("action", names[ACTION][: action.shape[1]], action, sampled, drawn=drawn_KTA),
                 *curves_of("state", names[STATE], np.asarray(store.state[begin:end]), sampled),
             ],
             marks=list(marks),

@@ -1,0 +1,46 @@
+"""Recorded episodes for a page: datasets narrower than the policy, and held-out ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from data.dataset import VLADataset
+from data.processing import processors_from_config
+from data.viewer import DatasetEpisodes
+from tests.helpers import episode_rows, write_rows
+from tests.policies import policy_config
+from utils.config_data import MixtureEntry
+
+
+@pytest.fixture
+def opened(tmp_path, tiny_paligemma_dir):
+    """(dataset, config) of episodes with these rows, for a policy with four action values."""
+
+    def call(rows, *, split="all", entry=None, reads_state=True, **data):
+        config = policy_config(tiny_paligemma_dir, tmp_path, data=data)
+        image_processor, tokenizer = processors_from_config(config)
+        dataset = VLADataset(
+            [write_rows(tmp_path / "data.parquet", rows)],
+            dataclasses.replace(config.data, cache=False),
+            horizon=config.model.action_head_config.horizon,
+            per_action_dim=4,
+            cameras=config.cameras,
+            reads_state=reads_state,
+            image_processor=image_processor,
+            prompt_tokenizer=tokenizer,
+            entry=entry,
+            split=split,
+        )
+        return dataset, config
+
+    return call
+
+
+def test_a_mixture_s_narrower_dataset_has_its_own_width(opened):
+    entry = MixtureEntry(path=("x",), name="narrow", state_dim=2, per_action_dim=3)
+    dataset, _ = opened(episode_rows(5, state_dim=2, action_dim=3), entry=entry)
+    episode = DatasetEpisodes(dataset).show(0, 1, "first", np.zeros((1, 5, 3)), lambda _: [], [])
+    assert [curve.name for curve in episode.curves] == [f"action[{d}]" for d in range(3)] + ["state[0]", "state[1]"]
