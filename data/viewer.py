@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from data.comparison.against import sampled_columns
 from data.comparison.fit import statistics_fit
 from data.comparison.page import fit_section
 from data.comparison.profile import control_rate
@@ -72,10 +73,8 @@ class DatasetEpisodes:
         )
 
     def fit(self, title: str, statistics: Mapping[str, Any], config: Config) -> Section:
-        """The dataset beside the statistics of a policy; without the actions where these are not what it normalizes."""
-        store, delta = self._dataset.store, config.data.action_mode == "delta"
-        columns = {"state": np.asarray(store.state)} | ({} if delta else {"action": np.asarray(store.action)})
-        return fit_section(title, *statistics_fit(columns, statistics, config.data))
+        """The dataset's own episodes, not others of its files, beside the statistics of a policy."""
+        return fit_section(title, *statistics_fit(sampled_columns(self._dataset, config), statistics, config.data))
 
 
 def rollout_episodes(path: Callable[[str, int], Path], lines: Sequence[Mapping[str, Any]]) -> list[Episode]:

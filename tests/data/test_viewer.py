@@ -12,7 +12,9 @@ from data.processing import processors_from_config
 from data.viewer import DatasetEpisodes
 from tests.helpers import episode_rows, write_rows
 from tests.policies import policy_config
+from utils.calculate_normalization_stats import calculate_statistics
 from utils.config_data import MixtureEntry
+from utils.page.content import Ranges
 
 
 @pytest.fixture
@@ -44,3 +46,17 @@ def test_a_mixture_s_narrower_dataset_has_its_own_width(opened):
     dataset, _ = opened(episode_rows(5, state_dim=2, action_dim=3), entry=entry)
     episode = DatasetEpisodes(dataset).show(0, 1, "first", np.zeros((1, 5, 3)), lambda _: [], [])
     assert [curve.name for curve in episode.curves] == [f"action[{d}]" for d in range(3)] + ["state[0]", "state[1]"]
+
+
+def test_statistics_stand_beside_the_held_out_episodes_alone(opened):
+    rows = [row for seed in range(8) for row in episode_rows(5, seed=seed)]
+    dataset, config = opened(rows, split="val", val_fraction=0.25)
+    statistics = calculate_statistics([dataset.store.files[0]], 4, 4)
+    low, high = np.array([[-0.5], [0.5]]).repeat(4, axis=1)
+    statistics["action"] |= {"q01": low.tolist(), "q99": high.tolist()}
+    section = DatasetEpisodes(dataset).fit("fit", statistics, config)
+    (ranges,) = [block for block in section.blocks if isinstance(block, Ranges)]
+    outside = (dataset.store.action < low) | (dataset.store.action > high)
+    held_out = outside[dataset.rows(np.arange(len(dataset)))].mean(axis=0)
+    assert [shown.outside for shown in ranges.ranges[4:]] == pytest.approx(held_out)
+    assert not np.isclose(held_out, outside.mean(axis=0)).all()

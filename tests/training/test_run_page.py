@@ -10,6 +10,7 @@ import pytest
 
 from scripts.report_run import main
 from tests.browser import chromium, needs_browser, opened, overflow, quiet  # noqa: F401
+from tests.inference.closed_loop.test_rollout_page import evaluated
 from tests.trainers import make_trainer
 from training.page import run_page, run_verdict
 from utils.config_utils import ConfigError
@@ -53,6 +54,14 @@ def test_what_is_no_run_is_named(run, tmp_path):
     (folder / "logs" / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="has no line yet"):
         run_page(folder)
+
+
+def test_an_evaluation_in_the_run_s_folder_is_shown_once(run, tmp_path):
+    named = ["--evaluations", str(evaluated(run / "eval", tasks=("to_3",)).folder / ".." / "eval")]
+    pages = [tmp_path / "named.html", tmp_path / "found.html"]
+    for page, flags in zip(pages, (named, []), strict=True):
+        main(["--run", str(run), "--html", str(page), *flags])
+    assert pages[0].read_text() == pages[1].read_text()
 
 
 def lines(*values, name="val_loss"):

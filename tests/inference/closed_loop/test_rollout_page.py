@@ -132,3 +132,11 @@ def test_beside_needs_a_page(capsys):
     with pytest.raises(SystemExit):
         main_eval.main(flags)
     assert "--beside belongs to --html, the page that shows them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beside", [["a", "a/"], ["a", "results"]])
+def test_an_evaluation_is_named_once(capsys, beside):
+    flags = ["--checkpoint_path", "c", "--env", "metaworld", "--tasks", "reach-v3", "--html", "page.html"]
+    with pytest.raises(SystemExit):
+        main_eval.main([*flags, "--output_dir", "results", "--beside", *beside])
+    assert "--beside names a folder twice, or --output_dir; name each other evaluation once" in capsys.readouterr().err
