@@ -71,6 +71,7 @@ def lines(*values, name="val_loss"):
 @pytest.mark.parametrize(
     ("found", "text", "tone"),
     [
+        ([{"step": 10, "success": 0.5}], "After 10 steps no loss was logged yet.", "plain"),
         (lines(0.5), "After 10 steps the validation loss is 0.5; there is no earlier one", "plain"),
         (lines(0.5, 0.25), "After 20 steps the validation loss is 0.25, its lowest so far.", "good"),
         (lines(0.2, 0.25), "it was lowest at step 10 with 0.2, and has risen by 25 % since.", "warning"),
