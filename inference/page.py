@@ -12,6 +12,7 @@ import numpy as np
 from inference.evaluate import Predictions
 from inference.predictor import VLAPredictor
 from inference.report import verdict
+from utils.config_utils import Config
 from utils.metrics import METRICS
 from utils.page.content import (
     Block,
@@ -50,8 +51,8 @@ class Recorded(Protocol):
     ) -> Episode:
         """One episode with what was predicted in it."""
 
-    def fit(self, title: str, statistics: Mapping[str, Any], mode: str, *, actions: bool) -> Section:
-        """The data beside statistics."""
+    def fit(self, title: str, statistics: Mapping[str, Any], config: Config) -> Section:
+        """The data beside the statistics of the policy with this configuration."""
 
 
 def offline_page(
@@ -189,10 +190,9 @@ def _episode(part: Predictions, errors: np.ndarray, number: int, recorded: Recor
 
 def _fits(recorded: Mapping[str, Recorded], predictor: VLAPredictor) -> list[Section]:
     """Each dataset beside the policy's statistics."""
-    statistics, data = predictor.model.statistics[predictor.dataset_index], predictor.config.data
-    mode, actions = data.normalization_type, data.action_mode != "delta"
+    statistics = predictor.model.statistics[predictor.dataset_index]
     return [
-        part.fit(f"Do the statistics fit {Path(name).name}?", statistics, mode, actions=actions)
+        part.fit(f"Do the statistics fit {Path(name).name}?", statistics, predictor.config)
         for name, part in recorded.items()
     ]
 

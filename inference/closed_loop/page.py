@@ -43,7 +43,7 @@ class Evaluation:
     Attributes:
         folder: where it was written.
         result: content of rollouts.json.
-        lines: of episodes.jsonl.
+        lines: of episodes.jsonl, those of the result's tasks and seeds.
     """
 
     folder: Path
@@ -84,7 +84,9 @@ def read_evaluation(folder: Path, tasks: Collection[str] = ()) -> Evaluation:
         raise ValueError(
             f"{folder} is an evaluation of {', '.join(result['tasks'])}, and of none of {', '.join(tasks)}"
         )
-    return Evaluation(folder, result, [json.loads(line) for line in found])
+    counted = {(task, seed) for task, about in result["tasks"].items() for seed in about["seeds"]}
+    episodes = map(json.loads, found)
+    return Evaluation(folder, result, [line for line in episodes if (line["task"], line["seed"]) in counted])
 
 
 def rollout_page(main: Evaluation, beside: Sequence[Evaluation] = (), episodes: Sequence[Episode] = ()) -> Page:
