@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from inference.alarm import CalibrationError
+from inference.closed_loop.execution import EXECUTION_STRATEGIES, ExecutionSettings
 from inference.policy_files import policy_stamp
 from inference.predictor import VLAPredictor
 from utils.misc import derive_seed
@@ -81,17 +82,19 @@ def rollout_uncertainty(folders: Sequence[Path]) -> list[list[float]]:
 
 
 def recorded_uncertainty(predictor: VLAPredictor, dataset: Any, batch_size: int = 32) -> list[list[float]]:
-    """The uncertainty of the plans that a policy makes along recorded episodes that succeeded, every n_action_steps.
+    """The uncertainty of the plans that a policy makes along recorded episodes that succeeded, as often as it plans.
 
     Args:
         predictor: the policy.
         dataset: a VLADataset; where a column `success` says that an episode failed, it is left out.
         batch_size: plans made together.
     """
+    execution = ExecutionSettings.from_config(predictor.settings, predictor.horizon)
+    every = EXECUTION_STRATEGIES[execution.strategy].interval(execution)
     rows_N = dataset.rows(np.arange(len(dataset)))
     places = [dataset.store.locate(int(row)) for row in rows_N]
     succeeded = dataset.store.label("success", otherwise=True)[rows_N]
-    planned = [i for i, (_, step) in enumerate(places) if succeeded[i] and step % predictor.n_action_steps == 0]
+    planned = [i for i, (_, step) in enumerate(places) if succeeded[i] and step % every == 0]
     episodes: dict[int, list[float]] = {}
     for first in range(0, len(planned), batch_size):
         indices = planned[first : first + batch_size]

@@ -9,7 +9,9 @@ import math
 import numpy as np
 import pytest
 
+from data.loader import open_for_evaluation
 from inference.alarm import Alarm, Calibration, CalibrationError, alarm_score, calibrated
+from inference.calibrate import recorded_uncertainty
 from inference.policy_files import read_alarm, read_policy, write_alarm
 from inference.predictor import VLAPredictor
 from inference.serving.export import export_policy
@@ -176,3 +178,20 @@ def test_calibration_on_closed_loop_results(checkpoint, tmp_path, monkeypatch):
         (folder / "rollout_settings.json").write_text(json.dumps(settings | changed))
         with pytest.raises(CalibrationError, match=message):
             calibrate(monkeypatch, "--checkpoint_path", checkpoint, "--rollouts", folder)
+
+
+@pytest.mark.parametrize(
+    ("execution", "steps"),
+    [
+        ({"execution": "ensemble"}, range(7)),
+        ({"execution": "ensemble", "latency_steps": 2}, range(0, 7, 2)),
+        ({"execution": "naive_async", "n_action_steps": 1, "latency_steps": 2}, range(0, 7, 2)),
+        ({"execution": "synchronous", "n_action_steps": 2, "latency_steps": 3}, range(0, 7, 2)),  # it stands meanwhile
+    ],
+)
+def test_recorded_episodes_are_planned_as_often_as_the_execution_plans(checkpoint, demos, execution, steps):
+    predictor = VLAPredictor.from_checkpoint(checkpoint, "cpu", **execution)
+    processors = predictor.image_processor, predictor.prompt_tokenizer
+    (data,) = open_for_evaluation(predictor.config, *processors, [str(demos)], predictor.dataset_index).values()
+    found = recorded_uncertainty(predictor, data)
+    assert [len(episode) for episode in found] == [len(steps)] * 22
