@@ -18,7 +18,7 @@ import numpy as np
 
 from inference.alarm import CalibrationError
 from inference.closed_loop.execution import EXECUTION_STRATEGIES, ExecutionSettings
-from inference.policy_files import policy_stamp
+from inference.policy_files import is_stamp_of
 from inference.predictor import VLAPredictor
 from utils.misc import derive_seed
 
@@ -51,7 +51,7 @@ def rollout_settings(folders: Sequence[Path], checkpoint_path: str) -> dict[str,
                 f"{folder}: results of {settings.get('control')!r} with prompts {settings.get('prompts')!r}; give "
                 "those of the policy as it is to be used"
             )
-        if settings.get("checkpoint_stamp") != policy_stamp(checkpoint_path):
+        if not is_stamp_of(settings.get("checkpoint_stamp"), checkpoint_path):
             raise CalibrationError(
                 f"{folder}: results of {settings.get('checkpoint')}, not of the weights in {checkpoint_path}; evaluate "
                 "these first"

@@ -139,7 +139,7 @@ def rollout_sections(main: Evaluation, beside: Sequence[Evaluation] = ()) -> tup
     videos, hidden = _videos(main)
     if videos:
         sections.append(Section("Rollouts", [Videos(videos)]))
-    sections += sensitivity_sections(main.folder, main.result["settings"]["checkpoint_stamp"])
+    sections += sensitivity_sections(main.folder, main.result["settings"])
     return sections, [f"{hidden} videos, which are in {main.folder / 'videos'}."] if hidden else []
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from inference.closed_loop.episode import EpisodeResult
 from inference.closed_loop.parallel import Finished
 from inference.closed_loop.rollout import task_summary
+from inference.policy_files import is_stamp_of
 from utils.misc import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,12 @@ FIELDS = ("seed", "success", "steps", "plans", "held_steps", "total_reward", "se
 
 
 class RolloutRecord:
-    """The finished episodes of one evaluation."""
+    """The finished episodes of one evaluation.
+
+    Attributes:
+        settings: what decides an episode; of an earlier version's record with the policy's stamp that it has.
+        lines: of episodes.jsonl.
+    """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], restart: bool = False) -> None:
         """Open the record, or begin one.
@@ -48,6 +54,9 @@ class RolloutRecord:
         self.lines: list[dict[str, Any]] = []
         if settings_path.is_file() and self.path.is_file():
             old = json.loads(settings_path.read_text(encoding="utf-8"))
+            stamp = old.get("checkpoint_stamp")
+            if stamp is not None and is_stamp_of(stamp, settings.get("checkpoint")):
+                settings["checkpoint_stamp"] = stamp
             differing = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
             if differing:
                 raise ValueError(
@@ -56,6 +65,7 @@ class RolloutRecord:
                     f"{settings.get(differing[0])!r}); choose another --output_dir, or discard them with --restart"
                 )
             self._read()
+        self.settings = settings
         with atomic_path(settings_path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from data.loader import open_for_evaluation
 from inference.alarm import Alarm, Calibration, CalibrationError, alarm_score, calibrated
 from inference.calibrate import recorded_uncertainty
-from inference.policy_files import read_alarm, read_policy, write_alarm
+from inference.closed_loop.record import RolloutRecord
+from inference.page import sensitivity_sections
+from inference.policy_files import MANIFEST, policy_stamp, read_alarm, read_policy, restamped, write_alarm
 from inference.predictor import VLAPredictor
 from inference.serving.export import export_policy
 from scripts import calibrate_alarm
@@ -155,17 +158,21 @@ def test_wrong_requests_are_refused(checkpoint, demos, tmp_path, monkeypatch, ca
         calibrate(monkeypatch, *common, "--data_path", demos, "--execution", "rtc")
 
 
-def test_calibration_on_closed_loop_results(checkpoint, tmp_path, monkeypatch):
-    from inference.policy_files import policy_stamp
-
+def write_rollouts(folder, checkpoint, stamp):
+    """Closed-loop results of 20 successes and 5 failures; returns their settings."""
     execution = {"strategy": "synchronous", "n_action_steps": 2, "latency_steps": 0}
-    settings = {"checkpoint": str(checkpoint), "checkpoint_stamp": policy_stamp(checkpoint), "control": "policy"}
+    settings = {"checkpoint": str(checkpoint), "checkpoint_stamp": stamp, "control": "policy"}
     settings |= {"prompts": "own", "num_inference_steps": 3, "dataset": "default", "execution": execution}
-    folder = tmp_path / "results"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "rollout_settings.json").write_text(json.dumps(settings))
     lines = [{"success": i < 20, "uncertainty": [None, 0.1 * i, 0.1 * i]} for i in range(25)]
     (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return settings
+
+
+def test_calibration_on_closed_loop_results(checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    settings = write_rollouts(folder, checkpoint, policy_stamp(checkpoint))
     calibrate(monkeypatch, "--checkpoint_path", checkpoint, "--rollouts", folder)
     predictor = VLAPredictor.from_checkpoint(checkpoint, "cpu")
     found = predictor.alarm.calibration
@@ -195,3 +202,23 @@ def test_recorded_episodes_are_planned_as_often_as_the_execution_plans(checkpoin
     (data,) = open_for_evaluation(predictor.config, *processors, [str(demos)], predictor.dataset_index).values()
     found = recorded_uncertainty(predictor, data)
     assert [len(episode) for episode in found] == [len(steps)] * 22
+
+
+def test_calibrating_an_export_leaves_its_results_its_own(checkpoint, tmp_path, monkeypatch):
+    """Also the results of earlier versions, which stamped an export by its policy.json."""
+    folder, results = export_policy(load_checkpoint(checkpoint), tmp_path / "policy"), tmp_path / "results"
+    earlier = [(folder / MANIFEST).stat().st_size, (folder / MANIFEST).stat().st_mtime]
+    for stamp in (earlier, policy_stamp(folder)):
+        settings = write_rollouts(results, folder, stamp)
+        (results / "sensitivity.json").write_text(json.dumps(settings | {"samples": 9, "rows": []}))
+        for rate in (0.1, 0.2):
+            calibrate(monkeypatch, "--checkpoint_path", folder, "--rollouts", results, "--rate", rate)
+        assert [found.false_alarm_rate for found in read_policy(folder)["alarm"]] == [0.2]
+        now = settings | {"checkpoint_stamp": policy_stamp(folder)}
+        assert restamped(settings) == now and sensitivity_sections(results, now)
+        assert RolloutRecord(results, now).settings == settings, "recordings hold the earlier stamp"
+    write_rollouts(results, folder, [earlier[0], earlier[1] + 1])
+    with pytest.raises(CalibrationError, match="not of the weights in"):
+        calibrate(monkeypatch, "--checkpoint_path", folder, "--rollouts", results)
+    os.utime(folder / "model.safetensors", (0, 0))
+    assert restamped(settings) == settings, "of the weights before"
