@@ -204,6 +204,13 @@ class Config:
                         f"model.action_head_config.{name} {limit}; set that to the largest"
                     )
         self._refuse_settings_of_the_expert()
+        samples = head.decoding == "sample" if head.type == "discrete" else head.type != "regression"
+        if self.inference.best_of > 1 and not samples:
+            remedy = ", or take decoding sample" if head.type == "discrete" else ""
+            raise ConfigError(
+                f"inference.best_of is {self.inference.best_of}, but model.action_head_config.type {head.type} samples "
+                f"nothing, so that all draws are one; give 1{remedy}"
+            )
         prompt_says_state = data.prompt_format == "pi05"
         if prompt_says_state and not head.use_state_input:
             raise ConfigError(
