@@ -18,6 +18,7 @@ import numpy as np
 
 from inference.alarm import CalibrationError
 from inference.closed_loop.execution import EXECUTION_STRATEGIES, ExecutionSettings
+from inference.closed_loop.record import read_episodes
 from inference.policy_files import is_stamp_of
 from inference.predictor import VLAPredictor
 from utils.misc import derive_seed
@@ -68,12 +69,14 @@ def rollout_uncertainty(folders: Sequence[Path]) -> list[list[float]]:
     """The uncertainty of every plan of each successful episode of closed-loop evaluations.
 
     Raises:
-        CalibrationError: the episodes were recorded by an earlier version, which did not keep it.
+        CalibrationError: no episode has finished, or an earlier version recorded them, which did not keep it.
     """
     episodes = []
     for folder in folders:
-        for line in (folder / "episodes.jsonl").read_text(encoding="utf-8").splitlines():
-            episode = json.loads(line)
+        path = folder / "episodes.jsonl"
+        if not path.is_file():
+            raise CalibrationError(f"{folder}: no episode has finished; run that main_eval.py --env again")
+        for episode in read_episodes(path):
             if "uncertainty" not in episode:
                 raise CalibrationError(f"{folder}: episodes of an earlier version, without uncertainty; use --restart")
             if episode["success"]:

@@ -12,7 +12,7 @@ import pytest
 
 from data.loader import open_for_evaluation
 from inference.alarm import Alarm, Calibration, CalibrationError, alarm_score, calibrated
-from inference.calibrate import recorded_uncertainty
+from inference.calibrate import recorded_uncertainty, rollout_uncertainty
 from inference.closed_loop.record import RolloutRecord
 from inference.page import sensitivity_sections
 from inference.policy_files import MANIFEST, policy_stamp, read_alarm, read_policy, restamped, write_alarm
@@ -124,6 +124,8 @@ def test_an_alarm_of_other_weights_is_not_used_and_a_damaged_one_is_named(checkp
         assert VLAPredictor.from_checkpoint(checkpoint, "cpu").alarm is None
     assert "was calibrated with other weights than tiny.pth.tar has now: it is not used" in caplog.text
     for spoil in (
+        lambda entry: entry | {"release": 1e9},
+        lambda entry: entry | {"settings": None},
         lambda entry: entry | {"threshold": "high"},
         lambda entry: entry | {"needed": 0},
         lambda entry: entry | {"threshold": 1e999},
@@ -142,8 +144,10 @@ def test_an_alarm_of_other_weights_is_not_used_and_a_damaged_one_is_named(checkp
 def test_wrong_requests_are_refused(checkpoint, demos, tmp_path, monkeypatch, capsys):
     common = ("--checkpoint_path", checkpoint)
     for flags, message in (
-        (("--rate", "1"), "--rate is 1; give a share above 0 and below 1"),
+        (("--rate", "0"), "--rate is 0; give a share above 0, and at most 0.5"),
+        (("--rate", "0.7"), "--rate is 0.7; give a share above 0, and at most 0.5: the alarm ends at the median"),
         (("--needed", "4"), "--needed 4 of --window 3: give 1 <= needed <= window"),
+        (("--window", "2000"), "--needed 2 of --window 2000: give 1 <= needed <= window <= 1000"),
         (("--rollouts", tmp_path, "--best_of", 2), "--best_of: the results of --rollouts say what they were run with"),
         (("--rollouts", tmp_path, "--data_path", demos), "--rollouts and --data_path are two sources"),
     ):
@@ -202,6 +206,19 @@ def test_recorded_episodes_are_planned_as_often_as_the_execution_plans(checkpoin
     (data,) = open_for_evaluation(predictor.config, *processors, [str(demos)], predictor.dataset_index).values()
     found = recorded_uncertainty(predictor, data)
     assert [len(episode) for episode in found] == [len(steps)] * 22
+
+
+def test_an_interrupted_evaluation_calibrates_with_the_episodes_that_finished(tmp_path, caplog):
+    assert calibrated([[value] for value in (3.0, 1.0, 2.0)], 0.5, 1, 1, source="test", settings={}).threshold == 2
+    write_rollouts(tmp_path, "policy.pth.tar", [1, 2.0])
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(path.read_text()[:-7])
+    with caplog.at_level(logging.WARNING):
+        assert len(rollout_uncertainty([tmp_path])) == 20
+    assert f"{path}: a line cut off by a crash is left out" in caplog.text
+    path.unlink()
+    with pytest.raises(CalibrationError, match=rf"{tmp_path}: no episode has finished; run that main_eval.py --env"):
+        rollout_uncertainty([tmp_path])
 
 
 def test_calibrating_an_export_leaves_its_results_its_own(checkpoint, tmp_path, monkeypatch):

@@ -132,3 +132,10 @@ def test_beside_needs_a_page(capsys):
     with pytest.raises(SystemExit):
         main_eval.main(flags)
     assert "--beside belongs to --html, the page that shows them" in capsys.readouterr().err
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+    evaluated(tmp_path)
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(path.read_text()[:-9])
+    assert len(read_evaluation(tmp_path).lines) == 5
