@@ -146,3 +146,10 @@ def test_an_evaluation_is_named_once(capsys, beside):
     with pytest.raises(SystemExit):
         main_eval.main([*flags, "--output_dir", "results", "--beside", *beside])
     assert "--beside names a folder twice, or --output_dir; name each other evaluation once" in capsys.readouterr().err
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+    evaluated(tmp_path)
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(path.read_text()[:-9])
+    assert len(read_evaluation(tmp_path).lines) == 5
