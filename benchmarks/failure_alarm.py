@@ -102,11 +102,10 @@ def roll_out(recipe: Recipe, name: str, first_seed: int, episodes: int) -> tuple
     )
     lines = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
     noted = {(line["prompt"], line["seed"], line["number"]): line for line in lines}  # the last one holds
-    every = policy.execution.n_action_steps
     found = []
     for line in map(json.loads, (folder / "episodes.jsonl").read_text(encoding="utf-8").splitlines()):
         plans = [noted[line["prompt"], line["seed"], number] for number in range(line["plans"])]
-        steps = [every * number for number in range(line["plans"])]
+        steps = line["plan_steps"]
         signals = {name: [plan[name] for plan in plans] for name in ("spread", "distance")}
         signals |= {"velocity": [math.nan if u is None else u for u in line["uncertainty"]], "time": steps}
         found.append({"success": line["success"], "steps": line["steps"], "plan_steps": steps, **signals})

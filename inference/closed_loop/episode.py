@@ -85,7 +85,7 @@ class EpisodeResult:
         held_steps: those of the steps that no plan covered, where the robot held still.
         total_reward: sum of rewards.
         seconds, plan_seconds: wall time, and the part of it spent waiting for plans.
-        uncertainty: one number a plan, NaN where it has none.
+        uncertainty: one number a plan, NaN where it has none. plan_steps: when each plan came, in steps taken before.
         alarm_step: the first step at which the alarm stood; None: it never did, or there is none.
         actions: what was sent, one (A,) per step.
         frames: captioned frames, one per step and the first; empty unless filmed.
@@ -101,6 +101,7 @@ class EpisodeResult:
     seconds: float = 0.0
     plan_seconds: float = 0.0
     uncertainty: list[float] = field(default_factory=list, repr=False)
+    plan_steps: list[int] = field(default_factory=list, repr=False)
     alarm_step: int | None = None
     actions: list[np.ndarray] = field(default_factory=list, repr=False)
     frames: list[np.ndarray] = field(default_factory=list, repr=False)
@@ -183,6 +184,7 @@ class Episode:
         self.result.plan_seconds += time.perf_counter() - self._asked
         self.result.plans += 1
         self.result.uncertainty.append(float(uncertainty))
+        self.result.plan_steps.append(self.result.steps)
         if self.alarm is not None and self.alarm.add(uncertainty) and self.result.alarm_step is None:
             self.result.alarm_step = self.result.steps
         self._keep(plan=np.asarray(action_TA), plan_step=np.int64(self.result.steps))

@@ -188,11 +188,13 @@ def _uncertainty(main: Evaluation) -> Section | None:
         if not values or all(value != value for value in values):
             continue
         alarm = line.get("alarm_step")
-        marks = [] if alarm is None else [min(alarm // every, len(values) - 1)]
+        # Lines of earlier versions don't say when plans came; most strategies ask for one every `n_action_steps`.
+        steps = line.get("plan_steps") or [every * i for i in range(len(values))]
+        marks = [] if alarm is None else [max(i for i, step in enumerate(steps) if step <= alarm)]
         good = line["success"]
         name = f"{line['task']}, seed {line['seed']}"
         tone: Tone = "good" if good else "error"
-        lines[good].append(Line(name, [every * i for i in range(len(values))], values, marks=marks, tone=tone))
+        lines[good].append(Line(name, steps, values, marks=marks, tone=tone))
     charts = [
         Chart(f"{'successes' if good else 'failures'}: {len(some)} episodes", "step", some)
         for good, some in lines.items()

@@ -96,7 +96,8 @@ class RolloutRecord:
         line = {"task": job.task, "instruction": episode.instruction, "prompt": job.prompt or episode.instruction}
         line |= {field: values[field] for field in FIELDS}
         uncertainty = [None if math.isnan(value) else value for value in episode.result.uncertainty]
-        line |= {"uncertainty": uncertainty, "video": job.video, "env_settings": episode.env_settings}
+        line |= {"uncertainty": uncertainty, "plan_steps": episode.result.plan_steps}
+        line |= {"video": job.video, "env_settings": episode.env_settings}
         self.lines.append(line)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

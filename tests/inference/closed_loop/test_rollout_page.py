@@ -95,6 +95,16 @@ def test_uncertainty_and_alarms_are_marked(evaluations):
     (charts,) = [block for block in section.blocks if isinstance(block, Charts)]
     assert sum(len(chart.lines) for chart in charts.charts) == len(lines) - 1, "none where a head has none"
     assert all(line.marks == [0] for chart in charts.charts for line in chart.lines)
+    # A plan at every step, and an alarm at the second to last: the axis and the circle follow the steps, not a rule.
+    dense = [line | {"plan_steps": list(range(line["plans"])), "alarm_step": line["plans"] - 2} for line in lines[1:]]
+    earlier = [{key: value for key, value in line.items() if key != "plan_steps"} for line in lines[1:2]]
+    for some, wanted in ((dense, [line["plans"] - 2 for line in dense]), (earlier, [0])):
+        page = rollout_page(dataclasses.replace(main, lines=some))
+        (section,) = [section for section in page.sections if section.title == "Uncertainty"]
+        drawn = [line for chart in section.blocks[0].charts for line in chart.lines]
+        assert sorted(line.marks[0] for line in drawn) == sorted(wanted)
+        if some is dense:
+            assert all(list(line.x) == list(range(len(line.x))) for line in drawn)
     episodes = rollout_episodes(recorder.path, lines)
     marked = next(episode for episode in episodes if episode.marks)
     assert marked.marks[0].text.startswith("alarm") and marked.curves[0].name == "uncertainty"

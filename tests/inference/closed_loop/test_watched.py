@@ -92,6 +92,7 @@ def test_the_alarm_of_an_episode_rings_once_and_colours_the_video():
     episode = Episode(env, executing(1, 1), 0, record=True, alarm=Alarm(CALIBRATION))
     values = iter([0.1, 2.0, math.nan, 0.1, 0.1, 0.1])
     result = episode.run(lambda request: Plan(np.zeros((1, 4), np.float32), next(values, 0.1)))
+    assert result.plan_steps == list(range(result.plans))
     assert result.alarm_step == 1 and math.isnan(result.uncertainty[2]) and result.uncertainty[:2] == [0.1, 2.0]
     strips = [tuple(frame[-2, -2]) for frame in result.frames]
     amber = (150, 75, 0)
@@ -124,7 +125,9 @@ def test_episodes_keep_uncertainty_and_the_table_counts_alarms(checkpoint, tmp_p
         assert result["tasks"]["9"]["alarm_step"] == [0, 0]
         assert "alarm in " in rollout_table(result) and "(calibrated to 5 %)" in rollout_table(result)
     for line in found[1]:
-        assert len(line["uncertainty"]) == line["plans"] > 1 and all(value > 0 for value in line["uncertainty"])
+        assert len(line["uncertainty"]) == len(line["plan_steps"]) == line["plans"] > 1 and all(
+            value > 0 for value in line["uncertainty"]
+        )
     by_seed = [{line["seed"]: line["uncertainty"] for line in lines} for lines in found.values()]
     for seed in (0, 1):
         np.testing.assert_allclose(by_seed[0][seed], by_seed[1][seed], rtol=1e-3)
