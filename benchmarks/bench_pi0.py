@@ -37,7 +37,7 @@ from inference.predictor import VLAPredictor
 from model.tiny.paligemma import make_tiny_paligemma
 from model.vla_model import VLAModel
 from training.optimizer import build_optimizer
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, output_file
 from utils.batch import Batch, to_device
 from utils.config_utils import Config, config_from_dict
 from utils.misc import pick_device
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50, help="predictions of each row")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="tiny weights on the CPU")
-    parser.add_argument("--json", type=Path, help="write every figure there as well")
+    parser.add_argument("--json", type=output_file, help="write every figure there as well")
     args = parser.parse_args()
     device = pick_device("cpu" if args.quick else args.device)
     if device.type != "cuda" and not args.quick:

@@ -47,7 +47,7 @@ from benchmarks.random_pi import (
 from benchmarks.sides import MARK
 from inference.serving.export_published import export_published
 from model.tiny.paligemma import make_tiny_paligemma
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, output_file
 from utils.text_table import text_table
 
 HERE = Path(__file__).resolve().parent
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="measurements of each row, after one that is not counted")
     parser.add_argument("--no_compiled", action="store_true", help="leave out torch.compile")
     parser.add_argument("--quick", action="store_true", help="tiny weights, one turn")
-    parser.add_argument("--json", type=Path, help="write every figure there as well")
+    parser.add_argument("--json", type=output_file, help="write every figure there as well")
     args = parser.parse_args()
     if shutil.which(args.lerobot_python) is None:
         raise ValueError(f"--lerobot_python {args.lerobot_python}: no such program; give the Python that has lerobot")

@@ -10,8 +10,8 @@ something only beside those two. An episode fails at --step_limit control steps:
 itself ends an episode at 500. Every stage goes on where it was interrupted; --fresh begins again.
 
 Published tier means in per cent, second-hand (quoted from later papers' tables, not checked against the originals;
-other cameras, step limits, demonstrations and training budgets): Diffusion Policy 10.5, pi0 from PaliGemma 50.5,
-SmolVLA 57.3, Evo-1 80.6.
+other cameras, step limits, demonstrations and training budgets): Diffusion Policy 10.5, pi0 from PaliGemma 50.5, pi0
+fine-tuned 50.8, SmolVLA 57.3, SmolVLA with 2.25 billion parameters 68, Evo-1 80.6.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ BACKBONE = {
 }
 CPU_BACKBONE = {"image_size": 96, "patch_size": 16}
 QUICK_BACKBONE = {"image_size": 64, "patch_size": 16}
-PUBLISHED = {"Diffusion Policy": 10.5, "pi0 (PaliGemma)": 50.5, "SmolVLA": 57.3, "Evo-1": 80.6}
+PUBLISHED = {"Diffusion Policy": 10.5, "pi0 (PaliGemma)": 50.5, "pi0 (fine-tuned)": 50.8, "SmolVLA": 57.3}
+PUBLISHED |= {"SmolVLA-2.25B": 68, "Evo-1": 80.6}
 RUNS = ("policy", "blind", "replay")
 
 

@@ -14,7 +14,6 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ if not __package__:
 
 from inference.monitor import Monitor
 from inference.predictor import VLAPredictor
-from utils.arguments import CommandParser, at_least
+from utils.arguments import CommandParser, at_least, output_file
 from utils.misc import atomic_path
 from utils.text_table import text_table
 
@@ -86,7 +85,7 @@ def main() -> int:
     parser.add_argument("--length", type=at_least(16), default=48, help="predictions of a block")
     parser.add_argument("--large_ms", type=float, default=80.0, help="a prediction of the large policy")
     parser.add_argument("--quick", action="store_true", help="a fifth of the blocks")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=output_file, help="write the result here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     predictor = VLAPredictor.from_checkpoint(args.checkpoint_path, device="cpu")

@@ -35,7 +35,7 @@ from model.action_head.flow_matching import flow_interpolate
 from model.action_head.guidance import guidance_weight, soft_mask
 from model.context import Context
 from model.pi_weights import TABLE_OF_OUTPUT, UNREAD, canonical, our_name
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, output_file
 from utils.normalization import published_scaling
 from utils.policy_folder import read_relative_dims
 from utils.text_table import text_table
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, help="the folder of arrays")
     parser.add_argument("--tokenizer_name_or_path", help="default: tokenizer/ of the reference, if it has one")
     parser.add_argument("--vision_num_attention_heads", type=int, help="default: sizes.json of the reference, else 16")
-    parser.add_argument("--json", type=Path, help="write the table there as well")
+    parser.add_argument("--json", type=output_file, help="write the table there as well")
     args = parser.parse_args()
     torch.set_num_threads(1)
     own_tokenizer, sizes = args.reference / "tokenizer", args.reference / "sizes.json"

@@ -41,7 +41,7 @@ from inference.closed_loop.policies import ExpertPolicy
 from inference.closed_loop.rollout import ModelPolicy
 from inference.policy_files import read_policy
 from inference.predictor import VLAPredictor
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, output_file
 from utils.cli import key_values
 from utils.comparison.kinds import Mismatch
 from utils.misc import atomic_path
@@ -295,7 +295,7 @@ def parse_args() -> argparse.Namespace:
     help_text = "keep the sessions here; those that are there already are judged again, not driven again"
     parser.add_argument("--sessions", type=Path, metavar="FOLDER", help=help_text)
     parser.add_argument("--quick", action="store_true", help="six mistakes, three clean sessions")
-    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--json", type=output_file, help="file for the result")
     return parser.parse_args()
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from data.comparison.against import sampled_columns
 from data.comparison.fit import statistics_fit
 from data.comparison.page import fit_section
 from data.comparison.profile import control_rate
 from data.dataset import VLADataset
 from data.decoding import decode_frame
 from data.schema import ACTION, PLAN, STATE, camera_column, image_columns, vector_names
+from utils.config_utils import Config
 from utils.page.content import Curve, Episode, Film, Mark, Section
 from utils.page.episodes import MAX_EPISODES, curves_of, sampled_steps
 from utils.page.pictures import chosen_steps, film, film_frames
@@ -64,17 +66,15 @@ class DatasetEpisodes:
             films=_films(cameras, end - begin, films, lambda camera, step: store.image(camera, begin + step)),
             curves=[
                 *curves(sampled),
-                *curves_of("action", names[ACTION], action, sampled, drawn=drawn_KTA),
+                *curves_of("action", names[ACTION][: action.shape[1]], action, sampled, drawn=drawn_KTA),
                 *curves_of("state", names[STATE], np.asarray(store.state[begin:end]), sampled),
             ],
             marks=list(marks),
         )
 
-    def fit(self, title: str, statistics: Mapping[str, Any], mode: str, *, actions: bool) -> Section:
-        """The dataset beside the statistics of a policy; without the actions where these are not what it normalizes."""
-        store = self._dataset.store
-        columns = {"state": np.asarray(store.state)} | ({"action": np.asarray(store.action)} if actions else {})
-        return fit_section(title, *statistics_fit(columns, statistics, mode))
+    def fit(self, title: str, statistics: Mapping[str, Any], config: Config) -> Section:
+        """The dataset's own episodes, not others of its files, beside the statistics of a policy."""
+        return fit_section(title, *statistics_fit(sampled_columns(self._dataset, config), statistics, config.data))
 
 
 def rollout_episodes(path: Callable[[str, int], Path], lines: Sequence[Mapping[str, Any]]) -> list[Episode]:

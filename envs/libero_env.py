@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,7 +106,7 @@ class LiberoEnv(RobotEnv):
         self._mujoco = import_mujoco()
         self._control, self._retry = _make_control(suite, name)
         self._env = self._control.env
-        self._states = _official_states(suite, name) if initial_states == "official" else None
+        self._states = _official_states(_benchmark(suite), name) if initial_states == "official" else None
         self._shapes, self._moved = Shapes(self._env), _widen(self._env) if layout == "wide" else []
         model = self._env.sim.model._model
         self._renderer = OffscreenRenderer(
@@ -289,7 +290,13 @@ def rotation_vector(quaternion_xyzw: np.ndarray) -> np.ndarray:
 def _make_control(suite: str, name: str) -> tuple[Any, type[Exception]]:
     """LIBERO's environment without its renderer, and the exception of a scene that finds no room."""
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it recommends settings of its own at every start
-    from libero.libero.envs.env_wrapper import ControlEnv
+    try:
+        from libero.libero.envs.env_wrapper import ControlEnv
+    except EOFError:
+        raise RuntimeError(
+            "this LIBERO asks at its first import where its files shall lie, and nobody answers here; run once at a "
+            "terminal: python -c 'import libero.libero'"
+        ) from None
     from robosuite.utils.errors import RandomizationError
 
     control = ControlEnv(
@@ -310,13 +317,30 @@ def _bddl_file(suite: str, name: str) -> str:
     return os.path.join(get_libero_path("bddl_files"), suite, f"{name}.bddl")
 
 
-def _official_states(suite: str, name: str) -> np.ndarray:
-    """The published initial states, float64 (50, values)."""
+def _benchmark(suite: str) -> Any:
     from libero.libero import benchmark
 
-    tasks = benchmark.get_benchmark(suite)()
-    index = [task.name for task in tasks.tasks].index(name)
-    return np.asarray(tasks.get_task_init_states(index))
+    return benchmark.get_benchmark(suite)()
+
+
+def _official_states(suite: Any, name: str) -> np.ndarray:
+    """The published initial states, float64 (50, values).
+
+    Args:
+        suite: LIBERO's benchmark of that name.
+        name: of the task.
+
+    Raises:
+        RuntimeError: upstream's package, whose states are pickles, which torch refuses to run.
+    """
+    index = [task.name for task in suite.tasks].index(name)
+    try:
+        return np.asarray(suite.get_task_init_states(index))
+    except pickle.UnpicklingError:
+        raise RuntimeError(
+            f"initial_states is official, but this LIBERO keeps its official states as pickles (of {name}), which are "
+            "never run; install the package of requirements-libero.txt, or take initial_states=sampled"
+        ) from None
 
 
 def _widen(env: Any) -> list[str]:

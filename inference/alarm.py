@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+MAX_WINDOW = 1000  # plans
+
 
 class CalibrationError(ValueError):
     """A calibration that can't be made, or can't be used."""
@@ -54,13 +56,17 @@ class Calibration:
         if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
             raise CalibrationError("threshold, release and false_alarm_rate must be finite numbers")
         if not (
-            isinstance(self.needed, int) and isinstance(self.window, int) and 1 <= self.needed <= self.window <= 1000
+            isinstance(self.needed, int)
+            and isinstance(self.window, int)
+            and 1 <= self.needed <= self.window <= MAX_WINDOW
         ):
             raise CalibrationError(
-                f"needed {self.needed!r} of window {self.window!r}: wanted 1 <= needed <= window <= 1000"
+                f"needed {self.needed!r} of window {self.window!r}: wanted 1 <= needed <= window <= {MAX_WINDOW}"
             )
-        if self.release > self.threshold or not isinstance(self.settings, dict):
-            raise CalibrationError("release is above threshold, or settings are none")
+        if self.release > self.threshold:
+            raise CalibrationError(f"release {self.release:g} is above threshold {self.threshold:g}")
+        if not isinstance(self.settings, dict):
+            raise CalibrationError(f"settings are a {type(self.settings).__name__}, wanted an object")
 
 
 class Alarm:
@@ -110,7 +116,7 @@ def calibrated(
 
     Args:
         episodes: the uncertainty of every plan of each successful episode, none of which the policy was trained on.
-        rate: in (0, 1).
+        rate: in (0, 0.5]; the alarm ends at the median score, which a higher rate's threshold may be below.
         needed, window: how many of how many plans.
         source, settings: see `Calibration`.
 

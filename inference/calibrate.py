@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from inference.alarm import CalibrationError
-from inference.policy_files import policy_stamp
+from inference.closed_loop.execution import EXECUTION_STRATEGIES, ExecutionSettings
+from inference.closed_loop.record import read_episodes
+from inference.policy_files import is_stamp_of
 from inference.predictor import VLAPredictor
 from utils.misc import derive_seed
 
@@ -50,7 +52,7 @@ def rollout_settings(folders: Sequence[Path], checkpoint_path: str) -> dict[str,
                 f"{folder}: results of {settings.get('control')!r} with prompts {settings.get('prompts')!r}; give "
                 "those of the policy as it is to be used"
             )
-        if settings.get("checkpoint_stamp") != policy_stamp(checkpoint_path):
+        if not is_stamp_of(settings.get("checkpoint_stamp"), checkpoint_path):
             raise CalibrationError(
                 f"{folder}: results of {settings.get('checkpoint')}, not of the weights in {checkpoint_path}; evaluate "
                 "these first"
@@ -67,12 +69,14 @@ def rollout_uncertainty(folders: Sequence[Path]) -> list[list[float]]:
     """The uncertainty of every plan of each successful episode of closed-loop evaluations.
 
     Raises:
-        CalibrationError: the episodes were recorded by an earlier version, which did not keep it.
+        CalibrationError: no episode has finished, or an earlier version recorded them, which did not keep it.
     """
     episodes = []
     for folder in folders:
-        for line in (folder / "episodes.jsonl").read_text(encoding="utf-8").splitlines():
-            episode = json.loads(line)
+        path = folder / "episodes.jsonl"
+        if not path.is_file():
+            raise CalibrationError(f"{folder}: no episode has finished; run that main_eval.py --env again")
+        for episode in read_episodes(path):
             if "uncertainty" not in episode:
                 raise CalibrationError(f"{folder}: episodes of an earlier version, without uncertainty; use --restart")
             if episode["success"]:
@@ -81,17 +85,19 @@ def rollout_uncertainty(folders: Sequence[Path]) -> list[list[float]]:
 
 
 def recorded_uncertainty(predictor: VLAPredictor, dataset: Any, batch_size: int = 32) -> list[list[float]]:
-    """The uncertainty of the plans that a policy makes along recorded episodes that succeeded, every n_action_steps.
+    """The uncertainty of the plans that a policy makes along recorded episodes that succeeded, as often as it plans.
 
     Args:
         predictor: the policy.
         dataset: a VLADataset; where a column `success` says that an episode failed, it is left out.
         batch_size: plans made together.
     """
+    execution = ExecutionSettings.from_config(predictor.settings, predictor.horizon)
+    every = EXECUTION_STRATEGIES[execution.strategy].interval(execution)
     rows_N = dataset.rows(np.arange(len(dataset)))
     places = [dataset.store.locate(int(row)) for row in rows_N]
     succeeded = dataset.store.label("success", otherwise=True)[rows_N]
-    planned = [i for i, (_, step) in enumerate(places) if succeeded[i] and step % predictor.n_action_steps == 0]
+    planned = [i for i, (_, step) in enumerate(places) if succeeded[i] and step % every == 0]
     episodes: dict[int, list[float]] = {}
     for first in range(0, len(planned), batch_size):
         indices = planned[first : first + batch_size]

@@ -24,14 +24,9 @@ MODES = {  # the flag that chooses a mode -> the heading of its flags
 }
 NEGATIVE = re.compile(r"-[.\d]")  # no flag begins so
 SEPARATORS = str.maketrans(",;[]()", "      ")  # of numbers, as Python, NumPy and JSON print them
-SETTINGS = (
-    "num_inference_steps",
-    "best_of",
-    "compile",
-    "quantization",
-    "expert_quantization",
-)  # of `inference`, for every mode,
-LOOP_SETTINGS = ("n_action_steps", "execution", "latency_steps")  # and for the closed loop
+# Settings of `inference` that are flags: in every mode, and in closed loop alone.
+SETTINGS = ("num_inference_steps", "best_of", "compile", "quantization", "expert_quantization")
+LOOP_SETTINGS = ("n_action_steps", "execution", "latency_steps")
 
 
 class Rule(NamedTuple):
@@ -247,6 +242,9 @@ def _image_paths(texts: Sequence[str] | None) -> dict[str, list[str]] | None:
 def _check_closed_loop(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.beside and not args.html:
         parser.error("--beside belongs to --html, the page that shows them")
+    folders = [Path(folder).resolve() for folder in (args.output_dir, *(args.beside or []))]
+    if len(set(folders)) < len(folders):
+        parser.error("--beside names a folder twice, or --output_dir; name each other evaluation once")
     if args.record and args.blind:
         parser.error("--record would keep pictures that the policy of --blind does not see; give one of them")
     if not args.tasks:

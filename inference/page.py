@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from inference.evaluate import Predictions
+from inference.policy_files import restamped
 from inference.predictor import VLAPredictor
 from inference.report import verdict
+from utils.config_utils import Config
 from utils.metrics import METRICS
 from utils.page.content import (
     Block,
@@ -50,8 +52,8 @@ class Recorded(Protocol):
     ) -> Episode:
         """One episode with what was predicted in it."""
 
-    def fit(self, title: str, statistics: Mapping[str, Any], mode: str, *, actions: bool) -> Section:
-        """The data beside statistics."""
+    def fit(self, title: str, statistics: Mapping[str, Any], config: Config) -> Section:
+        """The data beside the statistics of the policy with this configuration."""
 
 
 def offline_page(
@@ -94,7 +96,7 @@ def offline_page(
         Section("Errors", [_metrics(result["predictors"]), *_where(policy, result["predictors"], names)]),
         Section("Episodes and predictions", [Viewer(shown)], intro),
         *_fits(recorded, predictor),
-        *sensitivity_sections(folder, result["checkpoint_stamp"]),
+        *sensitivity_sections(folder, result),
     ]
     settings = result["settings"]
     facts = [
@@ -114,16 +116,16 @@ def offline_page(
     return Page("evaluation", title, verdict(dict(result)), "good" if better else "warning", facts, sections, missing)
 
 
-def sensitivity_sections(folder: Path, checkpoint_stamp: object) -> list[Section]:
+def sensitivity_sections(folder: Path, evaluated: Mapping[str, Any]) -> list[Section]:
     """What `--sensitivity` left in an evaluation's folder: how far changed inputs move the actions, and maps of it.
 
-    Nothing where there is none, or it is of another policy than that of `checkpoint_stamp`.
+    Nothing where there is none, or it is of another policy than the evaluation that `evaluated` describes.
     """
     path = folder / "sensitivity.json"
     if not path.is_file():
         return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("checkpoint_stamp") != json.loads(json.dumps(checkpoint_stamp)):
+    found = restamped(json.loads(path.read_text(encoding="utf-8")))
+    if found.get("checkpoint_stamp") != restamped(evaluated)["checkpoint_stamp"]:
         return []
     header = ("what was changed", "input", "in spreads of the policy", "in variation of the demonstrations")
     rows = [[row["change"], row["group"], row["in_spread"], row["in_variation"]] for row in found["rows"]]
@@ -189,10 +191,9 @@ def _episode(part: Predictions, errors: np.ndarray, number: int, recorded: Recor
 
 def _fits(recorded: Mapping[str, Recorded], predictor: VLAPredictor) -> list[Section]:
     """Each dataset beside the policy's statistics."""
-    statistics, data = predictor.model.statistics[predictor.dataset_index], predictor.config.data
-    mode, actions = data.normalization_type, data.action_mode != "delta"
+    statistics = predictor.model.statistics[predictor.dataset_index]
     return [
-        part.fit(f"Do the statistics fit {Path(name).name}?", statistics, mode, actions=actions)
+        part.fit(f"Do the statistics fit {Path(name).name}?", statistics, predictor.config)
         for name, part in recorded.items()
     ]
 

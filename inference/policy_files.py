@@ -45,6 +45,7 @@ from utils.text import printable
 logger = logging.getLogger(__name__)
 
 MANIFEST, WEIGHTS, PROFILES = "policy.json", "model.safetensors", "training_data.json"
+EARLIER_STAMP = "earlier_stamp"  # in policy.json: its own stamp before it listed another alarm; see `is_stamp_of`
 ALARM, ALARM_FORMAT = "alarm.json", "paligemma-vla-alarm/1"
 SAME_WEIGHTS = ("step", "saved_at")  # of a checkpoint: an alarm is of the weights that say the same
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
@@ -117,6 +118,7 @@ def write_alarm(policy: Path, checkpoint: Mapping[str, Any], calibrations: Seque
     write_json(path, content)
     if listed is not None:
         listed["sha256"][ALARM] = digest(path)
+        listed.setdefault(EARLIER_STAMP, _file_stamp(manifest))
         write_json(manifest, listed)
     return path
 
@@ -143,13 +145,42 @@ def local_folder(name_or_path: str | Path) -> Path:
 
 
 def policy_stamp(name_or_path: str | Path | None) -> list[float] | None:
-    """[bytes, modification time] of a policy's file, which tell whether it was replaced; None for a hub id."""
+    """[bytes, modification time] of a policy's weights, which tell whether it was replaced.
+
+    None for a hub id, and for a folder that is no export.
+    """
     path = Path(name_or_path) if name_or_path is not None else None
     if path is not None and path.is_dir():
-        path = path / MANIFEST
-    if path is None or not path.is_file():
-        return None
-    return [path.stat().st_size, path.stat().st_mtime]
+        path = path / WEIGHTS if (path / MANIFEST).is_file() else None
+    return None if path is None else _file_stamp(path)
+
+
+def is_stamp_of(stamp: object, name_or_path: str | Path | None) -> bool:
+    """Whether a result with this stamp is of the policy as it is now.
+
+    Earlier versions stamped an exported folder by its policy.json, as it was before `write_alarm` changed it.
+    """
+    if stamp == policy_stamp(name_or_path):
+        return True
+    manifest = None if name_or_path is None else Path(name_or_path) / MANIFEST
+    if stamp is None or manifest is None or not manifest.is_file():
+        return False
+    try:
+        content = read_json(manifest)
+    except ForeignFileError:
+        return False
+    return stamp in (_file_stamp(manifest), content.get(EARLIER_STAMP) if isinstance(content, dict) else None)
+
+
+def restamped(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation says of itself, with the stamp that its `checkpoint` has now, if that is the same policy."""
+    stamp, policy = result.get("checkpoint_stamp"), result.get("checkpoint")
+    known = stamp is not None and is_stamp_of(stamp, policy)
+    return {**result, "checkpoint_stamp": policy_stamp(policy)} if known else dict(result)
+
+
+def _file_stamp(path: Path) -> list[float] | None:
+    return [path.stat().st_size, path.stat().st_mtime] if path.is_file() else None
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

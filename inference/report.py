@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from inference.evaluate import Predictions
-from inference.policy_files import write_json
+from inference.policy_files import restamped, write_json
 from utils.figure_text import axis_label, drawable, save_figure
 from utils.metrics import METRICS
 from utils.misc import atomic_path
@@ -39,6 +39,7 @@ def keep_earlier(paths: Sequence[Path], report: dict[str, Any], keys: Iterable[s
         earlier = json.loads(paths[0].read_text(encoding="utf-8"))
     except ValueError:
         earlier = {}
+    earlier = restamped(earlier) if isinstance(earlier, dict) else earlier
     differing = [key for key in keys if earlier.get(key) != report[key]] if isinstance(earlier, dict) else list(keys)
     if not differing:
         return

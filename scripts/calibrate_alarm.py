@@ -18,7 +18,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from data.loader import open_for_evaluation
-from inference.alarm import CalibrationError, calibrated
+from inference.alarm import MAX_WINDOW, CalibrationError, calibrated
 from inference.calibrate import recorded_uncertainty, rollout_settings, rollout_uncertainty
 from inference.policy_files import local_folder, read_policy, write_alarm
 from inference.predictor import VLAPredictor
@@ -45,10 +45,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.rollouts and args.data_path:
         parser.error("--rollouts and --data_path are two sources; give one of them")
-    if not 0 < args.rate < 1:
-        parser.error(f"--rate is {args.rate:g}; give a share above 0 and below 1")
-    if not 1 <= args.needed <= args.window:
-        parser.error(f"--needed {args.needed} of --window {args.window}: give 1 <= needed <= window")
+    if not 0 < args.rate <= 0.5:
+        parser.error(f"--rate is {args.rate:g}; give a share above 0, and at most 0.5: the alarm ends at the median")
+    if not 1 <= args.needed <= args.window <= MAX_WINDOW:
+        parser.error(f"--needed {args.needed} of --window {args.window}: give 1 <= needed <= window <= {MAX_WINDOW}")
     set_up_logging()
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     if args.rollouts:

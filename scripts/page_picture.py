@@ -17,7 +17,7 @@ if not __package__:
 from PIL import Image
 
 from benchmarks.chromium import browser, opened
-from utils.arguments import CommandParser, at_least, run_command
+from utils.arguments import CommandParser, at_least, output_file, run_command
 from utils.misc import atomic_path, writing
 
 COLOURS = 192  # of the picture's palette
@@ -26,7 +26,7 @@ COLOURS = 192  # of the picture's palette
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(__doc__)
     parser.add_argument("--html", type=Path, required=True, help="the page")
-    parser.add_argument("--png", type=Path, required=True, help="picture to write")
+    parser.add_argument("--png", type=output_file, required=True, help="picture to write")
     parser.add_argument(
         "--width", type=at_least(200), default=1100, help="of the window in pixels; default %(default)s"
     )

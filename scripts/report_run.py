@@ -15,8 +15,7 @@ from pathlib import Path
 if not __package__:
     import _repository  # noqa: F401
 
-import numpy as np
-
+from data.comparison.against import sampled_columns
 from data.comparison.fit import statistics_fit
 from data.comparison.page import fit_section
 from data.loader import build_datasets
@@ -44,7 +43,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     inside = sorted(path.parent for path in args.run.glob("*/rollouts.json"))
-    evaluations = [read_evaluation(folder) for folder in [*args.evaluations, *inside]]
+    folders = {folder.resolve(): folder for folder in [*args.evaluations, *inside]}  # each once
+    evaluations = [read_evaluation(folder) for folder in folders.values()]
     fits, missing = statistics_sections(args.run)
     main = next((one for one in evaluations if one.is_main), None)
     if main is None:
@@ -71,10 +71,8 @@ def statistics_sections(run: Path) -> tuple[list[Section], list[str]]:
         return [], [f"Whether the statistics fit the data: these can't be read now ({error})."]
     sections = []
     for i, dataset in enumerate(train.datasets):
-        columns = {"state": np.asarray(dataset.store.state)}
-        if config.data.action_mode != "delta":
-            columns["action"] = np.asarray(dataset.store.action)
-        fit = statistics_fit(columns, checkpoint["statistics"][i], config.data.normalization_type, of_training=True)
+        columns = sampled_columns(dataset, config)
+        fit = statistics_fit(columns, checkpoint["statistics"][i], config.data, of_training=True)
         title = "Do the statistics fit?" if len(train.datasets) == 1 else f"Do the statistics fit {dataset.name}?"
         sections.append(fit_section(title, *fit))
     return sections, []

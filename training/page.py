@@ -94,6 +94,8 @@ def run_verdict(lines: Rows) -> tuple[str, Tone]:
         step = next(step for step, value in losses if not math.isfinite(value))
         return f"The loss is not finite from step {step:,} on.", "error"
     points, name = _points(lines, "val_loss"), "validation loss"
+    if not points and not losses:
+        return f"After {last:,} steps no loss was logged yet.", "plain"
     if not points:
         begin, end = losses[0][1], losses[-1][1]
         text = f"After {last:,} steps the training loss is {end:.4g}, at the first log line it was {begin:.4g}; "

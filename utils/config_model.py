@@ -253,6 +253,16 @@ class ActionHeadConfig:
         if min(self.time_beta) <= 0:
             raise ConfigError(f"{place}: time_beta is {list(self.time_beta)}; both parameters must be positive")
 
+    def check_best_of(self, best_of: int) -> None:
+        """Raise a ConfigError where several draws (`inference.best_of`) were all the same."""
+        samples = self.decoding == "sample" if self.type == "discrete" else self.type != "regression"
+        if best_of > 1 and not samples:
+            remedy = ", or take decoding sample" if self.type == "discrete" else ""
+            raise ConfigError(
+                f"inference.best_of is {best_of}, but model.action_head_config.type {self.type} samples nothing, so "
+                f"that all draws are one; give 1{remedy}"
+            )
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -188,14 +188,12 @@ class Config:
                 f"training.eval_every_n_epochs is {self.training.eval_every_n_epochs} but closed_loop.tasks is "
                 f"{list(self.closed_loop.tasks)}; give both (how often, and what), or none of them"
             )
-        horizon, executed = self.model.action_head_config.horizon, self.inference.n_action_steps
-        if executed is not None and executed > horizon:
+        head, data, executed = self.model.action_head_config, self.data, self.inference.n_action_steps
+        if executed is not None and executed > head.horizon:
             raise ConfigError(
-                f"inference.n_action_steps is {executed} but model.action_head_config.horizon is {horizon}; "
+                f"inference.n_action_steps is {executed} but model.action_head_config.horizon is {head.horizon}; "
                 "at most the whole horizon can be executed"
             )
-
-        head, data = self.model.action_head_config, self.data
         for entry in data.mixture:
             for name, limit in (("per_action_dim", head.per_action_dim), ("horizon", head.horizon)):
                 if (getattr(entry, name) or 0) > limit:
@@ -204,6 +202,7 @@ class Config:
                         f"model.action_head_config.{name} {limit}; set that to the largest"
                     )
         self._refuse_settings_of_the_expert()
+        head.check_best_of(self.inference.best_of)
         prompt_says_state = data.prompt_format == "pi05"
         if prompt_says_state and not head.use_state_input:
             raise ConfigError(

@@ -14,7 +14,7 @@ SECONDS = 5  # that the hub may take to answer at all
 
 
 def is_local(name_or_path: str | Path) -> bool:
-    """Whether it can only be a path: it exists, starts like one, or has not the one slash of a hub id at most."""
+    """Whether it is a path and no hub id: it exists, starts like a path, or has more than one slash."""
     text = str(name_or_path)
     return text.startswith(("/", "./", "../", "~")) or text.count("/") > 1 or Path(text).exists()
 

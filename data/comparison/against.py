@@ -43,8 +43,9 @@ def announce_fit(train: MixtureDataset, statistics: Sequence[dict[str, Any]], co
         kept: whether they are a base policy's, made of other data: then every dimension is shown.
     """
     for dataset, of_dataset in zip(train.datasets, statistics, strict=True):
-        columns, steps = _sampled(dataset, config)
-        table, found = statistics_fit(columns, of_dataset, config.data.normalization_type, of_training=True)
+        columns = sampled_columns(dataset, config)
+        steps = len(columns["action"])
+        table, found = statistics_fit(columns, of_dataset, config.data, of_training=True)
         whose = "statistics kept from the base policy" if kept else "statistics"
         if not table:
             logger.info("%s of %s: they do not say how far values went, so nothing is compared", whose, dataset.name)
@@ -57,8 +58,12 @@ def announce_fit(train: MixtureDataset, statistics: Sequence[dict[str, Any]], co
             logger.warning("statistics of %s: %s", dataset.name, mismatch)
 
 
-def _sampled(dataset: VLADataset, config: Config) -> tuple[dict[str, np.ndarray], int]:
-    """State and action of some training steps, actions as they are normalized; and the number of these steps."""
+def sampled_columns(dataset: VLADataset, config: Config) -> dict[str, np.ndarray]:
+    """State, where the policy reads one, and action as they are normalized, at some steps of a dataset's episodes.
+
+    Returns:
+        Of `state` and `action` float32 (N, width), N as many as FIT_ROWS, spread evenly.
+    """
     store, starts = dataset.store, dataset.store.episode_starts
     ends = starts[1:][dataset.episodes]
     lengths = ends - starts[:-1][dataset.episodes]
@@ -73,7 +78,7 @@ def _sampled(dataset: VLADataset, config: Config) -> tuple[dict[str, np.ndarray]
         relative = [d for d in range(action.shape[1]) if d not in config.data.absolute_action_dims]
         action = action.copy()
         action[:, relative] -= state[:, relative]
-    return {**columns, "action": action}, len(rows)
+    return {**columns, "action": action}
 
 
 def held_against(
@@ -113,7 +118,7 @@ def held_against(
     ).store
     delta = config.data.action_mode == "delta"
     columns = {"state": np.asarray(store.state)} | ({} if delta else {"action": np.asarray(store.action)})
-    table, found = statistics_fit(columns, checkpoint["statistics"][index], config.data.normalization_type)
+    table, found = statistics_fit(columns, checkpoint["statistics"][index], config.data)
     profiles = checkpoint.get("training_data") or []
     if len(profiles) <= index or not is_profile(profiles[index]):
         return table, found, False

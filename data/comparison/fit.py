@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from utils.comparison.facts import QUANTILES
 from utils.comparison.kinds import Mismatch
 from utils.comparison.numbers import other_distribution
+from utils.config_data import DataConfig
+from utils.normalization import own_affine, published_scaling
 from utils.text_table import text_table
 
 BLOWN_UP = 20.0  # normalized values from which a dimension drowns the others
@@ -37,7 +40,7 @@ class DimensionFit:
 def statistics_fit(
     values: Mapping[str, np.ndarray],
     statistics: Mapping[str, Mapping[str, Sequence[float]]],
-    mode: str,
+    data_config: DataConfig,
     *,
     of_training: bool = False,
 ) -> tuple[list[DimensionFit], list[Mismatch]]:
@@ -46,7 +49,7 @@ def statistics_fit(
     Args:
         values: `state` and `action`, (N, width), physical units; either may be missing.
         statistics: of the same columns.
-        mode: `data.normalization_type`: `min_max`, `quantile` or `mean_std`.
+        data_config: how these are normalized.
         of_training: whether the values are the training data. Then what is wrong with these alone is said too; beside
             other values it is no difference: dimensions that are equal in both, and a wild value in the statistics.
 
@@ -54,6 +57,7 @@ def statistics_fit(
         Every dimension, and suspected mistakes.
     """
     table, found = [], []
+    modes = {"state": data_config.state_mode, "action": data_config.normalization_type}
     for column, data in values.items():
         if not {"min", "max", "q01", "q99", "mean", "std"} <= statistics[column].keys():
             continue  # openpi's statistics do not say how far values went
@@ -68,8 +72,8 @@ def statistics_fit(
         ]
         limit = np.full(len(known), LIMIT)
         of_column += other_distribution(column, new, known, limit, left_out=np.flatnonzero(constant).tolist())
-        for d, scale in enumerate(_scales(statistics[column], mode)):
-            low, high = ((new[d, i] - scale[0]) / scale[1] for i in (1, -2))
+        ends = _normalized(new[:, [1, -2]].T, statistics[column], modes[column], data_config)
+        for d, (low, high) in enumerate(ends.T.tolist()):
             outside = float(((data[:, d] < known[d, 1]) | (data[:, d] > known[d, -2])).mean())
             of_column += _scale_mistakes(f"{column}[{d}]", new[d], known[d], (low, high), bool(constant[d]))
             of_column += _flattened(f"{column}[{d}]", known[d]) if of_training and not constant[d] else ()
@@ -93,12 +97,18 @@ def _quantiles(statistics: Mapping[str, Sequence[float]]) -> np.ndarray:
     return np.stack([np.interp(QUANTILES, (0, 0.01, 0.5, 0.99, 1), column) for column in known.T])
 
 
-def _scales(statistics: Mapping[str, Sequence[float]], mode: str) -> list[tuple[float, float]]:
-    """Per dimension what is subtracted, and what divides then."""
-    low, high = {"min_max": ("min", "max"), "quantile": ("q01", "q99"), "mean_std": ("mean", "std")}[mode]
-    first, second = (np.array(statistics[name], np.float64) for name in (low, high))
-    center, scale = (first, second) if mode == "mean_std" else ((first + second) / 2, (second - first) / 2)
-    return list(zip(center.tolist(), np.where(scale > 1e-9, scale, 1.0).tolist(), strict=True))
+def _normalized(
+    values: np.ndarray, statistics: Mapping[str, Sequence[float]], mode: str, data_config: DataConfig
+) -> np.ndarray:
+    """(N, width), physical -> normalized; nothing is clipped."""
+    value_ND, width = torch.from_numpy(values).float(), values.shape[1]
+    whose = data_config.normalization_arithmetic
+    if whose != "own":
+        return (
+            published_scaling(statistics, mode, whose, width, data_config.normalization_eps).normalize(value_ND).numpy()
+        )
+    affine = own_affine([statistics], mode, data_config.action_bounds, width)
+    return ((value_ND - affine["center"]) * affine["slope"] + affine["target"]).numpy()
 
 
 def _scale_mistakes(

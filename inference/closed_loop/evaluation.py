@@ -141,6 +141,7 @@ def evaluate_tasks(
     started = time.perf_counter()
     settings = {**settings, **_policy_settings(policy)}
     record = RolloutRecord(folder, settings, restart)
+    settings = record.settings
     if recorder is not None:
         recorder.check(settings, record.done)
     filmed = set(seeds[:num_videos])

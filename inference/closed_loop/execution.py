@@ -123,7 +123,10 @@ class Execution(ABC):
 
     @staticmethod
     def interval(settings: ExecutionSettings) -> int:
-        """Control steps from one request to the next if plans take `latency_steps`; only one is made at a time."""
+        """Control steps in which the robot moves, from one request to the next, if plans take `latency_steps`.
+
+        Only one plan is made at a time.
+        """
         return max(settings.n_action_steps, settings.latency_steps)
 
     def wants_plan(self) -> bool:
@@ -185,6 +188,10 @@ class Synchronous(Execution):
     def __init__(self, settings: ExecutionSettings) -> None:
         super().__init__(settings)
         self._queue: deque[np.ndarray] = deque()
+
+    @staticmethod
+    def interval(settings: ExecutionSettings) -> int:
+        return settings.n_action_steps
 
     def _is_due(self) -> bool:
         return not self._queue

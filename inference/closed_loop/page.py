@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inference.closed_loop.record import read_episodes
 from inference.page import sensitivity_sections
 from inference.report import alarms
 from utils.page.content import (
@@ -43,7 +44,7 @@ class Evaluation:
     Attributes:
         folder: where it was written.
         result: content of rollouts.json.
-        lines: of episodes.jsonl.
+        lines: of episodes.jsonl, those of the result's tasks and seeds.
     """
 
     folder: Path
@@ -78,13 +79,14 @@ def read_evaluation(folder: Path, tasks: Collection[str] = ()) -> Evaluation:
     path, lines = folder / "rollouts.json", folder / "episodes.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder} has no rollouts.json; give the --output_dir of a finished closed-loop evaluation")
-    found = lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else []
+    found = read_episodes(lines) if lines.is_file() else []
     result = json.loads(path.read_text(encoding="utf-8"))
     if tasks and not result["tasks"].keys() & set(tasks):
         raise ValueError(
             f"{folder} is an evaluation of {', '.join(result['tasks'])}, and of none of {', '.join(tasks)}"
         )
-    return Evaluation(folder, result, [json.loads(line) for line in found])
+    counted = {(task, seed) for task, about in result["tasks"].items() for seed in about["seeds"]}
+    return Evaluation(folder, result, [line for line in found if (line["task"], line["seed"]) in counted])
 
 
 def rollout_page(main: Evaluation, beside: Sequence[Evaluation] = (), episodes: Sequence[Episode] = ()) -> Page:
@@ -139,7 +141,7 @@ def rollout_sections(main: Evaluation, beside: Sequence[Evaluation] = ()) -> tup
     videos, hidden = _videos(main)
     if videos:
         sections.append(Section("Rollouts", [Videos(videos)]))
-    sections += sensitivity_sections(main.folder, main.result["settings"]["checkpoint_stamp"])
+    sections += sensitivity_sections(main.folder, main.result["settings"])
     return sections, [f"{hidden} videos, which are in {main.folder / 'videos'}."] if hidden else []
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from inference.closed_loop.episode import EpisodeResult
 from inference.closed_loop.parallel import Finished
 from inference.closed_loop.rollout import task_summary
+from inference.policy_files import is_stamp_of
 from utils.misc import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,24 @@ logger = logging.getLogger(__name__)
 FIELDS = ("seed", "success", "steps", "plans", "held_steps", "total_reward", "seconds", "plan_seconds", "alarm_step")
 
 
+def read_episodes(path: Path) -> list[dict[str, Any]]:
+    """The lines of an episodes.jsonl; a last line that a kill cut off is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            logger.warning("%s: a line cut off by a crash is left out: %r", path, text[:60])
+    return lines
+
+
 class RolloutRecord:
-    """The finished episodes of one evaluation."""
+    """The finished episodes of one evaluation.
+
+    Attributes:
+        settings: what decides an episode; of an earlier version's record with the policy's stamp that it has.
+        lines: of episodes.jsonl.
+    """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], restart: bool = False) -> None:
         """Open the record, or begin one.
@@ -48,6 +65,9 @@ class RolloutRecord:
         self.lines: list[dict[str, Any]] = []
         if settings_path.is_file() and self.path.is_file():
             old = json.loads(settings_path.read_text(encoding="utf-8"))
+            stamp = old.get("checkpoint_stamp")
+            if stamp is not None and is_stamp_of(stamp, settings.get("checkpoint")):
+                settings["checkpoint_stamp"] = stamp
             differing = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
             if differing:
                 raise ValueError(
@@ -56,6 +76,7 @@ class RolloutRecord:
                     f"{settings.get(differing[0])!r}); choose another --output_dir, or discard them with --restart"
                 )
             self._read()
+        self.settings = settings
         with atomic_path(settings_path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -90,13 +111,7 @@ class RolloutRecord:
 
     def _read(self) -> None:
         """Read finished episodes; a last line that a kill cut off is removed."""
-        whole = []
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                self.lines.append(json.loads(text))
-                whole.append(text + "\n")
-            except json.JSONDecodeError:
-                logger.warning("%s: a line cut off by a crash is left out: %r", self.path, text[:60])
+        self.lines = read_episodes(self.path)
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(whole), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         logger.info("%s: %d episodes were finished before and are not repeated", self.path, len(self.lines))

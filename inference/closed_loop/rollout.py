@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 
 from data.processing import Sample, collate_fn
 from inference.closed_loop.episode import Episode, EpisodeRequest, EpisodeResult, Observation, Plan, PlanRequest
@@ -115,11 +117,16 @@ class ModelPolicy:
             action_KBTA, uncertainty_KB = self.predictor.predict_measured(
                 collate_fn([self._sample(asked.request) for asked in batch]),
                 [[derive_seed("rollout", asked.seed, asked.number) for asked in batch]],
-                prefix=joined([asked.request.prefix for asked in batch]) if continues else None,
+                prefix=joined([self._prefix(asked.request) for asked in batch]) if continues else None,
             )
             for i, action_TA, uncertainty in zip(indices, action_KBTA[0], uncertainty_KB[0], strict=True):
                 plans[i] = Plan(action_TA + self._moved(requests[i].request), float(uncertainty))
         return plans
+
+    def _prefix(self, request: PlanRequest) -> ActionPrefix:
+        """What the plan has to continue, from where the policy is shown to be."""
+        action_BTA = request.prefix.action_BTA - torch.as_tensor(self._moved(request))
+        return replace(request.prefix, action_BTA=action_BTA)
 
     def _moved(self, request: PlanRequest) -> np.ndarray | float:
         """Where relative actions were predicted from the mean state: from there to the true one, (A,)."""

@@ -45,6 +45,12 @@ def test_page_picture(tmp_path, mark):
     assert light.getpixel((2, 2)) > 200 > 60 > dark.getpixel((2, 2))
 
 
+def test_a_picture_that_can_t_be_written_is_said_before(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        page_picture.main(["--html", "page.html", "--png", str(tmp_path)])
+    assert "is a folder; give the name of a file in it" in capsys.readouterr().err
+
+
 def test_a_page_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="--html .*gone.html does not exist"):
         page_picture.main(["--html", str(tmp_path / "gone.html"), "--png", str(tmp_path / "picture.png")])

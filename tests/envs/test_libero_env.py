@@ -6,13 +6,16 @@ The tables need no simulator; the simulator's tests are slow, since it takes 1.7
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from envs import expand_tasks, make_env
-from envs.libero_env import rotation_vector
+from envs.libero_env import _make_control, _official_states, rotation_vector
 from envs.libero_tasks import PARAPHRASES, STEP_LIMITS, SUITES, TASKS, instructions_of, suite_of
 from tests.helpers import needs
 
@@ -45,7 +48,6 @@ def test_instructions_and_their_paraphrases():
     assert Counter(TASKS.values())["libero_goal_lan"] == 10
 
 
-@INSTALLED
 @pytest.mark.parametrize("degrees", [0, 1, 90, 179, 180, 181, 270])
 def test_rotation_vectors_go_on_past_half_a_turn(degrees):
     """robosuite's `quat2axisangle`: 2 arccos(w) times the axis, for any sign of w."""
@@ -56,6 +58,32 @@ def test_rotation_vectors_go_on_past_half_a_turn(degrees):
     np.testing.assert_allclose(rotation_vector([0.0, 0.0, 0.0, -1.0]), 0.0)
 
 
+def test_an_upstream_libero_that_asks_or_keeps_pickles_is_told_in_one_line(monkeypatch, tmp_path):
+    """Upstream's package asks for its folders at its first import, and loads states with torch's pickles."""
+
+    class Asks:
+        def find_spec(self, name, *_):
+            if name == "libero":
+                raise EOFError("EOF when reading a line")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "libero"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Asks(), *sys.meta_path])
+    with pytest.raises(RuntimeError, match=r"asks .* run once at a terminal: python -c 'import libero.libero'"):
+        _make_control("libero_goal", "put_the_bowl_on_the_plate")
+
+    class Suite:
+        tasks = (SimpleNamespace(name="a"),)
+
+        def get_task_init_states(self, index):
+            torch.save(np.zeros((50, 3)), tmp_path / "states")
+            return torch.load(tmp_path / "states")
+
+    with pytest.raises(RuntimeError, match="keeps its official states as pickles.*requirements-libero.txt"):
+        _official_states(Suite(), "a")
+
+
+@INSTALLED
 def test_options_that_cannot_be():
     for options, message in (
         ({"layout": "wild"}, "layout is 'wild'; give one of standard, wide"),

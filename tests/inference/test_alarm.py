@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
 
+from data.loader import open_for_evaluation
 from inference.alarm import Alarm, Calibration, CalibrationError, alarm_score, calibrated
-from inference.policy_files import read_alarm, read_policy, write_alarm
+from inference.calibrate import recorded_uncertainty, rollout_uncertainty
+from inference.closed_loop.record import RolloutRecord
+from inference.page import sensitivity_sections
+from inference.policy_files import MANIFEST, policy_stamp, read_alarm, read_policy, restamped, write_alarm
 from inference.predictor import VLAPredictor
 from inference.serving.export import export_policy
 from scripts import calibrate_alarm
@@ -119,6 +124,8 @@ def test_an_alarm_of_other_weights_is_not_used_and_a_damaged_one_is_named(checkp
         assert VLAPredictor.from_checkpoint(checkpoint, "cpu").alarm is None
     assert "was calibrated with other weights than tiny.pth.tar has now: it is not used" in caplog.text
     for spoil in (
+        lambda entry: entry | {"release": 1e9},
+        lambda entry: entry | {"settings": None},
         lambda entry: entry | {"threshold": "high"},
         lambda entry: entry | {"needed": 0},
         lambda entry: entry | {"threshold": 1e999},
@@ -137,8 +144,10 @@ def test_an_alarm_of_other_weights_is_not_used_and_a_damaged_one_is_named(checkp
 def test_wrong_requests_are_refused(checkpoint, demos, tmp_path, monkeypatch, capsys):
     common = ("--checkpoint_path", checkpoint)
     for flags, message in (
-        (("--rate", "1"), "--rate is 1; give a share above 0 and below 1"),
+        (("--rate", "0"), "--rate is 0; give a share above 0, and at most 0.5"),
+        (("--rate", "0.7"), "--rate is 0.7; give a share above 0, and at most 0.5: the alarm ends at the median"),
         (("--needed", "4"), "--needed 4 of --window 3: give 1 <= needed <= window"),
+        (("--window", "2000"), "--needed 2 of --window 2000: give 1 <= needed <= window <= 1000"),
         (("--rollouts", tmp_path, "--best_of", 2), "--best_of: the results of --rollouts say what they were run with"),
         (("--rollouts", tmp_path, "--data_path", demos), "--rollouts and --data_path are two sources"),
     ):
@@ -153,17 +162,21 @@ def test_wrong_requests_are_refused(checkpoint, demos, tmp_path, monkeypatch, ca
         calibrate(monkeypatch, *common, "--data_path", demos, "--execution", "rtc")
 
 
-def test_calibration_on_closed_loop_results(checkpoint, tmp_path, monkeypatch):
-    from inference.policy_files import policy_stamp
-
+def write_rollouts(folder, checkpoint, stamp):
+    """Closed-loop results of 20 successes and 5 failures; returns their settings."""
     execution = {"strategy": "synchronous", "n_action_steps": 2, "latency_steps": 0}
-    settings = {"checkpoint": str(checkpoint), "checkpoint_stamp": policy_stamp(checkpoint), "control": "policy"}
+    settings = {"checkpoint": str(checkpoint), "checkpoint_stamp": stamp, "control": "policy"}
     settings |= {"prompts": "own", "num_inference_steps": 3, "dataset": "default", "execution": execution}
-    folder = tmp_path / "results"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "rollout_settings.json").write_text(json.dumps(settings))
     lines = [{"success": i < 20, "uncertainty": [None, 0.1 * i, 0.1 * i]} for i in range(25)]
     (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return settings
+
+
+def test_calibration_on_closed_loop_results(checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    settings = write_rollouts(folder, checkpoint, policy_stamp(checkpoint))
     calibrate(monkeypatch, "--checkpoint_path", checkpoint, "--rollouts", folder)
     predictor = VLAPredictor.from_checkpoint(checkpoint, "cpu")
     found = predictor.alarm.calibration
@@ -176,3 +189,53 @@ def test_calibration_on_closed_loop_results(checkpoint, tmp_path, monkeypatch):
         (folder / "rollout_settings.json").write_text(json.dumps(settings | changed))
         with pytest.raises(CalibrationError, match=message):
             calibrate(monkeypatch, "--checkpoint_path", checkpoint, "--rollouts", folder)
+
+
+@pytest.mark.parametrize(
+    ("execution", "steps"),
+    [
+        ({"execution": "ensemble"}, range(7)),
+        ({"execution": "ensemble", "latency_steps": 2}, range(0, 7, 2)),
+        ({"execution": "naive_async", "n_action_steps": 1, "latency_steps": 2}, range(0, 7, 2)),
+        ({"execution": "synchronous", "n_action_steps": 2, "latency_steps": 3}, range(0, 7, 2)),  # it stands meanwhile
+    ],
+)
+def test_recorded_episodes_are_planned_as_often_as_the_execution_plans(checkpoint, demos, execution, steps):
+    predictor = VLAPredictor.from_checkpoint(checkpoint, "cpu", **execution)
+    processors = predictor.image_processor, predictor.prompt_tokenizer
+    (data,) = open_for_evaluation(predictor.config, *processors, [str(demos)], predictor.dataset_index).values()
+    found = recorded_uncertainty(predictor, data)
+    assert [len(episode) for episode in found] == [len(steps)] * 22
+
+
+def test_an_interrupted_evaluation_calibrates_with_the_episodes_that_finished(tmp_path, caplog):
+    assert calibrated([[value] for value in (3.0, 1.0, 2.0)], 0.5, 1, 1, source="test", settings={}).threshold == 2
+    write_rollouts(tmp_path, "policy.pth.tar", [1, 2.0])
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(path.read_text()[:-7])
+    with caplog.at_level(logging.WARNING):
+        assert len(rollout_uncertainty([tmp_path])) == 20
+    assert f"{path}: a line cut off by a crash is left out" in caplog.text
+    path.unlink()
+    with pytest.raises(CalibrationError, match=rf"{tmp_path}: no episode has finished; run that main_eval.py --env"):
+        rollout_uncertainty([tmp_path])
+
+
+def test_calibrating_an_export_leaves_its_results_its_own(checkpoint, tmp_path, monkeypatch):
+    """Also the results of earlier versions, which stamped an export by its policy.json."""
+    folder, results = export_policy(load_checkpoint(checkpoint), tmp_path / "policy"), tmp_path / "results"
+    earlier = [(folder / MANIFEST).stat().st_size, (folder / MANIFEST).stat().st_mtime]
+    for stamp in (earlier, policy_stamp(folder)):
+        settings = write_rollouts(results, folder, stamp)
+        (results / "sensitivity.json").write_text(json.dumps(settings | {"samples": 9, "rows": []}))
+        for rate in (0.1, 0.2):
+            calibrate(monkeypatch, "--checkpoint_path", folder, "--rollouts", results, "--rate", rate)
+        assert [found.false_alarm_rate for found in read_policy(folder)["alarm"]] == [0.2]
+        now = settings | {"checkpoint_stamp": policy_stamp(folder)}
+        assert restamped(settings) == now and sensitivity_sections(results, now)
+        assert RolloutRecord(results, now).settings == settings, "recordings hold the earlier stamp"
+    write_rollouts(results, folder, [earlier[0], earlier[1] + 1])
+    with pytest.raises(CalibrationError, match="not of the weights in"):
+        calibrate(monkeypatch, "--checkpoint_path", folder, "--rollouts", results)
+    os.utime(folder / "model.safetensors", (0, 0))
+    assert restamped(settings) == settings, "of the weights before"

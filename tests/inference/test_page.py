@@ -64,7 +64,7 @@ def test_in_a_browser(chromium, evaluated, mark):  # noqa: F811
 
 
 def test_sensitivity_is_of_the_same_policy(tmp_path):
-    assert sensitivity_sections(tmp_path, [1, 2.0]) == []
+    assert sensitivity_sections(tmp_path, {"checkpoint_stamp": [1, 2.0]}) == []
     (tmp_path / "sensitivity").mkdir()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "sensitivity" / "a.png")
     steps = {"per_step_in_spread": [1.0, None], "per_step_in_variation": [0.5, None]}
@@ -72,10 +72,10 @@ def test_sensitivity_is_of_the_same_policy(tmp_path):
     maps = [{"camera": "image_1", "episode": 3, "row": 8, "image": f"sensitivity/{name}.png"} for name in ("a", "gone")]
     found = {"checkpoint_stamp": [1, 2.0], "samples": 9, "rows": rows, "maps": maps}
     (tmp_path / "sensitivity.json").write_text(json.dumps(found))
-    (section,) = sensitivity_sections(tmp_path, (1, 2.0))
+    (section,) = sensitivity_sections(tmp_path, {"checkpoint_stamp": [1, 2.0]})
     assert [type(block) for block in section.blocks] == [Table, Charts, Pictures]
     assert [picture.caption for picture in section.blocks[2].pictures] == ["image_1, episode 3, row 8"]
-    assert sensitivity_sections(tmp_path, [1, 3.0]) == [], "of another policy"
+    assert sensitivity_sections(tmp_path, {"checkpoint_stamp": [1, 3.0]}) == [], "of another policy"
 
 
 def test_a_single_observation_has_no_page(capsys):

@@ -10,6 +10,7 @@ import pytest
 
 from scripts.report_run import main
 from tests.browser import chromium, needs_browser, opened, overflow, quiet  # noqa: F401
+from tests.inference.closed_loop.test_rollout_page import evaluated
 from tests.trainers import make_trainer
 from training.page import run_page, run_verdict
 from utils.config_utils import ConfigError
@@ -55,6 +56,14 @@ def test_what_is_no_run_is_named(run, tmp_path):
         run_page(folder)
 
 
+def test_an_evaluation_in_the_run_s_folder_is_shown_once(run, tmp_path):
+    named = ["--evaluations", str(evaluated(run / "eval", tasks=("to_3",)).folder / ".." / "eval")]
+    pages = [tmp_path / "named.html", tmp_path / "found.html"]
+    for page, flags in zip(pages, (named, []), strict=True):
+        main(["--run", str(run), "--html", str(page), *flags])
+    assert pages[0].read_text() == pages[1].read_text()
+
+
 def lines(*values, name="val_loss"):
     return [{"step": 10 * (i + 1), "loss": 1.0, name: value} for i, value in enumerate(values)]
 
@@ -62,6 +71,7 @@ def lines(*values, name="val_loss"):
 @pytest.mark.parametrize(
     ("found", "text", "tone"),
     [
+        ([{"step": 10, "success": 0.5}], "After 10 steps no loss was logged yet.", "plain"),
         (lines(0.5), "After 10 steps the validation loss is 0.5; there is no earlier one", "plain"),
         (lines(0.5, 0.25), "After 20 steps the validation loss is 0.25, its lowest so far.", "good"),
         (lines(0.2, 0.25), "it was lowest at step 10 with 0.2, and has risen by 25 % since.", "warning"),

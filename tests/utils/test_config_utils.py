@@ -180,12 +180,27 @@ def test_every_documented_key_is_accepted():
         ),
         ({"training": {"ema_decay": 1}}, "training.ema_decay is 1.0; give a number in (0, 1), or null for none"),
         ({"serving": {"batch_window_ms": -1}}, "serving.batch_window_ms is -1.0; give 0 or more"),
+        (
+            {"inference": {"best_of": 4}, "model": {"action_head_config": {"type": "regression"}}},
+            "inference.best_of is 4, but model.action_head_config.type regression samples nothing, so that all draws "
+            "are one; give 1",
+        ),
+        (
+            {"inference": {"best_of": 4}, "model": {"action_head_config": {"type": "discrete"}}},
+            "type discrete samples nothing, so that all draws are one; give 1, or take decoding sample",
+        ),
         ({"inference": {"n_action_steps": 9}}, "n_action_steps is 9 but model.action_head_config.horizon is 8"),
     ],
 )
 def test_mistakes_are_named(tree, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         config_from_dict(tree)
+
+
+def test_heads_that_sample_take_the_best_of_several_draws():
+    for head in ({"type": "flow_matching"}, {"type": "diffusion"}, {"type": "discrete", "decoding": "sample"}):
+        tree = {"inference": {"best_of": 4}, "model": {"action_head_config": head}}
+        assert config_from_dict(tree).inference.best_of == 4
 
 
 def test_files_that_are_no_config(tmp_path):

@@ -206,7 +206,7 @@ def _following(session: Profile, training: Profile) -> list[int]:
 def _begins_upright(session: Profile, training: Profile) -> np.ndarray:
     """Which dimensions of the state begin where they did, and would not with the other sign or the other way round."""
     known = np.array(training["state"]["quantiles"])
-    if "start" not in training:  # a profile of an earlier version
+    if "start" not in training or "begin" not in session:  # a profile of an earlier version, or a few steps alone
         return np.zeros(len(known), bool)
     begin, usual = np.array(session["begin"]["state"]), np.array(training["start"]["state"])
     margin = 0.1 * np.ptp(known, axis=1)[:, None]

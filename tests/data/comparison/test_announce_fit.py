@@ -55,9 +55,16 @@ def judged(tmp_path, tiny_paligemma_dir, caplog):
     return call
 
 
-@pytest.mark.parametrize("mode", ["absolute", "delta"])
-def test_statistics_that_fit_are_one_calm_line(judged, mode):
-    ((level, line),) = judged(action_mode=mode)
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"action_mode": "absolute"},
+        {"action_mode": "delta"},
+        {"normalization_arithmetic": "lerobot", "normalization_type": "identity"},
+    ],
+)
+def test_statistics_that_fit_are_one_calm_line(judged, data):
+    ((level, line),) = judged(**data)
     assert level == "INFO" and line.endswith("fit 240 of its steps in all 8 dimensions")
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from data.comparison.fit import as_table, statistics_fit
+from model.published_normalizer import build_normalizer
+from utils.config_utils import ConfigError, DataConfig, config_from_dict
 
 
 def statistics_of(values):
     names = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
-    names |= {"q01": np.quantile(values, 0.01, axis=0), "q99": np.quantile(values, 0.99, axis=0)}
+    names |= {f"q{q:02d}": np.quantile(values, q / 100, axis=0) for q in (1, 10, 90, 99)}
     return {name: value.tolist() for name, value in names.items()}
 
 
@@ -21,9 +24,9 @@ def arm():
     return np.stack([rng.uniform(-1.2, 0.4, 4000), rng.uniform(0.5, 2.5, 4000), rng.beta(0.3, 1.2, 4000)], axis=1)
 
 
-def kinds(values, made_of, mode="min_max", *, of_training=False):
+def kinds(values, made_of, *, of_training=False, **settings):
     statistics = {name: statistics_of(data) for name, data in made_of.items()}
-    table, found = statistics_fit(values, statistics, mode, of_training=of_training)
+    table, found = statistics_fit(values, statistics, DataConfig(**settings), of_training=of_training)
     return table, {(mismatch.kind, mismatch.where) for mismatch in found}
 
 
@@ -78,3 +81,25 @@ def test_relative_where_absolute_was_declared(arm):
     deltas = 0.01 * (targets - arm[:-1])
     found = kinds({"state": arm[:-1], "action": arm[:-1] + deltas}, {"state": arm[:-1], "action": deltas})[1]
     assert ("absolute_for_relative", "action") in found
+
+
+@pytest.mark.parametrize("mode", ["min_max", "quantile", "mean_std", "quantile10", "identity"])
+@pytest.mark.parametrize("state_mode", [None, "quantile10", "identity"])
+@pytest.mark.parametrize("whose", ["own", "lerobot", "openpi"])
+def test_values_become_what_the_model_normalizes_them_to(arm, whose, mode, state_mode):
+    settings = {"normalization_arithmetic": whose, "normalization_type": mode, "state_normalization_type": state_mode}
+    if whose == "own" and (state_mode or mode in ("quantile10", "identity")):
+        with pytest.raises(ConfigError):
+            DataConfig(**settings)
+        return
+    arm[:20, 2], arm[20:, 2] = 1.0, 0.0  # a gripper that shuts so rarely that its quantiles are equal
+    columns, statistics = {"state": arm, "action": arm}, {name: statistics_of(arm) for name in ("state", "action")}
+    head = {"horizon": 2, "per_action_dim": 3}
+    config = config_from_dict({"data": settings | {"state_dim": 3}, "model": {"action_head_config": head}})
+    table, _ = statistics_fit(columns, statistics, config.data, of_training=True)
+    normalizer, first = build_normalizer(config, [statistics]), torch.zeros(1, dtype=torch.int64)
+    ends = torch.tensor(np.quantile(arm, (0.01, 0.99), axis=0), dtype=torch.float32)
+    state = torch.stack([normalizer.normalize_state(row[None], first)[0] for row in ends], dim=1)
+    action = normalizer.normalize_action(ends[None], torch.zeros(1, 3), first)[0].T
+    found = torch.tensor([fit.mapped for fit in table])
+    torch.testing.assert_close(found, torch.cat([state, action]))

@@ -120,6 +120,12 @@ def test_in_a_browser(chromium, evaluations, tmp_path, mark):  # noqa: F811
         quiet(view, path)
 
 
+def test_episodes_that_are_not_part_of_the_result_are_left_out(tmp_path):
+    evaluated(tmp_path, seeds=(0, 1, 2))
+    again = evaluated(tmp_path, tasks=("to_3",), seeds=(1,))
+    assert [(line["task"], line["seed"]) for line in again.lines] == [("to_3", 1)]
+
+
 def test_what_is_no_evaluation_is_named(tmp_path, evaluations):
     with pytest.raises(ValueError, match="has no rollouts.json; give the --output_dir of a finished closed-loop"):
         read_evaluation(tmp_path)
@@ -132,3 +138,18 @@ def test_beside_needs_a_page(capsys):
     with pytest.raises(SystemExit):
         main_eval.main(flags)
     assert "--beside belongs to --html, the page that shows them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beside", [["a", "a/"], ["a", "results"]])
+def test_an_evaluation_is_named_once(capsys, beside):
+    flags = ["--checkpoint_path", "c", "--env", "metaworld", "--tasks", "reach-v3", "--html", "page.html"]
+    with pytest.raises(SystemExit):
+        main_eval.main([*flags, "--output_dir", "results", "--beside", *beside])
+    assert "--beside names a folder twice, or --output_dir; name each other evaluation once" in capsys.readouterr().err
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+    evaluated(tmp_path)
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(path.read_text()[:-9])
+    assert len(read_evaluation(tmp_path).lines) == 5

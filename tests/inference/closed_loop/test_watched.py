@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 
 import main_eval
 from inference.alarm import Alarm, Calibration
@@ -17,6 +18,7 @@ from inference.closed_loop.rollout import GREY, ModelPolicy
 from inference.predictor import VLAPredictor
 from inference.report import rollout_table
 from inference.uncertainty import alarm_settings
+from model.context import ActionPrefix
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
 from tests.inference.closed_loop.settings import executing
@@ -30,7 +32,8 @@ CAMERAS = ("image_1", "wrist")
 def checkpoint(tmp_path_factory, tiny_paligemma_dir):
     folder = tmp_path_factory.mktemp("run")
     demos = write_episodes(folder / "two.parquet", [6, 5], cameras=CAMERAS)
-    return train_tiny(folder, tiny_paligemma_dir, [demos], data={"cameras": list(CAMERAS), "action_mode": "delta"})
+    data, head = {"cameras": list(CAMERAS), "action_mode": "delta"}, {"max_clean_prefix": 2}
+    return train_tiny(folder, tiny_paligemma_dir, [demos], data=data, head=head)
 
 
 def observation(seed, state):
@@ -39,8 +42,8 @@ def observation(seed, state):
     return pictures | {"state": np.asarray(state, np.float32)}
 
 
-def plan(policy, seen):
-    return policy.plan_many([EpisodeRequest(3, 0, PlanRequest((seen,), "press the button", None))])[0].actions
+def plan(policy, seen, prefix=None):
+    return policy.plan_many([EpisodeRequest(3, 0, PlanRequest((seen,), "press the button", prefix))])[0].actions
 
 
 def test_blind_to_some_cameras_and_to_the_state(checkpoint):
@@ -59,6 +62,14 @@ def test_blind_to_some_cameras_and_to_the_state(checkpoint):
     assert ModelPolicy(predictor, blind=True).blind == set(CAMERAS)
     with pytest.raises(ValueError, match=r"blind front: this policy reads no such thing; .* image_1, wrist, state"):
         ModelPolicy(predictor, blind=["front"])
+
+
+def test_a_policy_blind_to_the_state_continues_what_is_committed(checkpoint):
+    """Relative actions begin at the mean state for the policy, and at the true one for the robot."""
+    policy = ModelPolicy(VLAPredictor.from_checkpoint(checkpoint, "cpu"), blind=["state"])
+    committed, later = plan(policy, observation(1, [0.1, 0.2, 0.3, 0.4])), observation(2, [-0.4, 0.3, 0.0, 0.9])
+    prefix = ActionPrefix(torch.from_numpy(committed)[None], torch.tensor([[1.0, 1.0, 0.0, 0.0]]), clean=True)
+    np.testing.assert_allclose(plan(policy, later, prefix)[:2], committed[:2], atol=1e-5)
 
 
 def test_a_stateless_policy_has_no_state_to_hide(tmp_path, tiny_paligemma_dir):
