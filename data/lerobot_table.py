@@ -19,7 +19,7 @@ import pyarrow as pa
 from data.convert.conversion import check_names, parse_cameras, parse_episodes, parse_state_keys
 from data.convert.episode_writer import ImageEncoding, Steps
 from data.convert.foreign_sources import reading
-from data.convert.lerobot_metadata import EpisodeSource, LeRobotDataset
+from data.convert.lerobot_metadata import EpisodeSource, open_dataset
 from data.convert.lerobot_rows import (
     TASK,
     LeRobotOptions,
@@ -64,7 +64,7 @@ class LeRobotTable:
         self.folder, mapping = folder, folder.mapping
         self._require_mapping_of_groot()
         with _settings_by_name():
-            self.dataset = LeRobotDataset(folder.root, mapping.follow_links)
+            self.dataset = open_dataset(folder.root, mapping.follow_links)
             self.cameras = self._cameras()
             self._options = LeRobotOptions(
                 cameras={feature: camera for camera, feature in self.cameras.items()},
@@ -85,10 +85,10 @@ class LeRobotTable:
             )
             if mapping.tolerance_s >= 0.5 / self.dataset.fps:
                 raise DataError(f"--tolerance_s is {mapping.tolerance_s}; wanted less than half a frame")
-            chosen = parse_episodes(mapping.episodes or None, list(self.dataset.episodes), str(folder))
+            chosen = parse_episodes(mapping.episodes or None, self.dataset.episodes, str(folder))
             if mapping.prompt is None and mapping.empty_prompt is None and mapping.task_key is None:
                 require_instructions(self.dataset, chosen)
-        for index in self.dataset.empty_episodes:
+        for index in () if mapping.episodes else self.dataset.empty_episodes:
             logger.warning("%s: episode %d has no steps: left out", folder, index)
         self.episodes = [self.dataset.episodes[index] for index in chosen]
         self.starts = np.cumsum([0, *(episode.length for episode in self.episodes)])

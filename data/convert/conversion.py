@@ -21,7 +21,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -353,7 +353,7 @@ def parse_state_keys(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return columns
 
 
-def parse_episodes(texts: Sequence[str] | None, available: Sequence[int], where: str) -> list[int]:
+def parse_episodes(texts: Sequence[str] | None, available: Collection[int], where: str) -> list[int]:
     """The episodes that --episodes names (numbers and ranges such as 3-7), ascending; all of them for None.
 
     Raises:
@@ -367,7 +367,7 @@ def parse_episodes(texts: Sequence[str] | None, available: Sequence[int], where:
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise DataError(f"--episodes {text!r}: wanted a number or a range such as 3-7")
         chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    unknown = sorted(chosen - set(available))
+    unknown = sorted(index for index in chosen if index not in available)
     if unknown:
         raise DataError(
             f"--episodes: {where} has no episode {unknown[0]} (it has {len(available)}, from {min(available)} to "

@@ -82,7 +82,7 @@ def convert(
         DataError: a fault in the recording or the mapping, naming place and remedy.
     """
     reader, mapping, encoding = source.reader, source.mapping, encoding or ImageEncoding()
-    chosen = parse_episodes(episodes, list(source.episodes), str(reader.path))
+    chosen = parse_episodes(episodes, source.episodes, str(reader.path))
     columns = Columns(reader, mapping, encoding)
     columns.check(source.episodes[chosen[0]])
     widths = columns.widths(source.episodes[chosen[0]])

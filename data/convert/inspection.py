@@ -68,7 +68,7 @@ def film_strip(source: Source, path: Path, *, episodes: Sequence[str] | None = N
         DataError: a fault in the recording or the mapping.
         WriteError: the picture can't be written.
     """
-    numbers = parse_episodes(episodes, list(source.episodes), str(source.reader.path))
+    numbers = parse_episodes(episodes, source.episodes, str(source.reader.path))
     columns = Columns(source.reader, source.mapping, ImageEncoding("png"))
     rows = []
     for index in numbers if episodes is not None else numbers[:STRIP_EPISODES]:

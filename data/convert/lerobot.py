@@ -111,7 +111,7 @@ def convert_lerobot(
     tell_left_out(dataset, (*dataset.cameras, *options.state_keys, *options.action_keys))
     if not 0 < tolerance_s < 0.5 / dataset.fps:
         raise DataError(f"--tolerance_s is {tolerance_s}; wanted more than 0 and less than half a frame")
-    chosen = parse_episodes(episodes, list(dataset.episodes), str(lerobot_dir))
+    chosen = parse_episodes(episodes, dataset.episodes, str(lerobot_dir))
     if prompt is None and empty_prompt is None:
         require_instructions(dataset, chosen)
     files = plan_files(

@@ -7,6 +7,7 @@ v3.0   meta/{info.json, tasks.parquet, episodes/**.parquet}; files of many episo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -51,6 +52,20 @@ class EpisodeSource:
     data_file: Path
     videos: dict[str, VideoSpan]  # of the features of dtype video
     tasks: tuple[str | None, ...] | None  # its instructions; None where the metadata do not say
+
+
+def open_dataset(root: Path, follow_links: bool = False) -> LeRobotDataset:
+    """The metadata of a dataset, as `LeRobotDataset` reads them; a process reads those in one state once.
+
+    The rows of each episode by itself are a table of their own (`data/editing/sources.py`), and all share them.
+    """
+    paths = (path for path in sorted((root / "meta").rglob("*")) if path.is_file())
+    return _open(root, follow_links, tuple((path, *fingerprint(path)) for path in paths))
+
+
+@functools.lru_cache(maxsize=1)
+def _open(root: Path, follow_links: bool, _state: tuple[tuple[Path | int, ...], ...]) -> LeRobotDataset:
+    return LeRobotDataset(root, follow_links)
 
 
 class LeRobotDataset:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data.convert.lerobot_metadata import LeRobotDataset
 from data.doctor.examine import examine
 from data.doctor.remedies import command
 from data.editing.edits import Edits
 from data.editing.plan import make_plan
+from data.editing.write import write_edited
 from data.episode_store import EpisodeStore
 from data.lerobot_table import LeRobotTable
 from scripts import edit_dataset
@@ -324,6 +328,22 @@ def test_lerobot_datasets_are_edited_into_our_schema(kind, flags, tmp_path):
         ["--data_path", source, "--output_dir", str(tmp_path / "out"), "--delete", "2", "--trim", "1", "2", *flags]
     )
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == made
+
+
+def test_the_metadata_of_a_lerobot_dataset_are_read_once(tmp_path, monkeypatch):
+    """And again where they have changed."""
+    root, reads = tmp_path / "dataset", []
+    shutil.copytree(FIXTURES / "lerobot_v30_image", root)
+    read = LeRobotDataset.__init__
+    monkeypatch.setattr(LeRobotDataset, "__init__", lambda *given: (reads.append(given[1]), read(*given))[0])
+    source = f"lerobot:{root}?cameras=observation.images.front=image_1"
+    write_edited(
+        make_plan(resolve_recordings(source, "--data_path"), Edits()), Edits(), tmp_path / "out", num_workers=1
+    )
+    assert reads == [root]
+    os.utime(root / "meta" / "info.json", (0, 0))
+    LeRobotTable(resolve_recordings(source, "--data_path")[0])
+    assert reads == [root, root]
 
 
 def decoded(frame: bytes) -> np.ndarray:
