@@ -60,9 +60,16 @@ def test_libero(commands, monkeypatch, capsys):
     libero_goal.main()
     recorded = [arguments for script, arguments in commands if script == "scripts/record_demos.py"]
     tasks = {task for arguments in recorded for task in recording_parser().parse_args(arguments).tasks}
-    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < tasks and len(recorded) == 32
+    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < tasks and len(recorded) == 16 * 4
     evaluations = [arguments for script, arguments in commands if script == "main_eval.py"]
     assert len(evaluations) == 2 * len(libero_goal.RUNS)
+    for layout in ("standard", "wide"):  # what is played back lay as it lies now, and was done as it is told
+        (replay,) = (a for a in evaluations if "replay" in a and f"layout={layout}" in a)
+        folder = f"replay_{layout}"
+        assert sum(folder in argument for argument in replay) == 16
+        made = [a for a in recorded if any(folder in argument for argument in a)]
+        assert len(made) == 16 and all(f"layout={layout}" in a for a in made)
+        assert all(a[a.index("--noise_scale") + 1] == "0" for a in made)
     printed = capsys.readouterr().out
     assert "diagonal: 8/8" in printed and "rest: 4/24" in printed and "paraphrases never trained on" in printed
     assert "MuJoCo 3.3.0" in printed and "wide layout" in printed
