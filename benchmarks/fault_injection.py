@@ -45,10 +45,10 @@ if not __package__:
 from benchmarks.synthetic import jpeg_frames, write_dataset
 from data.statistics import calculate_for_config
 from model.tiny.paligemma import make_tiny_paligemma
-from training.run_log import read_metrics
 from utils.arguments import CommandParser
 from utils.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
 from utils.config_utils import load_config
+from utils.misc import read_json_lines
 from utils.text_table import text_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -154,7 +154,7 @@ class Run:
     def last_step(self) -> int:
         """The last optimizer step that the log of samples holds; 0 before the first."""
         path = self.folder / "logs" / "samples_rank_0.jsonl"
-        return max((line["step"] for line in read_metrics(path)), default=0) if path.is_file() else 0
+        return max((line["step"] for line in read_json_lines(path)), default=0) if path.is_file() else 0
 
     def unreadable(self) -> list[str]:
         """What is wrong with checkpoints that can't be read."""
@@ -169,13 +169,13 @@ class Run:
     def samples(self) -> dict[int, list[Any]]:
         """Step -> what it took, every line of the log."""
         taken: dict[int, list[Any]] = {}
-        for line in read_metrics(self.folder / "logs" / "samples_rank_0.jsonl"):
+        for line in read_json_lines(self.folder / "logs" / "samples_rank_0.jsonl"):
             taken.setdefault(line["step"], []).append(line["samples"])
         return taken
 
     def losses(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl without timings."""
-        lines = read_metrics(self.folder / "logs" / "metrics.jsonl")
+        lines = read_json_lines(self.folder / "logs" / "metrics.jsonl")
         return [{key: value for key, value in line.items() if key not in UNTIMED} for line in lines]
 
     def final_state(self) -> dict[str, Any]:

@@ -18,10 +18,9 @@ import numpy as np
 
 from inference.alarm import CalibrationError
 from inference.closed_loop.execution import EXECUTION_STRATEGIES, ExecutionSettings
-from inference.closed_loop.record import read_episodes
 from inference.policy_files import is_stamp_of
 from inference.predictor import VLAPredictor
-from utils.misc import derive_seed
+from utils.misc import derive_seed, read_json_lines
 
 
 def rollout_settings(folders: Sequence[Path], checkpoint_path: str) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def rollout_uncertainty(folders: Sequence[Path]) -> list[list[float]]:
         path = folder / "episodes.jsonl"
         if not path.is_file():
             raise CalibrationError(f"{folder}: no episode has finished; run that main_eval.py --env again")
-        for episode in read_episodes(path):
+        for episode in read_json_lines(path):
             if "uncertainty" not in episode:
                 raise CalibrationError(f"{folder}: episodes of an earlier version, without uncertainty; use --restart")
             if episode["success"]:

@@ -24,10 +24,9 @@ from data.loader import collate_fn, open_dataset
 from inference.evaluate import measure_latency
 from inference.predictor import VLAPredictor
 from inference.report import write_json
-from training.run_log import read_metrics
 from utils.checkpoint import newest_checkpoint
 from utils.config_utils import Config, load_config
-from utils.misc import count_parameters
+from utils.misc import count_parameters, read_json_lines
 
 logger = logging.getLogger("compare_heads")
 
@@ -103,7 +102,7 @@ def train(plan: Plan, cell: Cell) -> Path:
     done, checkpoints = folder / "trained.json", folder / "checkpoints"
     if not done.is_file():
         run_script("main_train.py", *train_flags(plan, cell, plan.output_dir))
-        lines = [line for line in read_metrics(folder / "logs" / "metrics.jsonl") if "samples_per_second" in line]
+        lines = [line for line in read_json_lines(folder / "logs" / "metrics.jsonl") if "samples_per_second" in line]
         steps, wanted = lines[-1]["step"], plan.config.training.max_steps
         if steps < wanted:
             raise CellError(f"{cell.name}: training ended at step {steps} of {wanted}; start again to continue")
@@ -128,7 +127,7 @@ def training_speed(plan: Plan, cell: Cell) -> float:
     with tempfile.TemporaryDirectory() as folder:
         short = (f"training.max_steps={SPEED_WINDOWS * SPEED_STEPS}", f"training.log_interval={SPEED_STEPS}")
         run_script("main_train.py", *train_flags(plan, cell, Path(folder)), *short, "data.val_parquet_files=[]")
-        lines = read_metrics(Path(folder) / cell.name / "logs" / "metrics.jsonl")
+        lines = read_json_lines(Path(folder) / cell.name / "logs" / "metrics.jsonl")
     return statistics.median([line["samples_per_second"] for line in lines if "samples_per_second" in line][2:])
 
 

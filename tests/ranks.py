@@ -22,11 +22,11 @@ from model.vla_model import VLAModel
 from tests.helpers import write_episodes
 from tests.policies import model_section
 from training.launch import Place
-from training.run_log import read_metrics
 from training.trainer_ddp import VLATrainerDDP
 from utils.calculate_normalization_stats import calculate_for_config
 from utils.cli import config_from_args, train_parser
 from utils.config_utils import load_config
+from utils.misc import read_json_lines
 
 # Losses without noise and updates without Adam's division by tiny numbers: what is left is rounding.
 DETERMINISTIC = ("model.action_head_config.type=regression", "optimizer.type=SGD", "optimizer.lr=1e-2")
@@ -128,13 +128,13 @@ def _rank(work: Callable[[], Any], rank: int, world_size: int, meeting: str, fai
 
 def losses(folder: Path) -> list[dict[str, float]]:
     """The logged training steps, without timings."""
-    lines = read_metrics(folder / "logs/metrics.jsonl")
+    lines = read_json_lines(folder / "logs/metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines if "loss" in line]
 
 
 def validations(folder: Path) -> list[dict[str, float]]:
     """The logged validations."""
-    return [line for line in read_metrics(folder / "logs/metrics.jsonl") if "val_loss" in line]
+    return [line for line in read_json_lines(folder / "logs/metrics.jsonl") if "val_loss" in line]
 
 
 class IdleParameterTrainer(VLATrainerDDP):

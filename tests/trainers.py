@@ -11,11 +11,11 @@ from data.loader import build_datasets, build_sampler, make_loader
 from data.processing import processors_from_checkpoint, processors_from_config
 from model.vla_model import VLAModel
 from training.origin import announce_changes
-from training.run_log import read_metrics
 from training.trainer import VLATrainer
 from utils.calculate_normalization_stats import calculate_statistics
 from utils.checkpoint import load_checkpoint
 from utils.config_utils import Config
+from utils.misc import read_json_lines
 
 
 def make_trainer(config: Config, checkpoint: dict[str, Any] | None = None) -> VLATrainer:
@@ -45,7 +45,7 @@ def resumed_trainer(config: Config, path: Path) -> VLATrainer:
 
 
 def metrics_of(trainer: VLATrainer) -> list[dict[str, float]]:
-    lines = read_metrics(trainer.run_log.metrics_path)
+    lines = read_json_lines(trainer.run_log.metrics_path)
     return [{k: v for k, v in line.items() if k not in ("samples_per_second", "data_wait")} for line in lines]
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.run_log import read_metrics
 from utils.config_utils import Config, ConfigError, load_config
+from utils.misc import read_json_lines
 from utils.page.content import (
     Block,
     Chart,
@@ -59,10 +59,10 @@ def run_page(
     logs = folder / "logs"
     if not (folder / "config.yaml").is_file() or not (logs / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder} is no folder of a run: it lacks config.yaml or logs/metrics.jsonl")
-    config, lines = load_config(folder / "config.yaml"), read_metrics(logs / "metrics.jsonl")
+    config, lines = load_config(folder / "config.yaml"), read_json_lines(logs / "metrics.jsonl")
     if not lines:
         raise ConfigError(f"{logs / 'metrics.jsonl'} has no line yet: the run has to reach its first log interval")
-    validations = read_metrics(logs / "validation.jsonl") if (logs / "validation.jsonl").is_file() else []
+    validations = read_json_lines(logs / "validation.jsonl") if (logs / "validation.jsonl").is_file() else []
     sections = [Section("Curves", _curves(lines))]
     if validations:
         sections.append(Section("Validation", _validation(validations)))

@@ -14,7 +14,7 @@ import torch
 from training.trackers import Trackers
 from training.validation import Validation
 from utils.config_utils import Config, save_config
-from utils.misc import atomic_path, disk_full_named
+from utils.misc import atomic_path, disk_full_named, read_json_lines
 from utils.trajectory_plot import plot_chunks
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class RunLog:
         paths = [self.metrics_path, self.validation_path] if self.is_main else []
         for path in [*paths, self.samples_path]:
             if path.is_file():
-                kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
+                kept = "".join(json.dumps(line) + "\n" for line in read_json_lines(path) if line["step"] <= step)
                 with disk_full_named(path, len(kept)), atomic_path(path) as temporary:
                     temporary.write_text(kept, encoding="utf-8")
         if self.is_main:
@@ -151,22 +151,11 @@ class LogWindow:
         return values
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut off by a crash is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            logger.warning("%s: a line cut off by a crash is left out: %r", path, text[:60])
-    return lines
-
-
 def plot_metrics(metrics_path: Path, image_path: Path) -> None:
     """Loss, validation loss and sampled action error over steps, as a PNG."""
     from matplotlib.figure import Figure
 
-    lines = read_metrics(metrics_path)
+    lines = read_json_lines(metrics_path)
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     panels = ((left, ("loss", "val_loss"), "loss"), (right, ("val_action_mse",), "sampled action MSE (normalized)"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 from utils.library_noise import drop_library_noise
+
+logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a file is full
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -282,3 +285,14 @@ def errors_in_one_line(*mendable: type[BaseException], interrupted: str = "stopp
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that grows by a line each; a last line that a crash cut off is left out, with a warning."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            logger.warning("%s: a line cut off by a crash is left out: %r", path, text[:60])
+    return lines

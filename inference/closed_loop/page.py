@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.closed_loop.record import read_episodes
 from inference.page import sensitivity_sections
 from inference.report import alarms
+from utils.misc import read_json_lines
 from utils.page.content import (
     Chart,
     Charts,
@@ -79,7 +79,7 @@ def read_evaluation(folder: Path, tasks: Collection[str] = ()) -> Evaluation:
     path, lines = folder / "rollouts.json", folder / "episodes.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder} has no rollouts.json; give the --output_dir of a finished closed-loop evaluation")
-    found = read_episodes(lines) if lines.is_file() else []
+    found = read_json_lines(lines) if lines.is_file() else []
     result = json.loads(path.read_text(encoding="utf-8"))
     if tasks and not result["tasks"].keys() & set(tasks):
         raise ValueError(

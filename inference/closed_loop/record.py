@@ -18,22 +18,11 @@ from inference.closed_loop.episode import EpisodeResult
 from inference.closed_loop.parallel import Finished
 from inference.closed_loop.rollout import task_summary
 from inference.policy_files import is_stamp_of
-from utils.misc import atomic_path
+from utils.misc import atomic_path, read_json_lines
 
 logger = logging.getLogger(__name__)
 
 FIELDS = ("seed", "success", "steps", "plans", "held_steps", "total_reward", "seconds", "plan_seconds", "alarm_step")
-
-
-def read_episodes(path: Path) -> list[dict[str, Any]]:
-    """The lines of an episodes.jsonl; a last line that a kill cut off is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            logger.warning("%s: a line cut off by a crash is left out: %r", path, text[:60])
-    return lines
 
 
 class RolloutRecord:
@@ -112,7 +101,7 @@ class RolloutRecord:
 
     def _read(self) -> None:
         """Read finished episodes; a last line that a kill cut off is removed."""
-        self.lines = read_episodes(self.path)
+        self.lines = read_json_lines(self.path)
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         logger.info("%s: %d episodes were finished before and are not repeated", self.path, len(self.lines))

@@ -13,10 +13,10 @@ import torch
 
 from data.sampler import StepBatchSampler
 from tests.trainers import assert_same_state, make_trainer, metrics_of, resumed_trainer
-from training.run_log import read_metrics
 from training.trainer import VLATrainer
 from utils.checkpoint import load_checkpoint, newest_checkpoint
 from utils.config_utils import ConfigError
+from utils.misc import read_json_lines
 from utils.parquet_utils import DataError
 
 EXACT = {"ema_decay": 0.9, "log_interval": 2, "log_samples": True}
@@ -57,7 +57,7 @@ def test_resume_is_bitwise(make_config, workers, later):
     resumed.fit()
     assert_same_state(whole, resumed)
     assert metrics_of(whole) == metrics_of(resumed), "also the lines after the checkpoint are not there twice"
-    taken = [read_metrics(trainer.run_log.samples_path) for trainer in (whole, resumed)]
+    taken = [read_json_lines(trainer.run_log.samples_path) for trainer in (whole, resumed)]
     assert taken[0] == taken[1] and [line["step"] for line in taken[0]] == list(range(1, 13))
     each = [tuple(sample) for line in taken[0] for sample in line["samples"]]
     assert len(set(each[:22])) == 22, "an epoch takes every sample once"
@@ -218,7 +218,7 @@ def test_a_rewound_log_keeps_what_came_before(make_config):
     with open(trainer.run_log.metrics_path, "a") as file:
         file.write('{"step": 4, "lo')  # a crash in the middle of a line
     trainer.run_log.rewind(2)
-    assert [line["step"] for line in read_metrics(trainer.run_log.metrics_path)] == [1, 2]
+    assert [line["step"] for line in read_json_lines(trainer.run_log.metrics_path)] == [1, 2]
 
 
 def test_weights_alone_cannot_be_gone_on_with(make_config):

@@ -16,10 +16,10 @@ from model.vla_model import VLAModel
 from tests.policies import act
 from tests.trainers import make_trainer, metrics_of, resumed_trainer
 from training.failure import dump_batches
-from training.run_log import read_metrics
 from training.trainer import NonFiniteLossError
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.config_utils import ConfigError
+from utils.misc import read_json_lines
 
 
 def test_fit_writes_what_it_promises(make_config, caplog):
@@ -137,7 +137,7 @@ def test_validation_takes_micro_batches_of_the_training_size(make_config):
         trainer = make_trainer(config)
         trainer.val_loader = loaders[1]
         found[accumulation] = trainer.evaluate()
-        (line,) = read_metrics(trainer.run_log.validation_path)
+        (line,) = read_json_lines(trainer.run_log.validation_path)
         assert line["samples"] == 4
     sampled = {name for name in found[1] if name != "val_loss"}  # whose noise is drawn per batch
     assert {name: found[2][name] for name in sampled} == pytest.approx({name: found[1][name] for name in sampled})
