@@ -1,13 +1,16 @@
-"""A tiny real policy and batches for it, without data files."""
+"""A tiny real policy, batches for it, and datasets as it sees them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.dataset import VLADataset
+from data.processing import processors_from_config
 from model.vla_model import VLAModel
 from utils.config_utils import Config, config_from_dict
 
@@ -94,3 +97,20 @@ def checkpoint_of(policy: VLAModel, config: Config) -> dict[str, Any]:
         "image_processor": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
         "tokenizer_files": {},
     }
+
+
+def dataset_of(config: Config, files: Sequence[Path], reads_state: bool = True, **options: Any) -> VLADataset:
+    """Files as a policy of this configuration sees them, without a cache; `options` are VLADataset's."""
+    image_processor, tokenizer = processors_from_config(config)
+    head = config.model.action_head_config
+    return VLADataset(
+        files,
+        dataclasses.replace(config.data, cache=False),
+        horizon=head.horizon,
+        per_action_dim=head.per_action_dim,
+        cameras=config.cameras,
+        reads_state=reads_state,
+        image_processor=image_processor,
+        prompt_tokenizer=tokenizer,
+        **options,
+    )

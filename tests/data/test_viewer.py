@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from data.dataset import VLADataset
-from data.processing import processors_from_config
 from data.viewer import DatasetEpisodes
 from tests.helpers import episode_rows, write_rows
-from tests.policies import policy_config
+from tests.policies import dataset_of, policy_config
 from utils.calculate_normalization_stats import calculate_statistics
 from utils.config_data import MixtureEntry
 from utils.page.content import Ranges
@@ -23,19 +19,8 @@ def opened(tmp_path, tiny_paligemma_dir):
 
     def call(rows, *, split="all", entry=None, reads_state=True, **data):
         config = policy_config(tiny_paligemma_dir, tmp_path, data=data)
-        image_processor, tokenizer = processors_from_config(config)
-        dataset = VLADataset(
-            [write_rows(tmp_path / "data.parquet", rows)],
-            dataclasses.replace(config.data, cache=False),
-            horizon=config.model.action_head_config.horizon,
-            per_action_dim=4,
-            cameras=config.cameras,
-            reads_state=reads_state,
-            image_processor=image_processor,
-            prompt_tokenizer=tokenizer,
-            entry=entry,
-            split=split,
-        )
+        files = [write_rows(tmp_path / "data.parquet", rows)]
+        dataset = dataset_of(config, files, reads_state, entry=entry, split=split)
         return dataset, config
 
     return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 
 from data.comparison.against import announce_fit
-from data.dataset import MixtureDataset, VLADataset
-from data.processing import processors_from_config
+from data.dataset import MixtureDataset
 from tests.helpers import episode_rows, write_rows
-from tests.policies import policy_config
+from tests.policies import dataset_of, policy_config
 from utils.calculate_normalization_stats import calculate_statistics
 
 
@@ -34,17 +32,7 @@ def judged(tmp_path, tiny_paligemma_dir, caplog):
         for row in rows:
             state, action = change(np.array(row["state"]), np.array(row["action"]))
             row["state"], row["action"] = state.tolist(), action.tolist()
-        image_processor, tokenizer = processors_from_config(config)
-        dataset = VLADataset(
-            [write_rows(tmp_path / "data.parquet", rows)],
-            dataclasses.replace(config.data, cache=False),
-            horizon=config.model.action_head_config.horizon,
-            per_action_dim=4,
-            cameras=config.cameras,
-            reads_state=True,
-            image_processor=image_processor,
-            prompt_tokenizer=tokenizer,
-        )
+        dataset = dataset_of(config, [write_rows(tmp_path / "data.parquet", rows)])
         caplog.clear()
         with caplog.at_level(logging.INFO, "data.comparison.against"):
             started = time.perf_counter()
