@@ -67,6 +67,8 @@ def recorder_to(folder):
         thread.join(20)
         assert not thread.is_alive()
         theirs.close()
+        recorder._threads[1].join(20)  # the last reports, which still come
+        assert not recorder._threads[1].is_alive()
 
 
 def observation(number, prompt="open the window"):
