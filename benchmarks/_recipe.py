@@ -64,6 +64,12 @@ class Recipe:
         return self.experiment / "checkpoints" / "model_best.pth.tar"
 
     @property
+    def kept(self) -> dict[int, pathlib.Path]:
+        """Step -> checkpoint, in order, of those that `training.save_every_n_steps` left."""
+        found = self.experiment.glob("checkpoints/checkpoint_step_*.pth.tar")
+        return dict(sorted((int(path.name.split(".")[0].rpartition("_")[2]), path) for path in found))
+
+    @property
     def seconds(self) -> dict[str, dict[str, float]]:
         """Stage -> {"wall", "processor", "complete"}, as far as they have come."""
         path = self.experiment / "seconds.json"
@@ -119,6 +125,7 @@ class Recipe:
         flags: Sequence[str] = (),
         *,
         control: str | None = None,
+        checkpoint: pathlib.Path | None = None,
         tasks: Sequence[str] | None = None,
         options: dict[str, Any] | None = None,
         replayed: str = "train",
@@ -130,7 +137,7 @@ class Recipe:
             episodes: of each task.
             flags: further ones of main_eval.py.
             control: "expert" or "replay", in the policy's place.
-            tasks, options: instead of the recipe's.
+            checkpoint, tasks, options: instead of the recipe's.
             replayed: the split whose demonstrations the control "replay" plays back.
         """
         output = self.experiment / name
@@ -138,7 +145,7 @@ class Recipe:
         command += ["--seed", str(FIRST_EVALUATION_SEED), "--output_dir", str(output), "--num_videos", "1", *flags]
         command += ["--num_envs", str(self.num_workers)]
         if control is None:
-            command += ["--checkpoint_path", str(self.checkpoint)]
+            command += ["--checkpoint_path", str(checkpoint or self.checkpoint)]
         else:
             command += ["--control", control]
         if control == "replay":

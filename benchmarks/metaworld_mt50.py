@@ -7,7 +7,8 @@ Records demonstrations of the scripted experts, trains configs/metaworld_mt50.ya
 configs/metaworld_mt50_cpu.yaml, in two processes), and evaluates in closed loop on seeds from 10000 upwards: the
 policy, the same policy with grey images (blind), and one recorded demonstration played back (replay). A number means
 something only beside those two. An episode fails at --step_limit control steps: experts take 30 to 120, Meta-World
-itself ends an episode at 500. Every stage goes on where it was interrupted; --fresh begins again.
+itself ends an episode at 500. Beside them --curve checkpoints spread over the training, on the first two of the seeds:
+how success grows with training time. Every stage goes on where it was interrupted; --fresh begins again.
 
 Published tier means in per cent, second-hand (quoted from later papers' tables, not checked against the originals;
 other cameras, step limits, demonstrations and training budgets): Diffusion Policy 10.5, pi0 from PaliGemma 50.5, pi0
@@ -24,7 +25,7 @@ from typing import Any
 if not __package__:
     import _repository  # noqa: F401
 
-from benchmarks._recipe import Recipe, timed
+from benchmarks._recipe import Recipe, counted, timed
 from envs import FIRST_EVALUATION_SEED, expand_tasks
 from utils.arguments import CommandParser
 from utils.text_table import text_table
@@ -46,6 +47,7 @@ QUICK_BACKBONE = {"image_size": 64, "patch_size": 16}
 PUBLISHED = {"Diffusion Policy": 10.5, "pi0 (PaliGemma)": 50.5, "pi0 (fine-tuned)": 50.8, "SmolVLA": 57.3}
 PUBLISHED |= {"SmolVLA-2.25B": 68, "Evo-1": 80.6}
 RUNS = ("policy", "blind", "replay")
+CURVE_EPISODES = 2  # of each task at each point
 
 
 def evaluate(recipe: Recipe, episodes: int, step_limit: int) -> dict[str, Any]:
@@ -56,6 +58,26 @@ def evaluate(recipe: Recipe, episodes: int, step_limit: int) -> dict[str, Any]:
         "blind": recipe.evaluate("blind", episodes, ["--blind"], options=options),
         "replay": recipe.evaluate("replay", episodes, control="replay", options=options),
     }
+
+
+def curve(recipe: Recipe, points: int, step_limit: int) -> dict[int, dict[str, Any]]:
+    """Step -> summary of its policy, for so many of the checkpoints that training kept, evenly, the last included."""
+    kept, summaries = list(recipe.kept.items()), {}
+    points = min(points, len(kept))
+    for step, checkpoint in (kept[(i + 1) * len(kept) // points - 1] for i in range(points)):
+        where = {"checkpoint": checkpoint, "options": {"max_episode_steps": step_limit}}
+        summaries[step] = recipe.evaluate(f"curve/step_{step}", CURVE_EPISODES, **where)["summary"]
+    return summaries
+
+
+def print_curve(summaries: dict[int, dict[str, Any]], hours: float) -> None:
+    """Success beside the step and the hours that training had taken by then."""
+    rows = [
+        [step, f"{hours * step / max(summaries):.2f}", counted(summary)]
+        + [f"{100 * summary[key]:.1f} %" for key in ("mean_success_rate", "tier_mean_success_rate")]
+        for step, summary in summaries.items()
+    ]
+    print(f"\n{text_table(['step', 'hours', 'success', 'mean of tasks', 'mean of tiers'], rows)}")
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -82,6 +104,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--episodes", type=int, default=10, help="per task")
     parser.add_argument("--demos", type=int, help="per task (default 20, with --cpu 50)")
+    parser.add_argument("--curve", type=int, default=5, metavar="N", help="points of success over training (default 5)")
     parser.add_argument("--step_limit", type=int, default=200, help="control steps of an episode (default 200)")
     parser.add_argument("--num_envs", type=int, default=os.cpu_count(), help="simulator processes (default: all cores)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the training")
@@ -104,11 +127,15 @@ def main() -> None:
     recipe.train()
     results = evaluate(recipe, episodes, args.step_limit)
     print_table(results)
+    grown = curve(recipe, args.curve, args.step_limit)
+    if grown:
+        print_curve(grown, recipe.seconds["train"]["wall"] / 3600)
     print(timed(recipe.seconds))
     if args.json:
         content = {
             "seeds": [FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + episodes - 1],
             "summaries": {name: result["summary"] for name, result in results.items()},
+            "curve": grown,
             "step_limit": args.step_limit,
             "published_tier_means": PUBLISHED,
             "seconds": recipe.seconds,

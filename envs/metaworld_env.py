@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 
 from envs.base import RobotEnv, images_on_request, observation_space
-from envs.metaworld_tasks import TASKS
+from envs.metaworld_tasks import PARAPHRASES, TASKS
 from envs.mujoco_rendering import OffscreenRenderer, import_mujoco
 from envs.simulator import named_cameras, suggest
 
@@ -87,7 +87,7 @@ class MetaWorldEnv(RobotEnv):
                 raise ValueError(f"metaworld has no camera {name!r}; {suggest(name, names)}")
 
         self.task = task
-        self.instruction = TASKS[task].instruction
+        self.instruction, self.paraphrases = TASKS[task].instruction, PARAPHRASES[task]
         self.state_dim = STATE_DIM
         self.per_action_dim = ACTION_DIM
         self.control_hz = 1.0 / self._sim.dt

@@ -169,3 +169,20 @@ def test_mt50_on_two_cores_trains_in_two_processes(commands, monkeypatch):
     assert trained[:2] == ("--nproc", "2") and "configs/metaworld_mt50_cpu.yaml" in trained
     recorded = [arguments for script, arguments in commands if script == "scripts/record_demos.py"]
     assert len(recorded) == 100 and ("--episodes", "50") == recorded[0][recorded[0].index("--episodes") :][:2]
+
+
+def test_mt50_shows_success_over_training_time(commands, capsys):
+    tasks = ["soccer-v3", "push-v3"]
+    recipe = _recipe.Recipe("r", "c.yaml", "metaworld", tasks)
+    assert metaworld_mt50.curve(recipe, 3, 200) == {}
+    (recipe.experiment / "checkpoints").mkdir(parents=True)
+    for step in (4000, 8000, 12000, 16000, 20000, 21500):
+        (recipe.experiment / f"checkpoints/checkpoint_step_{step}.pth.tar").touch()
+    summaries = metaworld_mt50.curve(recipe, 3, 200)
+    assert list(summaries) == [8000, 16000, 21500]
+    evaluated = [arguments[arguments.index("--checkpoint_path") + 1] for _, arguments in commands]
+    assert evaluated == [f"experiments/r/checkpoints/checkpoint_step_{step}.pth.tar" for step in summaries]
+    assert len(metaworld_mt50.curve(recipe, 9, 200)) == 6
+    rates = {"mean_success_rate": 0.5, "tier_mean_success_rate": 0.25}
+    metaworld_mt50.print_curve({step: summary | rates for step, summary in summaries.items()}, hours=2.15)
+    assert "16000 1.60 2/4 (15 to 85 %) 50.0 % 25.0 %" in " ".join(capsys.readouterr().out.split())

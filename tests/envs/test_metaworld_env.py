@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from envs import make_env
-from envs.metaworld_tasks import TASKS
+from envs.metaworld_tasks import PARAPHRASES, TASKS
 from tests.helpers import needs
 
 pytestmark = needs("metaworld")
@@ -45,6 +45,13 @@ def test_meets_the_interface(window):
     assert (window.task, window.instruction) == ("window-open-v3", "slide the window open")
     assert window.control_hz == 80
     assert set(window.settings()) >= {"camera", "second_camera", "image_size", "hide_goal", "control_hz"}
+
+
+def test_every_task_has_paraphrases_that_mean_no_other(window):
+    assert window.instructions == ("slide the window open", "open the window", "push the window open by its handle")
+    assert PARAPHRASES.keys() == TASKS.keys() and all(len(others) == 2 for others in PARAPHRASES.values())
+    said = [task.instruction for task in TASKS.values()] + [text for others in PARAPHRASES.values() for text in others]
+    assert len(set(said)) == 150
 
 
 def test_images_on_request_are_those_of_the_step(window):
