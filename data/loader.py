@@ -86,6 +86,16 @@ class BatchLoader:
         """Batches of one pass; a loader of training data is endless and has no length."""
         return len(self._loader)
 
+    def close(self) -> None:
+        """End the workers; iterating again starts new ones.
+
+        Where they are left to the garbage collector, torch waits five seconds for each: the queue that would tell a
+        worker to end may be collected before it has.
+        """
+        if self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
+            self._loader._iterator = None
+
     def _start(self) -> Iterator[PackedBatch]:
         """Start the workers. torch would let the death of one raise an error in the middle of whatever runs then, such
         as the optimizer's step; asking for the next batch finds it as well."""

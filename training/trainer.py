@@ -139,7 +139,8 @@ class VLATrainer:
         batches = iter(self.train_loader)
         hidden = None if self.rank == 0 else True  # None: tqdm hides the bar where there is no terminal
         progress = tqdm(total=total_steps, initial=self.step, desc="train", disable=hidden)
-        with self.stop, logging_redirect_tqdm(), progress:
+        held_out = contextlib.nullcontext() if self.val_loader is None else contextlib.closing(self.val_loader)
+        with self.stop, logging_redirect_tqdm(), progress, contextlib.closing(self.train_loader), held_out:
             if self.step:
                 self.finish_step(resumed=True)
             window.restart_clock()

@@ -33,6 +33,9 @@ class SignalAt:
     def batch_sampler(self) -> StepBatchSampler:
         return self.loader.batch_sampler
 
+    def close(self) -> None:
+        self.loader.close()
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for step, batch in enumerate(self.loader, start=self.batch_sampler.start_step + 1):
             if step == self.step:
@@ -103,6 +106,16 @@ def test_a_killed_loader_worker_saves_first(make_config):
     assert load_checkpoint(newest_checkpoint(trainer.checkpoints, "run"))["step"] == trainer.step
 
 
+def test_workers_end_with_the_run(make_config):
+    before = set(multiprocessing.active_children())
+    trainer = make_trainer(make_config(data={"num_workers": 1}, training={"max_steps": 2}))
+    trainer.fit()
+    assert trainer.val_loader is not None and set(multiprocessing.active_children()) == before
+    assert next(iter(trainer.train_loader)), "iterating again starts new ones"
+    trainer.train_loader.close()
+    assert set(multiprocessing.active_children()) == before
+
+
 def test_old_checkpoints_survive_the_default_of_keep_last_k(make_config):
     """A run that kept every checkpoint goes on with a config that keeps three: the old ones are not removed."""
     trainer = make_trainer(make_config(training={"max_steps": 4, "save_every_n_steps": 1, "keep_last_k": None}))
@@ -134,6 +147,8 @@ def test_a_validation_that_was_interrupted_comes_first_after_the_resume(make_con
     loader = trainer.val_loader
 
     class SignallingLoader:
+        close = loader.close
+
         def __len__(self):
             return len(loader)
 
