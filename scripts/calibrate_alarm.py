@@ -45,6 +45,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.rollouts and args.data_path:
         parser.error("--rollouts and --data_path are two sources; give one of them")
+    if args.rollouts and len({path.resolve() for path in args.rollouts}) < len(args.rollouts):
+        parser.error("--rollouts names a folder twice; its episodes would count twice")
     if not 0 < args.rate <= 0.5:
         parser.error(f"--rate is {args.rate:g}; give a share above 0, and at most 0.5: the alarm ends at the median")
     if not 1 <= args.needed <= args.window <= MAX_WINDOW:

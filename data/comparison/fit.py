@@ -17,6 +17,7 @@ from utils.text_table import text_table
 
 BLOWN_UP = 20.0  # normalized values from which a dimension drowns the others
 FLATTENED = 0.05  # share of the range of all values within which 98 % of them lie, from which one wild value rules
+FLATTENING = ("min_max", "mean_std")  # the modes that a wild value stretches
 LIMIT = 0.25  # distance of quantiles, in ranges, up to which data are those that statistics were made of
 
 
@@ -76,7 +77,8 @@ def statistics_fit(
         for d, (low, high) in enumerate(ends.T.tolist()):
             outside = float(((data[:, d] < known[d, 1]) | (data[:, d] > known[d, -2])).mean())
             of_column += _scale_mistakes(f"{column}[{d}]", new[d], known[d], (low, high), bool(constant[d]))
-            of_column += _flattened(f"{column}[{d}]", known[d]) if of_training and not constant[d] else ()
+            if of_training and not constant[d] and modes[column] in FLATTENING:
+                of_column += _flattened(f"{column}[{d}]", known[d])
             here = [m.kind.replace("_", " ") for m in of_column if m.where in (column, f"{column}[{d}]")]
             table.append(DimensionFit(f"{column}[{d}]", outside, (low, high), ", ".join(here)))
         found += of_column

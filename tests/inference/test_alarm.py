@@ -150,6 +150,7 @@ def test_wrong_requests_are_refused(checkpoint, demos, tmp_path, monkeypatch, ca
         (("--window", "2000"), "--needed 2 of --window 2000: give 1 <= needed <= window <= 1000"),
         (("--rollouts", tmp_path, "--best_of", 2), "--best_of: the results of --rollouts say what they were run with"),
         (("--rollouts", tmp_path, "--data_path", demos), "--rollouts and --data_path are two sources"),
+        (("--rollouts", tmp_path, f"{tmp_path}/../{tmp_path.name}"), "--rollouts names a folder twice"),
     ):
         with pytest.raises(SystemExit):
             calibrate(monkeypatch, *common, *flags)

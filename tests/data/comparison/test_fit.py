@@ -62,6 +62,8 @@ def test_a_tiny_scale_blows_up_and_a_wild_value_flattens(arm):
     wild = arm.copy()
     wild[7, 1] = 4000.0
     assert ("flattened", "state[1]") in kinds({"state": wild}, {"state": wild}, of_training=True)[1]
+    found = kinds({"state": wild}, {"state": wild}, of_training=True, normalization_type="quantile")[1]
+    assert found == set(), "quantiles are not moved by it"
     still[:, 0] = 0.3
     assert ("constant_in_statistics", "state[0]") in kinds({"state": arm}, {"state": still})[1]
 
