@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 
+VERBS = {"pick up": "take", "place": "set", "put": "set", "open": "pull open", "close": "shut", "stack": "pile"}
+VERBS |= {"turn on": "power on", "turn off": "power off", "push": "shove"}  # of instructions -> of a paraphrase
+
 # Suite -> its tasks
 SUITES: dict[str, tuple[str, ...]] = {
     "libero_spatial": (
@@ -222,13 +225,14 @@ def suite_of(task: str) -> tuple[str, str]:
 
 
 def instructions_of(task: str) -> tuple[str, ...]:
-    """What the robot is told, and behind it the same in other words, where there are some."""
+    """What the robot is told, and behind it the same in other words: LIBERO-PRO's where there are some, other verbs."""
     suite, name = suite_of(task)
     words = re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
+    reworded = re.sub(rf"\b({'|'.join(VERBS)})\b", lambda verb: VERBS[verb.group()], words)
     if suite not in PARAPHRASES:
-        return (words,)
+        return words, reworded
     other = PARAPHRASES[suite][SUITES[suite].index(name)]
-    return (other, words) if task.partition(".")[0].endswith(PARAPHRASED) else (words, other)
+    return (other, words, reworded) if task.partition(".")[0].endswith(PARAPHRASED) else (words, other, reworded)
 
 
 # "libero_goal.put_the_bowl_on_the_plate" -> its suite

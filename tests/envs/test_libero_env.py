@@ -37,12 +37,17 @@ def test_the_table_of_tasks():
 
 
 def test_instructions_and_their_paraphrases():
-    assert instructions_of(PLATE) == ("put the bowl on the plate", "place the bowl on top of the plate")
+    told, other, reworded = instructions_of(PLATE)
+    assert (told, other) == ("put the bowl on the plate", "place the bowl on top of the plate")
+    assert reworded == "set the bowl on the plate"
     paraphrased = PLATE.replace("libero_goal", "libero_goal_lan")
-    assert instructions_of(paraphrased) == instructions_of(PLATE)[::-1] and suite_of(paraphrased) == suite_of(PLATE)
+    assert instructions_of(paraphrased) == (other, told, reworded) and suite_of(paraphrased) == suite_of(PLATE)
     scene = next(task for task in TASKS if ".KITCHEN_SCENE10_" in task)
-    (words,) = instructions_of(scene)
-    assert words == words.lower() and "scene" not in words
+    assert all(words == words.lower() and "scene" not in words for words in instructions_of(scene))
+    assert all(len(set(instructions_of(task))) == len(instructions_of(task)) >= 2 for task in TASKS)
+    opened = "open_the_top_drawer_of_the_cabinet_and_put_the_bowl_in_it"
+    told = "pull open the top drawer of the cabinet and set the bowl in it"
+    assert instructions_of(f"libero_90.KITCHEN_SCENE1_{opened}")[-1] == told
     goal = [instructions_of(f"libero_goal.{name}")[0] for name in SUITES["libero_goal"]]
     assert len(set(goal)) == 10
     assert Counter(TASKS.values())["libero_goal_lan"] == 10
