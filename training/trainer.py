@@ -71,8 +71,8 @@ class VLATrainer:
         Args:
             config: the whole configuration: the trainer writes it into checkpoints.
             model: the policy; `wrap` moves it to `device`.
-            train_loader: endless, over a batch sampler with `num_samples` and `start_step`; an item is a micro-batch.
-            val_loader: one pass over held-out samples in batches of the same size, or None.
+            train_loader: micro-batches without end, by a sampler with `num_samples` and `start_step`; closed by `fit`.
+            val_loader: one pass over held-out samples in batches of the same size, closed too, or None.
             device: where to train.
             processors: `image_processor` and `tokenizer_files`, as checkpoints carry them.
 

@@ -13,7 +13,7 @@ from data.loader import build_datasets
 from data.processing import processors_from_config
 from data.statistics import require_statistics_of
 from tests.helpers import write_episodes
-from tests.utils.test_statistics import change
+from tests.utils.test_statistics_loading import change
 from utils.calculate_normalization_stats import calculate_for_config
 from utils.config_utils import Config, config_from_dict
 from utils.parquet_utils import DataError

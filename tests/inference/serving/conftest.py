@@ -1,4 +1,4 @@
-"""The policy that the tests of serving share."""
+"""The policy and the server that the tests of serving share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from inference.predictor import VLAPredictor
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
+from tests.inference.serving.servers import running
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +20,9 @@ def checkpoint(tmp_path_factory, tiny_paligemma_dir):
 @pytest.fixture(scope="module")
 def predictor(checkpoint):
     return VLAPredictor.from_checkpoint(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(predictor):
+    with running(predictor, max_message_bytes=500_000, max_image_pixels=100_000, timeout_s=4) as server:
+        yield server

@@ -17,7 +17,7 @@ from vla_client import PolicyClient
 from websockets.exceptions import ConnectionClosed
 
 from inference.serving.wire import pack, unpack
-from tests.inference.serving.test_server import expected, frame, observation
+from tests.inference.serving.servers import expected, frame, observation
 from utils.config_utils import ConfigError, ServingConfig
 
 
