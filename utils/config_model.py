@@ -81,6 +81,7 @@ class VLMConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)  # siglip_llm
     use_aux_camera: bool = False  # read image_2 as well
     freeze_vision_tower: bool = free(False)
+    freeze_patch_embedding: bool = free(False)  # of the vision tower, with its positions: steadier from scratch
     freeze_language_model: bool = free(False)
     freeze_projector: bool = free(False)  # paligemma: of image tokens, after the vision tower
     train_expert_only: bool = free(False)  # action_expert: short for all three freeze_*
@@ -104,6 +105,12 @@ class VLMConfig:
         object.__setattr__(self, "dtype", name)
         if self.num_language_layers is not None:
             positive(self, "model.vlm_config", "num_language_layers")
+        frozen = self.freeze_vision_tower or self.train_expert_only or (self.lora is not None and self.lora.vision)
+        if self.freeze_patch_embedding and frozen:
+            raise ConfigError(
+                "model.vlm_config.freeze_patch_embedding adds nothing where the vision tower is frozen, by a freeze_* "
+                "or by lora.vision; remove it"
+            )
         if self.train_expert_only:
             if self.lora is not None:
                 raise ConfigError(

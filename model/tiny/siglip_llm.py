@@ -10,7 +10,7 @@ import torch
 from tokenizers import pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipConfig, SiglipModel
 
-from model.tiny.files import check_divides, write_image_processor
+from model.tiny.files import check_divides, make_patch_filters_mean_free, shrink_residual_outputs, write_image_processor
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
@@ -63,6 +63,7 @@ def make_tiny_siglip(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+        make_patch_filters_mean_free(model.vision_model)
     model.save_pretrained(output_dir)
     write_image_processor(output_dir, image_size, processor_class="SiglipProcessor")
     return sum(p.numel() for name, p in model.vision_model.named_parameters() if not name.startswith("head."))
@@ -115,6 +116,7 @@ def make_tiny_qwen2(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
+        shrink_residual_outputs(model, text_layers)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return model.num_parameters()

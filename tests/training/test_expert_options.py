@@ -210,6 +210,14 @@ def test_an_expert_quantized_already_stays_as_it_is(tmp_path: Path) -> None:
             {"action_head_config": {"expert": {"quantization": "4bit"}}},
             "the expert trains, and quantized weights cannot",
         ),
+        (
+            {"vlm_config": {"freeze_patch_embedding": True, "train_expert_only": True}},
+            "freeze_patch_embedding adds nothing where the vision tower is frozen",
+        ),
+        (
+            {"vlm_config": {"freeze_patch_embedding": True, "lora": {"vision": True}}},
+            "freeze_patch_embedding adds nothing where the vision tower is frozen",
+        ),
         ({"action_head_config": {"expert": {"lora": {"rank": 0}}}}, "expert.lora.rank is 0; it must be positive"),
         ({"action_head_config": {"expert": {"lora": {"vision": True}}}}, "unknown key .*expert.lora.vision"),
         (

@@ -179,6 +179,10 @@ def test_float32_masters_move_where_bfloat16_masters_would_not(make):
             "vision tower adapters alone, projector frozen, language model adapters alone, action head whole",
         ),
         (
+            {"freeze_patch_embedding": True},
+            "vision tower in part, projector whole, language model whole, action head whole",
+        ),
+        (
             {"freeze_vision_tower": True, "freeze_language_model": True},
             "vision tower frozen, projector whole, language model frozen, action head whole",
         ),
