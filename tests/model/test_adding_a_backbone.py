@@ -39,7 +39,7 @@ def checkout(tmp_path) -> Path:
 
 def test_the_document_s_backbone_keeps_every_promise(checkout):
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/model/test_backbones.py", "-k", "two_towers"]
-    assert re.search(r"7 passed", run(checkout, *command))
+    assert re.search(r"8 passed", run(checkout, *command))
 
 
 @pytest.mark.slow
