@@ -128,7 +128,8 @@ class Backbone(nn.Module, ABC):
         adapt({"vision": parts["vision tower"], "language": parts["language model"]}, vlm_config)
         if vlm_config.freeze_patch_embedding:
             # All weights of a filter see nearly the same brightness: Adam moves them together, and what that adds to
-            # every token drowns small objects. Fixed filters mend that (MoCo v3, Chen, Xie & He 2021, sec. 4).
+            # every token drowns small objects. Fixed filters mend that (as in MoCo v3, Chen, Xie & He 2021;
+            # positions, which train there, stay fixed too).
             for name, weight in parts["vision tower"].named_parameters():
                 if "patch_embedding" in name or "position_embedding" in name:
                     weight.requires_grad_(False)
