@@ -38,8 +38,8 @@ def check_divides(name: str, whole: int, part: int) -> None:
 def shrink_residual_outputs(language_model: nn.Module, num_layers: int) -> None:
     """Divide what each layer adds to the residual stream by sqrt(2 * layers), as GPT-2 does (Radford et al. 2019).
 
-    Without that, two layers from scratch at a learning rate of 1e-3 did not tell in 1,500 steps where a cube of 3 pixels
-    lay in 100 pictures; with it they did within 300.
+    Without that, two layers from scratch at a learning rate of 1e-3 did not tell in 1,500 steps where a cube of 3
+    pixels lay in 100 pictures; with it they did within 300.
     """
     with torch.no_grad():
         for name, weight in language_model.named_parameters():
