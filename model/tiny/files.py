@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 
 import torch
@@ -47,12 +48,39 @@ def shrink_residual_outputs(language_model: nn.Module, num_layers: int) -> None:
                 weight.mul_((2 * num_layers) ** -0.5)
 
 
-def make_patch_filters_mean_free(vision_model: nn.Module) -> None:
-    """Let the patch embedding answer to differences within a patch alone, as most filters of trained towers do.
+def write_patch_filters(vision_model: nn.Module, seed: int) -> None:
+    """Give the patch embedding filters of the kind that trained towers end with: smooth, and apart for colours.
 
-    Drawn at random, its answer to a patch's brightness is far larger than to an object of a few pixels in it, and a
-    tower from scratch finds such an object several times later.
+    Half of them are cosines (the discrete cosine transform's, lowest frequencies first) over brightness, a quarter
+    each over red against green and over blue against the mean of both. Brightness has no constant filter: its answer
+    would be far larger than an object's of a few pixels. Amplitudes grow with the frequency and are larger for
+    colours, as both are weaker in pictures of things (Field 1987; Ruderman et al. 1998); a random rotation mixes all
+    filters, so that no channel of the tower is special. Filters of independent random weights take about twice the
+    steps to tell where a cube of 3 pixels lies.
     """
     (weight,) = (weight for name, weight in vision_model.named_parameters() if name.endswith("patch_embedding.weight"))
+    width, _, size, _ = weight.shape
+    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [-0.5, -0.5, 1.0]])
+    colours /= colours.norm(dim=1, keepdim=True)
+    quarter = width // 4
+    filters = torch.cat(
+        [
+            torch.einsum("npq,c->ncpq", _cosines(number, size, first) * contrast, colour)
+            for number, first, contrast, colour in zip(
+                (width - 2 * quarter, quarter, quarter), (1, 0, 0), (0.3, 0.9, 0.9), colours, strict=True
+            )
+        ]
+    )
+    generator = torch.Generator().manual_seed(seed)
+    rotation, _ = torch.linalg.qr(torch.randn(width, len(filters), generator=generator))
     with torch.no_grad():
-        weight -= weight.mean(dim=(2, 3), keepdim=True)
+        weight.copy_(torch.einsum("dn,ncpq->dcpq", rotation, filters))
+
+
+def _cosines(number: int, size: int, first: int) -> torch.Tensor:
+    """`number` plane cosines of `size` x `size` pixels by rising frequency, from the `first` on (0: the constant)."""
+    steps = torch.arange(size)
+    waves = torch.cos(math.pi * steps[:, None] * (steps + 0.5) / size)  # one a frequency
+    waves /= waves.norm(dim=1, keepdim=True)
+    frequencies = sorted((math.hypot(u, v), u, v) for u in range(size) for v in range(size))[first : first + number]
+    return torch.stack([torch.outer(waves[u], waves[v]) * max(f, 1.0) for f, u, v in frequencies])

@@ -18,7 +18,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from model.tiny.files import check_divides, make_patch_filters_mean_free, shrink_residual_outputs, write_image_processor
+from model.tiny.files import check_divides, shrink_residual_outputs, write_image_processor, write_patch_filters
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]  # ids 0 to 4, as in Gemma
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -111,7 +111,7 @@ def make_tiny_paligemma(
         model = PaliGemmaForConditionalGeneration(config)
         # SigLIP ends in a layer norm, so fan-in scale gives image tokens of unit variance, as large as text tokens.
         torch.nn.init.normal_(model.model.multi_modal_projector.linear.weight, std=vision_width**-0.5)
-        make_patch_filters_mean_free(model.model.vision_tower)
+        write_patch_filters(model.model.vision_tower, seed)
         shrink_residual_outputs(model.model.language_model, text_layers)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

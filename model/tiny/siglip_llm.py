@@ -10,7 +10,7 @@ import torch
 from tokenizers import pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipConfig, SiglipModel
 
-from model.tiny.files import check_divides, make_patch_filters_mean_free, shrink_residual_outputs, write_image_processor
+from model.tiny.files import check_divides, shrink_residual_outputs, write_image_processor, write_patch_filters
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
@@ -63,7 +63,7 @@ def make_tiny_siglip(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
-        make_patch_filters_mean_free(model.vision_model)
+        write_patch_filters(model.vision_model, seed)
     model.save_pretrained(output_dir)
     write_image_processor(output_dir, image_size, processor_class="SiglipProcessor")
     return sum(p.numel() for name, p in model.vision_model.named_parameters() if not name.startswith("head."))
