@@ -43,6 +43,27 @@ def test_a_few_pixels_change_an_image_token_by_a_third_and_more(weights):
     assert ((with_object - without).norm(dim=-1) / without.norm(dim=-1)).max() > 1 / 3
 
 
+def test_patch_filters_tell_colours_from_brightness(weights):
+    """A uniform grey of any brightness gives nothing, a uniform red something: the colours have constant filters."""
+    (filters,) = (
+        weight for name, weight in load(weights).named_parameters() if name.endswith("patch_embedding.weight")
+    )
+    grey, red = torch.full((3,), 0.8), torch.tensor([1.0, -1.0, -1.0])
+    answers = {
+        name: torch.einsum("dcpq,c->d", filters, colour).norm() for name, colour in (("grey", grey), ("red", red))
+    }
+    assert answers["grey"] < 1e-4 * answers["red"]
+
+
+def test_patch_filters_are_smooth(weights):
+    """Neighbouring weights resemble each other, which independent ones don't (their correlation is 0)."""
+    (filters,) = (
+        weight for name, weight in load(weights).named_parameters() if name.endswith("patch_embedding.weight")
+    )
+    left, right = filters[..., :-1].flatten(), filters[..., 1:].flatten()
+    assert torch.corrcoef(torch.stack([left, right]))[0, 1] > 0.4
+
+
 def test_residual_outputs_begin_smaller(weights):
     """By sqrt(2 * 2 layers), of the standard deviation 0.08 of all weights."""
     found = {
