@@ -74,7 +74,7 @@ def test_encoded_frames_own_names_and_lists(server, predictor):
 
 def test_two_cameras_with_a_history_under_mapped_names(tmp_path, tiny_paligemma_dir, caplog):
     demos = write_episodes(tmp_path / "two.parquet", [6, 5], cameras=("image_1", "image_2"))
-    settings = {"vlm": {"use_aux_camera": True}, "data": {"max_seq_len": 2}}
+    settings = {"vlm": {"use_aux_camera": True}, "data": {"max_seq_len": 2}, "steps": 20}  # the head begins blind
     predictor = VLAPredictor.from_checkpoint(train_tiny(tmp_path, tiny_paligemma_dir, [demos], **settings), "cpu")
     front, wrist = np.stack([frame(0), frame(1)]), np.stack([frame(2), frame(3)])
     common = {"prompt": "open it", "seed": 0}
@@ -88,7 +88,7 @@ def test_two_cameras_with_a_history_under_mapped_names(tmp_path, tiny_paligemma_
         client.close()
     np.testing.assert_allclose(both, predictor.predict(front, wrist, state=STATE, **common), atol=1e-6)
     np.testing.assert_allclose(one, predictor.predict(front, state=STATE, **common), atol=1e-6)
-    assert not np.allclose(both, one)
+    assert np.abs(both - one).max() > 5e-5  # far more than rounding
     logged = [record.message for record in caplog.records if record.name.startswith("inference")]
     assert logged.count("requests carry keys that nothing reads: depth") == 1
 
