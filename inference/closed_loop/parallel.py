@@ -1,12 +1,12 @@
-"""Episodes in several simulator processes, with one policy that plans for all of them in batches.
+"""Episodes in several simulator processes, with one policy that plans for all of them.
 
-    process 1: Episode ─► request ─┐                    ┌─► plan
-    process 2: Episode ─► request ─┼─► planner, batched ┼─► plan
-    process n: Episode ─► request ─┘                    └─► plan
+    process 1: Episode ─► request ─┐           ┌─► plan
+    process 2: Episode ─► request ─┼─► planner ┼─► plan
+    process n: Episode ─► request ─┘           └─► plan
 
-A plan's noise depends on its episode's seed and its number in the episode alone, so that neither the number of
-processes nor what else is in a batch changes an episode, up to rounding. The processes run
-`inference.closed_loop.simulator`; nothing is pickled on the way.
+A plan's noise depends on its episode's seed and its number in the episode alone, so that the number of processes
+changes no episode: on a processor to the bit, on a GPU, which plans for several at once, up to rounding. The processes
+run `inference.closed_loop.simulator`; nothing is pickled on the way.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def run_episodes(
         jobs: in the order in which they are started.
         make_env: task -> environment: a function of a module, or a partial of one with plain values, so that the
             simulator processes find it.
-        policy: plans in this process, in batches; or, per task, a control that each simulator process runs itself.
+        policy: plans in this process; or, per task, a control that each simulator process runs itself.
         on_finished: called in this process, in the order in which episodes end.
         num_envs: simulator processes; 1 simulates in this process.
 

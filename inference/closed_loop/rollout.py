@@ -107,21 +107,33 @@ class ModelPolicy:
         return actions
 
     def plan_many(self, requests: Sequence[EpisodeRequest]) -> list[Plan]:
-        """A plan for each request; requests with something to continue and those without make a batch each."""
+        """A plan for each request.
+
+        On a processor one after the other: sums in larger batches are rounded differently, and a gripper that touches
+        something makes another episode of the last bit. A GPU plans for all that want the same at once.
+        """
+        if self.predictor.device.type == "cpu":
+            return [plan for asked in requests for plan in self._plan_batch([asked])]
         plans = [Plan(np.empty(0))] * len(requests)
         for continues in (False, True):
             indices = [i for i, asked in enumerate(requests) if (asked.request.prefix is not None) == continues]
-            if not indices:
-                continue
-            batch = [requests[i] for i in indices]
-            action_KBTA, uncertainty_KB = self.predictor.predict_measured(
-                collate_fn([self._sample(asked.request) for asked in batch]),
-                [[derive_seed("rollout", asked.seed, asked.number) for asked in batch]],
-                prefix=joined([self._prefix(asked.request) for asked in batch]) if continues else None,
-            )
-            for i, action_TA, uncertainty in zip(indices, action_KBTA[0], uncertainty_KB[0], strict=True):
-                plans[i] = Plan(action_TA + self._moved(requests[i].request), float(uncertainty))
+            for i, plan in zip(indices, self._plan_batch([requests[i] for i in indices]), strict=True):
+                plans[i] = plan
         return plans
+
+    def _plan_batch(self, batch: Sequence[EpisodeRequest]) -> list[Plan]:
+        """Plans of requests that all have something to continue, or all have not."""
+        if not batch:
+            return []
+        action_KBTA, uncertainty_KB = self.predictor.predict_measured(
+            collate_fn([self._sample(asked.request) for asked in batch]),
+            [[derive_seed("rollout", asked.seed, asked.number) for asked in batch]],
+            prefix=joined([self._prefix(asked.request) for asked in batch])
+            if batch[0].request.prefix is not None
+            else None,
+        )
+        found = zip(batch, action_KBTA[0], uncertainty_KB[0], strict=True)
+        return [Plan(action_TA + self._moved(asked.request), float(unsure)) for asked, action_TA, unsure in found]
 
     def _prefix(self, request: PlanRequest) -> ActionPrefix:
         """What the plan has to continue, from where the policy is shown to be."""

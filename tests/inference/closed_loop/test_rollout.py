@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from inference.closed_loop.episode import EpisodeRequest, PlanRequest
 from inference.closed_loop.evaluation import evaluate_tasks
 from inference.closed_loop.policies import ExpertPolicy, ReplayPolicy
 from inference.closed_loop.rollout import GREY, ModelPolicy, execution_settings, run_episode, summarize_tasks
@@ -208,6 +209,23 @@ def test_model_policy_is_a_function_of_the_seed(predictor):
     assert not np.allclose(actions(2), first)
     np.testing.assert_array_equal(actions(1), first)
     assert not np.allclose(first[0], first[2])  # fresh noise at each plan
+
+
+def test_a_plan_is_the_same_beside_others_to_the_bit(predictor, monkeypatch):
+    """On a processor a plan has a batch of its own: in larger ones sums are rounded differently."""
+    sizes, real = [], VLAPredictor.predict_measured
+
+    def predict_measured(self, batch, seeds, **more):
+        sizes.append(len(batch["state"]))
+        return real(self, batch, seeds, **more)
+
+    monkeypatch.setattr(VLAPredictor, "predict_measured", predict_measured)
+    policy, shown = ModelPolicy(predictor), CountingEnv(goal=9, limit=5).reset(seed=0)[0]
+    asked = [EpisodeRequest(seed, 0, PlanRequest((shown,), "count", None)) for seed in range(3)]
+    together = policy.plan_many(asked)
+    assert sizes == [1, 1, 1]
+    for request, plan in zip(asked, together, strict=True):
+        np.testing.assert_array_equal(plan.actions, policy.plan_many([request])[0].actions)
 
 
 def test_blind_policy_sees_grey_and_everything_else(predictor):
