@@ -106,6 +106,7 @@ class LiberoEnv(RobotEnv):
         self._mujoco = import_mujoco()
         self._control, self._retry = _make_control(suite, name)
         self._env = self._control.env
+        self._origins = _fixture_origins(self._env)
         self._states = _official_states(_benchmark(suite), name) if initial_states == "official" else None
         self._shapes, self._moved = Shapes(self._env), _widen(self._env) if layout == "wide" else []
         model = self._env.sim.model._model
@@ -257,7 +258,12 @@ class LiberoEnv(RobotEnv):
 
     def _place(self, seed: int) -> dict[str, Any]:
         """A scene; the sampler gives up where things that it has placed leave no room for the next."""
+        model = self._env.sim.model._model
         for _ in range(MAX_PLACINGS):
+            # LIBERO adds a fixture's new place to where its shelves and drawers are, which a soft reset leaves at the
+            # last one: a bowl for the drawer would fall from a metre above it.
+            for body, (position, quaternion) in self._origins.items():
+                model.body_pos[body], model.body_quat[body] = position, quaternion
             try:
                 observation = self._env.reset()
             except self._retry:
@@ -285,6 +291,20 @@ def rotation_vector(quaternion_xyzw: np.ndarray) -> np.ndarray:
     *axis, w = np.asarray(quaternion_xyzw, np.float64)
     sine = np.linalg.norm(axis)
     return np.zeros(3) if sine < 1e-9 else np.array(axis) / sine * 2 * np.arctan2(sine, w)
+
+
+def _fixture_origins(env: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Body of each fixture -> position and quaternion (wxyz) in the model before anything is placed."""
+    bodies = {body.get("name"): body for body in env.model.root.iter("body")}
+    origins = {}
+    for fixture in env.fixtures_dict.values():
+        described = bodies[fixture.root_body]
+        position, quaternion = (described.get(key, default) for key, default in (("pos", "0 0 0"), ("quat", "1 0 0 0")))
+        origins[env.sim.model.body_name2id(fixture.root_body)] = (
+            np.array(position.split(), float),
+            np.array(quaternion.split(), float),
+        )
+    return origins
 
 
 def _make_control(suite: str, name: str) -> tuple[Any, type[Exception]]:

@@ -1,13 +1,13 @@
 """A scripted expert for LIBERO's tasks that put one thing on or into another.
 
 It knows poses and collision shapes from the simulator, which a policy does not. Bowls are taken by their rim,
-everything else across its narrow side; of the grips that fit, it takes the one with most room around the fingers.
+everything else across its narrow side; of the grips with room for fingers and hand, it takes the one that turns least.
 Stages advance once a control step, with `advance`; `action` only reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -23,17 +23,21 @@ RIM_DEPTH_M, WALL_M = 0.025, 0.007  # how far below a bowl's rim, and inside its
 ANGLES = np.deg2rad(np.arange(-90, 90, 7.5))
 ENOUGH_M = 0.012  # of room: then the grip that turns least is taken
 CARRY_M = 0.07  # above what is passed over
-HAND_M = 0.1  # half the hand's width, along which the fingers open
+HAND_M, HAND_ABOVE_M = 0.1, 0.035  # half the hand's width, along which the fingers open; its height over the grip
+HELD_ABOVE_M = 0.045  # about so far above its bottom a thing is held
+HAND_ROOM_M = 0.03  # around it
+MOVED_M = 0.005  # then its grip is chosen again
 SIGNS = np.array(np.meshgrid(*[(-1, 1)] * 3)).reshape(3, -1).T  # of a box's corners
 
 
 @dataclass(frozen=True)
 class Grip:
-    """Where the gripper takes hold: the point between its fingertips, world frame, and the angle in radians about the
-    vertical by which it is turned from its pose at rest."""
+    """Where the gripper takes hold: the point between its fingertips, world frame; the angle in radians about the
+    vertical by which it is turned from its pose at rest; how far from the thing's middle, in parts of its length."""
 
     position: np.ndarray
     angle: float
+    off_centre: float = 0.0
 
 
 class Shapes:
@@ -59,6 +63,27 @@ class Shapes:
         """The lowest and the highest x, y, z of a thing."""
         corners = self.corners(name)
         return corners.min(axis=0), corners.max(axis=0)
+
+    def beside(self, name: str, point: np.ndarray, height: float) -> float:
+        """Metres, seen from above, from a point (x, y) to the nearest shape of a thing that reaches above `height`."""
+        distances, tops = self._seen_from_above(name, point[None])
+        return float(distances[0, tops > height].min(initial=np.inf))
+
+    def top(self, name: str, points: np.ndarray, metres: float) -> float:
+        """The height of the highest shape of a thing within so many metres of points (N, 2), seen from above; or 0."""
+        distances, tops = self._seen_from_above(name, points)
+        return float(tops[(distances < metres).any(axis=0)].max(initial=0.0))
+
+    def _seen_from_above(self, name: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distances (points, shapes) from points (N, 2) to the shapes of a thing, and how high each shape reaches."""
+        geoms = self._geoms[name]
+        centre, half = np.split(self._model.geom_aabb[geoms], 2, axis=1)
+        turns = self._data.geom_xmat[geoms].reshape(-1, 3, 3)
+        centres = self._data.geom_xpos[geoms] + np.einsum("gij,gj->gi", turns, centre)
+        tops = centres[:, 2] + np.einsum("gj,gj->g", np.abs(turns[:, 2]), half)
+        away = np.concatenate([points[:, None] - centres[:, :2], np.zeros((len(points), len(geoms), 1))], axis=2)
+        outside = np.abs(np.einsum("gji,pgj->pgi", turns, away)) - half
+        return np.linalg.norm(np.maximum(outside, 0.0), axis=2), tops
 
     def apart(self, names: Iterable[str], others: Iterable[str], metres: float) -> bool:
         """Whether every thing has so much room to every other, seen from above."""
@@ -94,13 +119,15 @@ class PickAndPlace:
         self._env, self._model, self._data = env, env.sim.model._model, env.sim.data._data
         _, self._thing, self._place = goals[0]
         self._shapes = Shapes(env)
-        self._grip = self._best_grip()
+        self._plan_grip()
         self._stage = self._since = 0
         self._held: np.ndarray | None = None  # the gripper's position minus the thing's, once it is held
 
     def advance(self) -> None:
         """One control step has passed."""
         self._since += 1
+        if self._stage < 2 and np.abs(self._centre(self._thing) - self._gripped_at).max() > MOVED_M:
+            self._plan_grip()
         target, _ = self._target()
         there = np.abs(target - self._gripper()).max() < (0.02 if self._stage in (0, 3) else 0.008)
         least, most = ((1, 60), (1, 40), (9, 9), (1, 40), (1, 80), (1, 30), (7, 7), (1, 1000))[self._stage]
@@ -117,10 +144,15 @@ class PickAndPlace:
         turn = GAIN * self._rotation_error(angle) / STEP_RAD
         return np.clip([*move, *turn, opening], -1.0, 1.0)
 
+    def _plan_grip(self) -> None:
+        """Choose a grip of the thing where it lies now: it may still slide, or be pushed."""
+        self._gripped_at, self._grip = self._centre(self._thing), self._best_grip()
+
     def _target(self) -> tuple[np.ndarray, float]:
         """Where the gripper goes in this stage, and its command."""
         grip = self._grip.position
-        above = [grip[0], grip[1], max(grip[2] + 0.06, self._box(self._thing)[1][2] + 0.06)]
+        over = self._highest_furniture(self._gripper()[:2], grip[:2]) + 0.02
+        above = [grip[0], grip[1], max(grip[2] + 0.06, self._box(self._thing)[1][2] + 0.06, over)]
         if self._stage == 0:
             return np.array(above), OPEN
         if self._stage == 1:
@@ -131,7 +163,8 @@ class PickAndPlace:
         low = self._held[2] + self._centre(self._thing)[2] - self._box(self._thing)[0][2]  # gripper above its bottom
         place, top = self._destination()
         place = place + [*self._held[:2], 0.0]
-        carry = max(place[2] + top, self._lifted_from()) + CARRY_M + low
+        passed = self._highest_furniture(grip[:2], place[:2]) - CARRY_M + 0.02
+        carry = max(place[2] + top, self._lifted_from(), passed) + CARRY_M + low
         if self._stage == 3:
             return np.array([grip[0], grip[1], carry]), SHUT
         if self._stage == 4:
@@ -168,6 +201,12 @@ class PickAndPlace:
         others = [name for name in self._env.objects_dict if name != self._thing]
         return max((self._box(name)[1][2] for name in others), default=0.0) - 0.04
 
+    def _highest_furniture(self, start: np.ndarray, end: np.ndarray) -> float:
+        """The height of the highest furniture that the hand passes on the straight way between two points (x, y)."""
+        way = start + np.linspace(0.0, 1.0, 9)[:, None] * (end - start)
+        tops = (self._shapes.top(name, way, HAND_M + HAND_ROOM_M) for name in self._env.fixtures_dict)
+        return max(tops, default=0.0)
+
     def _destination(self) -> tuple[np.ndarray, float]:
         """Where the thing's bottom goes: x, y and the height of the place; and how far above it things are let go."""
         if self._place in self._env.object_sites_dict:
@@ -183,51 +222,75 @@ class PickAndPlace:
         return np.array([centre[0], centre[1], low[2]]), high[2] - low[2] - 0.008
 
     def _best_grip(self) -> Grip:
-        """The grip with most room for the fingers; among those with enough room, the one that turns least."""
-        corners = self._corners(self._thing)
-        low, high = corners.min(axis=0), corners.max(axis=0)
-        centre = (low + high) / 2
-        grips: list[tuple[float, Grip]] = []
-        for angle in ANGLES:
-            finger = np.array([-np.sin(angle), np.cos(angle)])
-            if "bowl" in self._thing:
-                radius = np.mean(high[:2] - low[:2]) / 2 - WALL_M
-                for side in (-1.0, 1.0):
-                    point = centre[:2] + side * radius * finger
-                    room = min(self._room(point + 0.04 * side * finger), 0.05)
-                    room += min(self._room_at_destination(point - centre[:2], finger), 0.0)
-                    grips.append((room, Grip(np.array([*point, high[2] - RIM_DEPTH_M]), angle)))
-                continue
-            across = (corners[:, :2] - centre[:2]) @ finger
-            width = across.max() - across.min()
-            if width > OPENING_M:
-                continue
-            ends = [centre[:2] + side * 0.05 * finger for side in (-1.0, 1.0)]
-            room = min(*(self._room(end) for end in ends), 0.04)
-            room += min(self._room_at_destination(np.zeros(2), finger), 0.0)
-            height = max(high[2] - 0.03, (low[2] + high[2]) / 2 if high[2] - low[2] < 0.06 else low[2])
-            grips.append((room, Grip(np.array([*centre[:2], height]), angle)))
+        """The first with enough room for fingers and hand, in the order of the turn; else the one with most room."""
+        grips = list(self._grips_of_a_rim() if "bowl" in self._thing else self._grips_across())
         if not grips:
             raise NotImplementedError(f"{self._thing} is too wide for the gripper")
         roomy = [grip for grip in grips if grip[0] >= ENOUGH_M]
-        return (
-            min(roomy, key=lambda grip: (abs(grip[1].angle), -grip[0]))[1]
-            if roomy
-            else max(grips, key=itemgetter(0))[1]
-        )
+        if not roomy:
+            return max(grips, key=itemgetter(0))[1]
+        return min(roomy, key=lambda grip: (abs(grip[1].angle), grip[1].off_centre, -grip[0]))[1]
 
-    def _room(self, point: np.ndarray) -> float:
-        """Metres from a point of the table to the nearest other thing, seen from above; negative within it."""
+    def _grips_of_a_rim(self) -> Iterator[tuple[float, Grip]]:
+        """Room and grip, one finger in the bowl."""
+        low, high = self._box(self._thing)
+        centre, height = (low + high)[:2] / 2, high[2] - RIM_DEPTH_M
+        radius = np.mean(high[:2] - low[:2]) / 2 - WALL_M
+        for angle in ANGLES:
+            finger = np.array([-np.sin(angle), np.cos(angle)])
+            for side in (-1.0, 1.0):
+                point = centre + side * radius * finger
+                fingertip = self._room(point + 0.04 * side * finger, height)
+                room = min(fingertip, self._hand_room(point, finger, height), 0.05)
+                room += min(self._room_at_destination(point - centre, finger), 0.0)
+                yield room, Grip(np.array([*point, height]), angle)
+
+    def _grips_across(self) -> Iterator[tuple[float, Grip]]:
+        """Room and grip, a finger on either side: in the middle, and of what is flat a quarter of its length off."""
+        corners = self._corners(self._thing)
+        low, high = corners.min(axis=0), corners.max(axis=0)
+        centre = (low + high)[:2] / 2
+        flat = high[2] - low[2] < 0.06
+        height = max(high[2] - 0.03, (low[2] + high[2]) / 2 if flat else low[2])
+        for angle in ANGLES:
+            finger = np.array([-np.sin(angle), np.cos(angle)])
+            along = np.array([finger[1], -finger[0]])
+            width, length = (np.ptp((corners[:, :2] - centre) @ axis) for axis in (finger, along))
+            if width > OPENING_M:
+                continue
+            for part in (0.0, -0.25, 0.25) if flat else (0.0,):
+                point = centre + part * length * along
+                ends = [point + side * 0.05 * finger for side in (-1.0, 1.0)]
+                room = min(*(self._room(end, height) for end in ends), self._hand_room(point, finger, height), 0.04)
+                room += min(self._room_at_destination(point - centre, finger), 0.0)
+                yield room, Grip(np.array([*point, height]), angle, abs(part))
+
+    def _room(self, point: np.ndarray, height: float) -> float:
+        """Metres from a fingertip to the nearest other thing or wall of furniture, seen from above; negative within."""
         others = [self._box(name) for name in self._env.objects_dict if name != self._thing]
-        return min((_distance(point, *box) for box in others), default=np.inf) - FINGER_M / 2
+        things = min((_distance(point, *box) for box in others), default=np.inf)
+        walls = (self._shapes.beside(name, point, height) for name in self._env.fixtures_dict)
+        return min(things, *walls, np.inf) - FINGER_M / 2
+
+    def _hand_room(self, point: np.ndarray, finger: np.ndarray, height: float) -> float:
+        """Metres, seen from above, between the hand over a grip and the nearest thing that reaches up to it."""
+        ends = [point + side * HAND_M * finger for side in (-1.0, 0.0, 1.0)]
+        rooms = (
+            self._shapes.beside(name, end, height + HAND_ABOVE_M)
+            for name in (*self._env.fixtures_dict, *self._env.objects_dict)
+            for end in ends
+            if name != self._thing
+        )
+        room = min(rooms, default=np.inf)
+        return room - HAND_ROOM_M if room > 0 else -HAND_M
 
     def _room_at_destination(self, offset: np.ndarray, finger: np.ndarray) -> float:
         """Metres between the hand, when it lets go, and the nearest piece of furniture that stands higher."""
         place, top = self._destination()
         tall = [self._box(name) for name in self._env.fixtures_dict]
-        tall = [box for box in tall if box[1][2] > place[2] + top + 0.08]
+        tall = [box for box in tall if box[1][2] > place[2] + top + HELD_ABOVE_M + HAND_ABOVE_M]
         ends = [place[:2] + offset + side * HAND_M * finger for side in (-1.0, 0.0, 1.0)]
-        return min((_distance(end, *box) for box in tall for end in ends), default=np.inf) - 0.03
+        return min((_distance(end, *box) for box in tall for end in ends), default=np.inf) - HAND_ROOM_M
 
 
 def _shapes(model: Any, root: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from tests.helpers import needs
 
 INSTALLED = needs("gymnasium")[1]
 PLATE, STOVE = (f"libero_goal.put_the_bowl_on_the_{place}" for place in ("plate", "stove"))
+DRAWER = "libero_spatial.pick_up_the_black_bowl_in_the_top_drawer_of_the_wooden_cabinet_and_place_it_on_the_plate"
 
 
 def test_the_table_of_tasks():
@@ -144,6 +145,22 @@ class TestTheSimulator:
         run(plate, 3)
         assert digest(plate, plate.reset(seed=5)[0]) == first
         np.testing.assert_array_equal(np.random.get_state()[1], before)  # the global generator is left alone
+
+    def test_things_on_shelves_and_in_drawers_lie_there_whatever_was_before(self):
+        """LIBERO's soft reset would add a cabinet's place to its last one, and drop the bowl from a metre above."""
+        drawer = make_env("libero", DRAWER, image_size=64)
+        first = digest(drawer, drawer.reset(seed=5)[0])
+        drawer.reset(seed=6)
+        assert digest(drawer, drawer.reset(seed=5)[0]) == first
+        places = [drawer._env.sim.data.body_xpos[drawer._env.obj_body_id["akita_black_bowl_1"]].copy()]
+        drawer.step(drawer.hold_action(None))
+        places.append(drawer._env.sim.data.body_xpos[drawer._env.obj_body_id["akita_black_bowl_1"]].copy())
+        assert 1.0 < places[0][2] < 1.1  # in the upper drawer, where the published states have it too
+        np.testing.assert_allclose(places[1], places[0], atol=1e-4)  # and at rest
+        run(drawer, 10)
+        while not (last := drawer.step(drawer.expert_action()))[-1]["success"]:
+            assert not last[3], "the expert takes it out between the drawer's walls"
+        drawer.close()
 
     def test_another_task_starts_from_the_same_picture(self, plate):
         first = digest(plate, plate.reset(seed=5)[0])
