@@ -21,8 +21,8 @@ from data.doctor.findings import KINDS, MAX_PER_FILE
 from data.doctor.report import write_plots
 from data.episode_store import EpisodeStore
 from data.processing import ObservationError, VLAImageProcessor
-from tests.data.planted_faults import (
-    FAULTS,
+from tests.data.planted_faults import FAULTS
+from tests.data.spoiling import (
     LENGTHS,
     PROMPTS,
     TRAIN,

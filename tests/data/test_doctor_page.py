@@ -13,7 +13,8 @@ from data.doctor.examine import examine
 from data.doctor.images import pictures_of
 from data.doctor.page import doctor_page
 from tests.browser import chromium, needs_browser, opened, overflow, quiet  # noqa: F401
-from tests.data.planted_faults import FAULTS, TRAIN, clean_files, write
+from tests.data.planted_faults import FAULTS
+from tests.data.spoiling import TRAIN, clean_files, write
 from tests.helpers import write_broken, write_episodes
 from tests.inference.checkpoints import train_tiny
 from utils.page.content import Findings, Viewer
@@ -22,7 +23,7 @@ EVIL = "</script><script>alert(1)</script>"
 
 
 def planted(folder, *kinds, spoil=None):
-    """The files of tests/data/planted_faults.py with some faults; (training files, validation files)."""
+    """The clean files of tests/data/spoiling.py with some faults; (training files, validation files)."""
     files = clean_files()
     for kind in kinds:
         next(fault for fault in FAULTS if fault.kind == kind).spoil(files)

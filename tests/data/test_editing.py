@@ -26,7 +26,8 @@ from data.episode_store import EpisodeStore
 from data.lerobot_table import LeRobotTable
 from scripts import edit_dataset
 from tests.data.convert.lerobot_fixtures import FIXTURES
-from tests.data.planted_faults import FAULTS, VAL, clean_files
+from tests.data.planted_faults import FAULTS
+from tests.data.spoiling import VAL, clean_files
 from tests.helpers import episode_rows, png, write_rows
 from utils.parquet_utils import DataError
 from utils.recordings import resolve_recordings
