@@ -21,6 +21,8 @@ from typing import Any
 
 from envs import FIRST_EVALUATION_SEED
 from inference.metrics import wilson_interval
+from utils.cli import config_from_args, train_parser
+from utils.config_training import TrainingConfig
 
 HELD_OUT_SEED = 5000
 
@@ -115,8 +117,17 @@ class Recipe:
                 run("utils/calculate_normalization_stats.py", *files, "--output_path", str(statistics))
             files += ["--val_data_override", *self.demonstrations("val"), "--experiment_name", self.name]
             files += ["--model_name_or_path", str(weights), "--resume_checkpoint", "auto"]
+            files += ["--set", f"data.normalization_stats_path={statistics}", *self.settings]
             script = ["main_train_ddp.py", "--nproc", str(self.nproc)] if self.nproc > 1 else ["main_train.py"]
-            run(*script, *files, "--set", f"data.normalization_stats_path={statistics}", *self.settings)
+            began, settings = time.perf_counter(), config_from_args(train_parser(None).parse_args(files)).training
+            run(*script, *files)
+            self._require_end(settings, time.perf_counter() - began)
+
+    def _require_end(self, settings: TrainingConfig, seconds: float) -> None:
+        """Exit where a signal stopped the training, which then has saved and ends with status 0."""
+        step, steps, hours = max(self.kept, default=0), settings.max_steps, settings.max_hours
+        if steps is not None and step < steps and (hours is None or seconds < 3600 * hours):
+            sys.exit(f"error: {self.name}: training stopped after step {step} of {steps}; the same command goes on")
 
     def evaluate(
         self,

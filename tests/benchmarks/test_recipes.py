@@ -23,6 +23,7 @@ def outcome(tasks):
     task = {"successes": 1, "episodes": 2, "success_rate": 0.5, "seeds": [10000, 10001]}
     settings = {"env_settings": {"mujoco": "3.3.0", "max_episode_steps": 300}}
     summary = {"successes": len(tasks), "episodes": 2 * len(tasks), "wilson_95": [0.1, 0.9]}
+    summary |= {"mean_success_rate": 0.5, "tier_mean_success_rate": 0.5}
     return {"tasks": dict.fromkeys(tasks, task), "summary": summary, "settings": settings}
 
 
@@ -45,7 +46,8 @@ def commands(tmp_path, monkeypatch):
             words = arguments[2:] if script == "main_train_ddp.py" else arguments
             config = config_from_args(train_parser(None).parse_args(words))
             (config.experiment_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (config.experiment_dir / "checkpoints/model_best.pth.tar").touch()
+            for name in ("model_best", f"checkpoint_step_{config.training.max_steps}"):
+                (config.experiment_dir / f"checkpoints/{name}.pth.tar").touch()
 
     monkeypatch.setattr(_recipe, "run", run)
     return found
@@ -141,6 +143,25 @@ def test_stages_go_on_where_they_were(commands, monkeypatch, tmp_path):
     trainings = [arguments for script, arguments in commands if script == "main_train.py"]
     assert len(trainings) == 2 and all("--resume_checkpoint auto" in " ".join(words) for words in trainings)
     assert recipe.seconds["train"]["complete"] and recipe.seconds["train"]["wall"] > 0
+
+
+def test_a_stopped_training_is_not_a_complete_one(commands, monkeypatch):
+    """SIGTERM to the training alone: it saves and ends with status 0, and the recipe evaluates nothing."""
+    recipe = _recipe.Recipe("r", str(ROOT / "configs/aloha_transfer.yaml"), "aloha", ["transfer_cube"])
+    run = _recipe.run
+
+    def stopped(script, *arguments):
+        run(script, *arguments)
+        for step, checkpoint in recipe.kept.items():
+            checkpoint.rename(checkpoint.with_name(f"checkpoint_step_{step - 1}.pth.tar"))
+
+    monkeypatch.setattr(_recipe, "run", stopped)
+    with pytest.raises(SystemExit, match="r: training stopped after step 9599 of 9600; the same command goes on"):
+        recipe.train()
+    assert not recipe.seconds["train"]["complete"]
+    recipe.settings = ["training.max_hours=1e-9"]  # a limit that was reached is an end
+    recipe.train()
+    assert recipe.seconds["train"]["complete"]
 
 
 def test_aloha(commands, monkeypatch, capsys):
