@@ -120,9 +120,9 @@ def share_in_range(predictor: VLAPredictor, predictions: Predictions) -> float:
 
     Where actions are relative to the state, so is the range.
     """
-    low, high = (np.array(predictor.action_statistics[name]) for name in ("min", "max"))
+    low, high = (np.array(predictor.action_units.statistics[name]) for name in ("min", "max"))
     margin = RANGE_MARGIN * (high - low) + 1e-6
-    relative_NTA = predictions.predicted_KNTA[0] - predictor.action_origin(predictions.state_NS)[:, None]
+    relative_NTA = predictions.predicted_KNTA[0] - predictor.action_units.origin(predictions.state_NS)[:, None]
     predicted = relative_NTA[~predictions.is_pad_NT]
     return float(((predicted >= low - margin) & (predicted <= high + margin)).mean())
 

@@ -94,7 +94,7 @@ def evaluate_offline(
             true = batch["action"].numpy()[:, :horizon, :width]
             is_pad = batch["action_is_pad"].numpy()[:, :horizon]
             state = batch["state"].numpy()
-            mean_NA = predictor.mean_action(state)
+            mean_NA = predictor.action_units.mean(state)
             previous = [dataset.previous_action(int(row)) for row in rows]
             previous = [None if action is None else action[:width] for action in previous]
             candidates = {
@@ -102,9 +102,9 @@ def evaluate_offline(
                 "mean_action": mean_action_prediction(mean_NA, horizon)[None],
                 "repeat_last_action": repeat_last_action_prediction(previous, mean_NA, horizon)[None],
             }
-            true_normalized, index = predictor.normalize_action(true, state), np.full(len(rows), number)
+            true_normalized, index = predictor.action_units.normalize(true, state), np.full(len(rows), number)
             for which, candidate in candidates.items():
-                normalized = np.stack([predictor.normalize_action(draw, state) for draw in candidate])
+                normalized = np.stack([predictor.action_units.normalize(draw, state) for draw in candidate])
                 accumulators[which].update(candidate, true, is_pad, normalized, true_normalized, index)
             seen.append((true, is_pad, state, batch["episode_index"].numpy(), batch["frame_index"].numpy(), rows))
             drawn.append(predicted)
@@ -164,7 +164,7 @@ def quantization_error(
         actions = (
             policy.predict_batch(batch, seeds, predictor.num_inference_steps) for policy in (predictor, reference)
         )
-        quantized, whole = (reference.normalize_action(action, state) for action in actions)
+        quantized, whole = (reference.action_units.normalize(action, state) for action in actions)
         differences.append(np.abs(quantized - whole))
     stacked = np.concatenate(differences)
     text = "%s moves normalized actions by %.4f on average, at most %.4f (%d predictions)"

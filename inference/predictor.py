@@ -28,6 +28,7 @@ from data.processing import (
     collate_fn,
     processors_from_checkpoint,
 )
+from inference.action_units import ActionUnits
 from inference.alarm import Alarm, Calibration
 from inference.engine import Engine
 from inference.monitor import Monitor
@@ -64,6 +65,7 @@ class VLAPredictor:
         state_dim, horizon, per_action_dim: widths of the state and of the predicted action chunk.
         state_widths: values of each column that the state is joined from, in order.
         num_inference_steps, n_action_steps, compile, quantization: those of `settings`.
+        action_units: what its actions are relative to, and how its head sees them.
         weight_dtype: that its matrices are stored in.
         fingerprint: tells its weights from others'; "" where the model did not come from a file.
         training_data: what its training data look like, for `Monitor`; None where its checkpoint does not say.
@@ -120,6 +122,7 @@ class VLAPredictor:
             ),
         )
         self.model, self.weight_dtype = self.engine.model, self.engine.weight_dtype
+        self.action_units = ActionUnits(self.model, config, self.dataset_index, self.per_action_dim)
         check_best_of(model.action_head, self.settings.best_of)
         self.uncertainty, self.calibrations = math.nan, list[Calibration]()
         self.alarm, self.no_alarm = self.new_alarm()
@@ -360,7 +363,7 @@ class VLAPredictor:
         if best_of == 1:
             return Measured(actions, unsure_KBT[..., : self.horizon].mean(dim=-1).cpu().numpy())
         state = np.tile(batch["state"].cpu().numpy(), (len(seeds), 1))
-        normalized = self.normalize_action(actions.reshape(-1, *actions.shape[2:]), state).reshape(actions.shape)
+        normalized = self.action_units.normalize(actions.reshape(-1, *actions.shape[2:]), state).reshape(actions.shape)
         return best_of_draws(actions, normalized, best_of)
 
     def observe(
@@ -421,38 +424,6 @@ class VLAPredictor:
         if warnings is None:
             self._log_once(told)
         return sample
-
-    def mean_action(self, state_NS: np.ndarray) -> np.ndarray:
-        """The training data's mean action for each state, float32 (N, A), physical units.
-
-        In delta mode the mean is of deltas, so the state is added to the dimensions that are relative.
-        """
-        return np.array(self.action_statistics["mean"], np.float32) + self.action_origin(state_NS)
-
-    @property
-    def action_statistics(self) -> dict[str, list[float]]:
-        """Of the training actions of the dataset that this policy drives; in delta mode, of deltas."""
-        return self.model.statistics[self.dataset_index]["action"]
-
-    def action_origin(self, state_NS: np.ndarray) -> np.ndarray:
-        """What actions are relative to, float32 (N, A): in delta mode the state, 0 in dimensions that are absolute."""
-        width = self.per_action_dim
-        delta_A = self.model.normalizer.action_is_delta_A[:width].cpu().numpy()
-        state_NA = np.pad(state_NS, ((0, 0), (0, max(0, width - state_NS.shape[1]))))[:, :width]
-        return np.where(delta_A, state_NA, 0.0).astype(np.float32)
-
-    @torch.no_grad()
-    def normalize_action(self, action_NTA: np.ndarray, state_NS: np.ndarray) -> np.ndarray:
-        """Actions (N, T, A) in physical units as the head sees them, float32, for errors in normalized units.
-
-        `state_NS` is the physical state at each chunk's start, in the dataset's width or the model's.
-        """
-        model_action, model_state = self.model.action_head.per_action_dim, self.config.data.state_dim
-        action = np.pad(action_NTA, ((0, 0), (0, 0), (0, model_action - action_NTA.shape[-1])))
-        state = np.pad(state_NS, ((0, 0), (0, model_state - state_NS.shape[-1])))
-        index = torch.full((len(action),), self.dataset_index, dtype=torch.int64, device=self.device)
-        tensors = (torch.as_tensor(np.asarray(x, np.float32), device=self.device) for x in (action, state))
-        return self.model.normalizer.normalize_action(*tensors, index)[..., : self.per_action_dim].cpu().numpy()
 
     def _widened(self, prefix: ActionPrefix) -> ActionPrefix:
         """A prefix of the dataset's widths in the model's, on its device: what it lacks is free."""

@@ -145,7 +145,7 @@ class ModelPolicy:
         if "state" not in self.blind:
             return 0.0
         states = np.stack([request.history[-1]["state"], self.mean_state])
-        true, shown = self.predictor.action_origin(states)
+        true, shown = self.predictor.action_units.origin(states)
         return true - shown
 
     @property

@@ -74,7 +74,7 @@ def observations(predictor, prompts=PROMPTS):
 
 
 def normalized(predictor, action_BTA):
-    return predictor.normalize_action(action_BTA, np.tile(np.float32(STATE), (len(action_BTA), 1)))
+    return predictor.action_units.normalize(action_BTA, np.tile(np.float32(STATE), (len(action_BTA), 1)))
 
 
 def difference(predictor, other, steps=10):

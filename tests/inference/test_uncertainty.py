@@ -67,7 +67,7 @@ def test_best_of_takes_one_of_its_draws(checkpoint, several):
     near = np.abs(draws - chosen[0, 0]).max(axis=(1, 2))
     assert near.min() < 1e-5 and np.sum(near < 1e-5) == 1
     wanted = best_of_draws(
-        draws[:, None], np.stack([one.normalize_action(d[None], np.array([STATE])) for d in draws]), 5
+        draws[:, None], np.stack([one.action_units.normalize(d[None], np.array([STATE])) for d in draws]), 5
     )
     np.testing.assert_allclose(chosen, wanted.action_KBTA, atol=1e-5)
     np.testing.assert_allclose(spread, wanted.uncertainty_KB, rtol=1e-4)
