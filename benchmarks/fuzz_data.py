@@ -32,7 +32,8 @@ from typing import Any
 if not __package__:
     import _repository  # noqa: F401
 
-from benchmarks.odd_data import KINDS, OURS, WrongRowError
+from benchmarks.odd_data import KINDS, OURS
+from benchmarks.odd_values import WrongRowError
 from benchmarks.time_limit import TooSlowError, within
 from utils.arguments import CommandParser
 

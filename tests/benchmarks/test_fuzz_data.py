@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import benchmarks.fuzz_data as fuzz_data
-import benchmarks.odd_data as odd_data
+import benchmarks.odd_lerobot as odd_lerobot
+import benchmarks.odd_parquet as odd_parquet
 from benchmarks.fuzz_data import fuzz_case
 from benchmarks.odd_data import KINDS
 from data.episode_store import EpisodeStore
@@ -34,7 +35,7 @@ def test_a_wrong_row_would_be_noticed(monkeypatch):
             super().__init__(*args, **options)
             self.action = np.roll(self.action, 1, axis=0)
 
-    monkeypatch.setattr(odd_data, "EpisodeStore", Wrong)
+    monkeypatch.setattr(odd_parquet, "EpisodeStore", Wrong)
     outcomes = {fuzz_case(1, number, ["parquet_values"])[1] for number in range(10)}
     assert "wrong row" in outcomes
 
@@ -43,7 +44,7 @@ def test_an_uncaught_error_would_be_noticed(monkeypatch):
     def crash(*_, **__):
         raise KeyError("task")
 
-    monkeypatch.setattr(odd_data, "convert_lerobot", crash)
+    monkeypatch.setattr(odd_lerobot, "convert_lerobot", crash)
     kind, outcome, fault, _ = fuzz_case(1, 0, ["lerobot_metadata"])
     assert (kind, outcome) == ("lerobot_metadata", "uncaught") and fault.startswith(
         "KeyError: 'task' (test_fuzz_data.py"
