@@ -8,6 +8,7 @@ of the wall clock and of the processor are kept in experiments/{name}/seconds.js
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import resource
 import shutil
@@ -22,7 +23,6 @@ from typing import Any
 from envs import FIRST_EVALUATION_SEED
 from inference.metrics import wilson_interval
 from utils.cli import config_from_args, train_parser
-from utils.config_training import TrainingConfig
 
 HELD_OUT_SEED = 5000
 
@@ -103,7 +103,7 @@ class Recipe:
                 run(*command, "--output_dir", str(self.data / split), *_options(options))
 
     def train(self) -> None:
-        """Backbone, statistics and training, unless that was done."""
+        """Backbone, statistics and training, unless done; `training.max_hours` is that of all starts together."""
         if self.seconds.get("train", {}).get("complete"):
             return
         weights, statistics = pathlib.Path("weight", self.name), self.experiment / "normalization_stats.json"
@@ -119,15 +119,14 @@ class Recipe:
             files += ["--model_name_or_path", str(weights), "--resume_checkpoint", "auto"]
             files += ["--set", f"data.normalization_stats_path={statistics}", *self.settings]
             script = ["main_train_ddp.py", "--nproc", str(self.nproc)] if self.nproc > 1 else ["main_train.py"]
-            began, settings = time.perf_counter(), config_from_args(train_parser(None).parse_args(files)).training
-            run(*script, *files)
-            self._require_end(settings, time.perf_counter() - began)
-
-    def _require_end(self, settings: TrainingConfig, seconds: float) -> None:
-        """Exit where a signal stopped the training, which then has saved and ends with status 0."""
-        step, steps, hours = max(self.kept, default=0), settings.max_steps, settings.max_hours
-        if steps is not None and step < steps and (hours is None or seconds < 3600 * hours):
-            sys.exit(f"error: {self.name}: training stopped after step {step} of {steps}; the same command goes on")
+            settings = config_from_args(train_parser(None).parse_args(files)).training
+            steps, hours = settings.max_steps or 0, settings.max_hours or math.inf
+            hours = max(hours - self.seconds.get("train", {"wall": 0.0})["wall"] / 3600, 1e-9)
+            began = time.perf_counter()
+            run(*script, *files, *([f"training.max_hours={hours}"] if hours < math.inf else []))
+            step = max(self.kept, default=0)
+            if step < steps and time.perf_counter() - began < 3600 * hours:  # a signal: it has saved, its status is 0
+                sys.exit(f"error: {self.name}: training stopped after step {step} of {steps}; the same command goes on")
 
     def evaluate(
         self,

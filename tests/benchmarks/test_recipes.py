@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -159,9 +160,14 @@ def test_a_stopped_training_is_not_a_complete_one(commands, monkeypatch):
     with pytest.raises(SystemExit, match="r: training stopped after step 9599 of 9600; the same command goes on"):
         recipe.train()
     assert not recipe.seconds["train"]["complete"]
-    recipe.settings = ["training.max_hours=1e-9"]  # a limit that was reached is an end
-    recipe.train()
-    assert recipe.seconds["train"]["complete"]
+    recipe._timed = lambda stage: contextlib.nullcontext()
+    recipe.settings = ["training.max_hours=2"]
+    (recipe.experiment / "seconds.json").write_text('{"train": {"wall": 3600.0}}')
+    with pytest.raises(SystemExit):
+        recipe.train()
+    assert commands[-1][1][-1] == "training.max_hours=1.0"  # of all starts together
+    (recipe.experiment / "seconds.json").write_text('{"train": {"wall": 7200.0}}')
+    recipe.train()  # a limit that was reached is an end
 
 
 def test_aloha(commands, monkeypatch, capsys):
