@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--curve", type=int, default=5, metavar="N", help="points of success over training (default 5)")
     parser.add_argument("--step_limit", type=int, default=200, help="control steps of an episode (default 200)")
     parser.add_argument("--num_envs", type=int, default=os.cpu_count(), help="simulator processes (default: all cores)")
+    parser.add_argument("--nproc", type=int, help="processes that train (default 1, with --cpu 2)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the training")
     parser.add_argument("--fresh", action="store_true", help="record and train again, whatever is there")
     args = parser.parse_args()
@@ -118,7 +119,8 @@ def main() -> None:
         episodes, demos, backbone = 2, 2, QUICK_BACKBONE
         extra = ["training.max_steps=20", "data.num_workers=1", "data.batch_size=16", "model.vlm_config.dtype=float32"]
         extra += [f"model.action_head_config.{key}" for key in ("hidden_dim=64", "num_layers=1", "num_heads=4")]
-    options, where = {"image_size": backbone["image_size"]}, {"num_workers": args.num_envs, "nproc": 1 + args.cpu}
+    options = {"image_size": backbone["image_size"]}
+    where = {"num_workers": args.num_envs, "nproc": args.nproc or 1 + args.cpu}
     extra += args.set
     recipe = Recipe(name, config, "metaworld", tasks, options, backbone, extra, **where)
     if args.fresh:
