@@ -55,7 +55,8 @@ class GymEnv(RobotEnv):
             task: an ID that gymnasium knows, or "module:ID".
             state: where the state is in the observation, "agent_pos" or "robot.joints". "observation[0:3]" takes a part
                 of it, "a+b" puts several together, and "." is an observation that is a vector itself.
-            success: a key of `info`, "terminated" (where an episode ends by success alone), or "reward>=NUMBER".
+            success: a key of `info`, which may be there at an episode's end alone; "terminated" (where an episode ends
+                by success alone), or "reward>=NUMBER".
             prompt: the instruction.
             paraphrases: other words for it.
             control_hz: steps a second; None: the environment's `render_fps`.
@@ -92,7 +93,7 @@ class GymEnv(RobotEnv):
         self.max_episode_steps = _step_limit(self._env, max_episode_steps, task)
         self.per_action_dim = self._env.action_space.shape[0]
         self.action_space = self._env.action_space
-        self._on_request = False
+        self._on_request = self._says_success = False
         self._raw: Any = self._env.reset(seed=0)[0]
         observation = self._observe()
         self.state_dim = len(observation["state"])
@@ -128,7 +129,7 @@ class GymEnv(RobotEnv):
         if self._clip:
             action = np.clip(action, space.low, space.high)
         self._raw, reward, terminated, truncated, info = self._env.step(action)
-        success = self._succeeded(float(reward), bool(terminated), info)
+        success = self._succeeded(float(reward), bool(terminated), bool(terminated or truncated), info)
         return self._observe(), float(reward), bool(terminated), bool(truncated), {**info, "success": success}
 
     def expert_action(self) -> np.ndarray:
@@ -202,18 +203,19 @@ class GymEnv(RobotEnv):
             )
         return np.ascontiguousarray(image)
 
-    def _succeeded(self, reward: float, terminated: bool, info: Mapping[str, Any]) -> bool:
+    def _succeeded(self, reward: float, terminated: bool, is_over: bool, info: Mapping[str, Any]) -> bool:
         least = _LEAST_REWARD.fullmatch(self._success)
         if least:
             return reward >= float(least["least"])
         if self._success == "terminated":
             return terminated
-        if self._success not in info:
+        self._says_success |= self._success in info
+        if is_over and not self._says_success:
             raise ValueError(
                 f"{self.task}: success={self._success}: the environment's info has no such key; it has "
                 f"{_list(info)}; or give success=terminated, or success='reward>=1'"
             )
-        return bool(info[self._success])
+        return bool(info.get(self._success, False))
 
 
 def _made(task: str, options: dict[str, Any], max_episode_steps: int | None, renders: bool) -> gymnasium.Env:
