@@ -42,7 +42,7 @@ SIMULATORS: dict[str, Simulator] = {
 }
 
 
-def make_env(name: str, task: str, **options: Any) -> RobotEnv:
+def make_env(name: str, task: str, /, **options: Any) -> RobotEnv:
     """Makes an environment.
 
     Args:

@@ -17,6 +17,7 @@ from envs.aloha_tasks import TASKS
 from envs.base import RobotEnv, images_on_request, observation_space
 from envs.cameras import chosen_cameras, image_options
 from envs.mujoco_rendering import OffscreenRenderer, import_mujoco
+from envs.options import check_switch, check_whole
 from envs.simulator import suggest
 
 ACTION_DIM = STATE_DIM = 14  # of each arm, left first: six joints in radians, the gripper from 0 (shut) to 1 (open)
@@ -79,8 +80,12 @@ class AlohaEnv(RobotEnv):
             ("max_episode_steps", max_episode_steps),
             ("hold_steps", hold_steps),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, must be a whole number of at least 1")
+            check_whole(name, value, 1)
+        if hold_steps > max_episode_steps:
+            raise ValueError(
+                f"hold_steps is {hold_steps}, but an episode ends after max_episode_steps {max_episode_steps}"
+            )
+        check_switch("terminate_on_success", terminate_on_success)
         self._camera_of = chosen_cameras(
             cameras, image_options("aloha", images, AlohaEnv.__init__.__kwdefaults__), CAMERAS
         )

@@ -10,6 +10,7 @@ well: the observation of many environments holds the pose of the object.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from envs.base import RobotEnv
 from envs.cameras import chosen_cameras
+from envs.options import check_switch, check_text, check_whole
 from envs.simulator import suggest
 
 RENDER = "render"  # as an image: what the environment's `render` returns
@@ -40,7 +42,7 @@ class GymEnv(RobotEnv):
         state: str | None = None,
         success: str = "is_success",
         prompt: str | None = None,
-        paraphrases: tuple[str, ...] | list[str] = (),
+        paraphrases: str | tuple[str, ...] | list[str] = (),
         control_hz: float | None = None,
         max_episode_steps: int | None = None,
         clip: bool = False,
@@ -58,7 +60,7 @@ class GymEnv(RobotEnv):
             success: a key of `info`, which may be there at an episode's end alone; "terminated" (where an episode ends
                 by success alone), or "reward>=NUMBER".
             prompt: the instruction.
-            paraphrases: other words for it.
+            paraphrases: other words for it: one text, or several, "[push it, move it]" on the command line.
             control_hz: steps a second; None: the environment's `render_fps`.
             max_episode_steps: None: the environment's own limit.
             clip: clip actions to the environment's action space.
@@ -70,10 +72,20 @@ class GymEnv(RobotEnv):
                 other option goes to the environment.
 
         Raises:
-            ValueError: an unknown ID, an option that the environment does not take, or a place where nothing is; names
-                what there is.
+            ValueError: an unknown ID, an option that the environment does not take, a value of another type, or a place
+                where nothing is; names what there is.
         """
-        images = {name: value for name, value in options.items() if re.fullmatch(r"image(_\w+)?", name)}
+        paraphrases = (paraphrases,) if isinstance(paraphrases, str) else paraphrases
+        if not isinstance(paraphrases, (tuple, list)):
+            raise ValueError(f"paraphrases is {paraphrases!r}; give one text, or several as [push it, move it]")
+        check_text("success", success)
+        for name, text in (("prompt", prompt), ("state", state), *(("paraphrases", words) for words in paraphrases)):
+            if text is not None:
+                check_text(name, text)
+        if max_episode_steps is not None:
+            check_whole("max_episode_steps", max_episode_steps, 1)
+        check_switch("clip", clip)
+        images = {name: value for name, value in options.items() if _names_an_image(name)}
         self._places = chosen_cameras(cameras, images, {})
         others = {name: value for name, value in options.items() if name not in images}
         self._env = _made(task, others, max_episode_steps, renders=RENDER in self._places.values())
@@ -81,7 +93,7 @@ class GymEnv(RobotEnv):
             raise ValueError(
                 f"{task}: actions are {self._env.action_space}; only vectors of real numbers are supported"
             )
-        self._state_place, self._success, self._clip, self._hold = state, success, bool(clip), hold
+        self._state_place, self._success, self._clip, self._hold = state, success, clip, hold
         if hold is not None and hold not in HOLDS:
             raise ValueError(f"hold={hold!r}; give one of {', '.join(HOLDS)}")
         self.task, self.prompt = task, prompt
@@ -218,7 +230,14 @@ class GymEnv(RobotEnv):
         return bool(info.get(self._success, False))
 
 
+def _names_an_image(option: str) -> bool:
+    return option != "image_size" and re.fullmatch(r"image(_\w+)?", option) is not None
+
+
 def _made(task: str, options: dict[str, Any], max_episode_steps: int | None, renders: bool) -> gymnasium.Env:
+    for name in ("id", "disable_env_checker"):  # gymnasium's own
+        if name in options:
+            raise ValueError(f"{task} takes no option {name!r}")
     if renders:
         options = {"render_mode": "rgb_array", **options}
     try:
@@ -241,7 +260,7 @@ def _made(task: str, options: dict[str, Any], max_episode_steps: int | None, ren
 
 def _rate(env: gymnasium.Env, control_hz: float | None, task: str) -> float:
     rate = env.metadata.get("render_fps") if control_hz is None else control_hz
-    if not isinstance(rate, (int, float)) or rate <= 0:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
         raise ValueError(f"{task}: control_hz is {rate!r}; give the steps a second: --env_options control_hz=50")
     return float(rate)
 

@@ -23,6 +23,7 @@ from envs.cameras import chosen_cameras, image_options
 from envs.libero_expert import PickAndPlace, Shapes
 from envs.libero_tasks import STEP_LIMITS, TASKS, instructions_of, suite_of
 from envs.mujoco_rendering import OffscreenRenderer, import_mujoco
+from envs.options import check_switch, check_whole
 from envs.simulator import suggest
 
 STATE_DIM = 8  # gripper x, y, z in metres; its rotation as a rotation vector in radians; both fingers in metres
@@ -39,9 +40,9 @@ WIDE_M = {"table": (0.09, 0.12), "other": (0.05, 0.05)}  # added to each side of
 class LiberoEnv(RobotEnv):
     """One LIBERO task, seen by cameras.
 
-    What success is, the settling before an episode, the step limits, the state and the actions are those of LeRobot's
-    and OpenVLA's evaluations. Pictures are upright and not mirrored; `mirror` and `look` give those that public data
-    and checkpoints were made with.
+    What success is, the settling before an episode, the state and the actions are those of LeRobot's and OpenVLA's
+    evaluations; the step limits are LeRobot's (OpenVLA gives libero_spatial 220). Pictures are upright and not
+    mirrored; `mirror` and `look` give those that public data and checkpoints were made with.
     """
 
     noise_unit = (1.0,) * 6 + (0.0,)
@@ -75,7 +76,7 @@ class LiberoEnv(RobotEnv):
             mirror: mirror the pictures left to right, as LIBERO's data and the policies trained on them have them.
             look: "fast" draws no shadows and no reflections and simplifies meshes; "shipped" draws what LIBERO draws.
             settle_steps: control steps before the episode begins.
-            max_episode_steps: None: the published limit of the suite.
+            max_episode_steps: None: LeRobot's limit of the suite, see `envs.libero_tasks.STEP_LIMITS`.
             terminate_on_success: `step` reports ``terminated`` when the task is done.
             images: `image_1="agentview"`, an addition to `cameras`, or None to leave an image out.
 
@@ -97,9 +98,14 @@ class LiberoEnv(RobotEnv):
             raise ValueError("layout=wide and initial_states=official exclude each other: official states are standard")
         suite, name = suite_of(task)
         limit = STEP_LIMITS[suite] if max_episode_steps is None else max_episode_steps
-        for option, value in (("image_size", image_size), ("max_episode_steps", limit)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{option} is {value!r}, must be a whole number of at least 1")
+        for option, value, least in (
+            ("image_size", image_size, 1),
+            ("max_episode_steps", limit, 1),
+            ("settle_steps", settle_steps, 0),
+        ):
+            check_whole(option, value, least)
+        check_switch("mirror", mirror)
+        check_switch("terminate_on_success", terminate_on_success)
         self._camera_of = chosen_cameras(
             cameras, image_options("libero", images, LiberoEnv.__init__.__kwdefaults__), CAMERAS
         )

@@ -12,6 +12,7 @@ import numpy as np
 from envs.base import RobotEnv, images_on_request, observation_space
 from envs.metaworld_tasks import PARAPHRASES, TASKS
 from envs.mujoco_rendering import OffscreenRenderer, import_mujoco
+from envs.options import check_switch, check_whole
 from envs.simulator import named_cameras, suggest
 
 STATE_DIM = 4  # hand x, y, z in metres; gripper opening from 0 (shut) to 1 (open)
@@ -59,16 +60,16 @@ class MetaWorldEnv(RobotEnv):
                 scene. With it, and the goal hidden, two tasks start from the same image for the same seed.
 
         Raises:
-            ValueError: unknown task or camera, or a size, step limit or layout that cannot be.
+            ValueError: unknown task or camera, or a size, step limit, switch or layout that cannot be.
             RuntimeError: off-screen rendering is impossible.
         """
         for name in (task, layout_of):
-            if name is not None and name not in TASKS:
+            if name is not None and (not isinstance(name, str) or name not in TASKS):
                 raise ValueError(f"unknown metaworld task {name!r}; {suggest(name, TASKS)}")
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}, must be at least 1")
-        if not 1 <= max_episode_steps <= MAX_SIMULATED_STEPS:
-            raise ValueError(f"max_episode_steps is {max_episode_steps}, must be 1 to {MAX_SIMULATED_STEPS}")
+        check_whole("image_size", image_size, 1)
+        check_whole("max_episode_steps", max_episode_steps, 1, MAX_SIMULATED_STEPS)
+        check_switch("hide_goal", hide_goal)
+        check_switch("terminate_on_success", terminate_on_success)
         self._mujoco = import_mujoco()
         self._sim = _make_simulation(task)
         if layout_of not in (None, task):
@@ -203,6 +204,7 @@ class MetaWorldEnv(RobotEnv):
             "layout_of": self.layout_of,
             "max_episode_steps": self.max_episode_steps,
             "control_hz": self.control_hz,
+            "mujoco": self._mujoco.__version__,
         }
 
     def close(self) -> None:

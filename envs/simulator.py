@@ -46,7 +46,7 @@ class Simulator:
         named = [parameter for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
         return {parameter.name: parameter.default for parameter in named if parameter.name != "task"}
 
-    def make(self, task: str, **options: Any) -> RobotEnv:
+    def make(self, task: str, /, **options: Any) -> RobotEnv:
         """An environment of this simulator; arguments and errors as its class has them.
 
         Raises:
@@ -55,10 +55,10 @@ class Simulator:
         """
         environment, known = self._class(), self.options()
         parameters = inspect.signature(environment).parameters.values()
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
-            for option in options:
-                if option not in known:
-                    raise ValueError(f"{environment.__name__} has no option {option!r}; {suggest(option, known)}")
+        takes_others = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+        for option in options:
+            if option in ("self", "task") or not (takes_others or option in known):
+                raise ValueError(f"{environment.__name__} has no option {option!r}; {suggest(option, known)}")
         with self._installed():
             return environment(task, **options)
 
@@ -90,11 +90,16 @@ def named_cameras(spec: str | Sequence[str] | Mapping[str, str]) -> dict[str, st
         spec: such a text, its parts, or the mapping itself.
 
     Raises:
-        ValueError: another form, or a name twice.
+        ValueError: another form, no camera at all, or a name twice.
     """
-    if isinstance(spec, Mapping):
-        return dict(spec)
-    parts = [part.strip() for part in spec.split(",")] if isinstance(spec, str) else list(spec)
+    if isinstance(spec, str):
+        parts = [part.strip() for part in spec.split(",")]
+    elif isinstance(spec, Mapping):
+        parts = [f"{name}={camera}" for name, camera in spec.items()]
+    else:
+        parts = list(spec) if isinstance(spec, Sequence) else []
+    if not parts:
+        raise ValueError(f"cameras is {spec!r}; wanted <camera> or <name>=<camera>, several with commas between them")
     named: dict[str, str] = {}
     for part in parts:
         name, equals, camera = str(part).partition("=")
@@ -104,8 +109,8 @@ def named_cameras(spec: str | Sequence[str] | Mapping[str, str]) -> dict[str, st
     return named
 
 
-def suggest(name: str, valid: Iterable[str]) -> str:
+def suggest(name: Any, valid: Iterable[str]) -> str:
     """The end of an error message about an unknown name: "did you mean 'x'?", else all valid names."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(names)}"

@@ -111,9 +111,14 @@ def test_errors_name_what_was_wanted():
         ({"image_1": 3}, "camera image_1=3; give an image's name and a camera's"),
         ({"camera": "top"}, "aloha has no option 'camera'; did you mean 'cameras'?"),
         ({"hold_steps": 0}, "hold_steps is 0, must be a whole number of at least 1"),
+        ({"hold_steps": 301}, "hold_steps is 301, but an episode ends after max_episode_steps 300"),
+        ({"terminate_on_success": "maybe"}, "terminate_on_success is 'maybe'; give true or false"),
+        ({"cameras": 3}, "cameras is 3; wanted <camera> or <name>=<camera>"),
     ):
         with pytest.raises(ValueError, match=message.replace("?", r"\?")):
             make(**options)
+    with pytest.raises(ValueError, match="AlohaEnv has no option 'task'"):
+        make_env("aloha", "transfer_cube", **{"task": "insertion"})
     with pytest.raises(ValueError, match="unknown aloha task 'transfer'; did you mean 'transfer_cube'"):
         make("transfer")
     env = make()

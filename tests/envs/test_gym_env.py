@@ -99,6 +99,11 @@ def test_what_success_is(success, steps):
     assert (succeeded.index(True) + 1 if any(succeeded) else None) == steps
 
 
+def test_one_paraphrase_is_a_text():
+    assert arm(paraphrases="touch it").instructions == ("reach", "touch it")
+    assert arm(paraphrases=["touch it", "go there"]).instructions == ("reach", "touch it", "go there")
+
+
 def test_holding_still_must_be_said():
     with pytest.raises(ValueError, match="Give --env_options hold=zero where actions are displacements, hold=state"):
         arm().hold_action(None)
@@ -119,6 +124,18 @@ def test_holding_still_must_be_said():
         (PUSHT, {"sucess": "x"}, "takes no option 'sucess'; did you mean 'success'"),
         (PUSHT, {"hold": "still"}, "hold='still'; give one of state, zero"),
         (PUSHT, {"control_hz": 0}, "control_hz is 0; give the steps a second"),
+        (PUSHT, {"control_hz": float("nan")}, "control_hz is nan; give the steps a second"),
+        (PUSHT, {"max_episode_steps": -1}, "max_episode_steps is -1, must be a whole number of at least 1"),
+        (PUSHT, {"max_episode_steps": "abc"}, "max_episode_steps is 'abc', must be a whole number"),
+        (PUSHT, {"clip": "maybe"}, "clip is 'maybe'; give true or false"),
+        (PUSHT, {"prompt": {"task": "push"}}, "prompt is {'task': 'push'}, which YAML does not read as text"),
+        (PUSHT, {"state": 5}, "state is 5, which YAML does not read as text"),
+        (PUSHT, {"success": True}, "success is True, which YAML does not read as text"),
+        (PUSHT, {"paraphrases": 3}, "paraphrases is 3; give one text, or several"),
+        (PUSHT, {"paraphrases": ["push", 3]}, "paraphrases is 3, which YAML does not read as text"),
+        (PUSHT, {"image_size": 64}, "takes no option 'image_size'"),
+        (PUSHT, {"id": "x"}, "takes no option 'id'"),
+        (PUSHT, {"task": "x"}, "GymEnv has no option 'task'"),
         ("gym_pusht:gym_pusht/PushX-v0", {}, "gymnasium makes no 'gym_pusht:gym_pusht/PushX-v0'"),
         ("no_such_module:A-v0", {}, "no module 'no_such_module'; install the package that registers"),
         ("CartPole-v1", {}, "only vectors of real numbers are supported"),

@@ -97,6 +97,9 @@ def test_options_that_cannot_be():
         ({"layout": "wide", "initial_states": "official"}, "exclude each other: official states are standard"),
         ({"camera": "agentview"}, "libero has no option 'camera'; did you mean 'cameras'"),
         ({"image_size": 0}, "image_size is 0, must be a whole number of at least 1"),
+        ({"settle_steps": -1}, "settle_steps is -1, must be a whole number of at least 0"),
+        ({"settle_steps": 2.5}, "settle_steps is 2.5, must be a whole number"),
+        ({"mirror": "left"}, "mirror is 'left'; give true or false"),
     ):
         with pytest.raises(ValueError, match=message):
             make_env("libero", PLATE, **options)

@@ -282,10 +282,21 @@ def test_two_tasks_can_start_from_the_same_picture():
 def test_errors_name_what_was_wanted(window):
     with pytest.raises(ValueError, match="no camera 'corner9'; did you mean 'corner'?"):
         make(camera="corner9")
-    with pytest.raises(ValueError, match="max_episode_steps is 501, must be 1 to 500"):
-        make(max_episode_steps=501)
-    with pytest.raises(ValueError, match="image_size is 0"):
-        make(image_size=0)
+    for options, message in (
+        ({"max_episode_steps": 501}, "max_episode_steps is 501, must be a whole number from 1 to 500"),
+        ({"max_episode_steps": 50.5}, "max_episode_steps is 50.5, must be a whole number"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": "abc"}, "image_size is 'abc', must be a whole number of at least 1"),
+        ({"hide_goal": "maybe"}, "hide_goal is 'maybe'; give true or false"),
+        ({"camera": 3}, "metaworld has no camera 3; valid names: behindGripper"),
+        ({"layout_of": 3}, "unknown metaworld task 3; valid names"),
+        ({"cameras": {}}, "cameras is {}; wanted <camera> or <name>=<camera>"),
+        ({"cameras": {"state": "corner"}}, "cameras: 'state=corner'; wanted .* none 'state'"),
+        ({"task": "reach-v3"}, "MetaWorldEnv has no option 'task'"),
+        ({"self": 1}, "MetaWorldEnv has no option 'self'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_env("metaworld", "window-open-v3", **options)
     with pytest.raises(ValueError, match="layout_of='push-v3' has another scene"):
         make(layout_of="push-v3")
     with pytest.raises(RuntimeError, match="call reset"):
