@@ -207,7 +207,7 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Control steps after which an episode has failed, as LeRobot and OpenVLA evaluate
+# Control steps after which an episode has failed, as LeRobot evaluates; OpenVLA and openpi give libero_spatial 220
 STEP_LIMITS = {
     "libero_spatial": 280,
     "libero_object": 280,
