@@ -107,7 +107,7 @@ class HarnessServer(PolicyServer):
 
     def _hello(self) -> dict[str, Any]:
         """Who is here; `observation_params` switch on what benchmarks leave out unless a model asks for it."""
-        wants = {"send_state": self.predictor.config.model.action_head_config.use_state_input}
+        wants = {"send_state": self.predictor.config.reads_state}
         wants["send_wrist_image"] = len(self.predictor.cameras) > 1
         return {
             "harness_version": "paligemma-vla",
@@ -118,19 +118,23 @@ class HarnessServer(PolicyServer):
         }
 
     def _images(self, images: Any) -> dict[str, Any]:
-        """The policy's cameras, by their own names, by those of `serving`, else in the order in which images come."""
+        """The policy's cameras, by their own names, by those of `serving`, else the images left in their order."""
         if not isinstance(images, dict) or not images:
             raise RequestError(f"an observation has no images; wanted those of {', '.join(self.predictor.cameras)}")
-        found = {}
-        for position, camera in enumerate(self.predictor.cameras):
+        named = {}
+        for camera in self.predictor.cameras:
             names = [name for name in (camera, self.reader.keys[camera]) if name in images]
-            names += list(images)[position : position + 1]
-            if not names:
+            named |= {camera: names[0]} if names else {}
+        left = iter([name for name in images if name not in named.values()])
+        found = {}
+        for camera in self.predictor.cameras:
+            name = named[camera] if camera in named else next(left, None)
+            if name is None:
                 raise RequestError(
                     f"an observation has the images {', '.join(map(str, list(images)[:MAX_NAMED]))}, and none for "
                     f"{camera}; have the benchmark send it (send_wrist_image: true), or name it with serving.image_keys"
                 )
-            found[camera] = images[names[0]]
+            found[camera] = images[name]
         return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgpack
 import numpy as np
@@ -13,6 +14,7 @@ from websockets.sync.client import connect
 
 from inference.predictor import VLAPredictor
 from inference.serving.harness import HarnessServer
+from inference.serving.requests import RequestError
 from tests.helpers import needs, write_episodes
 from tests.inference.checkpoints import train_tiny
 from tests.inference.serving.servers import running
@@ -146,6 +148,32 @@ class TestThePackage:
             ({"task_description": None}, "is missing; wanted the instruction as text"),
         ):
             assert message in asyncio.run(say({**whole, **change}))
+
+
+def test_no_picture_is_taken_for_two_cameras():
+    """What a camera has by name is not given to another one by its place."""
+    server = SimpleNamespace(
+        predictor=SimpleNamespace(cameras=("front", "wrist")),
+        reader=SimpleNamespace(keys={"front": "observation/front", "wrist": "hand"}),
+    )
+    for images, wanted in (
+        ({"wrist": 1, "agentview": 2}, {"front": 2, "wrist": 1}),
+        ({"hand": 1, "agentview": 2}, {"front": 2, "wrist": 1}),
+        ({"agentview": 1, "eye": 2}, {"front": 1, "wrist": 2}),
+        ({"front": 1, "eye": 2}, {"front": 1, "wrist": 2}),
+    ):
+        assert HarnessServer._images(server, images) == wanted
+    with pytest.raises(RequestError, match="has the images wrist, and none for front"):
+        HarnessServer._images(server, {"wrist": 1})
+
+
+@pytest.mark.parametrize("reads_state", [True, False])
+def test_the_state_is_asked_for_where_anything_reads_it(reads_state):
+    """Actions relative to the state need it, also where the head does not see it."""
+    config = SimpleNamespace(reads_state=reads_state)
+    server = SimpleNamespace(predictor=SimpleNamespace(cameras=("image_1",), config=config))
+    wanted = {"send_state": True} if reads_state else {}
+    assert HarnessServer._hello(server)["observation_params"] == wanted
 
 
 def test_messages_of_another_kind(server):
