@@ -10,7 +10,7 @@ After ``reset(options={"images_on_request": True})`` the observations of that ep
 ``images()`` renders those of the current step: most frames of an evaluation are never looked at.
 
 An action is float32 (per_action_dim,) in the units of ``action_space``, which are the simulator's own: displacements in
-one, joint angles in another. It is clipped to that space, unless the class says otherwise.
+one, joint angles in another. It is clipped to that space, unless `clips_actions` is False.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class RobotEnv(gymnasium.Env):
     per_action_dim: int  # length of one action
     control_hz: float  # calls of `step` per simulated second
     max_episode_steps: int  # `step` reports `truncated` at this many steps after `reset`
+    clips_actions: bool = True  # whether `step` clips actions to `action_space`
     noise_unit: float | tuple[float, ...] = 1.0  # of `--noise_scale`, in units of the action; one value, or one a dim
 
     @property

@@ -94,6 +94,7 @@ class GymEnv(RobotEnv):
                 f"{task}: actions are {self._env.action_space}; only vectors of real numbers are supported"
             )
         self._state_place, self._success, self._clip, self._hold = state, success, clip, hold
+        self.clips_actions = clip
         if hold is not None and hold not in HOLDS:
             raise ValueError(f"hold={hold!r}; give one of {', '.join(HOLDS)}")
         self.task, self.prompt = task, prompt

@@ -14,6 +14,7 @@ from data.convert.episode_writer import EpisodeFileWriter, ImageEncoding, Steps
 from data.schema import PLAN, SEED, SUCCESS, TIMESTAMP, VECTORS
 from utils.misc import writing
 from utils.parquet_utils import READ_ERRORS, DataError
+from utils.text import file_stem
 
 ROLLOUT = "rollout"  # metadata key: what was evaluated, as JSON
 _NOT_CAMERAS = (*VECTORS, PLAN, "plan_step")
@@ -38,7 +39,7 @@ class RolloutRecorder:
 
     def path(self, task: str, seed: int) -> Path:
         """The file of an episode."""
-        return self.folder / f"{task}_seed{seed:06d}.parquet"
+        return self.folder / f"{file_stem(task)}_seed{seed:06d}.parquet"
 
     def check(self, settings: Mapping[str, Any], done: Collection[tuple[str, int]]) -> None:
         """Begin an evaluation, or go on with one.

@@ -1,7 +1,8 @@
 """One episode in a gymnasium environment, step by step, apart from whoever plans the actions.
 
 An environment here gives observations `{"state": float32, and of each camera by its name uint8 (H, W, 3)}`, reports
-`info["success"]`, and carries `instruction` and `control_hz`; where plans take time, also `hold_action`.
+`info["success"]`, and carries `instruction` and `control_hz`; where plans take time, also `hold_action`. It clips
+actions to its `action_space` unless it has `clips_actions = False`.
 Rendering is most of a simulator's work, and most frames are never looked at. An environment may therefore honour the
 reset option `images_on_request`: its observations then hold no images, and `images()` renders those of the present
 state.
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 Observation = dict[str, np.ndarray]
 # What was seen, planned and done, T steps: of each camera uint8 (T, H, W, 3); "state" (T, state_dim); "action" (T, A),
-# clipped as the environment clips it; "plan" (P, horizon, A) and "plan_step" (P,), the step that each was made at.
+# as the environment executes it; "plan" (P, horizon, A) and "plan_step" (P,), the step that each was made at.
 Recording = dict[str, np.ndarray]
 
 
@@ -157,7 +158,7 @@ class Episode:
         """Execute control steps until a plan is wanted; None: the episode has ended.
 
         Raises:
-            ValueError: a plan is too short or not finite.
+            ValueError: a plan is too short or not finite, or there is no picture to film.
         """
         while not self._ended:
             self._deliver()
@@ -207,8 +208,9 @@ class Episode:
             action = self.env.unwrapped.hold_action(result.actions[-1] if result.actions else None)
             result.held_steps += 1
         if self._kept is not None:
-            space = self.env.action_space
-            self._keep(**self._history[-1], action=np.clip(action, space.low, space.high))
+            space, clips = self.env.action_space, getattr(self.env.unwrapped, "clips_actions", True)
+            executed = np.clip(action, space.low, space.high) if clips else np.asarray(action)
+            self._keep(**self._history[-1], action=executed)
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._history.append(observation)
         result.actions.append(np.asarray(action))
@@ -231,7 +233,12 @@ class Episode:
             alarm = self.alarm is not None and self.alarm.on
             if result.uncertainty and not math.isnan(result.uncertainty[-1]):
                 state += f"  unsure {result.uncertainty[-1]:.2g}"
-            first = next(frame for name, frame in self._history[-1].items() if name != "state")
+            first = next((frame for name, frame in self._history[-1].items() if name != "state"), None)
+            if first is None:
+                raise ValueError(
+                    f"seed {result.seed}: the environment shows no picture that could be filmed; choose a camera "
+                    "(--env_options image_1=...), or film nothing (--num_videos 0)"
+                )
             lines = self.prompt, f"alarm  {state}" if alarm else state
             frame = captioned(first, lines, good=result.success, alarm=alarm)
             result.frames.append(frame)

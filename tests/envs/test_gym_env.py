@@ -84,6 +84,7 @@ def test_places_of_a_nested_observation():
 def test_actions_are_clipped_only_where_asked():
     for options, wanted in (({}, [5.0, -5.0]), ({"clip": True}, [1.0, -1.0])):
         env = arm(success="solved", **options)
+        assert env.clips_actions == bool(options)
         env.reset(seed=0)
         env.step(np.array([5.0, -5.0]))
         np.testing.assert_array_equal(env._env.unwrapped.actions[0], wanted)

@@ -82,6 +82,26 @@ def test_an_episode_holds_what_was_seen_planned_and_done(tmp_path):
     assert result["tasks"]["to_3"]["success"][0] and short[-1]["is_terminal"] and short[-1]["success"]
 
 
+class UnclippedEnv(DriftEnv):
+    """Executes what it is given, beyond the space that it declares."""
+
+    clips_actions = False
+
+
+def test_actions_are_recorded_as_they_were_executed(tmp_path):
+    demo = np.full((12, 4), 7.0, np.float32)  # beyond the action space
+    options = {"prompts": {}, "num_videos": 0, "restart": False, "num_envs": 1}
+    recorder = RolloutRecorder(tmp_path / "rollouts")
+    args = (range(1), UnclippedEnv, {"to_100": ReplayPolicy([demo])}, {"checkpoint": "p"})
+    evaluate_tasks(tmp_path / "out", {"to_100": None}, *args, recorder=recorder, **options)
+    rows = pq.read_table(recorder.path("to_100", 0)).to_pylist()
+    assert len(rows) == 12 and all(row["action"] == [7.0] * 4 for row in rows)
+
+
+def test_a_task_whose_name_no_file_could_have(tmp_path):
+    assert RolloutRecorder(tmp_path).path("module:name/Env-v0", 3) == tmp_path / "module_name_Env-v0_seed000003.parquet"
+
+
 def test_plans_stand_where_they_were_asked_for(policy, tmp_path):
     recorder = RolloutRecorder(tmp_path / "rollouts")
     result = roll_out(tmp_path / "out", policy, recorder, seeds=range(1))

@@ -184,6 +184,12 @@ def test_summary_over_tasks():
     assert summary["wilson_95"] == pytest.approx([0.2152, 0.7848], abs=1e-4)
 
 
+def test_nothing_to_film_is_said():
+    policy = ReplayPolicy([np.zeros((1, 4), np.float32)])
+    with pytest.raises(ValueError, match="shows no picture that could be filmed; .*--num_videos 0"):
+        run_episode(CountingEnv(cameras=()), policy, seed=0, record=True)
+
+
 def test_frames_are_enlarged_by_a_whole_factor_and_even():
     frame = captioned(np.zeros((95, 97, 3), np.uint8), ("a prompt that is far too long for this width" * 3, "step"))
     assert frame.shape == (95 * 3 - 1 + 34, 97 * 3 - 1, 3)
