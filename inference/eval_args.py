@@ -204,7 +204,7 @@ def _add_flags(flags: _EvalParser) -> None:
     add("prompt_override", loop, policy=True, metavar="TEXT", help="give every task this instruction")
     help_text = "give each task its Nth paraphrase, of those that the simulator has"
     add("paraphrase", loop, policy=True, least=1, metavar="N", help=help_text)
-    help_text = "give each task the next task's instruction"
+    help_text = "give each task the instruction of the next one that has another"
     add("swap_prompts", loop, policy=True, default=False, **switch, help=help_text)
     add("env_options", loop, nargs="+", metavar="KEY=VALUE", help="e.g. camera=corner2 hide_goal=true")
 
@@ -255,5 +255,3 @@ def _check_closed_loop(args: argparse.Namespace, parser: argparse.ArgumentParser
     given = [f"--{name}" for name, value in prompts.items() if value not in (None, False)]
     if len(given) > 1:
         parser.error(f"{' and '.join(given)} contradict each other")
-    if args.swap_prompts and len(args.tasks) < 2:
-        parser.error("--swap_prompts needs at least two --tasks")

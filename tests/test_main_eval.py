@@ -190,7 +190,6 @@ def test_single_item(checkpoint, tmp_path, capsys):
         ("--checkpoint_path c --env metaworld --tasks t --demos_path d", "--control replay and --demos_path go tog"),
         ("--env metaworld --tasks t --control expert --blind", "--blind has no meaning with --control expert"),
         ("--checkpoint_path c --env e --tasks t --control expert", "--checkpoint_path has no meaning with --control"),
-        ("--checkpoint_path c --env e --tasks t --swap_prompts", "--swap_prompts needs at least two --tasks"),
         ("--env e --tasks t --control expert --compile default", "--compile has no meaning with --control expert"),
         ("--checkpoint_path c --eval_data_path d --compile fast", "argument --compile: invalid choice: 'fast'"),
         ("--checkpoint_path c --env e --tasks t --episodes 0", "--episodes is 0; give 1 or more"),

@@ -77,8 +77,7 @@ def evaluate_closed_loop(
     }
     prompts = {} if override is None else dict.fromkeys(tiers, override)
     if args.swap_prompts:
-        own = [_described(make_env, task)[0] for task in tiers]
-        prompts = dict(zip(tiers, own[1:] + own[:1], strict=True))
+        prompts = _swapped({task: _described(make_env, task)[0] for task in tiers})
     elif args.paraphrase is not None:
         prompts = {task: _paraphrase(make_env, task, args.paraphrase) for task in tiers}
     policy: Planner | dict[str, Control]
@@ -135,13 +134,15 @@ def evaluate_tasks(
         gives it; `seconds`.
 
     Raises:
-        ValueError: the folder holds another evaluation, or what an episode raises.
+        ValueError: the folder holds another evaluation, also one with other instructions or another version of the
+            simulator, or what an episode raises.
         RuntimeError: a simulator process died.
     """
     started = time.perf_counter()
     settings = {**settings, **_policy_settings(policy)}
     record = RolloutRecord(folder, settings, restart)
     settings = record.settings
+    record.require_prompts(prompts)
     if recorder is not None:
         recorder.check(settings, record.done)
     filmed = set(seeds[:num_videos])
@@ -196,6 +197,17 @@ def _described(make_env: MakeEnv, task: str) -> tuple[str, int, int]:
     env = make_env(task)
     env.close()
     return env.instruction, env.state_dim, env.per_action_dim
+
+
+def _swapped(instructions: Mapping[str, str]) -> dict[str, str]:
+    """Per task the instruction of the next task, the first following the last, that has another than its own."""
+    words = list(instructions.values())
+    if len(set(words)) < 2:
+        raise ValueError(f"--swap_prompts needs tasks with different instructions; found {', '.join(instructions)}")
+    swapped = {}
+    for i, (task, own) in enumerate(instructions.items()):
+        swapped[task] = next(other for other in (*words[i + 1 :], *words[:i]) if other != own)
+    return swapped
 
 
 def _paraphrase(make_env: MakeEnv, task: str, number: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,36 @@ class RolloutRecord:
         """The environment's settings, as the first episode recorded them; see `RobotEnv.settings`."""
         return self.lines[0]["env_settings"] if self.lines else {}
 
+    def require_prompts(self, prompts: Mapping[str, str]) -> None:
+        """
+        Args:
+            prompts: task -> what it will be told.
+
+        Raises:
+            ValueError: finished episodes of such a task were told something else.
+        """
+        for line in self.lines:
+            prompt = prompts.get(line["task"], line["prompt"])
+            if prompt != line["prompt"]:
+                raise ValueError(
+                    f"{self.folder} holds episodes of {line['task']} that were told {line['prompt']!r}, now it is told "
+                    f"{prompt!r}; choose another --output_dir, or discard them with --restart"
+                )
+
     def add(self, episode: Finished) -> None:
-        """Append a finished episode; it is on disk when this returns."""
+        """Append a finished episode; it is on disk when this returns.
+
+        Raises:
+            ValueError: the environment's settings are not those of this task's first episode, such as the version of
+                its simulator.
+        """
+        before = next((line["env_settings"] for line in self.lines if line["task"] == episode.job.task), {})
+        for name in before.keys() & episode.env_settings.keys():
+            if before[name] != episode.env_settings[name]:
+                raise ValueError(
+                    f"{self.folder} holds episodes of {episode.job.task} with {name} {before[name]!r}, now it is "
+                    f"{episode.env_settings[name]!r}; choose another --output_dir, or discard them with --restart"
+                )
         job, values = episode.job, asdict(episode.result)
         line = {"task": job.task, "instruction": episode.instruction, "prompt": job.prompt or episode.instruction}
         line |= {field: values[field] for field in FIELDS}

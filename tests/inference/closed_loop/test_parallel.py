@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from envs import expand_tasks
 from inference.closed_loop.episode import Episode
+from inference.closed_loop.evaluation import _swapped
 from inference.closed_loop.parallel import run_episodes, start_simulator
 from inference.closed_loop.policies import ReplayPolicy
 from inference.closed_loop.record import RolloutRecord
@@ -130,6 +132,34 @@ def test_another_evaluation_is_not_continued(tmp_path):
     with pytest.raises(ValueError, match="checkpoint differs .there 'a', now 'b'.; .*--restart"):
         RolloutRecord(tmp_path, {"checkpoint": "b"})
     assert not RolloutRecord(tmp_path, {"checkpoint": "b"}, restart=True).done
+
+
+def test_episodes_that_were_told_something_else_are_not_continued(tmp_path):
+    record = RolloutRecord(tmp_path, {"checkpoint": "a"})
+    record.add(finished_episodes(tmp_path)[0])
+    task, told = record.lines[0]["task"], record.lines[0]["prompt"]
+    record.require_prompts({task: told, "other": "x"})
+    with pytest.raises(
+        ValueError, match=f"episodes of {task} that were told '{told}', now it is told 'stop'; .*--rest"
+    ):
+        record.require_prompts({task: "stop"})
+
+
+def test_another_version_of_the_simulator_is_not_mixed_in(tmp_path):
+    first, second, *_ = finished_episodes(tmp_path)
+    record = RolloutRecord(tmp_path, {"checkpoint": "a"})
+    record.add(replace(first, env_settings={"mujoco": "3.3.0"}))
+    record.add(replace(second, env_settings={"mujoco": "3.3.0", "named_since": 1}))
+    with pytest.raises(ValueError, match=f"{second.job.task} with mujoco '3.3.0', now it is '3.4.0'; .*--restart"):
+        record.add(replace(second, env_settings={"mujoco": "3.4.0"}))
+    assert len(record.lines) == 2
+
+
+def test_swapped_instructions_are_others():
+    assert _swapped({"a": "x", "b": "y", "c": "z"}) == {"a": "y", "b": "z", "c": "x"}
+    assert _swapped({"a": "x", "b": "x", "c": "z"}) == {"a": "z", "b": "z", "c": "x"}
+    with pytest.raises(ValueError, match="--swap_prompts needs tasks with different instructions; found a, b"):
+        _swapped({"a": "x", "b": "x"})
 
 
 def test_tiers_are_means_of_their_tasks():
