@@ -112,7 +112,9 @@ def build_rollouts(config: Config, processors: tuple[Any, Any]) -> Any:
     make = env_maker(loop.env, options, processors[0].height, config.cameras)
     from inference.closed_loop.in_training import TrainingRollouts  # which needs gymnasium; most runs do without
 
-    return TrainingRollouts(config, processors, tasks, make)
+    rollouts = TrainingRollouts(config, processors, tasks, make)
+    rollouts.check()
+    return rollouts
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from inference.closed_loop.rollout import ModelPolicy
 from inference.closed_loop.simulator import Job, MakeEnv
 from inference.metrics import wilson_interval
 from inference.predictor import VLAPredictor
+from inference.settings import choose_dataset
 from model.vla_model import VLAModel
 from utils.config_utils import Config
 from utils.text import file_stem
@@ -55,6 +56,30 @@ class TrainingRollouts:
         first, episodes = config.closed_loop.seed, config.closed_loop.episodes
         self._seeds = range(first, first + episodes)
         self._filmed = self._seeds[: config.closed_loop.num_videos]
+
+    def check(self) -> None:
+        """Make an environment of the first task once, so that what does not fit is told before the training begins.
+
+        Raises:
+            ValueError: an option that the simulator does not take, one that cannot run here, or an environment of other
+                widths or cameras than the policy's.
+        """
+        _, dataset = choose_dataset(self._config, self._config.closed_loop.dataset)
+        try:
+            env = self._make_env(self.tasks[0])
+        except RuntimeError as error:
+            raise ValueError(f"closed_loop: {error}") from error
+        env.close()
+        for name in ("state_dim", "per_action_dim"):
+            wanted, found = getattr(dataset, name), getattr(env, name)
+            if wanted != found:
+                raise ValueError(f"closed_loop: {self.tasks[0]} has {name} {found}, the policy {wanted}")
+        seen = [name for name in env.observation_space if name != "state"]
+        if not set(seen) & set(self._config.cameras):
+            raise ValueError(
+                f"closed_loop: {self.tasks[0]} shows {', '.join(seen) or 'no camera'}, the policy reads "
+                f"{', '.join(self._config.cameras)}; give closed_loop.env_options such as cameras=<name>=<camera>"
+            )
 
     def videos(self, step: int) -> dict[str, Path]:
         """Where the filmed episodes of a step are, by their names for trackers; those that ranks wrote so far."""

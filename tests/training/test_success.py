@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -173,6 +175,32 @@ def test_settings_that_cannot_be(configure, training, loop, message):
 def test_success_needs_episodes(make_config):
     with pytest.raises(ConfigError, match="best_metric is success, which closed-loop episodes measure"):
         make_trainer(make_config(training={"best_metric": "success"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "sections", "message"),
+    [
+        (["max_episode_steps=abc"], {}, "max_episode_steps is 'abc', must be a whole number"),
+        (["camera=corner9"], {}, "metaworld has no camera 'corner9'"),
+        ([], {"data": {"state_dim": 7}}, "closed_loop: reach-v3 has state_dim 4, the policy 7"),
+        (["cameras=front=corner"], {}, "reach-v3 shows front, the policy reads image_1; give closed_loop.env_options"),
+    ],
+)
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs("metaworld"))])
+def test_what_does_not_fit_is_told_before_the_training(make_config, options, sections, message, mark):
+    loop = {"env": "metaworld", "tasks": ["reach-v3"], "env_options": options}
+    config = make_config(training=OFTEN, closed_loop=loop, **sections)
+    processors = (SimpleNamespace(height=32), None)
+    with pytest.raises(ValueError, match=message):
+        main_train.build_rollouts(config, processors)
+
+
+def test_a_simulator_that_cannot_run_here_is_told_before_the_training(configure):
+    def make_env(task):
+        raise RuntimeError("MuJoCo cannot render off-screen")
+
+    with pytest.raises(ValueError, match="closed_loop: MuJoCo cannot render off-screen"):
+        TrainingRollouts(configure(), (None, None), TASKS, make_env).check()
 
 
 @pytest.mark.parametrize("mark", [pytest.param(None, marks=needs("metaworld"))])
