@@ -103,7 +103,11 @@ class HarnessServer(PolicyServer):
     def _episode(self, payload: dict[str, Any]) -> _Episode:
         """A new episode, its noise a function of the server's seed and of what the harness says about it."""
         facts = {key: value for key, value in payload.items() if key != "recording"}
-        return _Episode(derive_seed("vla-eval", self.reader.seed, json.dumps(facts, sort_keys=True, default=str)))
+        try:
+            text = json.dumps(facts, sort_keys=True, default=str)
+        except TypeError:
+            raise RequestError("an episode_start with keys that are no text") from None
+        return _Episode(derive_seed("vla-eval", self.reader.seed, text))
 
     def _hello(self) -> dict[str, Any]:
         """Who is here; `observation_params` switch on what benchmarks leave out unless a model asks for it."""

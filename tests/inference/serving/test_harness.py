@@ -178,7 +178,8 @@ def test_the_state_is_asked_for_where_anything_reads_it(reads_state):
 
 def test_messages_of_another_kind(server):
     with connect(f"ws://127.0.0.1:{server.port}", compression=None) as client:
-        for message in ("hello", msgpack.packb([1]), msgpack.packb({"type": "observation"}), b"\xc1"):
+        keys = msgpack.packb({"type": "episode_start", "payload": {"task": {b"a": 1, "b": 2}}})
+        for message in ("hello", msgpack.packb([1]), msgpack.packb({"type": "observation"}), keys, b"\xc1"):
             client.send(message)
             reply = msgpack.unpackb(client.recv(timeout=20))
             assert reply["type"] == "error" and "error: " in reply["payload"]["error"]
