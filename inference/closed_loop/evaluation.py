@@ -176,7 +176,7 @@ def evaluate_tasks(
     with logging_redirect_tqdm(), progress:
         run_episodes(jobs, make_env, policy, on_finished, num_envs=num_envs)
     results = {task: record.task(task, seeds) for task in tiers}
-    _tile_videos(folder, results)
+    _tile_videos(folder, results, min(record.env_settings.get("control_hz", VIDEO_FPS), VIDEO_FPS))
     result = {
         "settings": {**settings, "env_settings": record.env_settings, "seed": seeds[0]},
         "tasks": results,
@@ -246,13 +246,13 @@ def _video(folder: Path, task: str, seed: int) -> Path:
     return folder / "videos" / f"{file_stem(task)}_seed{seed}.mp4"
 
 
-def _tile_videos(folder: Path, results: dict[str, dict[str, Any]]) -> None:
+def _tile_videos(folder: Path, results: dict[str, dict[str, Any]], fps: float) -> None:
     """The filmed episodes of each task side by side, and the first of every task in one grid."""
     firsts = [result["videos"][0] for result in results.values() if result["videos"]]
     for task, result in results.items():
         if len(result["videos"]) > 1:
             path = folder / "videos" / f"{file_stem(task)}.mp4"
-            write_grid(path, result["videos"], VIDEO_FPS)
+            write_grid(path, result["videos"], fps)
             result["videos"].append(str(path))
     if len(firsts) > 1:
-        write_grid(folder / "videos" / "grid.mp4", firsts, VIDEO_FPS)
+        write_grid(folder / "videos" / "grid.mp4", firsts, fps)

@@ -9,12 +9,13 @@ import sys
 import time
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 
 from envs import expand_tasks
 from inference.closed_loop.episode import Episode
-from inference.closed_loop.evaluation import _swapped
+from inference.closed_loop.evaluation import _swapped, evaluate_tasks
 from inference.closed_loop.parallel import run_episodes, start_simulator
 from inference.closed_loop.policies import ReplayPolicy
 from inference.closed_loop.record import RolloutRecord
@@ -160,6 +161,15 @@ def test_swapped_instructions_are_others():
     assert _swapped({"a": "x", "b": "x", "c": "z"}) == {"a": "z", "b": "z", "c": "x"}
     with pytest.raises(ValueError, match="--swap_prompts needs tasks with different instructions; found a, b"):
         _swapped({"a": "x", "b": "x"})
+
+
+def test_grids_are_as_fast_as_the_videos_in_them(tmp_path):
+    policies = {task: ReplayPolicy([np.zeros((2, 4), np.float32)]) for task in ("to_3", "to_100")}
+    options = {"prompts": {}, "num_envs": 1, "num_videos": 2, "restart": False}
+    evaluate_tasks(tmp_path, dict.fromkeys(policies), range(2), DriftEnv, policies, {}, **options)
+    for name in ("to_100_seed0", "to_100", "grid"):
+        with av.open(str(tmp_path / "videos" / f"{name}.mp4")) as video:
+            assert video.streams.video[0].average_rate == DriftEnv.control_hz
 
 
 def test_tiers_are_means_of_their_tasks():
