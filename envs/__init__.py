@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs import aloha_tasks, libero_tasks, metaworld_tasks
 from envs.simulator import Simulator, suggest
+from utils.text import file_stem
 
 if TYPE_CHECKING:
     from envs.base import RobotEnv
@@ -111,7 +112,8 @@ def expand_tasks(name: str, tasks: Iterable[str]) -> list[str]:
     """Task names, where `all` and the names of groups (`very_hard` for "very hard") stand for their tasks.
 
     Raises:
-        ValueError: unknown simulator or task; names the nearest valid one.
+        ValueError: unknown simulator or task; names the nearest valid one. Also two tasks whose files, of recordings
+            and videos, would have the same name.
     """
     known = (SIMULATORS[name].tasks or ()) if name in SIMULATORS else ()
     expanded: list[str] = []
@@ -120,7 +122,13 @@ def expand_tasks(name: str, tasks: Iterable[str]) -> list[str]:
         expanded += members or [task]
     for task in expanded:
         check_task(name, task)
-    return list(dict.fromkeys(expanded))
+    expanded = list(dict.fromkeys(expanded))
+    by_file: dict[str, str] = {}
+    for task in expanded:
+        other = by_file.setdefault(file_stem(task), task)
+        if other != task:
+            raise ValueError(f"tasks {other} and {task}: their files would have the same name; take one at a time")
+    return expanded
 
 
 def _spellings(group: str | None) -> tuple[str, ...]:

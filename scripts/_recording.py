@@ -227,8 +227,6 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be at least {least}")
     encoding_of(args)
     environment_options(args)
-    if len({_path_of(args, task) for task in args.tasks}) < len(args.tasks):
-        raise ValueError(f"--tasks {' '.join(args.tasks)}: two of them have the same file name; record them apart")
     _check_takeover(args)
     if args.max_attempts_factor < 1:
         raise ValueError(f"--max_attempts_factor is {args.max_attempts_factor}, must be at least 1")

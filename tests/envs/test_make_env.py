@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from envs import SIMULATORS, check_task, make_env
+from envs import SIMULATORS, check_task, expand_tasks, make_env
 from envs.metaworld_tasks import TASKS
 from utils.text import file_stem
 
@@ -35,6 +35,12 @@ def test_unknown_names_come_with_the_nearest_valid_one():
         make_env("metaworld", "window-open-v2")
     with pytest.raises(ValueError, match="valid names: assembly-v3, "):
         check_task("metaworld", "zzzz")
+
+
+def test_tasks_whose_files_would_have_one_name():
+    assert expand_tasks("gym", ["module:a/b-v0", "module:a/b-v1"]) == ["module:a/b-v0", "module:a/b-v1"]
+    with pytest.raises(ValueError, match="tasks module:a/b-v0 and module:a_b-v0: their files would have the same name"):
+        expand_tasks("gym", ["module:a/b-v0", "module:a_b-v0"])
 
 
 @pytest.mark.parametrize("simulator", SIMULATORS.values(), ids=SIMULATORS)
