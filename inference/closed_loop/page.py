@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ class Evaluation:
         prompts = settings["prompts"]
         if prompts == "own":
             return name
+        if re.fullmatch(r"paraphrase \d+", prompts):
+            return f"{name}, {prompts} of each instruction"
         return f"{name}, {'another task’s instruction' if prompts == 'swapped' else f'instruction “{prompts}”'}"
 
     @property
@@ -113,6 +116,7 @@ def rollout_page(main: Evaluation, beside: Sequence[Evaluation] = (), episodes: 
         ("tasks", len(main.result["tasks"])),
         ("seeds", f"from {settings['seed']}"),
         ("simulator", settings["env"]),
+        *((("MuJoCo", settings["env_settings"]["mujoco"]),) if "mujoco" in settings["env_settings"] else ()),
         ("execution", f"{settings['execution']['strategy']}, {settings['execution']['n_action_steps']} steps a plan"),
         ("time per plan", f"{1000 * sum(plans) / len(plans):.1f} ms"),
         ("policy", Path(settings["checkpoint"] or "none").name),

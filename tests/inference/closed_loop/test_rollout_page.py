@@ -71,6 +71,21 @@ def test_success_stands_beside_its_controls(evaluations):
     assert [video.tone for video in videos.videos] == ["error", "good"], "failures first"
 
 
+def test_the_page_says_what_was_told_and_which_mujoco_ran(evaluations):
+    main, *_ = evaluations
+    settings = main.result["settings"]
+    for prompts, wanted in (
+        ("paraphrase 1", "the policy, paraphrase 1 of each instruction"),
+        ("swapped", "the policy, another task’s instruction"),
+        ("push it", "the policy, instruction “push it”"),
+    ):
+        told = dataclasses.replace(main, result=main.result | {"settings": settings | {"prompts": prompts}})
+        assert told.name == wanted
+    environment = settings["env_settings"] | {"mujoco": "3.3.0"}
+    versioned = dataclasses.replace(main, result=main.result | {"settings": settings | {"env_settings": environment}})
+    assert ("MuJoCo", "3.3.0") in rollout_page(versioned).facts
+
+
 def test_a_control_that_is_as_good_is_said(evaluations):
     main, control, _ = evaluations
     text, tone = rollout_verdict(main, [control])
