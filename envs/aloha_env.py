@@ -136,7 +136,7 @@ class AlohaEnv(RobotEnv):
         data.qpos[16:] = np.concatenate(poses)
         self._mujoco.mj_forward(model, data)
         self._command = self._joints()
-        self._expert = AlohaExpert(self._mujoco, model, data, self.task)
+        self.restart_expert()
         self._n_steps = self._held = 0
         return self._observe(), {"success": False, "seed": seed}
 
@@ -178,6 +178,10 @@ class AlohaEnv(RobotEnv):
             raise RuntimeError(f"{self.task}: expert_action before reset; call reset(seed=...) first")
         action = self._expert.action(self._command)
         return np.clip(action, self.action_space.low, self.action_space.high).astype(np.float32)
+
+    def restart_expert(self) -> None:
+        """From the approach: the right gripper opens, whatever it holds."""
+        self._expert = AlohaExpert(self._mujoco, self._model, self._data, self.task)
 
     def hold_action(self, previous: np.ndarray | None) -> np.ndarray:
         """The last targets again; at the start the present joints, since actions are absolute."""

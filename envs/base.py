@@ -61,12 +61,19 @@ class RobotEnv(gymnasium.Env):
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action for the current state, already clipped to ``action_space``.
 
-        Asking twice gives the same action, and not asking changes nothing: an expert with phases advances in `step`.
+        Asking twice gives the same action. An expert with stages begins at the first question of an episode at the
+        latest, and advances in `step`, whoever acts.
 
         Returns:
             float32 (per_action_dim,).
         """
         raise NotImplementedError
+
+    def restart_expert(self) -> None:
+        """Let the expert begin anew from where things are now: its stages know nothing of what others did.
+
+        An expert that only looks at the present state has nothing to begin.
+        """
 
     def images(self) -> dict[str, np.ndarray]:
         """The images of the current step's observation, by camera."""

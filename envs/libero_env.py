@@ -205,8 +205,12 @@ class LiberoEnv(RobotEnv):
         if self._raw is None:
             raise RuntimeError(f"{self.task}: expert_action before reset; call reset(seed=...) first")
         if self._expert is None:
-            self._expert = PickAndPlace(self._env, self.task)
+            self.restart_expert()
         return self._expert.action().astype(np.float32)
+
+    def restart_expert(self) -> None:
+        """From the approach: the gripper opens, whatever it holds. Errors as of `expert_action`."""
+        self._expert = PickAndPlace(self._env, self.task)
 
     def holds(self, task: str) -> bool:
         """Whether the goal of a task is reached now, which may be another task of the same scene.

@@ -99,6 +99,7 @@ class WatchedEnv(gymnasium.Wrapper):
 
     def _finish(self) -> tuple[dict, float, bool, bool, dict]:
         left = self._steps_after_success
+        self.env.unwrapped.restart_expert()
         while True:
             observation, reward, _, truncated, info = self._act(self.env.unwrapped.expert_action(), by_expert=True)
             self.seen.success |= bool(info["success"])

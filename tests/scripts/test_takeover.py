@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from envs import make_env
 from scripts._recording import record
 from scripts._takeover import Corridor, WatchedEnv
-from tests.helpers import write_episodes
+from tests.helpers import needs, write_episodes
 from tests.inference.checkpoints import train_tiny
 from tests.scripts.test_record_demos import arguments, needs_simulator
 
@@ -30,6 +31,9 @@ class Line(gymnasium.Env):
 
     def expert_action(self):
         return np.array([1.0, 0.0], np.float32)
+
+    def restart_expert(self):
+        """It looks at the present state alone."""
 
     def settings(self):
         return {"control_hz": 10.0}
@@ -120,3 +124,22 @@ class TestInTheSimulator:
 
 def flags_of(checkpoint):
     return ["--num_workers", "1", "--policy", checkpoint, "--takeover"]
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(0, marks=needs("mujoco", "gym_aloha")),
+        pytest.param(1, marks=[*needs("mujoco", "gym_aloha"), pytest.mark.slow]),
+    ],
+)
+def test_an_expert_with_stages_begins_where_it_takes_over(seed):
+    """ALOHA's: 60 steps pass in which nothing moves, and all of its first stages would have timed out."""
+    env = WatchedEnv(make_env("aloha", "transfer_cube", image_size=16), Corridor(2.0, 4, 60), lambda image: b"image", 0)
+    observation, _ = env.reset(seed=seed)
+    over = False
+    while not over:
+        *_, over, truncated, _ = env.step(env.unwrapped.hold_action(observation["state"]))
+        over |= truncated
+    env.close()
+    assert env.seen.success and env.seen.is_wanted and env.seen.intervention.index(True) == 60
