@@ -129,7 +129,7 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print parameters and expected memory, run one step, write nothing to the experiment's folder",
+        help="print parameters and expected memory, run two steps, write nothing to the experiment's folder",
     )
     parser.add_argument("--model_name_or_path", help="backbone: Hugging Face directory or hub id")
     parser.add_argument("--model_path_override", help="older spelling of --model_name_or_path")
