@@ -346,12 +346,27 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, set_a
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, value out of range, contradiction.
     """
-    tree = read_tree(Path(path).expanduser())
+    tree, given = read_tree(Path(path).expanduser()), [f"--set {item}" for item in set_args or []]
     _apply(tree, set_args or [])
     for key, value in (overrides or {}).items():
         if value is not None:
             set_dotted(tree, key, value, key)
-    return config_from_dict(tree, source=str(path))
+            given.append(f"{key} {printable(value)}")
+    try:
+        return config_from_dict(tree, source=str(path))
+    except ConfigError as error:
+        if not given or str(error) == _fault_of(path):
+            raise
+        raise ConfigError(f"{path} with {', '.join(given)}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _fault_of(path: str | Path) -> str:
+    """What is wrong with a file alone; nothing where nothing is."""
+    try:
+        load_config(path)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def config_from_dict(tree: dict[str, Any], source: str = "config") -> Config:
