@@ -199,7 +199,8 @@ def _refuse_robomimic(file: h5py.File, path: Path) -> None:
     if demos and IMAGES not in file:
         raise DataError(
             f"{path}: is in robomimic's layout ({len(demos)} demonstrations in one file, data/{demos[0]}/...); only "
-            f"ALOHA's is read, one episode a file with {IMAGES}/<camera>: write each demonstration to a file of its own"
+            f"ALOHA's is read here, one episode a file with {IMAGES}/<camera>: convert it with scripts/convert.py, "
+            "--preset robomimic or libero (docs/convert.md)"
         )
 
 

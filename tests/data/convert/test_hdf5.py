@@ -306,7 +306,8 @@ def test_robomimics_layout_is_named(tmp_path):
         for i in range(3):
             file[f"data/demo_{i}/actions"] = np.zeros((5, 7))
     with pytest.raises(
-        DataError, match=r"bowl.hdf5: is in robomimic's layout \(3 .* only ALOHA's is read, one episode"
+        DataError,
+        match=r"bowl.hdf5: is in robomimic's layout \(3 .* only ALOHA's is read here, .* scripts/convert.py, --pre",
     ):
         convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, prompt="go")
 
