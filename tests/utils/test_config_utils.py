@@ -232,13 +232,15 @@ def test_whose_mistake_it_is(tmp_path):
     path.write_text("data: {batch_size: 4}")
     with pytest.raises(ConfigError, match=r"c.yaml with --set data.batchsize=2: unknown key data.batchsize; did you"):
         load_config(path, set_args=["data.batchsize=2"])
-    with pytest.raises(ConfigError, match=r"c.yaml with --set data.state_dim=3, data.batch_size 0: data.batch_size is"):
+    with pytest.raises(ConfigError, match=r"c.yaml with data.batch_size 0: data.batch_size is 0"):
         load_config(path, {"data.batch_size": 0, "data.num_workers": None}, ["data.state_dim=3"])
+    with pytest.raises(ConfigError, match=r"c.yaml with --set dta.state_dim=3: unknown key dta; did you mean data"):
+        load_config(path, set_args=["dta.state_dim=3"])
     path.write_text("data: {batchsize: 4}")
     with pytest.raises(ConfigError, match=r"c.yaml: unknown key data.batchsize"):
         load_config(path, set_args=["data.state_dim=3"])
     path.write_text("data: {batch_size: 0}")
-    with pytest.raises(ConfigError, match=r"c.yaml with --set data.batch_size=2, optimizer.lr -1: optimizer.lr is -1"):
+    with pytest.raises(ConfigError, match=r"c.yaml with optimizer.lr -1: optimizer.lr is -1"):
         load_config(path, {"optimizer.lr": -1}, ["data.batch_size=2"])
     assert load_config(path, set_args=["data.batch_size=2"]).data.batch_size == 2
 
