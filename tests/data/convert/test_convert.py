@@ -236,8 +236,9 @@ def test_a_prompt_that_is_a_text_has_nothing_beside_it(beside):
 def test_what_is_missing_is_said(recording):
     for name in ("state", "action", "prompt"):
         entries = {key: value for key, value in read_entries(None, BASE).items() if key != name}
-        with pytest.raises(DataError, match=f"mapping: '{name}' is missing"):
+        with pytest.raises(DataError, match=f"mapping: '{name}' is missing") as raised:
             open_source("hdf5", recording, entries)
+        assert ('--map "prompt=text:' in str(raised.value)) is (name == "prompt")
     entries = {key: value for key, value in read_entries(None, BASE).items() if key != "fps"}
     with pytest.raises(DataError, match="does not say how many steps a second it has; give fps"):
         open_source("hdf5", recording, entries)
