@@ -193,6 +193,7 @@ def test_cameras_of_any_name(recording, tmp_path):
         (["image_1=rgb,flip=up"], "flip of image_1 is 'up'; wanted none, vertical"),
         (["image_1=rgb,flip=auto"], "no attribute macros_image_convention says whether frames are upside down"),
         (["image_1=rgb,turn=1"], "mapping: image_1: no option 'turn'"),
+        (["prompt=open it"], r"no key 'open it', which prompt names; an instruction itself is written as text:open it"),
         (["prompt=@tusk"], "no attribute 'tusk' .*did you mean 'task'"),
         (["prompt=@info:language"], r"attribute 'info' has no 'language' \(found: lang, letters\)"),
         (["prompt=@task:lang"], "attribute 'task' is no JSON; leave out :lang"),
