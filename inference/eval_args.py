@@ -149,7 +149,7 @@ def parse_args(argv: Sequence[str] | None, description: str | None) -> argparse.
 def _add_flags(flags: _EvalParser) -> None:
     add, switch = flags.add, {"action": "store_true"}
     add("checkpoint_path", policy=True, help="*.pth.tar written by training; not needed with --control")
-    add("output_dir", default="eval_results")
+    add("output_dir", default="eval_results", help="folder to write to (default eval_results)")
     add("save_predictions", default=False, **switch, help="write predictions.csv, or actions.json and actions.csv")
     add("html", type=output_file, help="page to write: results, episodes to scrub through, videos")
     add("device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

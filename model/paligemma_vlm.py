@@ -39,9 +39,9 @@ class PaliGemmaVLM(Backbone):
     """PaliGemma (1 or 2) as an encoder of observations (Beyer et al. 2024, Steiner et al. 2024).
 
     Attention is bidirectional over the whole prefix, as in PaliGemma's pretraining; nothing is decoded and no
-    logits are computed. Parameters that train are float32; those frozen by `freeze_vision_tower` (the SigLIP
-    tower; the projector after it always trains), `freeze_language_model` or LoRA are stored in `vlm_config.dtype`,
-    or quantized (see `model.adapters.adapt`).
+    logits are computed. Parameters that train are float32; those frozen by `freeze_vision_tower` (the SigLIP tower
+    without the projector after it), `freeze_projector`, `freeze_language_model` or LoRA are stored in
+    `vlm_config.dtype`, or quantized (see `model.adapters.adapt`).
     The module works inside and outside of `torch.autocast` and never enters it by itself.
     """
 

@@ -40,9 +40,9 @@ def execute(action: np.ndarray) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="name or address of the server, IPv6 as well")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--token")
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--port", type=int, default=8000, help="of the server (default %(default)s)")
+    parser.add_argument("--token", help="that the server asks for (--token_env there)")
+    parser.add_argument("--prompt", required=True, help="the instruction")
     parser.add_argument("--predictions", type=int, default=3, help="how many chunks to ask for")
     args = parser.parse_args()
     logging.basicConfig(format="%(levelname)s %(message)s")

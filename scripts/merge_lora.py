@@ -50,7 +50,9 @@ def merge_checkpoint(
     expert = settings["model"]["action_head_config"]["expert"]
     lora, quantization = vlm["lora"], vlm["quantization"]
     if is_plain(settings):
-        raise CheckpointError("nothing to merge: the checkpoint has neither LoRA adapters nor quantized weights")
+        raise CheckpointError(
+            "nothing to merge: the checkpoint has neither LoRA adapters nor quantized weights; use it as it is"
+        )
     vlm |= {key: name_or_path for key, name_or_path in (bases or {}).items() if name_or_path is not None}
     policy = VLAModel.from_checkpoint(checkpoint, config_from_dict(settings))
     merge_adapters(policy, dtype)

@@ -1,4 +1,4 @@
-"""main_train.py --dry_run: a report and one step, and no trace of them."""
+"""main_train.py --dry_run: a report and two steps, and no trace of them."""
 
 from __future__ import annotations
 

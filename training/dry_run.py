@@ -1,4 +1,4 @@
-"""`--dry_run`: what `training/fit_estimate.py` expects of a run, and one real step to compare with."""
+"""`--dry_run`: what `training/fit_estimate.py` expects of a run, and two real steps to compare with."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,21 @@ class CommandParser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([_at_home(word) for word in words], namespace)
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse's; a flag that there is not ends the program with the nearest one that there is."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}")
+        return found
+
+    def _nearest(self, unknown: Sequence[str]) -> str:
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        near = [difflib.get_close_matches(flag, self._option_string_actions, n=1) for flag in flags]
+        names = [match[0] for match in near if match]
+        return f"; did you mean {', '.join(names)}?" if names else ""
 
 
 def _at_home(word: str) -> str:

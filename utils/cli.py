@@ -103,9 +103,9 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line of training; a flag that is not given leaves the config as it is."""
     parser = CommandParser(description)
     parser.add_argument("--config_path", required=True, help="YAML file of differences from the defaults")
-    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--epochs", type=int, help="instead of training.epochs")
     parser.add_argument("--batch_size", type=int, help="samples per optimizer step, over all ranks")
-    parser.add_argument("--lr", type=float)
+    parser.add_argument("--lr", type=float, help="instead of optimizer.lr")
     parser.add_argument("--experiment_name", help="output folder under training.checkpoint_dir")
     parser.add_argument(
         "--resume_checkpoint",
@@ -129,7 +129,7 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print parameters and expected memory, run one step, write nothing to the experiment's folder",
+        help="print parameters and expected memory, run two steps, write nothing to the experiment's folder",
     )
     parser.add_argument("--model_name_or_path", help="backbone: Hugging Face directory or hub id")
     parser.add_argument("--model_path_override", help="older spelling of --model_name_or_path")
@@ -137,8 +137,8 @@ def train_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--val_data_override", nargs="+", help="instead of data.val_parquet_files")
     parser.add_argument("--no_cache", action="store_true", help="remove the episode cache when the run ends")
     parser.add_argument("--use_wandb", action="store_true", help="log to Weights & Biases")
-    parser.add_argument("--wandb_project_name")
-    parser.add_argument("--wandb_entity")
+    parser.add_argument("--wandb_project_name", help="instead of wandb.project")
+    parser.add_argument("--wandb_entity", help="instead of wandb.entity")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="set_args")
     return parser
 

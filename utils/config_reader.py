@@ -35,7 +35,9 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         chain = " -> ".join(file.name for file in (*above, path))
         raise ConfigError(f"{path}: is its own base ({chain}); remove one of these 'base:' lines")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give --config_path one of configs/*.yaml or your own")
+        found = "is a folder, not a file" if path.is_dir() else "no such file"
+        remedy = "give --config_path one of configs/*.yaml or your own"
+        raise ConfigError(f"{path}: {found}; {f'correct base: in {above[-1]}' if above else remedy}")
     try:
         tree = read_yaml(path) or {}
     except ForeignFileError as error:

@@ -346,12 +346,30 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None, set_a
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, value out of range, contradiction.
     """
-    tree = read_tree(Path(path).expanduser())
-    _apply(tree, set_args or [])
+    tree, items = read_tree(Path(path).expanduser()), set_args or []
+    _apply(tree, items)
+    given = {item.partition("=")[0]: f"--set {item}" for item in items}
     for key, value in (overrides or {}).items():
         if value is not None:
             set_dotted(tree, key, value, key)
-    return config_from_dict(tree, source=str(path))
+            given[key] = f"{key} {printable(value)}"
+    try:
+        return config_from_dict(tree, source=str(path))
+    except ConfigError as error:
+        if not given or str(error) == _fault_of(path):
+            raise
+        fault = str(error).removeprefix(f"{path}: ")
+        named = [text for key, text in given.items() if key.rpartition(".")[2] in fault] or given.values()
+        raise ConfigError(f"{path} with {', '.join(named)}: {fault}") from None
+
+
+def _fault_of(path: str | Path) -> str:
+    """What is wrong with a file alone; nothing where nothing is."""
+    try:
+        load_config(path)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def config_from_dict(tree: dict[str, Any], source: str = "config") -> Config:

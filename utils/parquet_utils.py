@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from utils.config_data import is_lerobot
+from utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,10 @@ def resolve_parquet_files(specs: Sequence[Source] | Source, key: str) -> list[So
     for entry in entries:
         matches = _expand_uri(str(entry), key) if is_uri(entry) else _expand_path(str(entry), key)
         if not matches:
-            raise DataError(f"{key}: {str(entry)!r} matches no Parquet file; give a file, a folder or a glob")
+            raise DataError(
+                f"{key}: {str(entry)!r} matches no Parquet file{_instead(str(entry))}; give a file, a folder or a "
+                "glob, or convert another format (scripts/convert.py)"
+            )
         for path, identity in matches:
             files.append(path)
             first = known.setdefault(identity, path)
@@ -62,6 +67,16 @@ def resolve_parquet_files(specs: Sequence[Source] | Source, key: str) -> list[So
                 also = "" if str(first) == str(path) else f" (as {first} too)"
                 raise DataError(f"{key} names {path} more than once{also}; every episode would count twice")
     return files
+
+
+def _instead(entry: str) -> str:
+    """What is there where no Parquet file is, for a message."""
+    entry = os.path.expanduser(entry)
+    if os.path.isdir(entry):
+        some = itertools.islice(Path(entry).rglob("*"), 1000)
+        endings = Counter(path.suffix or path.name for path in some if path.is_file()).most_common(3)
+        return f" (found: {', '.join(f'{count} {printable(end)}' for end, count in endings) or 'no file at all'})"
+    return "" if is_uri(entry) or glob.has_magic(entry) else " (there is no such file or folder)"
 
 
 def is_uri(source: Source) -> bool:
@@ -154,6 +169,10 @@ def _walk(
         here = os.stat(folder)
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        raise DataError(f"{key}: {folder}: no such folder; correct the path") from None
+    except NotADirectoryError:
+        raise DataError(f"{key}: {folder} is a file; give the folder that it is in") from None
     except OSError as error:
         raise DataError(f"{key}: {folder} can't be listed ({error.strerror}); make it readable") from None
     above = (*above, (here.st_dev, here.st_ino))

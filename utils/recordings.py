@@ -57,12 +57,18 @@ def resolve_recordings(
         mapping: how LeRobot datasets are read; None: by the defaults.
 
     Raises:
-        DataError: see `resolve_parquet_files`; no such folder, a download that fails, a folder named twice, settings
-            that are none.
+        DataError: see `resolve_parquet_files`; no such folder, a LeRobot dataset without `lerobot:`, a download that
+            fails, a folder named twice, settings that are none.
     """
     entries = [specs] if isinstance(specs, (str, Path, LeRobotFolder)) else list(specs)
     datasets = [entry for entry in entries if is_lerobot(entry)]
     plain = [entry for entry in entries if not is_lerobot(entry)]
+    for entry in plain:
+        if Path(entry).expanduser().joinpath("meta/info.json").is_file():
+            raise DataError(
+                f"{key}: {entry} is a LeRobot dataset (it has meta/info.json); write {LEROBOT}{entry} to read it as it "
+                "is, or convert it (scripts/convert_lerobot.py)"
+            )
     recordings: list[Recording] = [*resolve_parquet_files(plain, key)] if plain or not datasets else []
     for entry in datasets:
         folder = entry

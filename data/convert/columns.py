@@ -63,6 +63,12 @@ class Columns:
         """
         found = self.reader.keys(episode)
         plain = {name: self.reader.plain_key(name) for name in self._mapping.named_keys}
+        prompt = self._mapping.prompt
+        if prompt.kind == "key" and " " in prompt.value and plain[prompt.value] not in found:
+            raise DataError(
+                f"{episode.name}: no key {prompt.value!r}, which prompt names; an instruction itself is written as "
+                f"text:{prompt.value}"
+            )
         check_names(plain.values(), list(found), "key", episode.name)
         available = {name: found[key] for name, key in plain.items()}
         for name in self._mapping.named_keys:

@@ -142,7 +142,7 @@ def convert_hdf5(
     """
     paths = find_episodes(hdf5_dir, follow_links)
     with open_hdf5(paths[0]) as file, reading(paths[0]):
-        _refuse_robomimic(file, paths[0])
+        _require_aloha(file, paths[0])
         available = sorted(map(str, get_item(file, IMAGES, h5py.Group, paths[0])))
     options = Hdf5Options(
         cameras=parse_cameras(cameras, available, str(paths[0])),
@@ -192,15 +192,24 @@ def find_episodes(folder: Path, follow_links: bool = False) -> list[Path]:
     return sorted(paths, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))])
 
 
-def _refuse_robomimic(file: h5py.File, path: Path) -> None:
+def _require_aloha(file: h5py.File, path: Path) -> None:
+    """Raise a DataError, which names the command that reads it, where a file has another layout."""
+    check_links(file, IMAGES, path)
+    if IMAGES in file:
+        return
     check_links(file, "data", path)
     data = file.get("data")
     demos = sorted(name for name in map(str, data) if name.startswith("demo_")) if isinstance(data, h5py.Group) else []
-    if demos and IMAGES not in file:
+    if demos:
         raise DataError(
             f"{path}: is in robomimic's layout ({len(demos)} demonstrations in one file, data/{demos[0]}/...); only "
-            f"ALOHA's is read, one episode a file with {IMAGES}/<camera>: write each demonstration to a file of its own"
+            f"ALOHA's is read here, one episode a file with {IMAGES}/<camera>: convert it with scripts/convert.py, "
+            "--preset robomimic or libero (docs/convert.md)"
         )
+    raise DataError(
+        f"{path}: no group {IMAGES!r} (at the top: {', '.join(map(str, file)) or 'nothing'}), so it is not in ALOHA's "
+        f"layout, which alone is read here; look with: python scripts/convert.py --from hdf5 {path} --inspect"
+    )
 
 
 def _settings(options: Hdf5Options) -> dict[str, Any]:

@@ -177,7 +177,9 @@ def parse_mapping(entries: MappingType[str, Any], options: Sequence[str]) -> Map
     check_names((name for name in entries if not _names_camera(name)), known, "entry", "mapping")
     for name in ("state", "action", "prompt"):
         if name not in entries:
-            raise DataError(f"mapping: {name!r} is missing; say what it is made of (--inspect lists what there is)")
+            hint = ', or give it: --map "prompt=text:lift the cube"' if name == "prompt" else ""
+            remedy = f"say what it is made of (--inspect lists what there is){hint}"
+            raise DataError(f"mapping: {name!r} is missing; {remedy}")
     if not cameras:
         raise DataError(f"mapping: no camera, and every step needs one; say which is {MAIN_CAMERA}")
     fps = entries.get("fps")

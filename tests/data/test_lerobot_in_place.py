@@ -242,6 +242,8 @@ def test_paths(tmp_path, monkeypatch):
     link.symlink_to(root)
     with pytest.raises(DataError, match="--x names lerobot:.* more than once"):
         resolve_recordings([f"lerobot:{root}", f"lerobot:{link}"], "--x")
+    with pytest.raises(DataError, match=r"--x: \S+ is a LeRobot dataset .*; write lerobot:\S+ to read it as it is, or"):
+        resolve_recordings([tmp_path, root], "--x")
     with pytest.raises(DataError, match="--x: lerobot:/nowhere: no such folder; give a LeRobot dataset's, or owner/na"):
         resolve_recordings("lerobot:/nowhere", "--x")
     with pytest.raises(DataError, match="info.json: No such file.*wanted the folder of a LeRobot dataset"):

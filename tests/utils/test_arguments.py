@@ -47,6 +47,17 @@ def test_every_command_uses_it():
     assert sum("CommandParser(" in path.read_text("utf-8") for path in files) > 30
 
 
+def test_a_misspelt_flag_is_named_with_the_nearest(parser, capsys):
+    for words, said in (
+        (["--ouput", "x"], "unrecognized arguments: --ouput x; did you mean --output?"),
+        (["--data_paht=a", "--promt", "b"], "--data_paht=a --promt b; did you mean --data_path, --prompt?"),
+        (["--horizon", "8"], "unrecognized arguments: --horizon 8\n"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(words)
+        assert said in capsys.readouterr().err
+
+
 def test_counts(parser, capsys):
     parser.add_argument("--count", type=at_least(1))
     assert parser.parse_args(["--count", "3"]).count == 3

@@ -206,7 +206,12 @@ def test_heads_that_sample_take_the_best_of_several_draws():
 def test_files_that_are_no_config(tmp_path):
     with pytest.raises(ConfigError, match="no such file; give --config_path"):
         load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="is a folder, not a file; give --config_path"):
+        load_config(tmp_path)
     path = tmp_path / "c.yaml"
+    path.write_text("base: none.yaml")
+    with pytest.raises(ConfigError, match=r"none.yaml: no such file; correct base: in \S+c.yaml"):
+        load_config(path)
     path.write_text("a: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(path)
@@ -220,6 +225,24 @@ def test_files_that_are_no_config(tmp_path):
     path.write_text("optimizer: 3")
     with pytest.raises(ConfigError, match="--set optimizer.lr=1: optimizer is a value, not a section"):
         load_config(path, set_args=["optimizer.lr=1"])
+
+
+def test_whose_mistake_it_is(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {batch_size: 4}")
+    with pytest.raises(ConfigError, match=r"c.yaml with --set data.batchsize=2: unknown key data.batchsize; did you"):
+        load_config(path, set_args=["data.batchsize=2"])
+    with pytest.raises(ConfigError, match=r"c.yaml with data.batch_size 0: data.batch_size is 0"):
+        load_config(path, {"data.batch_size": 0, "data.num_workers": None}, ["data.state_dim=3"])
+    with pytest.raises(ConfigError, match=r"c.yaml with --set dta.state_dim=3: unknown key dta; did you mean data"):
+        load_config(path, set_args=["dta.state_dim=3"])
+    path.write_text("data: {batchsize: 4}")
+    with pytest.raises(ConfigError, match=r"c.yaml: unknown key data.batchsize"):
+        load_config(path, set_args=["data.state_dim=3"])
+    path.write_text("data: {batch_size: 0}")
+    with pytest.raises(ConfigError, match=r"c.yaml with optimizer.lr -1: optimizer.lr is -1"):
+        load_config(path, {"optimizer.lr": -1}, ["data.batch_size=2"])
+    assert load_config(path, set_args=["data.batch_size=2"]).data.batch_size == 2
 
 
 def test_a_file_can_not_be_its_own_base(tmp_path):

@@ -96,6 +96,25 @@ def test_what_is_no_file(tmp_path):
         names(tmp_path, f"{tmp_path}/no\0thing")
 
 
+def test_what_is_there_instead(tmp_path):
+    for name in ("raw/a.hdf5", "raw/day/b.hdf5", "raw/notes.txt"):
+        touch(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    for spec, found in (
+        ("raw", r" \(found: 2 \.hdf5, 1 \.txt\)"),
+        ("empty", r" \(found: no file at all\)"),
+        ("trian", r" \(there is no such file or folder\)"),
+        ("tr*", ""),
+    ):
+        message = rf"--data_path: '\S+' matches no Parquet file{found}; give a file, a folder or a glob, or convert"
+        with pytest.raises(DataError, match=message):
+            resolve_parquet_files(tmp_path / spec, "--data_path")
+    with pytest.raises(DataError, match=r"--hdf5_dir: \S+trian: no such folder; correct the path"):
+        files_below(tmp_path / "trian", (".hdf5",), "--hdf5_dir")
+    with pytest.raises(DataError, match=r"--hdf5_dir: \S+a.hdf5 is a file; give the folder that it is in"):
+        files_below(tmp_path / "raw/a.hdf5", (".hdf5",), "--hdf5_dir")
+
+
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     def refuse(path: str):
         raise PermissionError(13, "Permission denied", path)

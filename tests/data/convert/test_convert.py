@@ -193,6 +193,7 @@ def test_cameras_of_any_name(recording, tmp_path):
         (["image_1=rgb,flip=up"], "flip of image_1 is 'up'; wanted none, vertical"),
         (["image_1=rgb,flip=auto"], "no attribute macros_image_convention says whether frames are upside down"),
         (["image_1=rgb,turn=1"], "mapping: image_1: no option 'turn'"),
+        (["prompt=open it"], r"no key 'open it', which prompt names; an instruction itself is written as text:open it"),
         (["prompt=@tusk"], "no attribute 'tusk' .*did you mean 'task'"),
         (["prompt=@info:language"], r"attribute 'info' has no 'language' \(found: lang, letters\)"),
         (["prompt=@task:lang"], "attribute 'task' is no JSON; leave out :lang"),
@@ -236,8 +237,9 @@ def test_a_prompt_that_is_a_text_has_nothing_beside_it(beside):
 def test_what_is_missing_is_said(recording):
     for name in ("state", "action", "prompt"):
         entries = {key: value for key, value in read_entries(None, BASE).items() if key != name}
-        with pytest.raises(DataError, match=f"mapping: '{name}' is missing"):
+        with pytest.raises(DataError, match=f"mapping: '{name}' is missing") as raised:
             open_source("hdf5", recording, entries)
+        assert ('--map "prompt=text:' in str(raised.value)) is (name == "prompt")
     entries = {key: value for key, value in read_entries(None, BASE).items() if key != "fps"}
     with pytest.raises(DataError, match="does not say how many steps a second it has; give fps"):
         open_source("hdf5", recording, entries)

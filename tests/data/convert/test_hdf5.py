@@ -300,13 +300,23 @@ def test_hidden_files_and_linked_folders(tmp_path):
     assert convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, **options).episodes == 2
 
 
+def test_another_layout_is_named_with_the_command_that_reads_it(tmp_path):
+    (tmp_path / "in").mkdir()
+    with h5py.File(tmp_path / "in/a.hdf5", "w") as file:
+        file["obs/rgb"] = file["action"] = np.zeros((5, 7))
+    message = r"a.hdf5: no group 'observations/images' \(at the top: action, obs\), .* --from hdf5 \S+a.hdf5 --inspect"
+    with pytest.raises(DataError, match=message):
+        convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, prompt="go")
+
+
 def test_robomimics_layout_is_named(tmp_path):
     (tmp_path / "in").mkdir()
     with h5py.File(tmp_path / "in/bowl.hdf5", "w") as file:
         for i in range(3):
             file[f"data/demo_{i}/actions"] = np.zeros((5, 7))
     with pytest.raises(
-        DataError, match=r"bowl.hdf5: is in robomimic's layout \(3 .* only ALOHA's is read, one episode"
+        DataError,
+        match=r"bowl.hdf5: is in robomimic's layout \(3 .* only ALOHA's is read here, .* scripts/convert.py, --pre",
     ):
         convert_hdf5(tmp_path / "in", tmp_path / "out", CAMERAS, prompt="go")
 
