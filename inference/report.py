@@ -101,7 +101,21 @@ def rollout_table(result: dict[str, Any]) -> str:
     if len(tiers) > 1:
         means = [f"{100 * result['summary'][key]:.1f} %" for key in ("mean_success_rate", "tier_mean_success_rate")]
         text += f"\nmean over tasks {means[0]}, over tiers {means[1]}"
+    text += f"\n{_conditions(result)}"
     return f"{text}\n{alarms(result)}" if "alarm" in result["settings"] else text
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    """What else a rate depends on, in a line: seeds, step limits, the version of MuJoCo."""
+    tasks, shared = result["tasks"].values(), result["settings"].get("env_settings", {})
+    seeds = [seed for task in tasks for seed in task["seeds"]]
+    facts = [f"seeds {min(seeds)} to {max(seeds)}"]
+    limits = {{**shared, **task.get("env_settings", {})}.get("max_episode_steps") for task in tasks} - {None}
+    if limits:
+        facts.append(f"{' or '.join(map(str, sorted(limits)))} steps at most")
+    if "mujoco" in shared:
+        facts.append(f"MuJoCo {shared['mujoco']}")
+    return ", ".join(facts)
 
 
 def alarms(result: dict[str, Any]) -> str:

@@ -52,6 +52,11 @@ class RolloutRecord:
             self.path.unlink(missing_ok=True)
             settings_path.unlink(missing_ok=True)
         self.lines: list[dict[str, Any]] = []
+        if self.path.is_file() and not settings_path.is_file():
+            raise ValueError(
+                f"{self.folder} holds {self.path.name}, but no {settings_path.name} that says of which evaluation; "
+                "choose another --output_dir, or discard them with --restart"
+            )
         if settings_path.is_file() and self.path.is_file():
             old = json.loads(settings_path.read_text(encoding="utf-8"))
             stamp = old.get("checkpoint_stamp")
@@ -120,12 +125,17 @@ class RolloutRecord:
             file.write(json.dumps(line) + "\n")
 
     def task(self, name: str, seeds: Sequence[int]) -> dict[str, Any]:
-        """The summary of a task over its seeds, in their order; see `task_summary`."""
+        """The summary of a task over its seeds, in their order; see `task_summary`.
+
+        With `env_settings`, of those that are not as in `self.env_settings`.
+        """
         by_seed = {line["seed"]: line for line in self.lines if line["task"] == name}
         lines = [by_seed[seed] for seed in seeds]
         results = [EpisodeResult(**{field: line[field] for field in FIELDS if field in line}) for line in lines]
         videos = [line["video"] for line in lines if line["video"]]
-        return task_summary(results, lines[0]["instruction"], lines[0]["prompt"], videos)
+        own = {key: value for key, value in lines[0]["env_settings"].items() if self.env_settings.get(key) != value}
+        summary = task_summary(results, lines[0]["instruction"], lines[0]["prompt"], videos)
+        return {**summary, "env_settings": own} if own else summary
 
     def _read(self) -> None:
         """Read finished episodes; a last line that a kill cut off is removed."""

@@ -23,6 +23,7 @@ from inference.closed_loop.rollout import ModelPolicy, summarize_tasks
 from inference.closed_loop.simulator import Job
 from inference.closed_loop.video import read_video
 from inference.predictor import VLAPredictor
+from inference.report import rollout_table
 from tests.helpers import write_episodes
 from tests.inference.checkpoints import train_tiny
 from tests.inference.closed_loop.settings import executing
@@ -133,6 +134,24 @@ def test_another_evaluation_is_not_continued(tmp_path):
     with pytest.raises(ValueError, match="checkpoint differs .there 'a', now 'b'.; .*--restart"):
         RolloutRecord(tmp_path, {"checkpoint": "b"})
     assert not RolloutRecord(tmp_path, {"checkpoint": "b"}, restart=True).done
+    record.add(finished_episodes(tmp_path)[0])
+    (tmp_path / "rollout_settings.json").unlink()
+    with pytest.raises(ValueError, match="holds episodes.jsonl, but no rollout_settings.json that says of which"):
+        RolloutRecord(tmp_path, {"checkpoint": "b"})
+
+
+def test_what_a_rate_depends_on_stands_under_it(tmp_path):
+    """Seeds, step limits, which may be a task's own, and the simulator's version."""
+    record = RolloutRecord(tmp_path, {})
+    for episode in finished_episodes(tmp_path):
+        limit = {"to_3": 220, "to_100": 280}[episode.job.task]
+        record.add(replace(episode, env_settings={"mujoco": "3.3.0", "max_episode_steps": limit}))
+    tasks = {task: record.task(task, range(3)) for task in ("to_3", "to_100")}
+    own = {task: about["env_settings"] for task, about in tasks.items() if "env_settings" in about}
+    assert len(own) == 1 and own in ({"to_3": {"max_episode_steps": 220}}, {"to_100": {"max_episode_steps": 280}})
+    settings = {"env_settings": record.env_settings}
+    table = rollout_table({"settings": settings, "tasks": tasks, "summary": summarize_tasks(tasks, None)})
+    assert table.splitlines()[-1] == "seeds 0 to 2, 220 or 280 steps at most, MuJoCo 3.3.0"
 
 
 def test_episodes_that_were_told_something_else_are_not_continued(tmp_path):
