@@ -182,7 +182,7 @@ class VLATrainer:
         flags = torch.tensor([valid, self.stop.reason is not None, failed])
         valid, stop, failures = self.reduce_sum(flags.to(self.device))
         if failures:
-            self._end_without_batches([user_message(micro_batches)] if failed else [])
+            self._save_and_end([user_message(micro_batches)] if failed else [])
         lr = learning_rate(
             self.step, config.optimizer.lr, config.lr_scheduler, self.length.total_steps, self.length.epoch_steps
         )
@@ -266,11 +266,20 @@ class VLATrainer:
 
     @torch.no_grad()
     def roll_out(self) -> dict[str, float] | None:
-        """Success of closed-loop episodes, each rank running its share; logged. None as of `evaluate`."""
+        """Success of closed-loop episodes, each rank running its share; logged. None as of `evaluate`. Where a rank's
+        simulator fails, all save and raise a DataError; a resumed run begins with the episodes."""
         self.model.eval()
+        fault = ""
         with contextlib.nullcontext() if self.state.ema is None else self.state.ema.applied():
             share = {"rank": self.rank, "world_size": self.world_size}
-            counts = self.rollouts.run(self.policy, self.step, **share, stopped=lambda: self.stop.reason is not None)
+            try:
+                counts = self.rollouts.run(
+                    self.policy, self.step, **share, stopped=lambda: self.stop.reason is not None
+                )
+            except (RuntimeError, ValueError) as error:
+                fault = f"closed-loop episodes: {user_message(error)}"
+        if self.reduce_any(bool(fault)):
+            self._save_and_end([fault] if fault else [])
         if self.reduce_any(self.stop.reason is not None):
             self.stopping = True
             return None
@@ -397,8 +406,8 @@ class VLATrainer:
                 raise ValidationStopped
             yield batch
 
-    def _end_without_batches(self, faults: list[str]) -> NoReturn:
-        """Save what was trained, then raise what some ranks have instead of batches. A collective."""
+    def _save_and_end(self, faults: list[str]) -> NoReturn:
+        """Save what was trained, then raise what keeps some ranks from going on. A collective."""
         if self.saved_step < self.step:
             self.save(f"checkpoint_step_{self.step}.pth.tar")
         raise DataError(f"{'; '.join(self.gather_lists(faults))} (step {self.saved_step} is saved)")

@@ -18,6 +18,7 @@ from tests.training.test_trackers import events, local_trackio  # noqa: F401
 from training.state import checkpoint_of
 from utils.checkpoint import load_checkpoint
 from utils.config_utils import ConfigError
+from utils.parquet_utils import DataError
 
 TASKS = ("to_3", "to_100")
 OFTEN = {"eval_every_n_epochs": 1, "best_metric": "success", "save_every_n_steps": 5, "ema_decay": 0.9}
@@ -141,6 +142,26 @@ def test_no_videos(configure, tmp_path):
     trainer.fit()
     assert successes(trainer) and trainer.rollouts.videos(trainer.step) == {}
     assert not (config.experiment_dir / "videos").exists()
+
+
+def test_a_simulator_that_fails_costs_no_training(configure, monkeypatch):
+    """The step is saved before the run ends, and a resumed run begins with its episodes."""
+    whole = with_rollouts(make_trainer(configure()))
+    whole.fit()
+    trainer = with_rollouts(make_trainer(configure({"experiment_name": "failing"})))
+
+    def fail(*args, **options):
+        raise RuntimeError("a simulator process died")
+
+    monkeypatch.setattr(trainer.rollouts, "run", fail)
+    first = successes(whole)[0][0]
+    with pytest.raises(DataError, match=f"closed-loop episodes: a simulator process died .step {first} is saved"):
+        trainer.fit()
+    path = trainer.checkpoints / f"checkpoint_step_{first}.pth.tar"
+    resumed = with_rollouts(resumed_trainer(configure({"experiment_name": "failing"}), path))
+    resumed.fit()
+    assert successes(resumed) == successes(whole)
+    assert_same_state(whole, resumed)
 
 
 def test_a_stop_is_not_taken_for_a_result(configure, monkeypatch):
