@@ -19,7 +19,7 @@ MAIN_TRAIN = str(Path(__file__).resolve().with_name("main_train.py"))  # what ev
 
 
 def main() -> int:
-    full, launcher = train_parser(__doc__), CommandParser(None, add_help=False, allow_abbrev=False)
+    full, launcher = train_parser(__doc__), CommandParser(None, add_help=False)
     for parser in (full, launcher):
         parser.add_argument("--nproc", type=int, help="processes that this command starts (not under torchrun)")
     args = full.parse_args()

@@ -323,14 +323,15 @@ class EpisodeStore:
 
 
 def recorded_actions(
-    paths: Source | Sequence[Source], key: str, instruction: str, state_dim: int, per_action_dim: int
+    paths: Source | Sequence[Source], key: str, instructions: Sequence[str], state_dim: int, per_action_dim: int
 ) -> list[np.ndarray]:
-    """The actions (steps, A) of every recorded episode that has this instruction.
+    """The actions (steps, A) of every recorded episode that has one of these instructions.
 
     Args:
         paths: files, folders or globs.
         key: the flag that they come from, for errors.
-        instruction, state_dim, per_action_dim: of the task.
+        instructions: of the task, in all wordings that it is recorded with.
+        state_dim, per_action_dim: of the task.
 
     Raises:
         DataError: no such episode, or files that break the schema.
@@ -338,9 +339,10 @@ def recorded_actions(
     files = resolve_recordings(paths, key)
     store = EpisodeStore(files, state_dim=state_dim, per_action_dim=per_action_dim, cameras=())
     bounds = zip(store.episode_starts[:-1], store.episode_starts[1:], strict=True)
-    actions = [np.array(store.action[a:b]) for a, b in bounds if store.prompt(a) == instruction]
+    actions = [np.array(store.action[a:b]) for a, b in bounds if store.prompt(a) in instructions]
     if not actions:
-        raise DataError(f"{key}: no episode with the instruction {instruction!r} (found: {', '.join(store.prompts)})")
+        found = ", ".join(store.prompts)
+        raise DataError(f"{key}: no episode with the instruction {instructions[0]!r}, in any wording (found: {found})")
     return actions
 
 

@@ -47,7 +47,6 @@ class GymEnv(RobotEnv):
         max_episode_steps: int | None = None,
         clip: bool = False,
         hold: str | None = None,
-        noise_unit: float = 1.0,
         cameras: Any = None,
         **options: Any,
     ) -> None:
@@ -66,7 +65,6 @@ class GymEnv(RobotEnv):
             clip: clip actions to the environment's action space.
             hold: what keeps the robot still, for steps that no plan covers: "zero" where actions are displacements,
                 "state" where they are the values of the state. Needed by execution with latency alone.
-            noise_unit: see `RobotEnv`.
             cameras, options: `image_1="pixels.top"` says where an image is in the observation, "." that it is the whole
                 observation, "render" that it is what `render` returns; `cameras="front=pixels.top"` says the same. Any
                 other option goes to the environment.
@@ -101,7 +99,6 @@ class GymEnv(RobotEnv):
         if not prompt:
             raise ValueError(f"{task}: what is the robot told? Give --env_options prompt='push the T onto its mark'")
         self.instruction, self.paraphrases = prompt, tuple(paraphrases)
-        self.noise_unit = float(noise_unit)
         self.control_hz = _rate(self._env, control_hz, task)
         self.max_episode_steps = _step_limit(self._env, max_episode_steps, task)
         self.per_action_dim = self._env.action_space.shape[0]

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from utils.config_data import is_camera_name
+
 if TYPE_CHECKING:
     from envs.base import RobotEnv
 
@@ -90,7 +92,7 @@ def named_cameras(spec: str | Sequence[str] | Mapping[str, str]) -> dict[str, st
         spec: such a text, its parts, or the mapping itself.
 
     Raises:
-        ValueError: another form, no camera at all, or a name twice.
+        ValueError: another form, no camera at all, a name twice, or one that a recording has for something else.
     """
     if isinstance(spec, str):
         parts = [part.strip() for part in spec.split(",")]
@@ -103,8 +105,13 @@ def named_cameras(spec: str | Sequence[str] | Mapping[str, str]) -> dict[str, st
     named: dict[str, str] = {}
     for part in parts:
         name, equals, camera = str(part).partition("=")
-        if not name or bool(equals) != bool(camera) or name in named or name == "state":
-            raise ValueError(f"cameras: {part!r}; wanted <camera> or <name>=<camera>, each name once, none 'state'")
+        if not name or bool(equals) != bool(camera) or name in named:
+            raise ValueError(f"cameras: {part!r}; wanted <camera> or <name>=<camera>, each name once")
+        if not is_camera_name(name):
+            raise ValueError(
+                f"cameras: {part!r}: no camera may be called {name!r}, which names something else in a recording or is "
+                "no column's name; write <name>=<camera>"
+            )
         named[name] = camera or name
     return named
 

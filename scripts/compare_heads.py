@@ -39,7 +39,7 @@ import torch
 from envs import FIRST_EVALUATION_SEED
 from inference.report import write_json
 from model.action_head import ACTION_HEADS
-from scripts.compare_heads_cell import (
+from scripts._compare_heads_cell import (
     Cell,
     CellError,
     Plan,
@@ -50,7 +50,7 @@ from scripts.compare_heads_cell import (
     run_cell,
     run_script,
 )
-from scripts.compare_heads_report import markdown, plot, summarize
+from scripts._compare_heads_report import markdown, plot, summarize
 from utils.arguments import CommandParser, run_command
 from utils.backbones import BACKBONE_SPECS
 from utils.config_utils import ConfigError, config_to_dict

@@ -15,6 +15,8 @@ from PIL import Image
 
 import main_eval
 import test_vla_offline
+from data.episode_store import recorded_actions
+from envs import make_env
 from inference.eval_args import parse_args
 from inference.metrics import METRICS
 from inference.predictor import VLAPredictor
@@ -404,6 +406,13 @@ def test_controls_in_closed_loop(tmp_path):
     result = json.loads((tmp_path / "replay" / "rollouts.json").read_text())
     assert result["settings"]["control"] == "replay"
     assert result["tasks"]["plate-slide-side-v3"]["steps"] == [6, 6]
-    replay[3] = "window-open-v3"
-    with pytest.raises(DataError, match="no episode with the instruction 'slide the window open'.*open the window"):
+    env = make_env("metaworld", "plate-slide-side-v3", image_size=32)
+    env.close()
+    wordings = [env.instructions[i % 2] for i in range(2)]
+    for i, row in enumerate(rows):  # recorded in two wordings of the instruction: both are of the task
+        row["prompt"] = wordings[i // 5]
+    write_rows(tmp_path / "wordings.parquet", rows)
+    assert len(recorded_actions(str(tmp_path / "wordings.parquet"), "--demos_path", env.instructions, 4, 4)) == 2
+    replay[3] = "drawer-close-v3"
+    with pytest.raises(DataError, match="no episode with the instruction 'push the drawer shut'.*open the window"):
         main_eval.main([*replay, "--output_dir", str(tmp_path / "other")])

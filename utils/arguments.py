@@ -14,7 +14,8 @@ from utils.misc import errors_in_one_line
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that reads `~` as the home folder, also where no shell has done so (`--output=~/x`, a quoted `~/x`).
+    """A parser that reads `~` as the home folder, also where no shell has done so (`--output=~/x`, a quoted `~/x`), and
+    takes no part of a flag for the whole: a later flag could make it mean another one.
 
     Args:
         description: printed by `--help` as it stands; a module's docstring.
@@ -22,7 +23,8 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None, **options: Any) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options}
+        super().__init__(description=description, **options)
 
     def parse_known_args(  # parse_args calls it too
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import datetime
 import inspect
 import io
 import logging
@@ -80,10 +81,11 @@ def _flag_options(hint: Any) -> dict[str, Any]:
 
 
 def key_values(items: Iterable[str], flag: str) -> dict[str, Any]:
-    """KEY=VALUE arguments as a dict; values are read as YAML: 96, true, null, [a, b], or text.
+    """KEY=VALUE arguments as a dict; values are read as YAML: 96, true, null, [a, b], or text. A date stays text.
 
     Raises:
-        ConfigError: an argument has no "=", a value is no YAML, or a key comes twice; names the flag and the argument.
+        ConfigError: an argument has no "=", a value is no YAML or would lose what looks like a comment, or a key comes
+            twice; names the flag and the argument.
     """
     values: dict[str, Any] = {}
     for item in items:
@@ -93,9 +95,12 @@ def key_values(items: Iterable[str], flag: str) -> dict[str, Any]:
         if key in values:
             raise ConfigError(f"{flag} {item}: {key} is given twice; give it once")
         try:
-            values[key] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"{flag} {item}: the value is no YAML; put it in quotes within the argument") from None
+        if " #" in text and isinstance(value, str) and value != text.strip() and text.strip()[0] not in "\"'":
+            raise ConfigError(f"{flag} {item}: YAML takes what follows ' #' for a comment; put the value in quotes")
+        values[key] = text if isinstance(value, datetime.date) else value
     return values
 
 

@@ -49,7 +49,7 @@ def evaluate_closed_loop(
     tiers: Mapping[str, str | None],
     seeds: Sequence[int],
     make_env: MakeEnv,
-    demonstrations: Callable[[str, int, int], Sequence[np.ndarray]],
+    demonstrations: Callable[[Sequence[str], int, int], Sequence[np.ndarray]],
     recorder: Recorder | None = None,
 ) -> dict[str, Any]:
     """The closed-loop mode of main_eval.py.
@@ -58,7 +58,8 @@ def evaluate_closed_loop(
         args: its flags, see `inference.eval_args`.
         predictor: the policy; None: what --control names runs in its place.
         tiers, seeds, make_env: as `evaluate_tasks` takes them.
-        demonstrations: (instruction, state_dim, per_action_dim) -> the recorded actions to replay, (steps, A) each.
+        demonstrations: (wordings of the instruction, state_dim, per_action_dim) -> the recorded actions to replay,
+            (steps, A) each.
         recorder: keeps every episode; None: nothing is recorded.
 
     Returns:
@@ -77,14 +78,18 @@ def evaluate_closed_loop(
     }
     prompts = {} if override is None else dict.fromkeys(tiers, override)
     if args.swap_prompts:
-        prompts = _swapped({task: _described(make_env, task)[0] for task in tiers})
+        prompts = _swapped({task: _closed(make_env, task).instruction for task in tiers})
     elif args.paraphrase is not None:
         prompts = {task: _paraphrase(make_env, task, args.paraphrase) for task in tiers}
     policy: Planner | dict[str, Control]
     if args.control == "expert":
         policy = {task: ExpertPolicy() for task in tiers}
     elif args.control == "replay":
-        policy = {task: ReplayPolicy(demonstrations(*_described(make_env, task))) for task in tiers}
+        policy = {}
+        for task in tiers:
+            env = _closed(make_env, task)
+            wordings = (env.instruction, *getattr(env, "paraphrases", ()))
+            policy[task] = ReplayPolicy(demonstrations(wordings, env.state_dim, env.per_action_dim))
     else:
         policy = ModelPolicy(predictor, blind=args.blind)
     return evaluate_tasks(
@@ -192,11 +197,11 @@ def _what_it_sees(blind: bool | Sequence[str]) -> str:
     return "policy" if blind is False else "blind" if blind is True else " ".join(["blind", *sorted(set(blind))])
 
 
-def _described(make_env: MakeEnv, task: str) -> tuple[str, int, int]:
-    """(instruction, state_dim, per_action_dim) of a task."""
+def _closed(make_env: MakeEnv, task: str) -> Any:
+    """A task's environment, closed: what it says of itself."""
     env = make_env(task)
     env.close()
-    return env.instruction, env.state_dim, env.per_action_dim
+    return env.unwrapped
 
 
 def _swapped(instructions: Mapping[str, str]) -> dict[str, str]:
@@ -211,11 +216,10 @@ def _swapped(instructions: Mapping[str, str]) -> dict[str, str]:
 
 
 def _paraphrase(make_env: MakeEnv, task: str, number: int) -> str:
-    env = make_env(task)
-    env.close()
-    if number > len(env.paraphrases):
-        raise ValueError(f"--paraphrase {number}: {task} has {len(env.paraphrases)} paraphrases; use --prompt_override")
-    return env.paraphrases[number - 1]
+    known = _closed(make_env, task).paraphrases
+    if number > len(known):
+        raise ValueError(f"--paraphrase {number}: {task} has {len(known)} paraphrases; use --prompt_override")
+    return known[number - 1]
 
 
 def _policy_settings(policy: Planner | dict[str, Control]) -> dict[str, Any]:

@@ -113,6 +113,8 @@ def test_errors_name_what_was_wanted():
         ({"hold_steps": 0}, "hold_steps is 0, must be a whole number of at least 1"),
         ({"hold_steps": 301}, "hold_steps is 301, but an episode ends after max_episode_steps 300"),
         ({"terminate_on_success": "maybe"}, "terminate_on_success is 'maybe'; give true or false"),
+        ({"cameras": "action=top"}, "no camera may be called 'action'"),
+        ({"cameras": "../x=top"}, "no camera may be called '../x'"),
         ({"cameras": 3}, "cameras is 3; wanted <camera> or <name>=<camera>"),
     ):
         with pytest.raises(ValueError, match=message.replace("?", r"\?")):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from model.vla_model import VLAModel
 from scripts import compare_heads
-from scripts.compare_heads_report import OFFLINE, SMOOTHNESS, markdown, plot, summarize
+from scripts._compare_heads_report import OFFLINE, SMOOTHNESS, markdown, plot, summarize
 from tests.helpers import write_episodes
 from tests.policies import model_section
 from utils.calculate_normalization_stats import calculate_statistics

@@ -150,3 +150,9 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(tmp_path, caps
     assert f"because {tmp_path} is read-only; choose another place" in capsys.readouterr().err
     monkeypatch.undo()
     assert parser.parse_args(["--html", str(tmp_path / "new" / "page.html")]).html == tmp_path / "new" / "page.html"
+
+
+def test_a_part_of_a_flag_is_not_taken_for_the_flag(parser, capsys):
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out", "x"])
+    assert "unrecognized arguments: --out x; did you mean --output?" in capsys.readouterr().err

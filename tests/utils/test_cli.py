@@ -8,8 +8,8 @@ from typing import Literal
 
 import pytest
 
-from utils.cli import add_setting_flags, field_comments
-from utils.config_utils import ActionHeadConfig, DataConfig, InferenceConfig
+from utils.cli import add_setting_flags, field_comments, key_values
+from utils.config_utils import ActionHeadConfig, ConfigError, DataConfig, InferenceConfig
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,11 @@ def test_the_settings_of_the_program_have_flags(section):
     assert set(names) == set(vars(parser.parse_args([])))
     assert field_comments(InferenceConfig)["compile"].startswith("torch.compile's modes")
     parser.format_help()
+
+
+def test_values_that_yaml_would_change():
+    """A date stays text, and what looks like a comment is not dropped."""
+    read = key_values(["a=2026-01-01", "b='push #1 #2'", "c=push#1", "d=[1, 2] # two"], "--env_options")
+    assert read == {"a": "2026-01-01", "b": "push #1 #2", "c": "push#1", "d": [1, 2]}
+    with pytest.raises(ConfigError, match="--env_options prompt=push #1: YAML takes what follows ' #' for a comment"):
+        key_values(["prompt=push #1"], "--env_options")
