@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST, WEIGHTS, PROFILES = "policy.json", "model.safetensors", "training_data.json"
 EARLIER_STAMP = "earlier_stamp"  # in policy.json: its own stamp before it listed another alarm; see `is_stamp_of`
+BEST = "model_best"  # in the name of a run's best checkpoint
 ALARM, ALARM_FORMAT = "alarm.json", "paligemma-vla-alarm/1"
 SAME_WEIGHTS = ("step", "saved_at")  # of a checkpoint: an alarm is of the weights that say the same
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".tar"}
@@ -68,6 +69,10 @@ def read_policy(name_or_path: str | Path, **published: Any) -> dict[str, Any]:
         ValueError: `published` for a policy of this program, which says all of it.
     """
     folder = local_folder(name_or_path)
+    kept = sorted(folder.glob("*.pth.tar")) or sorted(folder.glob("checkpoints/*.pth.tar"))
+    if kept and not (folder / MANIFEST).is_file():
+        names = sorted((str(path.relative_to(folder)) for path in kept), key=lambda name: BEST not in name)
+        raise CheckpointError(f"{folder} holds checkpoints; give one of them: {', '.join(names[:5])}")
     if is_policy_folder(folder):
         checkpoint = published_checkpoint(folder, **published)
     elif published:

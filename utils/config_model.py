@@ -80,9 +80,9 @@ class VLMConfig:
     language_model_name_or_path: str = free("./weight/Qwen2.5-0.5B")  # siglip_llm: of a causal language model
     fusion: FusionConfig = field(default_factory=FusionConfig)  # siglip_llm
     use_aux_camera: bool = False  # read image_2 as well
-    freeze_vision_tower: bool = free(False)
+    freeze_vision_tower: bool = free(False)  # without the projector after it
     freeze_patch_embedding: bool = free(False)  # of the vision tower, with its positions: steadier from scratch
-    freeze_language_model: bool = free(False)
+    freeze_language_model: bool = free(False)  # with its embeddings of tokens
     freeze_projector: bool = free(False)  # paligemma: of image tokens, after the vision tower
     train_expert_only: bool = free(False)  # action_expert: short for all three freeze_*
     dtype: str = free("bfloat16")  # of compute (autocast) and of frozen weights as stored; trained weights are fp32
@@ -180,7 +180,7 @@ class ActionHeadConfig:
     """The action head: what it predicts, and its size."""
 
     type: str = "flow_matching"  # a key of ACTION_HEADS (model/action_head): also regression, discrete, diffusion
-    use_state_input: bool = True
+    use_state_input: bool = True  # false: the head sees images and prompt alone
     horizon: int = 8  # T, action steps per prediction
     per_action_dim: int = 7  # A, values per action step
     action_dim: int | None = None  # horizon x per_action_dim; derived, checked when given
@@ -188,7 +188,7 @@ class ActionHeadConfig:
     num_action_bins: int = 256  # bins per dimension, of the discrete head and of binned accuracy
     mlp_hidden_dims: tuple[int, ...] = (1024, 512)  # discrete: hidden widths of the MLP
     decoding: Literal["argmax", "expectation", "sample"] = free("argmax")  # discrete: from bin probabilities to actions
-    dropout_prob: float = free(0.0)
+    dropout_prob: float = free(0.0)  # in the head, while it trains
     hidden_dim: int = 1024  # width of the action-token transformer, and of the state encoder
     num_layers: int = 8
     num_heads: int = 8

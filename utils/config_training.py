@@ -14,14 +14,14 @@ from utils.foreign_files import is_plain_name
 class TrainingConfig:
     """How long to train, what to write and when."""
 
-    epochs: int = 10
+    epochs: int = 10  # passes over the training data
     max_steps: int | None = None  # optimizer steps; stops earlier than epochs when reached
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step; data.batch_size is their total
     log_interval: int = 10  # optimizer steps between log lines
     checkpoint_dir: str = "experiments"  # everything goes to {checkpoint_dir}/{experiment_name}/
     experiment_name: str = "default"
     grad_clip_norm: float | None = 1.0  # None: no clipping
-    seed: int = 42
+    seed: int = 42  # of first weights, order of samples, noise and augmentation
     max_hours: float | None = None  # wall-clock hours of one start; then it saves and exits, to be resumed
     save_every_n_epochs: int = 1
     save_every_n_steps: int | None = None  # optimizer steps between checkpoints within epochs; None: none

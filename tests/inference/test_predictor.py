@@ -298,3 +298,14 @@ def test_missing_and_truncated_checkpoints(checkpoint, tmp_path):
     (tmp_path / "half.pth.tar").write_bytes(checkpoint.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="not a whole checkpoint.*truncated"):
         VLAPredictor.from_checkpoint(tmp_path / "half.pth.tar")
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints"])
+def test_a_folder_of_checkpoints_is_none_of_them(tmp_path, inside):
+    folder = tmp_path / inside
+    folder.mkdir(exist_ok=True)
+    for name in ("checkpoint_epoch_1", "model_best"):
+        (folder / f"{name}.pth.tar").touch()
+    first = f"{inside}/model_best" if inside else "model_best"
+    with pytest.raises(CheckpointError, match=f"holds checkpoints; give one of them: {first}.pth.tar, .*epoch_1"):
+        VLAPredictor.from_checkpoint(tmp_path)
