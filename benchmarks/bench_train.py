@@ -49,7 +49,7 @@ from data.sampler import StepBatchSampler
 from training.fit_estimate import GB, expected_memory
 from training.trainer import VLATrainer
 from utils.arguments import CommandParser
-from utils.batch import Batch, example_batch, to_device
+from utils.batch import Batch, example_batch, steps_with_loss, to_device
 from utils.config_utils import Config
 from utils.text_table import text_table
 
@@ -156,7 +156,7 @@ def now(device: torch.device) -> float:
 def bare_step(trainer: VLATrainer, batch: Batch) -> None:
     """The least that an update takes: what a training script of a page does."""
     batch = to_device(batch, trainer.device)
-    valid = (~batch["action_is_pad"]).sum()
+    valid = steps_with_loss(batch, trainer.config).sum()
     (trainer.policy(batch).sum() / valid).backward()
     nn.utils.clip_grad_norm_([p for p in trainer.policy.parameters() if p.requires_grad], 1.0)
     trainer.state.optimizer.step()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.action_head import build_action_head, head_class
+from model.action_head.base import repeat_last
 from model.augmentation import ImageAugmentation
 from model.backbone import Backbone, backbone_class
 from model.checkpointing import frozen_base, policy_from_checkpoint
@@ -64,6 +65,7 @@ class VLAModel(nn.Module):
         self.action_head = build_action_head(
             config.model.action_head_config, backbone.spec, data.state_dim, self.normalizer.action_range
         )
+        self.trains_over_padding = config.model.action_head_config.trains_over_padding
         self.action_head.adapt(config.model.action_head_config, self.compute_dtype)
         self.rest_unread()
 
@@ -126,7 +128,7 @@ class VLAModel(nn.Module):
         return policy_from_checkpoint(cls, checkpoint, config, statistics, **options)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Training loss per action step, float32 (B, T), zero where `action_is_pad`.
+        """Training loss per action step, float32 (B, T), zero where `utils.batch.steps_with_loss` is False.
 
         Args:
             batch: the data contract, on the model's device, `action` in physical units.
@@ -134,7 +136,10 @@ class VLAModel(nn.Module):
         with self.autocast():
             context = self.encode(batch)
             action_BTA = self.normalizer.normalize_action(batch["action"], batch["state"], batch["dataset_index"])
-            return self.action_head.loss(context, action_BTA, batch["action_is_pad"])
+            is_pad_BT = batch["action_is_pad"].bool()
+            if self.trains_over_padding:
+                action_BTA, is_pad_BT = repeat_last(action_BTA, is_pad_BT)
+            return self.action_head.loss(context, action_BTA, is_pad_BT)
 
     def draw_noise(self, seeds_KB: Sequence[Sequence[int]], num_inference_steps: int) -> Tensor | None:
         """The noise of K draws, (K, B, ...) on the model's device, or None for heads that sample nothing.

@@ -47,7 +47,7 @@ def steps_with_loss(batch: Batch, config: Config) -> Tensor:
     With `loss_over_padding` all do, except in samples of nothing but padding, which only fill a batch.
     """
     is_pad_BT = batch["action_is_pad"]
-    if not config.model.action_head_config.loss_over_padding:
+    if not config.model.action_head_config.trains_over_padding:
         return ~is_pad_BT
     return (~is_pad_BT.all(dim=1, keepdim=True)).expand_as(is_pad_BT)
 

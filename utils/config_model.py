@@ -210,7 +210,15 @@ class ActionHeadConfig:
     max_clean_prefix: int = free(0)  # flow_matching: train with up to so many leading actions given, without loss
     expert: ExpertConfig = field(default_factory=ExpertConfig)  # action_expert
     detach_context: bool = free(False)  # action_expert: its loss does not train the backbone (knowledge insulation)
-    loss_over_padding: bool = free(False)  # action_expert: steps past the end repeat the last action and count
+    # Steps past an episode's end repeat its last action and have a loss; null: where steps see each other's noise,
+    # since a policy that trains without them learns from their absence that the end is near, and then never ends.
+    loss_over_padding: bool | None = free(None)
+
+    @property
+    def trains_over_padding(self) -> bool:
+        """Whether steps past an episode's end have a loss."""
+        noisy = self.type in ("flow_matching", "diffusion", "action_expert")
+        return noisy if self.loss_over_padding is None else self.loss_over_padding
 
     def __post_init__(self) -> None:
         place = "model.action_head_config"

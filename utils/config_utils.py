@@ -237,7 +237,6 @@ class Config:
         asked = {
             "model.vlm_config.train_expert_only": vlm.train_expert_only,
             "model.action_head_config.detach_context": head.detach_context,
-            "model.action_head_config.loss_over_padding": head.loss_over_padding,
             "model.action_head_config.expert.lora": head.expert.lora is not None,
             "model.action_head_config.expert.gradient_checkpointing": head.expert.gradient_checkpointing,
             "inference.expert_quantization": self.inference.expert_quantization != "none",

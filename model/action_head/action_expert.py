@@ -101,14 +101,7 @@ class ActionExpertHead(FlowMatching):
         return torch.ones(len(context.mask_BL), 1, self.flow_dim, device=context.mask_BL.device)
 
     def action_targets(self, context: Context, action_BTA: Tensor, action_is_pad_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """See `FlowMatching`; with `loss_over_padding` the last action is repeated, and every step has a loss."""
-        if self.config.loss_over_padding:
-            action_is_pad_BT = action_is_pad_BT.bool()
-            last_B = (~action_is_pad_BT).sum(dim=1).clamp(min=1) - 1
-            step_BT = torch.arange(action_BTA.shape[1], device=last_B.device).minimum(last_B[:, None])
-            action_BTA = action_BTA.gather(1, step_BT[..., None].expand_as(action_BTA))
-            # A sample of nothing but padding only fills a batch.
-            action_is_pad_BT = action_is_pad_BT.all(dim=1, keepdim=True).expand_as(action_is_pad_BT)
+        """See `FlowMatching`; actions are padded to the width of the noise."""
         action_BTA, action_is_pad_BT = super().action_targets(context, action_BTA, action_is_pad_BT)
         action_BTA = action_BTA * existing_dims(context, self.per_action_dim)
         return F.pad(action_BTA, (0, self.flow_dim - self.per_action_dim)), action_is_pad_BT
