@@ -37,6 +37,7 @@ from inference.report import write_json
 from model.normalizer import Normalizer
 from model.vla_model import VLAModel
 from utils.arguments import CommandParser, run_command
+from utils.batch import steps_with_loss
 from utils.config_utils import Config, load_config
 from utils.misc import derive_seed, set_up_logging, writing
 from utils.statistics import load_statistics
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.skip_model:
         torch.manual_seed(derive_seed("init", config.training.seed))
         model = VLAModel.from_pretrained(config, statistics, image_processor.mean, image_processor.std)
-        result["untrained_loss"] = untrained_loss(model, batch)
+        result["untrained_loss"] = untrained_loss(model, batch, config)
 
     paths = [args.output_dir / "analysis.json", args.output_dir / "episodes.csv"]
     with writing(args.output_dir, "choose another --output_dir"):
@@ -202,13 +203,13 @@ def describe_normalized(split: MixtureDataset, normalizer: Normalizer, config: C
     return result
 
 
-def untrained_loss(model: VLAModel, batch: dict[str, Any]) -> float:
-    """The training loss of the batch before any training: the mean over valid action steps, without augmentation
-    or dropout."""
+def untrained_loss(model: VLAModel, batch: dict[str, Any], config: Config) -> float:
+    """The training loss of the batch before any training: the mean over the action steps that have one, without
+    augmentation or dropout."""
     model.eval()
     with torch.no_grad():
         loss_BT = model(batch)
-    return float(loss_BT.sum() / (~batch["action_is_pad"]).sum())
+    return float(loss_BT.sum() / steps_with_loss(batch, config).sum())
 
 
 def spread(length: int, count: int) -> np.ndarray:

@@ -150,7 +150,7 @@ def timeline() -> plt.Figure:
         (EXECUTED, "executed"),
         (REPLACED, "predicted, replaced by the next chunk"),
         (TARGET, "target of the loss"),
-        (PADDED, "action_is_pad: no loss, no metric"),
+        (PADDED, "action_is_pad: repeated, no metric"),
     )
     for (color, text), x in zip(key, (0.2, 1.9, 4.0, 8.6, 11.6), strict=True):
         cell = Rectangle((x, 0.15), 0.4, 0.28, facecolor=color, edgecolor=INK, linewidth=0.8)

@@ -32,7 +32,7 @@ class Batch(TypedDict, total=False):
     prompt_mask: Tensor  # bool (B, L): False on that padding
     state: Tensor  # float32 (B, state_dim), physical units
     action: Tensor  # float32 (B, T, A): the next T actions from now, physical units
-    action_is_pad: Tensor  # bool (B, T): True past the episode's end; no loss there, no metric there
+    action_is_pad: Tensor  # bool (B, T): True past the episode's end; no metric there, see `steps_with_loss`
     dataset_index: Tensor  # int64 (B,): which dataset's statistics apply
     episode_index: Tensor  # int64 (B,): with frame_index where the sample came from, so that errors can name it
     frame_index: Tensor  # int64 (B,): step within the episode

@@ -237,7 +237,6 @@ def test_contradictions_are_refused(model: dict[str, Any], message: str) -> None
     [
         ("model.vlm_config", "train_expert_only", True),
         ("model.action_head_config", "detach_context", True),
-        ("model.action_head_config", "loss_over_padding", True),
         ("model.action_head_config.expert", "lora", {}),
         ("model.action_head_config.expert", "gradient_checkpointing", True),
         ("inference", "expert_quantization", "int8"),

@@ -48,6 +48,12 @@ def test_everything_decays_where_that_is_asked_for() -> None:
 
 def test_which_steps_have_a_loss() -> None:
     is_pad = torch.tensor([[False, True], [True, True]])
-    head = {"model": {"action_head_config": {"type": "action_expert", "loss_over_padding": True}}}
-    assert steps_with_loss({"action_is_pad": is_pad}, config_from_dict({})).tolist() == [[True, False], [False, False]]
-    assert steps_with_loss({"action_is_pad": is_pad}, config_from_dict(head)).tolist() == [[True, True], [False, False]]
+    for head, wanted in (
+        ({}, [[True, True], [False, False]]),
+        ({"type": "diffusion"}, [[True, True], [False, False]]),
+        ({"type": "regression"}, [[True, False], [False, False]]),
+        ({"loss_over_padding": False}, [[True, False], [False, False]]),
+        ({"type": "regression", "loss_over_padding": True}, [[True, True], [False, False]]),
+    ):
+        config = config_from_dict({"model": {"action_head_config": head}})
+        assert steps_with_loss({"action_is_pad": is_pad}, config).tolist() == wanted, head

@@ -109,6 +109,25 @@ def test_micro_batches_equal_one_batch_with_uneven_padding(make_config):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+def test_training_sees_as_many_steps_as_prediction(make_config, monkeypatch):
+    """A policy that notices which steps are missing learns from it that the end is near, and then never ends."""
+    trainer = make_trainer(make_config())
+    batch = next(iter(trainer.train_loader))
+    batch["action_is_pad"][:] = False
+    batch["action_is_pad"][0, 1:] = True
+    seen = []
+    monkeypatch.setattr(trainer.policy.action_head, "loss", lambda context, *shown: seen.append(shown))
+    trainer.policy(batch)
+    ((action_BTA, is_pad_BT),) = seen
+    assert not is_pad_BT.any()
+    assert torch.equal(action_BTA[0], action_BTA[0, :1].expand_as(action_BTA[0])) and action_BTA[0].any()
+    whole = trainer.policy.normalizer.normalize_action(batch["action"], batch["state"], batch["dataset_index"])
+    assert torch.equal(action_BTA[1:], whole[1:])
+    batch["action_is_pad"][0] = True  # a sample that only fills a batch
+    trainer.policy(batch)
+    assert seen[1][1][0].all() and not seen[1][1][1:].any()
+
+
 def test_padded_steps_do_not_reach_loss_or_gradient(make_config):
     trainer = make_trainer(make_config(model={"action_head_config": {"dropout_prob": 0.0}}))
     batch = next(iter(trainer.train_loader))
