@@ -1,6 +1,6 @@
 """LIBERO: does one policy look, and does it listen? Tasks of libero_goal from one picture, beside libero_object.
 
-    python benchmarks/libero_goal.py [--quick] [--json libero.json] [--demos 50] [--episodes 20] [--tasks GROUP ...]
+    python benchmarks/libero_goal.py [--quick] [--json libero.json] [--demos 100] [--episodes 20] [--tasks GROUP ...]
 
 Records the scripted experts in the wide layout, trains configs/libero_goal.yaml from scratch, and evaluates in closed
 loop on seeds from 10000 upwards:
@@ -160,7 +160,7 @@ def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
-    parser.add_argument("--demos", type=int, default=50, help="per task")
+    parser.add_argument("--demos", type=int, default=100, help="per task")
     parser.add_argument("--episodes", type=int, default=20, help="per task and column")
     parser.add_argument("--tasks", nargs="+", default=[*GOAL, "libero_object"], help="beside the four of the matrix")
     help_text = "the four tasks of the matrix alone, and no table of layouts"
