@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from model.context import ActionPrefix
 from model.vla_model import VLAModel
 from utils.config_utils import Config
 
@@ -27,6 +31,7 @@ class ActionUnits:
         self.statistics: dict[str, list[float]] = model.statistics[dataset_index]["action"]
         self._normalizer, self._index, self._width = model.normalizer, dataset_index, per_action_dim
         self._model_widths = model.action_head.per_action_dim, config.data.state_dim
+        self._model_horizon = model.action_head.horizon
 
     def mean(self, state_NS: np.ndarray) -> np.ndarray:
         """The training data's mean action for each state, float32 (N, A), physical units.
@@ -54,3 +59,11 @@ class ActionUnits:
         index = torch.full((len(action),), self._index, dtype=torch.int64, device=device)
         tensors = (torch.as_tensor(np.asarray(x, np.float32), device=device) for x in (action, state))
         return self._normalizer.normalize_action(*tensors, index)[..., : self._width].cpu().numpy()
+
+    def widened(self, prefix: ActionPrefix) -> ActionPrefix:
+        """A prefix of the dataset's widths in the model's, on its device: what it lacks is free."""
+        device, (model_action, _) = self._normalizer.action_is_delta_A.device, self._model_widths
+        missing = self._model_horizon - prefix.action_BTA.shape[1]
+        action_BTA = F.pad(prefix.action_BTA, (0, model_action - prefix.action_BTA.shape[2], 0, missing))
+        weight_BT = F.pad(prefix.weight_BT, (0, missing))
+        return replace(prefix, action_BTA=action_BTA.to(device), weight_BT=weight_BT.to(device))

@@ -10,13 +10,11 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data.processing import (
     Frame,
@@ -357,7 +355,7 @@ class VLAPredictor:
         if "noise" not in batch:
             noise = self.model.draw_noise(seeds, steps)
             batch = batch if noise is None else {**batch, "noise": noise}
-        prefix = None if prefix is None else self._widened(prefix)
+        prefix = None if prefix is None else self.action_units.widened(prefix)
         action_KBTA, unsure_KBT = self.engine(batch, steps, num_draws=len(seeds), prefix=prefix)
         actions = action_KBTA[..., : self.horizon, : self.per_action_dim].cpu().numpy()
         if best_of == 1:
@@ -424,14 +422,6 @@ class VLAPredictor:
         if warnings is None:
             self._log_once(told)
         return sample
-
-    def _widened(self, prefix: ActionPrefix) -> ActionPrefix:
-        """A prefix of the dataset's widths in the model's, on its device: what it lacks is free."""
-        head = self.config.model.action_head_config
-        missing = head.horizon - prefix.action_BTA.shape[1]
-        action_BTA = F.pad(prefix.action_BTA, (0, head.per_action_dim - prefix.action_BTA.shape[2], 0, missing))
-        weight_BT = F.pad(prefix.weight_BT, (0, missing))
-        return replace(prefix, action_BTA=action_BTA.to(self.device), weight_BT=weight_BT.to(self.device))
 
     def _log_once(self, warnings: dict[str, str]) -> None:
         for kind, text in warnings.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.action_head import build_action_head, head_class
-from model.action_head.base import repeat_last
+from model.action_head.padding import repeat_last
 from model.augmentation import ImageAugmentation
 from model.backbone import Backbone, backbone_class
 from model.checkpointing import frozen_base, policy_from_checkpoint
