@@ -230,7 +230,7 @@ def vector_names(metadata: Mapping[bytes, bytes] | None, name: str, width: int) 
 
 
 def vectors(
-    column: pa.ChunkedArray | pa.Array, name: str, width: int, path: Source, first_row: int, *, width_from: str
+    column: pa.ChunkedArray | pa.Array, name: str, width: int, path: Source, first_row: int, *, width_from: str | None
 ) -> np.ndarray:
     """A list column as float32 (rows, width).
 
@@ -239,7 +239,7 @@ def vectors(
         name: of the column, for error messages.
         width: values that every row must have.
         path, first_row: where the column's first row lies, for error messages.
-        width_from: the config key that sets the width, for error messages.
+        width_from: the config key that sets the width, for error messages; None: the file's first row does.
 
     Raises:
         DataError: another type, a null row, another width, NaN or infinity.
@@ -258,10 +258,11 @@ def vectors(
     widths = np.asarray(array.value_lengths().fill_null(0))
     if (widths != width).any():
         row = int(np.flatnonzero(widths != width)[0])
-        raise DataError(
-            f"{path} row {first_row + row}: {name} has {widths[row]} values, config wants {width_from} {width}; "
-            "correct the config or the file"
-        )
+        wanted, remedy = f"its first row has {width}", "drop or mend that episode"
+        if width_from is not None:
+            wanted = f"config wants {width_from} {width}"
+            remedy = "mend the file, or train with a config of its width: a trained policy keeps the one it has"
+        raise DataError(f"{path} row {first_row + row}: {name} has {widths[row]} values, {wanted}; {remedy}")
     values = array.flatten()
     flat = np.asarray(values.cast(pa.float32(), safe=False).fill_null(float("nan")), dtype=np.float32)
     matrix = flat.reshape(len(array), width)

@@ -94,7 +94,7 @@ class StateColumns:
             vectors(
                 as_list(batch.column(name)),
                 *(name, width, path, first_row),
-                width_from="its width in the first row," if several else self.width_from,
+                width_from=None if several else self.width_from,
             )
             for name, width in self.widths.items()
         ]

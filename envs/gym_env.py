@@ -47,6 +47,7 @@ class GymEnv(RobotEnv):
         max_episode_steps: int | None = None,
         clip: bool = False,
         hold: str | None = None,
+        gripper: int | tuple[int, ...] = (),
         cameras: Any = None,
         **options: Any,
     ) -> None:
@@ -65,6 +66,8 @@ class GymEnv(RobotEnv):
             clip: clip actions to the environment's action space.
             hold: what keeps the robot still, for steps that no plan covers: "zero" where actions are displacements,
                 "state" where they are the values of the state. Needed by execution with latency alone.
+            gripper: which values of an action command a gripper, "6" or "[6, 13]": while the robot is held still they
+                stay what they were, and what it carries does not fall.
             cameras, options: `image_1="pixels.top"` says where an image is in the observation, "." that it is the whole
                 observation, "render" that it is what `render` returns; `cameras="front=pixels.top"` says the same. Any
                 other option goes to the environment.
@@ -110,6 +113,13 @@ class GymEnv(RobotEnv):
         boxes = {key: gymnasium.spaces.Box(0, 255, image.shape, np.uint8) for key, image in self.images().items()}
         state_space = gymnasium.spaces.Box(-np.inf, np.inf, (self.state_dim,), np.float32)
         self.observation_space = gymnasium.spaces.Dict({**boxes, "state": state_space})
+        if hold is None and gripper != ():
+            raise ValueError(f"gripper={gripper!r} is kept while the robot is held still; give hold=zero or hold=state")
+        gripper = (gripper,) if isinstance(gripper, int) else gripper
+        values = range(self.per_action_dim)
+        if not isinstance(gripper, (tuple, list)) or any(type(dim) is not int or dim not in values for dim in gripper):
+            raise ValueError(f"gripper={gripper!r}; give numbers from 0 to {values[-1]}, the values of an action")
+        self._gripper = list(gripper)
         if hold == "state" and self.state_dim != self.per_action_dim:
             raise ValueError(f"hold=state: the state has {self.state_dim} values, an action {self.per_action_dim}")
         self._raw = None  # `step` needs a `reset` of the user's
@@ -149,14 +159,17 @@ class GymEnv(RobotEnv):
         )
 
     def hold_action(self, previous: np.ndarray | None) -> np.ndarray:
-        """As the option `hold` says."""
+        """As the options `hold` and `gripper` say."""
         if self._hold is None:
             raise ValueError(
                 f"{self.task}: which action holds the robot still? Give --env_options hold=zero where actions are "
                 "displacements, hold=state where they are the values of the state"
             )
         still = np.zeros(self.per_action_dim) if self._hold == "zero" else self._state()
-        return np.asarray(still, np.float32)
+        still = np.array(still, np.float32)
+        if previous is not None:
+            still[self._gripper] = previous[self._gripper]
+        return still
 
     def images(self) -> dict[str, np.ndarray]:
         return {key: self._image(key, place) for key, place in self._places.items()}

@@ -46,6 +46,7 @@ PROTOCOLS = {"openpi": PolicyServer, "vla-eval": HarnessServer}
 RECORDING_DEFAULTS = {"record_max_mb": 10_000, "record_when_full": FULL, "record_images": "png"}
 RECORDING_END_S = 10.0  # for the last episodes to be written when the server ends
 SETTINGS = ("num_inference_steps", "best_of", "compile", "quantization", "expert_quantization")  # of `inference`
+PLAN_SETTINGS = ("n_action_steps", "execution", "latency_steps")  # of whoever executes plans: vla-eval's server does
 
 
 def port_number(text: str) -> int:
@@ -68,6 +69,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as trained")
     add_setting_flags(parser.add_argument_group("instead of the checkpoint's settings"), InferenceConfig, SETTINGS)
+    group = parser.add_argument_group("the same, of --protocol vla-eval, where the server executes plans")
+    add_setting_flags(group, InferenceConfig, PLAN_SETTINGS)
     parser.add_argument("--num_threads", type=at_least(1), help="CPU threads of torch")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise of requests that carry no seed")
     add_recording_flags(parser.add_argument_group("recording: what the policy sees and plans, as training data"))
@@ -77,6 +80,9 @@ def parse_args() -> argparse.Namespace:
         given = [name for name in RECORDING_DEFAULTS if getattr(args, name) is not None]
         if given:
             parser.error(f"--{given[0]} needs --record FOLDER")
+    given = [name for name in PLAN_SETTINGS if getattr(args, name) is not None]
+    if given and args.protocol != "vla-eval":
+        parser.error(f"--{given[0]} needs --protocol vla-eval; robots get whole plans, and their client executes them")
     return args
 
 
@@ -188,7 +194,7 @@ def main() -> None:
         torch.set_num_threads(args.num_threads)
     token = read_token(args.token_env, args.host)
     check_set_args(args.set_args)
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in (*SETTINGS, *PLAN_SETTINGS)}
     where = args.checkpoint_path, args.device, args.dataset
     predictor = VLAPredictor.from_checkpoint(*where, use_amp=args.use_amp, **settings)
     serving = override_config(predictor.config, args.set_args).serving

@@ -202,7 +202,8 @@ def _check_settings(content: dict[str, Any], config: Config, path: str, command:
         needed = ", ".join(f"data.{key} {value}" for key, value in others.items())
         flags = " ".join(f"'data.{key}={'null' if value is None else value}'" for key, value in others.items())
         raise StatisticsError(
-            f"{path}: made with {made_with}, config wants {needed}; make it again with: {command} --set {flags}"
+            f"{path}: made with {made_with}, config wants {needed}; where other configs use the file, give this one "
+            f"another data.normalization_stats_path; make it again with: {command} --set {flags}"
         )
 
 

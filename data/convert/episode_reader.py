@@ -85,7 +85,7 @@ def read_episodes(
         for name in numeric:
             column = as_list(table[name])
             width = parts[name][0].shape[1] if parts[name] else vector_width(column, name, path)
-            parts[name].append(vectors(column, name, width, path, 0, width_from="the first row's width,"))
+            parts[name].append(vectors(column, name, width, path, 0, width_from=None))
         for name in bools:
             parts[name].append(flags(table[name], name, path, 0))
         all_prompts += map(sys.intern, prompts(table[PROMPT], path, 0))

@@ -29,6 +29,7 @@ from inference.serving.connections import Connection
 from inference.serving.requests import RequestError
 from inference.serving.server import PolicyServer
 from inference.serving.wire import WireError, array_of, dtype_of, pack, unpack
+from utils.config_utils import ConfigError
 from utils.misc import derive_seed
 
 PROTOCOL_VERSION = 1
@@ -47,10 +48,21 @@ class _Episode:
 
 
 class HarnessServer(PolicyServer):
-    """A `PolicyServer` that speaks the harness's protocol."""
+    """A `PolicyServer` that speaks the harness's protocol.
+
+    Raises:
+        ConfigError: the policy is to plan while the robot moves, or to join plans: the harness waits for each.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        settings = self.predictor.settings
+        if settings.execution != "synchronous" or settings.latency_steps:
+            raise ConfigError(
+                f"inference.execution is {settings.execution} and latency_steps {settings.latency_steps}, but the "
+                "harness waits for each plan and has it executed as it is; give --execution synchronous "
+                "--latency_steps 0, or evaluate with main_eval.py"
+            )
         self.reader.keeps_time = False  # its clients are simulators
         self._episodes: WeakKeyDictionary[Connection, _Episode] = WeakKeyDictionary()
 

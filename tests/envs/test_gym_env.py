@@ -114,6 +114,13 @@ def test_holding_still_must_be_said():
         np.testing.assert_array_equal(env.hold_action(None), np.array(wanted, np.float32))
 
 
+def test_what_it_carries_is_held_too():
+    env = arm(hold="zero", gripper=1)
+    env.reset(seed=0)
+    np.testing.assert_array_equal(env.hold_action(np.array([0.3, -1.0])), np.array([0, -1], np.float32))
+    np.testing.assert_array_equal(env.hold_action(None), np.zeros(2, np.float32))
+
+
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
@@ -124,6 +131,9 @@ def test_holding_still_must_be_said():
         (PUSHT, {"state": "agent_pos[1:5]"}, r"state=agent_pos\[1:5\]: agent_pos has 2 values"),
         (PUSHT, {"sucess": "x"}, "takes no option 'sucess'; did you mean 'success'"),
         (PUSHT, {"hold": "still"}, "hold='still'; give one of state, zero"),
+        (PUSHT, {"gripper": 1}, "gripper=1 is kept while the robot is held still; give hold=zero or hold=state"),
+        (PUSHT, {"hold": "zero", "gripper": [0, 2]}, r"gripper=\[0, 2\]; give numbers from 0 to 1"),
+        (PUSHT, {"hold": "zero", "gripper": True}, "gripper=.*True.*; give numbers from 0 to 1"),
         (PUSHT, {"control_hz": 0}, "control_hz is 0; give the steps a second"),
         (PUSHT, {"control_hz": float("nan")}, "control_hz is nan; give the steps a second"),
         (PUSHT, {"max_episode_steps": -1}, "max_episode_steps is -1, must be a whole number of at least 1"),

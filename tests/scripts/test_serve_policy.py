@@ -60,6 +60,15 @@ def test_a_host_that_is_not_this_machine(serve, host):
         serve("--device", "cpu", "--host", host, "--port", "0")
 
 
+def test_who_executes_plans(serve, capsys):
+    with pytest.raises(SystemExit):
+        serve("--n_action_steps", "4")
+    assert "--n_action_steps needs --protocol vla-eval; robots get whole plans" in capsys.readouterr().err
+    for flags in (["--execution", "naive_async"], ["--latency_steps", "1"]):
+        with pytest.raises(ConfigError, match="the harness waits for each plan .* give --execution synchronous"):
+            serve("--device", "cpu", "--port", "0", "--protocol", "vla-eval", *flags)
+
+
 def test_it_ends_with_one_line():
     command = [sys.executable, "scripts/serve_policy.py", "--checkpoint_path", str(FLOW), "--device", "warp"]
     done = subprocess.run(command, capture_output=True, text=True)
