@@ -20,8 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from envs import FIRST_EVALUATION_SEED
 from inference.metrics import wilson_interval
+from utils.checkpoint import newest_checkpoint
 from utils.cli import config_from_args, train_parser
 
 HELD_OUT_SEED = 5000
@@ -40,6 +43,8 @@ class Recipe:
         num_workers: processes that record, and that simulate in evaluations.
         nproc: processes that train.
         data_name: of another recipe, whose demonstrations are taken.
+        splits: folders of demonstrations that are trained on.
+        after: the recipe, trained, from whose policy training begins, with its statistics; None: from nothing.
     """
 
     name: str
@@ -52,6 +57,8 @@ class Recipe:
     num_workers: int = 2
     nproc: int = 1
     data_name: str | None = None
+    splits: Sequence[str] = ("train",)
+    after: Recipe | None = None
 
     @property
     def data(self) -> pathlib.Path:
@@ -70,6 +77,12 @@ class Recipe:
         """Step -> checkpoint, in order, of those that `training.save_every_n_steps` left."""
         found = self.experiment.glob("checkpoints/checkpoint_step_*.pth.tar")
         return dict(sorted((int(path.name.split(".")[0].rpartition("_")[2]), path) for path in found))
+
+    @property
+    def step(self) -> int:
+        """How far training has come, by its newest checkpoint; 0 before the first."""
+        newest = newest_checkpoint(self.experiment / "checkpoints", self.name)
+        return torch.load(newest, mmap=True, weights_only=True)["step"] if newest else 0
 
     @property
     def seconds(self) -> dict[str, dict[str, float]]:
@@ -106,17 +119,23 @@ class Recipe:
         """Backbone, statistics and training, unless done; `training.max_hours` is that of all starts together."""
         if self.seconds.get("train", {}).get("complete"):
             return
-        weights, statistics = pathlib.Path("weight", self.name), self.experiment / "normalization_stats.json"
-        files = ["--config_path", self.config, "--train_data_override", *self.demonstrations("train")]
+        first = self.after or self
+        weights, statistics = pathlib.Path("weight", first.name), first.experiment / "normalization_stats.json"
+        demonstrations = [file for split in self.splits for file in self.demonstrations(split)]
+        files = ["--config_path", self.config, "--train_data_override", *demonstrations]
         with self._timed("train"):
             if not (weights / "model.safetensors").is_file():
                 sizes = [text for key, value in self.backbone.items() for text in (f"--{key}", str(value))]
-                prompts = ["--prompts_from", *self.demonstrations("train")]
+                prompts = ["--prompts_from", *demonstrations]
                 run("scripts/make_tiny_paligemma.py", "--output_dir", str(weights), *sizes, *prompts)
             if not statistics.is_file():
                 run("utils/calculate_normalization_stats.py", *files, "--output_path", str(statistics))
             files += ["--val_data_override", *self.demonstrations("val"), "--experiment_name", self.name]
-            files += ["--model_name_or_path", str(weights), "--resume_checkpoint", "auto"]
+            files += ["--model_name_or_path", str(weights)]
+            if self.after and not any(self.experiment.glob("checkpoints/*.pth.tar")):
+                files += ["--init_checkpoint", str(self.after.checkpoint), "--statistics", "pretrained"]
+            else:
+                files += ["--resume_checkpoint", "auto"]
             files += ["--set", f"data.normalization_stats_path={statistics}", *self.settings]
             script = ["main_train_ddp.py", "--nproc", str(self.nproc)] if self.nproc > 1 else ["main_train.py"]
             settings = config_from_args(train_parser(None).parse_args(files)).training
@@ -124,7 +143,7 @@ class Recipe:
             hours = max(hours - self.seconds.get("train", {"wall": 0.0})["wall"] / 3600, 1e-9)
             began = time.perf_counter()
             run(*script, *files, *([f"training.max_hours={hours}"] if hours < math.inf else []))
-            step = max(self.kept, default=0)
+            step = self.step
             if step < steps and time.perf_counter() - began < 3600 * hours:  # a signal: it has saved, its status is 0
                 sys.exit(f"error: {self.name}: training stopped after step {step} of {steps}; the same command goes on")
 

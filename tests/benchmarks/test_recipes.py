@@ -10,6 +10,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import _recipe, aloha_transfer, libero_goal, metaworld_mt50
 from inference.eval_args import parse_args
@@ -47,8 +48,11 @@ def commands(tmp_path, monkeypatch):
             words = arguments[2:] if script == "main_train_ddp.py" else arguments
             config = config_from_args(train_parser(None).parse_args(words))
             (config.experiment_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for name in ("model_best", f"checkpoint_step_{config.training.max_steps}"):
-                (config.experiment_dir / f"checkpoints/{name}.pth.tar").touch()
+            training = config.training
+            about = {"step": training.max_steps, "saved_at": 0.0, "config": {"training": {"experiment_name": ""}}}
+            about["config"]["training"]["experiment_name"] = training.experiment_name
+            for name in ("model_best", "checkpoint_epoch_1"):
+                torch.save(about, config.experiment_dir / f"checkpoints/{name}.pth.tar")
 
     monkeypatch.setattr(_recipe, "run", run)
     return found
@@ -63,7 +67,16 @@ def test_libero(commands, monkeypatch, capsys):
     libero_goal.main()
     recorded = [arguments for script, arguments in commands if script == "scripts/record_demos.py"]
     tasks = {task for arguments in recorded for task in recording_parser().parse_args(arguments).tasks}
-    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < tasks and len(recorded) == 16 * 4
+    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < tasks and len(recorded) == 16 * 5
+    corrections = [a for a in recorded if "--takeover" in a]
+    checkpoint = "experiments/libero_goal/checkpoints/model_best.pth.tar"
+    assert len(corrections) == 16 and all(checkpoint in arguments for arguments in corrections)
+    first, second = (a for script, a in commands if script == "main_train_ddp.py")
+    assert "auto" in first and not any("corrections" in word for word in first)
+    assert sum(word.startswith("demos/libero_goal/corrections_libero_goal/") for word in second) == 16
+    begins = second.index("--init_checkpoint")
+    assert second[begins + 1 : begins + 4] == (checkpoint, "--statistics", "pretrained")
+    assert second[second.index("--experiment_name") + 1] == "libero_goal_corrected"
     evaluations = [arguments for script, arguments in commands if script == "main_eval.py"]
     assert len(evaluations) == 2 * len(libero_goal.RUNS)
     for layout in ("standard", "wide"):  # what is played back lay as it lies now, and was done as it is told
@@ -153,8 +166,9 @@ def test_a_stopped_training_is_not_a_complete_one(commands, monkeypatch):
 
     def stopped(script, *arguments):
         run(script, *arguments)
-        for step, checkpoint in recipe.kept.items():
-            checkpoint.rename(checkpoint.with_name(f"checkpoint_step_{step - 1}.pth.tar"))
+        for path in recipe.experiment.glob("checkpoints/*.pth.tar"):
+            checkpoint = torch.load(path, weights_only=True)
+            torch.save(checkpoint | {"step": checkpoint["step"] - 1}, path)
 
     monkeypatch.setattr(_recipe, "run", stopped)
     with pytest.raises(SystemExit, match="r: training stopped after step 9599 of 9600; the same command goes on"):
