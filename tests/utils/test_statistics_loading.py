@@ -45,7 +45,8 @@ def test_loading_refuses_statistics_of_another_treatment(mixture, tmp_path):
     save(change(mixture, action_mode="absolute", absolute_action_dims=()))
     assert refusal(mixture) == (
         f"{path}: made with action_mode absolute, absolute_action_dims [], config wants data.action_mode delta, "
-        f"data.absolute_action_dims [3]; {again} --set 'data.action_mode=delta' 'data.absolute_action_dims=[3]'"
+        "data.absolute_action_dims [3]; where other configs use the file, give this one another "
+        f"data.normalization_stats_path; {again} --set 'data.action_mode=delta' 'data.absolute_action_dims=[3]'"
     )
     save(change(mixture, absolute_action_dims=(3, 0)))
     assert load_statistics(path, change(mixture, absolute_action_dims=(0, 3)), "c.yaml")
