@@ -136,13 +136,19 @@ def layouts(recipe: Recipe, episodes: int) -> dict[str, dict[str, Any]]:
     return results
 
 
+def second(recipe: Recipe) -> Recipe:
+    """The recipe that goes on from this one, with corrections beside its demonstrations."""
+    name, config = f"{recipe.name}_corrected", "configs/libero_goal_corrected.yaml"
+    splits = (*recipe.splits, f"corrections_{recipe.name}")
+    return dataclasses.replace(recipe, name=name, config=config, splits=splits, after=recipe)
+
+
 def corrected(recipe: Recipe, corrections: int) -> Recipe:
     """The recipe, trained on, with so many corrections of each task by the expert."""
-    split, flags = f"corrections_{recipe.name}", ["--policy", str(recipe.checkpoint), "--takeover", *ATTEMPTS]
+    after, flags = second(recipe), ["--policy", str(recipe.checkpoint), "--takeover", *ATTEMPTS]
+    # --quick's episodes are too short for a policy and an expert after it
     options = {key: value for key, value in recipe.env_options.items() if key != "max_episode_steps"}
-    recipe.record_split(split, corrections, CORRECTIONS_SEED, flags, options)
-    name, config = f"{recipe.name}_corrected", "configs/libero_goal_corrected.yaml"
-    after = dataclasses.replace(recipe, name=name, config=config, splits=(*recipe.splits, split), after=recipe)
+    recipe.record_split(after.splits[-1], corrections, CORRECTIONS_SEED, flags, options)
     after.train()
     return after
 
@@ -204,6 +210,7 @@ def main() -> None:
     recipe = Recipe(name, config, "libero", tasks, options, {}, settings, **where)
     if args.fresh:
         recipe.forget()
+        second(recipe).forget()
     recipe.record(demos, held_out=1, flags=["--noise_scale", str(args.noise_scale)])
     recipe.train()
     if args.corrections:

@@ -239,7 +239,7 @@ def vectors(
         name: of the column, for error messages.
         width: values that every row must have.
         path, first_row: where the column's first row lies, for error messages.
-        width_from: the config key that sets the width, for error messages; None: the file's first row does.
+        width_from: the config key that sets the width, for error messages; None: the first row does.
 
     Raises:
         DataError: another type, a null row, another width, NaN or infinity.
@@ -258,7 +258,7 @@ def vectors(
     widths = np.asarray(array.value_lengths().fill_null(0))
     if (widths != width).any():
         row = int(np.flatnonzero(widths != width)[0])
-        wanted, remedy = f"its first row has {width}", "drop or mend that episode"
+        wanted, remedy = f"the first row has {width}", "drop or mend that episode"
         if width_from is not None:
             wanted = f"config wants {width_from} {width}"
             remedy = "mend the file, or train with a config of its width: a trained policy keeps the one it has"

@@ -91,6 +91,17 @@ def test_libero(commands, monkeypatch, capsys):
     assert "MuJoCo 3.3.0" in printed and "wide layout" in printed
 
 
+def test_fresh_forgets_the_second_training_too(commands, monkeypatch):
+    monkeypatch.setattr(libero_goal, "starts_are_identical", lambda seeds, image_size: True)
+    counts = {told: dict.fromkeys(libero_goal.LANGUAGE, 0) for told in libero_goal.LANGUAGE}
+    monkeypatch.setattr(libero_goal, "language_matrix", lambda recipe, episodes, paraphrase: counts)
+    for flags in ([], [], ["--fresh"]):
+        monkeypatch.setattr(sys, "argv", ["libero_goal.py", "--matrix_only", *flags])
+        libero_goal.main()
+    trainings = [arguments for script, arguments in commands if script == "main_train_ddp.py"]
+    assert ["--init_checkpoint" in arguments for arguments in trainings] == [False, True, False, True]
+
+
 class Scene(gymnasium.Env):
     """Reaches the first task's goal at its second step, and the second one's for one step in between."""
 

@@ -116,7 +116,7 @@ def test_every_row_needs_one_camera_and_finite_states_under_their_own_names(tmp_
         open_store(write_rows(tmp_path / "nan.parquet", rows), tmp_path)
     rows = rows_of(5)
     rows[2]["force"] = [1.0]
-    with pytest.raises(DataError, match=r"row 2: force has 1 values, its first row has 2; drop or mend"):
+    with pytest.raises(DataError, match=r"row 2: force has 1 values, the first row has 2; drop or mend"):
         open_store(write_rows(tmp_path / "narrow.parquet", rows), tmp_path)
 
 
