@@ -18,8 +18,11 @@ require_offscreen_rendering
 
 # One thread per process: threads that spin while they wait make small models slower, not faster.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
-# Saved checkpoints are flushed to the disk; in memory, where there is room, that takes no time.
-if [ -w /dev/shm ] && [ "$(df --output=avail -m /dev/shm | tail -1)" -gt 4096 ]; then export PYTEST_DEBUG_TEMPROOT=/dev/shm; fi
+# Saved checkpoints are flushed to the disk, and chromium keeps its profile and its shared memory in TMPDIR; in memory, where
+# there is room, that takes no time.
+if [ -w /dev/shm ] && [ "$(df --output=avail -m /dev/shm | tail -1)" -gt 4096 ]; then
+    export PYTEST_DEBUG_TEMPROOT=/dev/shm TMPDIR=/dev/shm
+fi
 arguments=()
 selection=(-m "not slow")
 for argument in "$@"; do

@@ -118,6 +118,8 @@ def test_two_modes(name):
         return head.loss(context_for(which), action, no_pad(128, 2))
 
     steps, lr = (1000, 4e-3) if "adaptive" in name else (500, 2e-3)  # adaptive norms start with every gate shut
+    if name == "diffusion":  # of three seeds 88 to 99 % of samples are on a mode after 500 steps, 97 % after 1,000
+        steps = 1000
     train(head, loss, steps=steps, lr=lr)
     for i, mode in enumerate(modes):
         with torch.no_grad():
