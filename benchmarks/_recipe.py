@@ -69,6 +69,11 @@ class Recipe:
         return pathlib.Path("experiments", self.name)
 
     @property
+    def first(self) -> Recipe:
+        """The recipe that training began with, from nothing."""
+        return self.after.first if self.after else self
+
+    @property
     def checkpoint(self) -> pathlib.Path:
         return self.experiment / "checkpoints" / "model_best.pth.tar"
 
@@ -119,8 +124,10 @@ class Recipe:
         """Backbone, statistics and training, unless done; `training.max_hours` is that of all starts together."""
         if self.seconds.get("train", {}).get("complete"):
             return
-        first = self.after or self
-        weights, statistics = pathlib.Path("weight", first.name), first.experiment / "normalization_stats.json"
+        weights, statistics = (
+            pathlib.Path("weight", self.first.name),
+            self.first.experiment / "normalization_stats.json",
+        )
         demonstrations = [file for split in self.splits for file in self.demonstrations(split)]
         files = ["--config_path", self.config, "--train_data_override", *demonstrations]
         with self._timed("train"):

@@ -1,12 +1,12 @@
 """LIBERO: does one policy look, and does it listen? Tasks of libero_goal from one picture, beside libero_object.
 
-    python benchmarks/libero_goal.py [--quick] [--json libero.json] [--demos 100] [--corrections 30] [--episodes 20]
-                                     [--tasks GROUP ...]
+    python benchmarks/libero_goal.py [--quick] [--json libero.json] [--demos 100] [--corrections 30] [--rounds 2]
+                                     [--episodes 20] [--tasks GROUP ...]
 
 Records the scripted experts in the wide layout and trains configs/libero_goal.yaml from scratch. Demonstrations never
 show a grip that was missed: so the policy then acts, the expert takes over where it leaves its corridor
-(scripts/_takeover.py), and training goes on with such corrections (configs/libero_goal_corrected.yaml). Evaluated in
-closed loop on seeds from 10000 upwards:
+(scripts/_takeover.py), and training goes on with such corrections (configs/libero_goal_corrected.yaml), a round after
+another. Evaluated in closed loop on seeds from 10000 upwards:
 
 * language: four tasks that start from the same picture and state, to the bit (checked first). Each cell of the matrix
   is how often the column's goal was reached, at any step, under the row's prompt: an episode goes on to the step limit
@@ -57,7 +57,8 @@ GOAL = [
 ]
 LANGUAGE = GOAL[:4]  # the tasks of the matrix
 RUNS = ("policy", "blind", "replay", "swapped", "expert")
-CORRECTIONS_SEED, ATTEMPTS = 2000, ["--max_attempts_factor", "20"]  # the better the policy, the fewer are corrected
+CORRECTIONS_SEED, SEEDS_A_ROUND, MOST_ROUNDS = 2000, 1000, 3  # those of validation begin at 5000
+ATTEMPTS = ["--max_attempts_factor", "20"]  # the better the policy, the fewer are corrected
 REPLAYED, REPLAY_SEED = 5, 9000  # demonstrations of each task that are played back in turn, and their first seed
 
 
@@ -136,21 +137,27 @@ def layouts(recipe: Recipe, episodes: int) -> dict[str, dict[str, Any]]:
     return results
 
 
-def second(recipe: Recipe) -> Recipe:
-    """The recipe that goes on from this one, with corrections beside its demonstrations."""
-    name, config = f"{recipe.name}_corrected", "configs/libero_goal_corrected.yaml"
-    splits = (*recipe.splits, f"corrections_{recipe.name}")
-    return dataclasses.replace(recipe, name=name, config=config, splits=splits, after=recipe)
+def rounds(recipe: Recipe, count: int) -> list[Recipe]:
+    """The recipes that go on from this one in turn, each with corrections of the one before it."""
+    recipes = [recipe]
+    for number in range(1, count + 1):
+        name = f"{recipe.name}_corrected" + ("" if number == 1 else f"_{number}")
+        config, after = "configs/libero_goal_corrected.yaml", recipes[-1]
+        splits = (*after.splits, f"corrections_{after.name}")
+        recipes.append(dataclasses.replace(recipe, name=name, config=config, splits=splits, after=after))
+    return recipes[1:]
 
 
-def corrected(recipe: Recipe, corrections: int) -> Recipe:
-    """The recipe, trained on, with so many corrections of each task by the expert."""
-    after, flags = second(recipe), ["--policy", str(recipe.checkpoint), "--takeover", *ATTEMPTS]
+def corrected(recipe: Recipe, corrections: int, count: int) -> Recipe:
+    """The recipe, trained on `count` times, each time with so many more corrections of each task by the expert."""
     # --quick's episodes are too short for a policy and an expert after it
     options = {key: value for key, value in recipe.env_options.items() if key != "max_episode_steps"}
-    recipe.record_split(after.splits[-1], corrections, CORRECTIONS_SEED, flags, options)
-    after.train()
-    return after
+    for number, after in enumerate(rounds(recipe, count)):
+        flags = ["--policy", str(recipe.checkpoint), "--takeover", *ATTEMPTS]
+        after.record_split(after.splits[-1], corrections, CORRECTIONS_SEED + number * SEEDS_A_ROUND, flags, options)
+        after.train()
+        recipe = after
+    return recipe
 
 
 def print_matrix(matrix: dict[str, dict[str, int]], episodes: int, paraphrase: int = 0) -> None:
@@ -183,7 +190,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--demos", type=int, default=100, help="per task")
-    parser.add_argument("--corrections", type=int, default=30, help="per task; 0: no second training")
+    parser.add_argument("--corrections", type=int, default=30, help="per task and round")
+    help_text = "of corrections and further training (default %(default)s; 0: none)"
+    parser.add_argument("--rounds", type=int, default=2, choices=range(MOST_ROUNDS + 1), help=help_text)
     parser.add_argument("--episodes", type=int, default=20, help="per task and column")
     parser.add_argument("--tasks", nargs="+", default=[*GOAL, "libero_object"], help="beside the four of the matrix")
     help_text = "the four tasks of the matrix alone, and no table of layouts"
@@ -209,12 +218,11 @@ def main() -> None:
     where = {"num_workers": args.num_workers, "nproc": args.nproc, "data_name": data}
     recipe = Recipe(name, config, "libero", tasks, options, {}, settings, **where)
     if args.fresh:
-        recipe.forget()
-        second(recipe).forget()
+        for each in (recipe, *rounds(recipe, MOST_ROUNDS)):
+            each.forget()
     recipe.record(demos, held_out=1, flags=["--noise_scale", str(args.noise_scale)])
     recipe.train()
-    if args.corrections:
-        recipe = corrected(recipe, 1 if args.quick else args.corrections)
+    recipe = corrected(recipe, 1 if args.quick else args.corrections, args.rounds)
     matrices = {}
     for name, paraphrase in (("own words", 0), ("paraphrases never trained on", 1)):
         matrices[name] = language_matrix(recipe, episodes, paraphrase)
@@ -222,10 +230,11 @@ def main() -> None:
         print_matrix(matrices[name], episodes, paraphrase)
     results = {} if args.matrix_only else layouts(recipe, episodes)
     print_layouts(results)
-    seconds = {f"first {stage}": spent for stage, spent in recipe.after.seconds.items()} if recipe.after else {}
-    print(timed(seconds | recipe.seconds))
+    trainings = [recipe.first, *rounds(recipe.first, args.rounds)]
+    seconds = {f"{each.name}: {stage}": spent for each in trainings for stage, spent in each.seconds.items()}
+    print(timed(seconds))
     if args.json:
-        content = {"matrices": matrices, "layouts": results, "seconds": seconds | recipe.seconds}
+        content = {"matrices": matrices, "layouts": results, "seconds": seconds}
         args.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

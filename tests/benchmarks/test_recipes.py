@@ -67,16 +67,24 @@ def test_libero(commands, monkeypatch, capsys):
     libero_goal.main()
     recorded = [arguments for script, arguments in commands if script == "scripts/record_demos.py"]
     tasks = {task for arguments in recorded for task in recording_parser().parse_args(arguments).tasks}
-    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < tasks and len(recorded) == 16 * 5
+    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < tasks and len(recorded) == 16 * 6
     corrections = [a for a in recorded if "--takeover" in a]
-    checkpoint = "experiments/libero_goal/checkpoints/model_best.pth.tar"
-    assert len(corrections) == 16 and all(checkpoint in arguments for arguments in corrections)
-    first, second = (a for script, a in commands if script == "main_train_ddp.py")
+    assert len(corrections) == 2 * 16
+    first, *rounds = (a for script, a in commands if script == "main_train_ddp.py")
     assert "auto" in first and not any("corrections" in word for word in first)
-    assert sum(word.startswith("demos/libero_goal/corrections_libero_goal/") for word in second) == 16
-    begins = second.index("--init_checkpoint")
-    assert second[begins + 1 : begins + 4] == (checkpoint, "--statistics", "pretrained")
-    assert second[second.index("--experiment_name") + 1] == "libero_goal_corrected"
+    folders, before = [], "libero_goal"
+    names = ("libero_goal_corrected", "libero_goal_corrected_2")
+    for arguments, name, seed in zip(rounds, names, ("2000", "3000"), strict=True):
+        checkpoint = f"experiments/{before}/checkpoints/model_best.pth.tar"
+        of_round = [a for a in corrections if checkpoint in a]
+        assert len(of_round) == 16 and {a[a.index("--seed") + 1] for a in of_round} == {seed}
+        folders.append(f"demos/libero_goal/corrections_{before}/")
+        assert all(sum(word.startswith(folder) for word in arguments) == 16 for folder in folders)
+        begins = arguments.index("--init_checkpoint")
+        assert arguments[begins + 1 : begins + 4] == (checkpoint, "--statistics", "pretrained")
+        assert arguments[arguments.index("--experiment_name") + 1] == name
+        assert arguments[arguments.index("--model_name_or_path") + 1] == "weight/libero_goal"
+        before = name
     evaluations = [arguments for script, arguments in commands if script == "main_eval.py"]
     assert len(evaluations) == 2 * len(libero_goal.RUNS)
     for layout in ("standard", "wide"):  # what is played back lay as it lies now, and was done as it is told
@@ -91,7 +99,7 @@ def test_libero(commands, monkeypatch, capsys):
     assert "MuJoCo 3.3.0" in printed and "wide layout" in printed
 
 
-def test_fresh_forgets_the_second_training_too(commands, monkeypatch):
+def test_fresh_forgets_the_further_trainings_too(commands, monkeypatch):
     monkeypatch.setattr(libero_goal, "starts_are_identical", lambda seeds, image_size: True)
     counts = {told: dict.fromkeys(libero_goal.LANGUAGE, 0) for told in libero_goal.LANGUAGE}
     monkeypatch.setattr(libero_goal, "language_matrix", lambda recipe, episodes, paraphrase: counts)
@@ -99,7 +107,7 @@ def test_fresh_forgets_the_second_training_too(commands, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["libero_goal.py", "--matrix_only", *flags])
         libero_goal.main()
     trainings = [arguments for script, arguments in commands if script == "main_train_ddp.py"]
-    assert ["--init_checkpoint" in arguments for arguments in trainings] == [False, True, False, True]
+    assert ["--init_checkpoint" in arguments for arguments in trainings] == [False, True, True, False, True, True]
 
 
 class Scene(gymnasium.Env):
