@@ -41,6 +41,7 @@ from inference.closed_loop.episode import Episode
 from inference.closed_loop.policies import local_planner
 from inference.closed_loop.rollout import ModelPolicy
 from inference.predictor import VLAPredictor
+from inference.report import conditions
 from utils.arguments import CommandParser
 from utils.text_table import text_table
 
@@ -180,9 +181,7 @@ def print_layouts(results: dict[str, Any]) -> None:
         rows = [[task, *(counted(runs[run]["tasks"][task]) for run in RUNS)] for task in tasks]
         rows.append(["all", *(counted(runs[run]["summary"]) for run in RUNS)])
         print(f"\n{layout} layout\n" + text_table(["task", *RUNS], rows))
-        settings = runs["policy"]["settings"]["env_settings"]
-        seeds = tasks[next(iter(tasks))]["seeds"]
-        print(f"seeds {seeds[0]} to {seeds[-1]}, MuJoCo {settings['mujoco']}, {settings['max_episode_steps']} steps")
+        print(conditions(runs["policy"]))
 
 
 def main() -> None:

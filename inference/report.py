@@ -101,11 +101,11 @@ def rollout_table(result: dict[str, Any]) -> str:
     if len(tiers) > 1:
         means = [f"{100 * result['summary'][key]:.1f} %" for key in ("mean_success_rate", "tier_mean_success_rate")]
         text += f"\nmean over tasks {means[0]}, over tiers {means[1]}"
-    text += f"\n{_conditions(result)}"
+    text += f"\n{conditions(result)}"
     return f"{text}\n{alarms(result)}" if "alarm" in result["settings"] else text
 
 
-def _conditions(result: dict[str, Any]) -> str:
+def conditions(result: dict[str, Any]) -> str:
     """What else a rate depends on, in a line: seeds, step limits, the version of MuJoCo."""
     tasks, shared = result["tasks"].values(), result["settings"].get("env_settings", {})
     seeds = [seed for task in tasks for seed in task["seeds"]]
