@@ -124,10 +124,8 @@ class Recipe:
         """Backbone, statistics and training, unless done; `training.max_hours` is that of all starts together."""
         if self.seconds.get("train", {}).get("complete"):
             return
-        weights, statistics = (
-            pathlib.Path("weight", self.first.name),
-            self.first.experiment / "normalization_stats.json",
-        )
+        first = self.first
+        weights, statistics = pathlib.Path("weight", first.name), first.experiment / "normalization_stats.json"
         demonstrations = [file for split in self.splits for file in self.demonstrations(split)]
         files = ["--config_path", self.config, "--train_data_override", *demonstrations]
         with self._timed("train"):

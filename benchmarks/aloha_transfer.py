@@ -18,6 +18,7 @@ if not __package__:
     import _repository  # noqa: F401
 
 from benchmarks._recipe import Recipe, counted, timed
+from inference.report import conditions
 from utils.arguments import CommandParser
 from utils.text_table import text_table
 
@@ -67,8 +68,7 @@ def main() -> None:
         seconds |= {f"{head} {stage}": value for stage, value in recipe.seconds.items()}
     rows = [[run, counted(result["summary"])] for run, result in results.items()]
     print("\n" + text_table(["", f"{TASK}, success of {episodes}"], rows))
-    settings = next(iter(results.values()))["settings"]["env_settings"]
-    print(f"MuJoCo {settings['mujoco']}, {settings['max_episode_steps']} steps")
+    print(conditions(next(iter(results.values()))))
     print(timed(seconds))
     if args.json:
         args.json.write_text(json.dumps({"results": results, "seconds": seconds}, indent=1), encoding="utf-8")

@@ -42,7 +42,7 @@ from inference.closed_loop.policies import local_planner
 from inference.closed_loop.rollout import ModelPolicy
 from inference.predictor import VLAPredictor
 from inference.report import conditions
-from utils.arguments import CommandParser
+from utils.arguments import CommandParser, at_least
 from utils.text_table import text_table
 
 GOAL = [
@@ -59,7 +59,7 @@ GOAL = [
 LANGUAGE = GOAL[:4]  # the tasks of the matrix
 RUNS = ("policy", "blind", "replay", "swapped", "expert")
 CORRECTIONS_SEED, SEEDS_A_ROUND, MOST_ROUNDS = 2000, 1000, 3  # those of validation begin at 5000
-ATTEMPTS = ["--max_attempts_factor", "20"]  # the better the policy, the fewer are corrected
+MOST_ATTEMPTS = 20  # for each correction: the better the policy, the fewer episodes are corrected
 REPLAYED, REPLAY_SEED = 5, 9000  # demonstrations of each task that are played back in turn, and their first seed
 
 
@@ -153,8 +153,9 @@ def corrected(recipe: Recipe, corrections: int, count: int) -> Recipe:
     """The recipe, trained on `count` times, each time with so many more corrections of each task by the expert."""
     # --quick's episodes are too short for a policy and an expert after it
     options = {key: value for key, value in recipe.env_options.items() if key != "max_episode_steps"}
+    attempts = ["--max_attempts_factor", str(min(MOST_ATTEMPTS, SEEDS_A_ROUND // corrections))]
     for number, after in enumerate(rounds(recipe, count)):
-        flags = ["--policy", str(recipe.checkpoint), "--takeover", *ATTEMPTS]
+        flags = ["--policy", str(recipe.checkpoint), "--takeover", *attempts]
         after.record_split(after.splits[-1], corrections, CORRECTIONS_SEED + number * SEEDS_A_ROUND, flags, options)
         after.train()
         recipe = after
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--demos", type=int, default=100, help="per task")
-    parser.add_argument("--corrections", type=int, default=30, help="per task and round")
+    parser.add_argument("--corrections", type=at_least(1), default=30, help="per task and round; none: --rounds 0")
     help_text = "of corrections and further training (default %(default)s; 0: none)"
     parser.add_argument("--rounds", type=int, default=2, choices=range(MOST_ROUNDS + 1), help=help_text)
     parser.add_argument("--episodes", type=int, default=20, help="per task and column")
