@@ -180,8 +180,8 @@ class AlohaEnv(RobotEnv):
         return np.clip(action, self.action_space.low, self.action_space.high).astype(np.float32)
 
     def restart_expert(self) -> None:
-        """From the approach: the right gripper opens, whatever it holds."""
-        self._expert = AlohaExpert(self._mujoco, self._model, self._data, self.task)
+        """From the approach, or with what the grippers have lifted from there on."""
+        self._expert = AlohaExpert(self._mujoco, self._model, self._data, self.task, self._reward())
 
     def hold_action(self, previous: np.ndarray | None) -> np.ndarray:
         """The last targets again; at the start the present joints, since actions are absolute."""

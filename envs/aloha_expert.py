@@ -50,15 +50,16 @@ class Stage:
 
 
 class AlohaExpert:
-    """The expert of one episode.
+    """The expert of one episode, from its start or from where somebody else has brought it.
 
     Args:
         mujoco: the module.
         model, data: of the simulation; only read.
         task: "transfer_cube" or "insertion".
+        reward: gym-aloha's, now. It begins with the approach, or with what the grippers have lifted from there on.
     """
 
-    def __init__(self, mujoco: Any, model: Any, data: Any, task: str) -> None:
+    def __init__(self, mujoco: Any, model: Any, data: Any, task: str, reward: int = 0) -> None:
         self._mujoco, self._model, self._data = mujoco, model, data
         self._stages = STAGES[task]
         self._objects = OBJECTS[task]
@@ -67,7 +68,7 @@ class AlohaExpert:
         # as long to come back, so it is kept within twice as much of the angle.
         slack = model.dof_frictionloss[:16] / model.actuator_gainprm[:16, 0]
         self._slack = 2 * slack + 0.05
-        self._stage = self._since = 0
+        self._stage, self._since = CARRYING[task].get(reward, 0), 0
 
     def advance(self) -> None:
         """One control step has passed."""
@@ -186,3 +187,6 @@ def _insertion_stages() -> tuple[Stage, ...]:
 
 STAGES = {"transfer_cube": _transfer_stages(), "insertion": _insertion_stages()}
 OBJECTS = {"transfer_cube": ("box",), "insertion": ("peg", "socket")}
+# gym-aloha's reward -> the stage that goes on from there: 2, lifted by the right gripper, or by both their own; 3 of
+# insertion, the two touch; 4 of the cube, the left gripper touches it too
+CARRYING = {"transfer_cube": {2: 3, 4: 5}, "insertion": {2: 3, 3: 4}}

@@ -70,7 +70,7 @@ class RobotEnv(gymnasium.Env):
         raise NotImplementedError
 
     def restart_expert(self) -> None:
-        """Let the expert begin anew from where things are now: its stages know nothing of what others did.
+        """Let the expert begin from where things are now: its stages know nothing of what others did.
 
         An expert that only looks at the present state has nothing to begin.
         """

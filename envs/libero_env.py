@@ -209,7 +209,7 @@ class LiberoEnv(RobotEnv):
         return self._expert.action().astype(np.float32)
 
     def restart_expert(self) -> None:
-        """From the approach: the gripper opens, whatever it holds. Errors as of `expert_action`."""
+        """From the approach, or with the thing in the gripper from there on. Errors as of `expert_action`."""
         self._expert = PickAndPlace(self._env, self.task)
 
     def holds(self, task: str) -> bool:

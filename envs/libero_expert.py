@@ -27,6 +27,7 @@ HAND_M, HAND_ABOVE_M = 0.1, 0.035  # half the hand's width, along which the fing
 HELD_ABOVE_M = 0.045  # about so far above its bottom a thing is held
 HAND_ROOM_M = 0.03  # around it
 MOVED_M = 0.005  # then its grip is chosen again
+OVER_M = 0.03  # a thing's middle from that of its place: then it is lowered, not lifted first
 SIGNS = np.array(np.meshgrid(*[(-1, 1)] * 3)).reshape(3, -1).T  # of a box's corners
 
 
@@ -98,7 +99,10 @@ class Shapes:
 
 
 class PickAndPlace:
-    """The expert of one episode.
+    """The expert of one episode, from its start or from where somebody else has brought it.
+
+    It begins with the approach, or, where the gripper holds the thing, by carrying it, or by lowering it, where that is
+    over its place.
 
     Args:
         env: LIBERO's environment, after its reset; only read.
@@ -119,9 +123,13 @@ class PickAndPlace:
         self._env, self._model, self._data = env, env.sim.model._model, env.sim.data._data
         _, self._thing, self._place = goals[0]
         self._shapes = Shapes(env)
-        self._plan_grip()
-        self._stage = self._since = 0
         self._held: np.ndarray | None = None  # the gripper's position minus the thing's, once it is held
+        self._since = 0
+        if env._check_grasp(env.robots[0].gripper, env.objects_dict[self._thing]):
+            self._stage = self._go_on()
+        else:
+            self._stage = 0
+            self._plan_grip()
 
     def advance(self) -> None:
         """One control step has passed."""
@@ -143,6 +151,15 @@ class PickAndPlace:
         move = GAIN * (target - self._gripper()) / STEP_M
         turn = GAIN * self._rotation_error(angle) / STEP_RAD
         return np.clip([*move, *turn, opening], -1.0, 1.0)
+
+    def _go_on(self) -> int:
+        """The stage in which to begin with a thing that is held."""
+        finger = self._env.robots[0].controller.ee_ori_mat[:, 0]
+        self._grip = Grip(self._gripper(), float(np.arctan2(-finger[0], finger[1])))
+        self._held = self._gripper() - self._centre(self._thing)
+        place, _ = self._destination()
+        over_its_place = np.linalg.norm((self._centre(self._thing) - place)[:2]) < OVER_M
+        return 5 if over_its_place else 3
 
     def _plan_grip(self) -> None:
         """Choose a grip of the thing where it lies now: it may still slide, or be pushed."""

@@ -72,6 +72,21 @@ def test_success_may_have_to_be_held():
     assert first >= published + 39 and all(reward == 4 for reward in rewards[-40:])
 
 
+@pytest.mark.parametrize(("task", "holding"), [("transfer_cube", [13]), ("insertion", [6, 13])])
+def test_an_expert_that_takes_over_goes_on_with_what_is_held(task, holding):
+    env = make(task)
+    env.reset(seed=0, options={"images_on_request": True})
+    while env.step(env.expert_action())[1] != 2:  # lifted
+        pass
+    env.restart_expert()
+    openings, reward = [], 0
+    while reward < 4:
+        action = env.expert_action()
+        reward = env.step(action)[1]
+        openings.append(action[holding])
+    assert 25 <= len(openings) < 60 and np.max(openings) == 0.0, "no gripper opens on the way"
+
+
 def test_asking_the_expert_changes_nothing():
     runs = []
     for asked in (1, 3):

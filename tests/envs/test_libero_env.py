@@ -184,6 +184,21 @@ class TestTheSimulator:
         assert np.abs(action).max() <= 1.0
         assert np.abs(np.diff(states, axis=0)).max() < 0.5, "no rotation vector jumps to its negative"
 
+    @pytest.mark.parametrize("stage", [3, 4, 5])
+    def test_an_expert_that_takes_over_goes_on_with_what_is_held(self, plate, stage):
+        plate.reset(seed=1, options={"images_on_request": True})
+        while plate.expert_action() is not None and (plate._expert._stage < stage or plate._expert._since < 6):
+            plate.step(plate.expert_action())
+        plate.restart_expert()
+        commands, info = [], {"success": False}
+        while not info["success"]:
+            action = plate.expert_action()
+            *_, truncated, info = plate.step(action)
+            commands.append(action[6])
+            assert not truncated
+        assert len(commands) < 60 and (np.diff(commands) < 0).sum() <= 1, "it opens once, over the plate"
+        assert commands[0] == 1.0
+
     def test_goals_of_other_tasks_of_the_scene(self, plate):
         plate.reset(seed=0, options={"images_on_request": True})
         assert not plate.holds(PLATE) and not plate.holds(STOVE)
