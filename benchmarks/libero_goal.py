@@ -1,6 +1,6 @@
 """LIBERO: does one policy look, and does it listen? Tasks of libero_goal from one picture, beside libero_object.
 
-    python benchmarks/libero_goal.py [--quick] [--json libero.json] [--demos 100] [--corrections 30] [--rounds 2]
+    python benchmarks/libero_goal.py [--quick] [--json libero.json] [--demos 100] [--corrections 60] [--rounds 3]
                                      [--episodes 20] [--tasks GROUP ...]
 
 Records the scripted experts in the wide layout and trains configs/libero_goal.yaml from scratch. Demonstrations never
@@ -190,9 +190,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="every stage at a fraction of its size")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--demos", type=int, default=100, help="per task")
-    parser.add_argument("--corrections", type=at_least(1), default=30, help="per task and round; none: --rounds 0")
+    parser.add_argument("--corrections", type=at_least(1), default=60, help="per task and round; none: --rounds 0")
     help_text = "of corrections and further training (default %(default)s; 0: none)"
-    parser.add_argument("--rounds", type=int, default=2, choices=range(MOST_ROUNDS + 1), help=help_text)
+    parser.add_argument("--rounds", type=int, default=MOST_ROUNDS, choices=range(MOST_ROUNDS + 1), help=help_text)
     parser.add_argument("--episodes", type=int, default=20, help="per task and column")
     parser.add_argument("--tasks", nargs="+", default=[*GOAL, "libero_object"], help="beside the four of the matrix")
     help_text = "the four tasks of the matrix alone, and no table of layouts"
@@ -207,8 +207,9 @@ def main() -> None:
     name = f"{data}_matrix" if args.matrix_only else data
     tasks = LANGUAGE if args.matrix_only else expand_tasks("libero", [*LANGUAGE, *args.tasks])
     demos, episodes, settings, options = args.demos, args.episodes, [], {"image_size": 96, "layout": "wide"}
+    corrections, count = args.corrections, args.rounds
     if args.quick:
-        tasks, demos, episodes = LANGUAGE, 1, 1
+        tasks, demos, episodes, corrections, count = LANGUAGE, 1, 1, 1, min(count, 1)
         settings = ["training.max_steps=5", "data.batch_size=8", "inference.num_inference_steps=2"]
         options |= {"max_episode_steps": 120}
     if not starts_are_identical(range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + episodes), 96):
@@ -222,7 +223,7 @@ def main() -> None:
             each.forget()
     recipe.record(demos, held_out=1, flags=["--noise_scale", str(args.noise_scale)])
     recipe.train()
-    recipe = corrected(recipe, 1 if args.quick else args.corrections, args.rounds)
+    recipe = corrected(recipe, corrections, count)
     matrices = {}
     for name, paraphrase in (("own words", 0), ("paraphrases never trained on", 1)):
         matrices[name] = language_matrix(recipe, episodes, paraphrase)
@@ -230,7 +231,7 @@ def main() -> None:
         print_matrix(matrices[name], episodes, paraphrase)
     results = {} if args.matrix_only else layouts(recipe, episodes)
     print_layouts(results)
-    trainings = [recipe.first, *rounds(recipe.first, args.rounds)]
+    trainings = [recipe.first, *rounds(recipe.first, count)]
     seconds = {f"{each.name}: {stage}": spent for each in trainings for stage, spent in each.seconds.items()}
     print(timed(seconds))
     if args.json:
