@@ -67,14 +67,14 @@ def test_libero(commands, monkeypatch, capsys):
     libero_goal.main()
     recorded = [arguments for script, arguments in commands if script == "scripts/record_demos.py"]
     tasks = {task for arguments in recorded for task in recording_parser().parse_args(arguments).tasks}
-    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < tasks and len(recorded) == 16 * 6
+    assert len(tasks) == 16 and set(libero_goal.LANGUAGE) < tasks and len(recorded) == 16 * 7
     corrections = [a for a in recorded if "--takeover" in a]
-    assert len(corrections) == 2 * 16
+    assert len(corrections) == 3 * 16
     first, *rounds = (a for script, a in commands if script == "main_train_ddp.py")
     assert "auto" in first and not any("corrections" in word for word in first)
     folders, before = [], "libero_goal"
-    names = ("libero_goal_corrected", "libero_goal_corrected_2")
-    for arguments, name, seed in zip(rounds, names, ("2000", "3000"), strict=True):
+    names = ("libero_goal_corrected", "libero_goal_corrected_2", "libero_goal_corrected_3")
+    for arguments, name, seed in zip(rounds, names, ("2000", "3000", "4000"), strict=True):
         checkpoint = f"experiments/{before}/checkpoints/model_best.pth.tar"
         of_round = [a for a in corrections if checkpoint in a]
         assert len(of_round) == 16 and {a[a.index("--seed") + 1] for a in of_round} == {seed}
@@ -107,7 +107,7 @@ def test_fresh_forgets_the_further_trainings_too(commands, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["libero_goal.py", "--matrix_only", *flags])
         libero_goal.main()
     trainings = [arguments for script, arguments in commands if script == "main_train_ddp.py"]
-    assert ["--init_checkpoint" in arguments for arguments in trainings] == [False, True, True, False, True, True]
+    assert ["--init_checkpoint" in arguments for arguments in trainings] == [False, True, True, True] * 2
 
 
 class Scene(gymnasium.Env):
