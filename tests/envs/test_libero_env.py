@@ -187,8 +187,10 @@ class TestTheSimulator:
     @pytest.mark.parametrize("stage", [3, 4, 5])
     def test_an_expert_that_takes_over_goes_on_with_what_is_held(self, plate, stage):
         plate.reset(seed=1, options={"images_on_request": True})
-        while plate.expert_action() is not None and (plate._expert._stage < stage or plate._expert._since < 6):
-            plate.step(plate.expert_action())
+        action = plate.expert_action()
+        while plate._expert._stage < stage or plate._expert._since < 6:
+            plate.step(action)
+            action = plate.expert_action()
         plate.restart_expert()
         commands, info = [], {"success": False}
         while not info["success"]:
