@@ -17,7 +17,7 @@ __all__ = ["chromium", "needs_browser", "opened", "overflow", "quiet"]
 
 
 def needs_browser() -> list[pytest.MarkDecorator]:
-    """Marks of tests that open pages: skipped where there is no chromium or playwright.
+    """Marks of tests that open pages: `browser`, and skipped where there is no chromium or playwright.
 
     .ci/run installs chromium and sets ALL_BROWSERS, so that there such a test fails instead.
     """
@@ -25,7 +25,7 @@ def needs_browser() -> list[pytest.MarkDecorator]:
     wanted["playwright (requirements-dev.txt)"] = importlib.util.find_spec("playwright")
     missing = [name for name, found in wanted.items() if not found]
     skipped = bool(missing) and not os.environ.get("ALL_BROWSERS")
-    return [pytest.mark.skipif(skipped, reason=f"not installed: {', '.join(missing)}")]
+    return [pytest.mark.browser, pytest.mark.skipif(skipped, reason=f"not installed: {', '.join(missing)}")]
 
 
 @pytest.fixture(scope="module")
