@@ -1,7 +1,7 @@
 """Meta-World MT50: one policy, 50 tasks, success by tier, beside what replay and a blind policy reach.
 
     python benchmarks/metaworld_mt50.py [--quick] [--json mt50.json] [--episodes 10] [--demos 20] [--step_limit 200]
-    python benchmarks/metaworld_mt50.py --cpu [--demos 50]        # two cores, at most 2.5 hours of training
+    python benchmarks/metaworld_mt50.py --cpu [--demos 50]        # two cores, at most 2.2 hours of training
 
 Records demonstrations of the scripted experts, trains configs/metaworld_mt50.yaml from scratch (with --cpu
 configs/metaworld_mt50_cpu.yaml, in two processes), and evaluates in closed loop on seeds from 10000 upwards: the
@@ -61,7 +61,7 @@ def evaluate(recipe: Recipe, episodes: int, step_limit: int) -> dict[str, Any]:
 
 
 def curve(recipe: Recipe, points: int, step_limit: int) -> dict[int, dict[str, Any]]:
-    """Step -> summary of its policy, for so many of the checkpoints that training kept, evenly, the last included."""
+    """Step -> summary of its policy, for so many of the checkpoints that training kept, evenly, up to the last."""
     kept, summaries = list(recipe.kept.items()), {}
     points = min(points, len(kept))
     for step, checkpoint in (kept[(i + 1) * len(kept) // points - 1] for i in range(points)):
@@ -70,10 +70,10 @@ def curve(recipe: Recipe, points: int, step_limit: int) -> dict[int, dict[str, A
     return summaries
 
 
-def print_curve(summaries: dict[int, dict[str, Any]], hours: float) -> None:
-    """Success beside the step and the hours that training had taken by then."""
+def print_curve(summaries: dict[int, dict[str, Any]], hours: float, steps: int) -> None:
+    """Success beside the step and the hours that training had taken by then, of so many for all `steps`."""
     rows = [
-        [step, f"{hours * step / max(summaries):.2f}", counted(summary)]
+        [step, f"{hours * step / steps:.2f}", counted(summary)]
         + [f"{100 * summary[key]:.1f} %" for key in ("mean_success_rate", "tier_mean_success_rate")]
         for step, summary in summaries.items()
     ]
@@ -131,7 +131,7 @@ def main() -> None:
     print_table(results)
     grown = curve(recipe, args.curve, args.step_limit)
     if grown:
-        print_curve(grown, recipe.seconds["train"]["wall"] / 3600)
+        print_curve(grown, recipe.seconds["train"]["wall"] / 3600, recipe.step)
     print(timed(recipe.seconds))
     if args.json:
         content = {
