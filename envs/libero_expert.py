@@ -28,6 +28,8 @@ HELD_ABOVE_M = 0.045  # about so far above its bottom a thing is held
 HAND_ROOM_M = 0.03  # around it
 MOVED_M = 0.005  # then its grip is chosen again
 OVER_M = 0.03  # a thing's middle from that of its place: then it is lowered, not lifted first
+THERE_M = 0.02  # from where a way above things ends
+OPENED_M, TURNED_RAD = 0.06, 0.2  # fingers so far apart, over the grip and turned to it, go down, not up first
 SIGNS = np.array(np.meshgrid(*[(-1, 1)] * 3)).reshape(3, -1).T  # of a box's corners
 
 
@@ -125,19 +127,24 @@ class PickAndPlace:
         self._shapes = Shapes(env)
         self._held: np.ndarray | None = None  # the gripper's position minus the thing's, once it is held
         self._since = 0
-        if env._check_grasp(env.robots[0].gripper, env.objects_dict[self._thing]):
+        if self._grasps():
             self._stage = self._go_on()
         else:
             self._stage = 0
             self._plan_grip()
 
     def advance(self) -> None:
-        """One control step has passed."""
+        """One control step has passed, by the expert's own action or by somebody else's, who may be further than it."""
         self._since += 1
-        if self._stage < 2 and np.abs(self._centre(self._thing) - self._gripped_at).max() > MOVED_M:
-            self._plan_grip()
+        if self._stage < 2:
+            if np.abs(self._centre(self._thing) - self._gripped_at).max() > MOVED_M:
+                self._plan_grip()
+            if self._grasps():
+                self._stage, self._since = self._go_on(), 0
+            elif self._stage == 0 and self._is_on_its_way_down():
+                self._stage, self._since = 1, 0
         target, _ = self._target()
-        there = np.abs(target - self._gripper()).max() < (0.02 if self._stage in (0, 3) else 0.008)
+        there = np.abs(target - self._gripper()).max() < (THERE_M if self._stage in (0, 3) else 0.008)
         least, most = ((1, 60), (1, 40), (9, 9), (1, 40), (1, 80), (1, 30), (7, 7), (1, 1000))[self._stage]
         if self._stage < 7 and self._since >= least and (there or self._since >= most):
             self._stage, self._since = self._stage + 1, 0
@@ -151,6 +158,21 @@ class PickAndPlace:
         move = GAIN * (target - self._gripper()) / STEP_M
         turn = GAIN * self._rotation_error(angle) / STEP_RAD
         return np.clip([*move, *turn, opening], -1.0, 1.0)
+
+    def _grasps(self) -> bool:
+        """Whether both fingers touch the thing."""
+        return bool(self._env._check_grasp(self._env.robots[0].gripper, self._env.objects_dict[self._thing]))
+
+    def _is_on_its_way_down(self) -> bool:
+        """Whether the gripper is open, turned as the grip, and straight over it, below where the approach ends."""
+        away = self._gripper() - self._target()[0]
+        fingers = self._data.qpos[self._env.robots[0]._ref_gripper_joint_pos_indexes]
+        return bool(
+            np.abs(away[:2]).max() < THERE_M
+            and away[2] < 0
+            and np.abs(fingers).sum() > OPENED_M
+            and np.linalg.norm(self._rotation_error(self._grip.angle)) < TURNED_RAD
+        )
 
     def _go_on(self) -> int:
         """The stage in which to begin with a thing that is held."""

@@ -16,6 +16,7 @@ import torch
 
 from envs import expand_tasks, make_env
 from envs.libero_env import _make_control, _official_states, rotation_vector
+from envs.libero_expert import PickAndPlace
 from envs.libero_tasks import PARAPHRASES, STEP_LIMITS, SUITES, TASKS, instructions_of, suite_of
 from tests.helpers import needs
 
@@ -200,6 +201,37 @@ class TestTheSimulator:
             assert not truncated
         assert len(commands) < 60 and (np.diff(commands) < 0).sum() <= 1, "it opens once, over the plate"
         assert commands[0] == 1.0
+
+    def test_an_expert_that_watches_sees_who_holds_the_thing(self, plate):
+        """Somebody else takes the bowl at another side of its rim."""
+        plate.reset(seed=1, options={"images_on_request": True})
+        watched, other = plate.expert_action(), PickAndPlace(plate._env, PLATE)
+        rooms = [grip for room, grip in other._grips_of_a_rim() if room > 0.012]
+        other._grip = max(rooms, key=lambda grip: np.linalg.norm(grip.position - other._grip.position))
+        assert np.linalg.norm(other._grip.position - plate._expert._grip.position) > 0.05
+        info = {"success": False}
+        while not info["success"]:
+            if other._stage == 4:
+                assert watched[6] == 1.0 and np.abs(watched - other.action()).mean() < 0.3
+            *_, truncated, info = plate.step(other.action())
+            other.advance()
+            watched = plate.expert_action()
+            assert not truncated
+        assert other._stage == plate._expert._stage == 6
+
+    def test_an_expert_that_watches_sees_a_gripper_come_in_from_the_side(self, plate):
+        plate.reset(seed=1, options={"images_on_request": True})
+        plate.expert_action()
+        other = PickAndPlace(plate._env, PLATE)
+        above, _ = other._target()
+        for aside in ([-0.05, 0.0, -0.035], [0.0, 0.0, -0.035]):  # lower than where the approach ends
+            other._target = lambda point=above + aside: (point, -1.0)
+            for _ in range(25):
+                assert plate._expert._stage == 0 and plate.expert_action()[6] == -1.0
+                plate.step(other.action())
+                if plate._expert._stage:
+                    break
+        assert plate._expert._stage == 1 and plate.expert_action()[2] < 0, "it goes down, not up first"
 
     def test_goals_of_other_tasks_of_the_scene(self, plate):
         plate.reset(seed=0, options={"images_on_request": True})
