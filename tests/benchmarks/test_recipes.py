@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_fresh_forgets_the_further_trainings_too(commands, monkeypatch):
         libero_goal.main()
     trainings = [arguments for script, arguments in commands if script == "main_train_ddp.py"]
     assert ["--init_checkpoint" in arguments for arguments in trainings] == [False, True, True, True] * 2
+
+
+def test_a_longer_recipe_corrects_on_seeds_that_nothing_else_takes(commands, monkeypatch):
+    monkeypatch.setattr(libero_goal, "starts_are_identical", lambda seeds, image_size: True)
+    counts = {told: dict.fromkeys(libero_goal.LANGUAGE, 0) for told in libero_goal.LANGUAGE}
+    monkeypatch.setattr(libero_goal, "language_matrix", lambda recipe, episodes, paraphrase: counts)
+    monkeypatch.setattr(sys, "argv", ["libero_goal.py", "--rounds", "6", "--episodes", "20"])
+    libero_goal.main()
+    parse = recording_parser().parse_args
+    recorded = [parse(arguments) for script, arguments in commands if script == "scripts/record_demos.py"]
+    ranges = sorted({(a.seed, a.seed + int(a.episodes * a.max_attempts_factor)) for a in recorded})
+    assert len(ranges) == 9  # train, val, six rounds, and what is replayed
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
+    assert ranges[-1][1] <= libero_goal.FIRST_EVALUATION_SEED
 
 
 class Scene(gymnasium.Env):
