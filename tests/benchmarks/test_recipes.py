@@ -100,10 +100,15 @@ def test_libero(commands, monkeypatch, capsys):
     assert "MuJoCo 3.3.0" in printed and "wide layout" in printed
 
 
-def test_fresh_forgets_the_further_trainings_too(commands, monkeypatch):
+@pytest.fixture
+def no_matrix(monkeypatch):
+    """LIBERO's recipe without its simulator."""
     monkeypatch.setattr(libero_goal, "starts_are_identical", lambda seeds, image_size: True)
     counts = {told: dict.fromkeys(libero_goal.LANGUAGE, 0) for told in libero_goal.LANGUAGE}
     monkeypatch.setattr(libero_goal, "language_matrix", lambda recipe, episodes, paraphrase: counts)
+
+
+def test_fresh_forgets_the_further_trainings_too(commands, no_matrix, monkeypatch):
     for flags in ([], [], ["--fresh"]):
         monkeypatch.setattr(sys, "argv", ["libero_goal.py", "--matrix_only", *flags])
         libero_goal.main()
@@ -111,10 +116,7 @@ def test_fresh_forgets_the_further_trainings_too(commands, monkeypatch):
     assert ["--init_checkpoint" in arguments for arguments in trainings] == [False, True, True, True] * 2
 
 
-def test_a_longer_recipe_corrects_on_seeds_that_nothing_else_takes(commands, monkeypatch):
-    monkeypatch.setattr(libero_goal, "starts_are_identical", lambda seeds, image_size: True)
-    counts = {told: dict.fromkeys(libero_goal.LANGUAGE, 0) for told in libero_goal.LANGUAGE}
-    monkeypatch.setattr(libero_goal, "language_matrix", lambda recipe, episodes, paraphrase: counts)
+def test_a_longer_recipe_corrects_on_seeds_that_nothing_else_takes(commands, no_matrix, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["libero_goal.py", "--rounds", "6", "--episodes", "20"])
     libero_goal.main()
     parse = recording_parser().parse_args
